@@ -1,1 +1,25 @@
-"""timm_branches"""
+"""Branch classifiers, temporal heads and skip decoders on any timm backbone."""
+
+from timm_branches.factory import create_branch_model
+from timm_branches.heads import BranchClassifier, FlattenHead, PoolHead
+from timm_branches.hierarchy import Taxonomy
+from timm_branches.model import BranchModel
+from timm_branches.taps import Tap, list_taps
+from timm_branches.weights import load_model, load_weights, save_model, save_pretrained
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BranchClassifier",
+    "BranchModel",
+    "FlattenHead",
+    "PoolHead",
+    "Tap",
+    "Taxonomy",
+    "create_branch_model",
+    "list_taps",
+    "load_model",
+    "load_weights",
+    "save_model",
+    "save_pretrained",
+]

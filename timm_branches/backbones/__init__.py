@@ -1,0 +1,12 @@
+"""Networks of the papers themselves, registered with timm: importing this package is what registers them.
+
+Example:
+    >>> import timm, timm_branches.backbones
+    >>> timm.create_model('bcnn_b').num_classes
+    10
+"""
+
+from .bcnn import BCNN, BlockCfg, bcnn_a, bcnn_b, bcnn_vgg16
+from .fine_head import FlattenMlpHead
+
+__all__ = ["BCNN", "BlockCfg", "FlattenMlpHead", "bcnn_a", "bcnn_b", "bcnn_vgg16"]

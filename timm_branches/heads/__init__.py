@@ -1,0 +1,47 @@
+"""Heads: what is attached at a tap. A head is described by a small frozen object that builds the module."""
+
+from dataclasses import asdict
+from typing import Protocol
+
+from torch import nn
+
+from timm_branches.heads.classifier import BranchClassifier, FlattenHead, PoolHead
+from timm_branches.reader import TapInfo
+
+__all__ = ["HEADS", "BranchClassifier", "FlattenHead", "Head", "PoolHead", "head_to_dict", "parse_head"]
+
+
+class Head(Protocol):
+    """What describes a head: a dataclass with a ``kind`` that can build the module for a tap."""
+
+    kind: str
+
+    def build(self, tap: TapInfo, num_classes: int, drop_rate: float | None = None) -> nn.Module:
+        """The module (B, C, H, W) -> logits for the map at ``tap``."""
+        ...
+
+
+HEADS: dict[str, type] = {cls.kind: cls for cls in (PoolHead, FlattenHead)}
+
+
+def parse_head(spec: "str | dict | Head") -> Head:
+    """Read a head from its kind (``'pool'``), the dict that :func:`head_to_dict` gives, or a head object.
+
+    Raises:
+        ValueError: Unknown kind or option.
+    """
+    if isinstance(spec, tuple(HEADS.values())):
+        return spec
+    options = dict(spec) if isinstance(spec, dict) else {"kind": spec}
+    kind = options.pop("kind", None)
+    if not isinstance(kind, str) or kind not in HEADS:
+        raise ValueError(f"Unknown head {spec!r}: write one of {', '.join(map(repr, HEADS))} or a Head object.")
+    try:
+        return HEADS[kind](**options)
+    except TypeError as error:
+        raise ValueError(f"head {kind!r}: {error}") from error
+
+
+def head_to_dict(head: Head) -> dict:
+    """JSON-safe form of a head, read back by :func:`parse_head`."""
+    return {"kind": head.kind, **asdict(head)}  # type: ignore[call-overload]

@@ -1,0 +1,200 @@
+"""DataLoaders whose batches and augmentations do not depend on the number of workers and ranks."""
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from timm.data.distributed_sampler import OrderedDistributedSampler
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+__all__ = ['EpochSampler', 'Loader', 'create_loader']
+
+
+def _datasets(dataset: Any) -> Iterator[Any]:
+    """A dataset and all those that torch's wrappers (Subset, ConcatDataset) hold."""
+    yield dataset
+    inner = getattr(dataset, 'datasets', None) or [getattr(dataset, 'dataset', None)]
+    for part in inner:
+        if part is not None:
+            yield from _datasets(part)
+
+
+class EpochSampler(Sampler):
+    """A random order that is a function of (seed, epoch), dealt out to the ranks like cards.
+
+    Rank r takes every `world_size`-th sample from the r-th on. So the n-th batches of all ranks together are the n-th
+    batch of a single process with a batch `world_size` times as large: training does not depend on the number of ranks.
+
+    Args:
+        dataset: What to sample from.
+        batch_size: Batch size of one rank.
+        seed: Seed of the order.
+        rank: This process's number.
+        world_size: Number of processes.
+        drop_last: Drop what does not fill a batch on every rank; otherwise the last batches are smaller, and the
+            first samples of the order fill up ranks that would have one less.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        batch_size: int,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        drop_last: bool = True,
+    ) -> None:
+        self.dataset = dataset
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.epoch = 0
+        self.size = len(dataset)  # type: ignore[arg-type]
+        if drop_last:
+            self.num_samples = self.size // (batch_size * world_size) * batch_size
+        else:
+            self.num_samples = -(-self.size // world_size)
+
+    def __iter__(self) -> Iterator[int]:
+        # One generator per pair of numbers: seed + epoch would give seed 1, epoch 0 the order of seed 0, epoch 1.
+        base = torch.Generator().manual_seed(self.seed)
+        mixed = int(torch.randint(2**62, (), generator=base)) ^ (self.epoch * 0x9E3779B97F4A7C15 % 2**62)
+        order = torch.randperm(self.size, generator=torch.Generator().manual_seed(mixed)).tolist()
+        stop = self.num_samples * self.world_size
+        return iter([order[i % self.size] for i in range(self.rank, stop, self.world_size)])
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch's order, and its augmentations: timm's training loop calls this on the sampler alone."""
+        self.epoch = epoch
+        for dataset in _datasets(self.dataset):
+            if hasattr(dataset, 'set_epoch'):
+                dataset.set_epoch(epoch)
+
+
+class Loader(DataLoader):
+    """torch's DataLoader that is told which epoch begins."""
+
+    _last_epoch: int | None = None
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose order and augmentation of the next epoch; call it before iterating.
+
+        Worker processes hear of it too, persistent ones included: datasets keep the epoch in shared memory.
+
+        Args:
+            epoch: Its number, from 0.
+        """
+        if hasattr(self.sampler, 'set_epoch'):
+            self.sampler.set_epoch(epoch)
+
+    def __iter__(self) -> Any:
+        if isinstance(self.sampler, EpochSampler):
+            epoch = self.sampler.epoch
+            if epoch == self._last_epoch:
+                warnings.warn(
+                    f'epoch {epoch} begins again with the same order and augmentation; call '
+                    'loader.set_epoch(epoch) before each epoch',
+                    stacklevel=2,
+                )
+            self._last_epoch = epoch
+        return super().__iter__()
+
+
+def _init_worker(worker: int) -> None:
+    import cv2
+
+    cv2.setNumThreads(0)  # the workers share the cores already
+
+
+def create_loader(
+    dataset: Dataset,
+    batch_size: int,
+    is_training: bool = False,
+    num_workers: int = 0,
+    seed: int = 0,
+    rank: int | None = None,
+    world_size: int | None = None,
+    drop_last: bool | None = None,
+    pin_memory: bool = False,
+    persistent_workers: bool = True,
+    **kwargs: Any,
+) -> Loader:
+    """A DataLoader that repeats exactly, whatever the number of workers and ranks.
+
+    For training, order and augmentation are functions of (seed, epoch): call `loader.set_epoch(epoch)` before each
+    epoch. For evaluation the order is the dataset's; ranks that would have one sample less repeat one at their very
+    end, so that all make equally many steps, and `timm.task.evaluation_sample_limit(loader)` says how many count.
+
+    Args:
+        dataset: A :class:`HierarchicalDataset` or any other map-style dataset; augmentations are reproducible as
+            described for the former only. The seed is set on it: two training loaders need two datasets (a `Subset`
+            of all samples is one).
+        batch_size: Samples a batch, on each rank.
+        is_training: Shuffle and drop the last batch, or go through all samples in order.
+        num_workers: Worker processes; 0 loads in this one.
+        seed: Seed of order and augmentation.
+        rank: This process's number; None asks torch.distributed.
+        world_size: Number of processes; None asks torch.distributed.
+        drop_last: Drop what does not fill a batch; None does so in training.
+        pin_memory: Put batches into page-locked memory, for faster copies to a GPU.
+        persistent_workers: Keep workers from epoch to epoch.
+        **kwargs: Further arguments of torch's DataLoader.
+
+    Returns:
+        The loader; its batches are what the dataset's samples collate to, here images (B, C, H, W) and labels (B, L).
+
+    Raises:
+        ValueError: If there would be no batch at all, or rank and world_size do not fit.
+
+    Example:
+        >>> from timm_branches.data import create_dataset
+        >>> loader = create_loader(create_dataset('digits', in_chans=1), batch_size=32, is_training=True)
+        >>> loader.set_epoch(0)
+        >>> images, labels = next(iter(loader))
+        >>> images.shape
+        torch.Size([32, 1, 8, 8])
+    """
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if world_size is None:
+        world_size = torch.distributed.get_world_size() if distributed else 1
+    if rank is None:
+        rank = torch.distributed.get_rank() if distributed else 0
+    if not 0 <= rank < world_size:
+        raise ValueError(f'rank {rank} is not one of 0 to {world_size - 1} (world_size={world_size})')
+    if batch_size < 1:
+        raise ValueError(f'batch_size must be at least 1, not {batch_size}')
+    size = len(dataset)  # type: ignore[arg-type]
+    drop_last = is_training if drop_last is None else drop_last
+    if size == 0:
+        raise ValueError('the dataset is empty')
+    if drop_last and size < batch_size * world_size:
+        raise ValueError(
+            f'{size} samples do not fill one batch of {batch_size} on each of {world_size} processes, and drop_last '
+            f'drops the rest: nothing would be left. Take batch_size <= {max(1, size // world_size)}, or '
+            'drop_last=False'
+        )
+    sampler: Sampler
+    if is_training:
+        sampler = EpochSampler(dataset, batch_size, seed, rank, world_size, drop_last)
+        for part in _datasets(dataset):
+            if hasattr(part, 'set_seed'):
+                part.set_seed(seed)
+        sampler.set_epoch(0)
+    else:
+        sampler = OrderedDistributedSampler(dataset, num_replicas=world_size, rank=rank)
+    # Seeds of the workers' global generators, for transforms that use those; this leaves torch's own generator alone.
+    generator = torch.Generator().manual_seed(seed * world_size + rank)
+    return Loader(
+        dataset,
+        batch_size=batch_size,
+        sampler=sampler,
+        num_workers=num_workers,
+        drop_last=drop_last,
+        pin_memory=pin_memory,
+        persistent_workers=persistent_workers and num_workers > 0,
+        **{'worker_init_fn': _init_worker, 'generator': generator, **kwargs},
+    )

@@ -1,0 +1,279 @@
+"""Image transforms: timm's own for evaluation, albumentations for augmentation.
+
+This is the only file that imports albumentations.
+"""
+
+import copy
+import hashlib
+import os
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from timm.data.constants import DEFAULT_CROP_PCT, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+__all__ = ['SampleTransform', 'create_transform']
+
+AUGMENTS = ('none', 'light', 'cifar', 'imagenet', 'auto')
+_SMALL = 64  # pixels; up to here images are shifted rather than cut out and enlarged, and not cropped in evaluation
+_INTERPOLATIONS = {'nearest': 0, 'bilinear': 1, 'bicubic': 2, 'area': 3, 'lanczos': 4}  # OpenCV's numbers
+
+
+def _albumentations() -> Any:
+    # Without this, importing albumentations asks the network whether there is a newer release.
+    os.environ['NO_ALBUMENTATIONS_UPDATE'] = '1'
+    import albumentations
+
+    return albumentations
+
+
+class _SampleRandom:
+    """One numpy and one Python generator that are set to a new state for each sample."""
+
+    def __init__(self) -> None:
+        self.numpy = np.random.Generator(np.random.PCG64(0))
+        self.python = random.Random(0)
+        self._state: Any = self.numpy.bit_generator.state
+
+    def seed(self, key: Sequence[int]) -> None:
+        # A cryptographic hash, because neighbouring keys (epoch 1, sample 2 and epoch 2, sample 1) must not be related.
+        digest = hashlib.blake2b(repr(tuple(key)).encode(), digest_size=24).digest()
+        self._state['state']['state'] = int.from_bytes(digest[:16], 'little')
+        self.numpy.bit_generator.state = self._state
+        self.python.seed(int.from_bytes(digest[16:], 'little'))
+
+
+class SampleTransform:
+    """An uint8 image to a normalised tensor, by a geometry, an optional augmentation, and mean and deviation.
+
+    Random numbers are a function of the key (seed, epoch, sample) alone. So the augmentation of a sample does not
+    depend on how many workers or ranks there are, differs between epochs, and repeats with the seed. An albumentations
+    `Compose` by itself ignores global seeds and repeats itself in every worker; its `set_random_seed` hands the same
+    seed to every transform in it, which makes a flip and a dropout of the same probability happen always together.
+    Here all transforms share one generator, whose state is set anew: some 5 us a sample, against some 50 us for
+    `set_random_seed` and 60 us for five transforms of a 32 px image.
+
+    Args:
+        size: Height and width of the result.
+        mean: Mean of each channel, for values in [0, 1].
+        std: Standard deviation of each channel.
+        geometry: Takes a PIL image, returns an uint8 tensor CHW; None leaves the image as it is.
+        compose: An albumentations `Compose`; it is copied. It may normalise by itself: only uint8 results are
+            normalised here.
+    """
+
+    takes_key = True
+
+    def __init__(
+        self,
+        size: tuple[int, int],
+        mean: Sequence[float],
+        std: Sequence[float],
+        geometry: Callable | None = None,
+        compose: Any = None,
+    ) -> None:
+        self.size = size
+        self.mean = torch.tensor(mean).view(-1, 1, 1)
+        self.std = torch.tensor(std).view(-1, 1, 1)
+        self.geometry = geometry
+        self.compose = copy.deepcopy(compose)
+        self.random = _SampleRandom()
+        if self.compose is not None:
+            self.compose.set_random_state(self.random.numpy, self.random.python)
+
+    def __call__(self, image: np.ndarray, key: Sequence[int] | None = None) -> torch.Tensor:
+        """Transform one image.
+
+        Args:
+            image: uint8 array (H, W, C).
+            key: (seed, epoch, sample); None draws one from torch's global generator.
+
+        Returns:
+            Float tensor (C, height, width).
+
+        Raises:
+            ValueError: If channels differ from the mean's, or a given `Compose` returns another size.
+        """
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != len(self.mean):
+            raise ValueError(
+                f'expected an uint8 image (H, W, {len(self.mean)}), not {image.dtype} of shape {image.shape}; set '
+                'in_chans of the dataset and input_size=(channels, height, width) of the transform alike'
+            )
+        if self.geometry is not None:
+            image = self._resize(image)
+        if self.compose is not None:
+            self.random.seed((int(torch.randint(2**62, ())),) if key is None else key)
+            image = self.compose(image=image)['image']
+        tensor = image
+        if not isinstance(image, torch.Tensor):
+            tensor = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+        if tuple(tensor.shape[-2:]) != self.size:
+            raise ValueError(
+                f'the augmentation returned an image of {tuple(tensor.shape[-2:])} pixels, but the model takes '
+                f'{self.size}; end it with a Resize or RandomCrop to that size'
+            )
+        if tensor.dtype == torch.uint8:
+            # In timm's order of operations, so that values agree to the last bit
+            tensor = tensor.float().div_(255).sub_(self.mean).div_(self.std)
+        return tensor.float()
+
+    def _resize(self, image: np.ndarray) -> np.ndarray:
+        from PIL import Image
+
+        assert self.geometry is not None
+        tensor = self.geometry(Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image))
+        return tensor.numpy().transpose(1, 2, 0)
+
+    def __repr__(self) -> str:
+        return f'SampleTransform(size={self.size}, geometry={self.geometry}, compose={self.compose})'
+
+
+def _match_mean(values: Sequence[float], channels: int, name: str) -> tuple[float, ...]:
+    values = tuple(float(value) for value in values)
+    if len(values) == channels:
+        return values
+    if len(values) == 1 or channels == 1:  # timm averages RGB weights for grey input in the same way
+        return (sum(values) / len(values),) * channels
+    raise ValueError(f'{name}={values} has {len(values)} values, but images have {channels} channels')
+
+
+def _built_in(name: str, size: tuple[int, int], fill: Sequence[float], options: dict[str, Any]) -> Any:
+    """The albumentations pipeline of a named augmentation; None for 'none'."""
+    if name == 'none':
+        return None
+    A = _albumentations()
+    height, width = size
+    flips = [A.HorizontalFlip(p=options['hflip']), A.VerticalFlip(p=options['vflip'])]
+    flips = [flip for flip in flips if flip.p > 0]
+    if name == 'imagenet':
+        chosen = options['interpolation']
+        kinds = ('bilinear', 'bicubic') if chosen == 'random' else (chosen,)
+        # OpenCV does not smooth what it shrinks, except by area
+        crops = [
+            A.RandomResizedCrop(
+                size, options['scale'], options['ratio'], _INTERPOLATIONS[kind], area_for_downscale='image'
+            )
+            for kind in kinds
+        ]
+        strength = options['color_jitter']
+        factors = (max(0.0, 1 - strength), 1 + strength)
+        jitter = [A.ColorJitter(factors, factors, factors, hue=(0, 0), p=1)] if strength else []
+        return A.Compose([crops[0] if len(crops) == 1 else A.OneOf(crops, p=1), *flips, *jitter])
+    # 4 pixels at 32, as is usual for CIFAR
+    pads = (max(1, width // 8), max(1, height // 8))
+    steps = [A.Pad(padding=pads), A.RandomCrop(height, width), *flips]
+    if name == 'cifar':
+        hole = (0.25, 0.5)
+        steps.append(A.CoarseDropout((1, 1), hole, hole, fill=tuple(255 * value for value in fill), p=0.5))
+    return A.Compose(steps)
+
+
+def _load_compose(augment: Any) -> Any:
+    """An own pipeline, given as an object or as the path of a file that `A.save` wrote."""
+    A = _albumentations()
+    if isinstance(augment, A.Compose):
+        return augment
+    if isinstance(augment, A.BasicTransform | A.BaseCompose):
+        return A.Compose([augment])
+    path = os.fspath(augment) if isinstance(augment, str | os.PathLike) else ''
+    kind = os.path.splitext(path)[1].lower()
+    if kind not in ('.json', '.yaml', '.yml'):
+        raise ValueError(
+            f'no augmentation {augment!r}; it is one of {", ".join(AUGMENTS)}, an albumentations Compose, or a .json '
+            'or .yaml file written by albumentations.save'
+        )
+    if not os.path.isfile(path):
+        raise ValueError(f'no augmentation file {path}; albumentations.save(compose, path) writes one')
+    compose = A.load(path, data_format='json' if kind == '.json' else 'yaml')
+    return compose if isinstance(compose, A.Compose) else A.Compose([compose])
+
+
+def create_transform(
+    input_size: int | Sequence[int] = 224,
+    is_training: bool = False,
+    augment: Any = 'none',
+    mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+    std: Sequence[float] = IMAGENET_DEFAULT_STD,
+    interpolation: str = 'bilinear',
+    crop_pct: float | None = None,
+    crop_mode: str | None = None,
+    scale: tuple[float, float] = (0.08, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    hflip: float = 0.5,
+    vflip: float = 0.0,
+    color_jitter: float = 0.4,
+) -> SampleTransform:
+    """The transform for training or evaluation; arguments are named as timm's, and take `resolve_data_config`'s dict.
+
+    Evaluation is timm's own transform: the shorter side is resized to input_size / crop_pct, and the centre cut out.
+
+    Args:
+        input_size: One side, (height, width), or (channels, height, width).
+        is_training: Whether to augment.
+        augment: For training: 'none'; 'light', a random shift by up to an eighth of the side (4 pixels at 32) and
+            flips; 'cifar', that and one rectangle cut out half of the time; 'imagenet', a random resized crop, flips
+            and colour jitter; 'auto', 'light' up to 64 pixels and 'imagenet' above. Or an albumentations `Compose`,
+            or a .json or .yaml file written by `albumentations.save`, which then does all resizing itself.
+        mean: Mean of each channel.
+        std: Standard deviation of each channel.
+        interpolation: 'bilinear', 'bicubic', 'nearest' or 'lanczos'; 'random' (training) is one of the first two.
+        crop_pct: What part of the resized image evaluation keeps; None is 1 up to 64 pixels, else timm's 0.875. Note
+            that `resolve_data_config` fills in the model's, also for small images.
+        crop_mode: timm's 'center', 'squash' or 'border'.
+        scale: Range of the share of the area that 'imagenet' cuts out.
+        ratio: Range of the aspect ratio of what 'imagenet' cuts out.
+        hflip: Probability of a horizontal flip; 0 for digits and letters.
+        vflip: Probability of a vertical flip.
+        color_jitter: Strength of brightness, contrast and saturation changes in 'imagenet'.
+
+    Returns:
+        A callable for uint8 arrays (H, W, C), and for a sample's key: see :class:`SampleTransform`.
+
+    Raises:
+        ValueError: For an unknown augmentation or interpolation, or a mean that does not fit the channels.
+
+    Example:
+        >>> transform = create_transform((3, 32, 32), is_training=True, augment='cifar')
+        >>> transform(np.zeros((32, 32, 3), np.uint8), key=(0, 0, 0)).shape
+        torch.Size([3, 32, 32])
+    """
+    from timm.data import create_transform as create_timm_transform
+
+    sides = (input_size, input_size) if isinstance(input_size, int) else tuple(int(side) for side in input_size)
+    if len(sides) not in (2, 3) or min(sides) < 1:
+        raise ValueError(f'input_size must be a side, (height, width) or (channels, height, width), not {input_size}')
+    size = sides[-2:]
+    channels = sides[0] if len(sides) == 3 else len(tuple(mean))
+    mean, std = _match_mean(mean, channels, 'mean'), _match_mean(std, channels, 'std')
+    if interpolation not in _INTERPOLATIONS and interpolation != 'random':
+        raise ValueError(f'no interpolation {interpolation!r}; it is {", ".join(_INTERPOLATIONS)} or random')
+    if crop_pct is None:
+        crop_pct = 1.0 if max(size) <= _SMALL else DEFAULT_CROP_PCT
+
+    compose, resize = None, True
+    if is_training:
+        crop_pct, crop_mode = 1.0, None
+        if isinstance(augment, str) and augment == 'auto':
+            augment = 'light' if max(size) <= _SMALL else 'imagenet'
+        if isinstance(augment, str) and augment in AUGMENTS:
+            options = {'scale': scale, 'ratio': ratio, 'hflip': hflip, 'vflip': vflip, 'color_jitter': color_jitter}
+            compose = _built_in(augment, size, mean, {**options, 'interpolation': interpolation})
+            resize = augment != 'imagenet'
+        else:
+            compose, resize = _load_compose(augment), False
+    geometry = None
+    if resize:
+        # The same PIL resizing in training and evaluation; normalize=False keeps uint8 for what comes after.
+        geometry = create_timm_transform(
+            size,
+            is_training=False,
+            interpolation='bilinear' if interpolation == 'random' else interpolation,
+            mean=mean,
+            std=std,
+            crop_pct=crop_pct,
+            crop_mode=crop_mode,
+            normalize=False,
+        )
+    return SampleTransform(size, mean, std, geometry, compose)

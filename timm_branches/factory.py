@@ -1,0 +1,193 @@
+"""``create_branch_model``: the one call that makes a branch model, in the manner of ``timm.create_model``."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from timm.models import create_model, load_state_dict
+from torch import nn
+
+import timm_branches.backbones  # noqa: F401  (registers the papers' networks)
+from timm_branches.heads import Head, head_to_dict, parse_head
+from timm_branches.hierarchy import Taxonomy
+from timm_branches.model import BranchModel
+from timm_branches.taps import Tap, check_name
+
+__all__ = ["create_branch_model"]
+
+# what timm's models take but a branch model cannot honour, and what to do instead
+_REFUSED = {
+    "features_only": "it is a branch model; model.forward_taps(x) gives the maps at the taps",
+    "out_indices": "choose taps=",
+    "feature_cls": "taps are read with forward_intermediates",
+    "global_pool": "the backbone's classifier is removed; choose the heads' pooling with PoolHead(pool_type=...)",
+    "out_map": "choose names=",
+}
+
+
+def create_branch_model(
+        model_name: str,
+        taps: "Sequence[int | str | Tap] | int | str | Tap" = (5,),
+        num_classes: "int | Sequence[int] | None" = None,
+        head: "str | Head | Sequence[str | Head]" = "pool",
+        names: Sequence[str] | None = None,
+        taxonomy: Taxonomy | None = None,
+        pretrained: bool = False,
+        in_chans: int | None = None,
+        img_size: "int | tuple[int, int] | None" = None,
+        drop_rate: float | None = None,
+        checkpoint_path: "str | os.PathLike" = "",
+        **kwargs: Any,
+) -> BranchModel:
+    """A timm backbone with a head at each tap.
+
+    Args:
+        model_name: Any name that ``timm.create_model`` takes, weight tags and ``hf-hub:`` included.
+        taps: Where the heads listen: stage numbers (5 is the last), ``'conv3'``, module paths, ``Tap(...)``.
+        num_classes: Classes of each head, or one number for all. None: the taxonomy's, else the backbone's own.
+        head: ``'pool'`` or ``'flatten'``, a Head object, or one of these per tap.
+        names: Names of the heads. By default the taxonomy's levels, else ``stageK``.
+        taxonomy: Label hierarchy, one level a tap from coarse to fine; saved with the model.
+        pretrained: Load timm's weights into the backbone.
+        in_chans: Channels of the images, by default the backbone's own.
+        img_size: Height and width of the images. Backbones bound to one size are built for it; for others it
+            only sizes ``'flatten'`` heads and the preprocessing.
+        drop_rate: Dropout of the backbone, where it has some, and of heads that do not set their own.
+        checkpoint_path: A timm checkpoint for the backbone, or a file that ``save_model`` wrote for this model.
+        **kwargs: Whatever else the backbone takes (``drop_path_rate``, ``output_stride``, ``scriptable``, ...).
+
+    Returns:
+        A :class:`BranchModel`; ``model(images)`` is ``{name: logits}`` in tap order.
+
+    Raises:
+        ValueError: An unknown model, tap, head or option, or counts that do not fit each other.
+
+    Example:
+        >>> model = create_branch_model('resnet18', taps=[3, 4, 5], num_classes=[2, 7, 25])
+        >>> {k: tuple(v.shape) for k, v in model(torch.randn(2, 3, 64, 64)).items()}
+        {'stage3': (2, 2), 'stage4': (2, 7), 'stage5': (2, 25)}
+    """
+    check_name(model_name)
+    for key, why in _REFUSED.items():
+        if kwargs.get(key) is not None and kwargs[key] is not False:
+            raise ValueError(f"create_branch_model does not take {key}=: {why}.")
+    parsed = [Tap.parse(t) for t in ([taps] if isinstance(taps, (int, str, Tap, dict)) else taps)]
+    if not parsed:
+        raise ValueError("taps= is empty: name at least one, such as taps=[3, 4, 5].")
+    specs = _one_per_tap(head, len(parsed), "head")
+    heads = [parse_head(spec) for spec in specs]
+    head_names = _names(names, taxonomy, parsed)
+
+    size = (img_size, img_size) if isinstance(img_size, int) else img_size
+    backbone = _create_backbone(model_name, pretrained, in_chans, size, drop_rate, kwargs)
+    classes = _classes(num_classes, taxonomy, backbone, len(parsed))
+    nominal = _input_size(backbone, size, in_chans)
+    ours = _is_ours(checkpoint_path)
+    if checkpoint_path and not ours:
+        _load_backbone(backbone, os.fspath(checkpoint_path))
+    model = BranchModel(backbone, parsed, heads, classes, head_names, nominal, drop_rate, taxonomy)
+    model.config = dict(
+        model_name=model_name, taps=[t.to_dict() for t in parsed], num_classes=list(classes),
+        head=[head_to_dict(h) for h in heads], names=list(head_names), taxonomy=taxonomy, in_chans=nominal[0],
+        img_size=list(size) if size else None, drop_rate=drop_rate, **kwargs)
+    if ours:
+        from timm_branches.weights import load_weights
+        load_weights(model, checkpoint_path)
+    return model
+
+
+def _one_per_tap(value: Any, count: int, what: str) -> list:
+    values = list(value) if isinstance(value, (list, tuple)) else [value] * count
+    if len(values) != count:
+        raise ValueError(f"{len(values)} entries in {what}= for {count} taps: give one for all or one per tap.")
+    return values
+
+
+def _names(names: Sequence[str] | None, taxonomy: Taxonomy | None, taps: Sequence[Tap]) -> list[str]:
+    if taxonomy is not None and len(taxonomy.levels) != len(taps):
+        raise ValueError(f"the taxonomy has {len(taxonomy.levels)} levels {list(taxonomy.levels)} for {len(taps)} "
+                         "taps: give one tap per level, from coarse to fine.")
+    result = list(names) if names is not None else list(taxonomy.levels) if taxonomy else [t.name for t in taps]
+    if len(result) != len(taps):
+        raise ValueError(f"{len(result)} names {result} for {len(taps)} taps.")
+    if len({n.replace('.', '_') for n in result}) != len(result) or not all(result):
+        raise ValueError(f"the heads' names must differ and not be empty, got {result}: give names=[...].")
+    return result
+
+
+def _classes(num_classes: Any, taxonomy: Taxonomy | None, backbone: nn.Module, count: int) -> list[int]:
+    if num_classes is None:
+        if taxonomy is not None:
+            return list(taxonomy.num_classes)
+        own = int(getattr(backbone, "pretrained_cfg", {}).get("num_classes") or 0)
+        if own < 1:
+            raise ValueError("this backbone has no classes of its own (it was trained for features): "
+                             "give num_classes=.")
+        return [own] * count
+    classes = _one_per_tap(num_classes, count, "num_classes")
+    if any(isinstance(c, bool) or not isinstance(c, int) or c < 0 for c in classes):
+        raise ValueError(f"num_classes= takes whole numbers from 0, got {num_classes!r}.")
+    if taxonomy is not None and tuple(classes) != tuple(taxonomy.num_classes):
+        raise ValueError(f"num_classes={classes} does not fit the taxonomy's {list(taxonomy.num_classes)}: "
+                         "leave num_classes out.")
+    return classes
+
+
+def _create_backbone(name: str, pretrained: bool, in_chans: int | None, size: tuple[int, int] | None,
+                     drop_rate: float | None, kwargs: dict) -> nn.Module:
+    options = dict(kwargs, in_chans=in_chans, drop_rate=drop_rate, num_classes=0)
+    if size is not None:
+        try:
+            return create_model(name, pretrained=pretrained, img_size=size, **options)
+        except TypeError as error:  # fully convolutional: takes every size, hence no such argument
+            if "img_size" not in str(error):
+                raise _bad_option(name, error) from error
+    try:
+        return create_model(name, pretrained=pretrained, **options)
+    except TypeError as error:
+        raise _bad_option(name, error) from error
+
+
+def _bad_option(name: str, error: TypeError) -> Exception:
+    if "unexpected keyword argument" in str(error):
+        return ValueError(f"{name} does not take an option given to create_branch_model: {error}.")
+    return error
+
+
+def _input_size(backbone: nn.Module, size: tuple[int, int] | None, in_chans: int | None) -> tuple[int, int, int]:
+    own = (getattr(backbone, "pretrained_cfg", None) or {}).get("input_size") or (3, 224, 224)
+    height, width = size or own[-2:]
+    return int(in_chans or getattr(backbone, "in_chans", None) or own[0]), int(height), int(width)
+
+
+def _is_ours(path: "str | os.PathLike") -> bool:
+    if not path or not str(path).endswith(".safetensors"):
+        return False
+    from timm_branches.weights import read_metadata
+    return read_metadata(path) is not None
+
+
+def _load_backbone(backbone: nn.Module, path: str) -> None:
+    """Load a plain timm checkpoint; its classifier, of whatever size, is not needed. Everything else is."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"checkpoint_path={path!r}: there is no such file.")
+    if path.lower().endswith((".npz", ".npy")):
+        backbone.load_pretrained(path)  # type: ignore[operator]
+        return
+    state = load_state_dict(path)
+    state = {key.removeprefix("backbone."): value for key, value in state.items() if not key.startswith("heads.")}
+    own = backbone.state_dict()
+    classifier = backbone.pretrained_cfg.get("classifier") or ()  # type: ignore[union-attr]
+    classifier = (classifier,) if isinstance(classifier, str) else tuple(classifier)
+    state = {key: value for key, value in state.items() if not key.startswith(tuple(f"{c}." for c in classifier))}
+    missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
+    unexpected = [key for key in state if key not in own]
+    shapes = [f"{key} {tuple(state[key].shape)} for {tuple(own[key].shape)}" for key in state
+              if key in own and state[key].shape != own[key].shape]
+    if missing or unexpected or shapes:
+        raise ValueError(
+            f"{path} does not fit {type(backbone).__name__}: {len(missing)} tensors missing {missing[:3]}, "
+            f"{len(unexpected)} unexpected {unexpected[:3]}, {len(shapes)} of another shape {shapes[:3]}.")
+    with torch.no_grad():
+        backbone.load_state_dict(state, strict=False)

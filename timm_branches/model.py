@@ -1,0 +1,273 @@
+"""The branch model: one timm backbone, several heads at its taps."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from timm.models import group_modules, group_parameters
+from torch import nn
+
+from timm_branches.heads import Head
+from timm_branches.hierarchy import Taxonomy
+from timm_branches.reader import TapReader
+from timm_branches.taps import Tap
+
+__all__ = ["BranchModel"]
+
+
+class BranchModel(nn.Module):
+    """Heads at taps of a timm backbone, all fed by one pass of it. Made by ``create_branch_model``.
+
+    Args:
+        backbone: Unpruned timm model; it is pruned in place to what the taps need.
+        taps: One tap a head.
+        heads: One head a tap.
+        num_classes: Classes of each head.
+        names: Name of each head, in tap order.
+        input_size: Nominal input (C, H, W).
+        drop_rate: Dropout of heads that do not set their own.
+        taxonomy: The label hierarchy of the heads, if there is one.
+
+    Shapes: images (B, C, H, W) -> ``{name: (B, K)}`` in tap order.
+
+    Attributes:
+        names: Names of the heads in tap order.
+        taps: Resolved taps (module, channels, size, stride).
+        taxonomy: The label hierarchy or None.
+        config: What rebuilds the model, as ``create_branch_model`` takes it.
+        pretrained_cfg: The backbone's, with names of layers prefixed by ``backbone.``.
+    """
+
+    def __init__(self, backbone: nn.Module, taps: Sequence[Tap], heads: Sequence[Head], num_classes: Sequence[int],
+                 names: Sequence[str], input_size: tuple[int, int, int], drop_rate: float | None = None,
+                 taxonomy: Taxonomy | None = None):
+        super().__init__()
+        self.reader = TapReader(backbone, taps, input_size)
+        self.backbone = backbone
+        self.names = tuple(names)
+        self.taxonomy = taxonomy
+        self.input_size = tuple(input_size)
+        self.drop_rate = drop_rate
+        self.config: dict[str, Any] = {}
+        self._keys = {name: _module_key(name) for name in self.names}
+        self.heads = nn.ModuleDict({
+            self._keys[name]: head.build(info, classes, drop_rate)
+            for name, head, info, classes in zip(self.names, heads, self.taps, num_classes, strict=True)})
+        self.head_specs = tuple(heads)
+        self._frozen = False
+        self.pretrained_cfg = self._prefixed_cfg()
+
+    # -- forward ---------------------------------------------------------------------------------------------
+
+    @property
+    def taps(self):
+        return tuple(self.reader.taps)
+
+    def forward(self, x: torch.Tensor, heads: Sequence[str] | None = None) -> dict[str, torch.Tensor]:
+        """Logits of the heads.
+
+        Args:
+            x: Images (B, C, H, W).
+            heads: Names of the heads to compute, all by default. The backbone runs only as deep as they need.
+
+        Returns:
+            ``{name: logits (B, K)}`` in tap order.
+
+        Raises:
+            ValueError: Images that the backbone cannot take, or an unknown head.
+        """
+        which = self._select(heads)
+        maps = self._maps(x, which)
+        return {self.names[i]: self.head(self.names[i])(y) for i, y in zip(which, maps, strict=True)}
+
+    def forward_taps(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Feature maps ``{name: (B, C, H, W)}`` at the taps, in tap order."""
+        return dict(zip(self.names, self._maps(x, range(len(self.names))), strict=True))
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """The map (B, C, H, W) at the deepest tap, what a timm backbone's ``forward_features`` is to it."""
+        deepest = self._deepest()
+        return self._maps(x, [deepest])[0]
+
+    def head(self, name: str) -> nn.Module:
+        """The module of the head with this name."""
+        return self.heads[self._keys[name]]
+
+    def _select(self, heads: Sequence[str] | None) -> list[int]:
+        if heads is None:
+            return list(range(len(self.names)))
+        wanted = [heads] if isinstance(heads, str) else list(heads)
+        unknown = [name for name in wanted if name not in self.names]
+        if unknown or not wanted:
+            raise ValueError(f"heads={wanted!r}: the model's heads are {list(self.names)}.")
+        return [i for i, name in enumerate(self.names) if name in wanted]
+
+    def _maps(self, x: torch.Tensor, which: Sequence[int]) -> list[torch.Tensor]:
+        if x.ndim != 4 or x.shape[1] != self.input_size[0]:
+            raise ValueError(f"expected images (B, {self.input_size[0]}, H, W), got {tuple(x.shape)}"
+                             + (f"; in_chans={x.shape[1]} makes a model for these." if x.ndim == 4 else "."))
+        if torch.compiler.is_compiling():
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not self._frozen):
+                return self.reader.read(self.backbone, x, which)
+        try:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not self._frozen):
+                return self.reader.read(self.backbone, x, which)
+        except (RuntimeError, AssertionError, ValueError) as error:
+            self.reader.captured = None
+            # only a failed pass pays for finding out whether it was the size of the images
+            reason = None if isinstance(error, torch.cuda.OutOfMemoryError) else \
+                self.reader.explain(self.backbone, tuple(x.shape[1:]))
+            if reason is None:
+                raise
+            raise ValueError(reason) from error
+
+    def _deepest(self) -> int:
+        return max(range(len(self.taps)), key=lambda i: (self.taps[i].stage.index + 1 if self.taps[i].stage else
+                                                         self.reader.within[self.taps[i].module]))
+
+    # -- freezing --------------------------------------------------------------------------------------------
+
+    def freeze(self) -> "BranchModel":
+        """Freeze the backbone: no gradients, BatchNorm and dropout in eval through ``train()``, no autograd in it."""
+        self._frozen = True
+        self.backbone.requires_grad_(False)
+        self.backbone.eval()
+        return self
+
+    def train(self, mode: bool = True) -> "BranchModel":
+        super().train(mode)
+        if self._frozen:
+            self.backbone.eval()
+        return self
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the backbone is frozen."""
+        return self._frozen
+
+    # -- timm's contract -------------------------------------------------------------------------------------
+
+    @property
+    def default_cfg(self) -> dict:
+        return self.pretrained_cfg
+
+    @property
+    def num_classes(self) -> dict[str, int]:
+        """Classes of each head, by name."""
+        return {name: self.head(name).num_classes for name in self.names}  # type: ignore[misc]
+
+    @property
+    def num_features(self) -> int:
+        """Channels of the map at the deepest tap, which is what ``forward_features`` gives."""
+        return self.taps[self._deepest()].channels
+
+    @property
+    def in_chans(self) -> int:
+        return self.input_size[0]
+
+    @property
+    def feature_info(self) -> list[dict]:
+        """timm's description of the maps at the taps, with module paths below ``backbone.``."""
+        return [dict(num_chs=t.channels, reduction=t.stride, module=f"backbone.{t.module}", stage=t.tap.stage)
+                for t in self.taps]
+
+    def get_classifier(self) -> nn.ModuleDict:
+        """The last layer of each head, by the head's name."""
+        return nn.ModuleDict({self._keys[name]: self.head(name).fc for name in self.names})  # type: ignore[misc]
+
+    def reset_classifier(self, num_classes: "int | Sequence[int] | dict[str, int]",
+                         global_pool: str | None = None, taxonomy: Taxonomy | None = None) -> None:
+        """New last layers. The taxonomy, which no longer fits, goes unless a new one is given.
+
+        Args:
+            num_classes: Classes of all heads, of each in tap order, or by name (others stay as they are).
+            global_pool: Refused; the heads' pooling is set by ``PoolHead(pool_type=...)``.
+            taxonomy: The hierarchy of the new classes.
+
+        Raises:
+            ValueError: Another number of entries than heads, an unknown name, or ``global_pool`` given.
+        """
+        if global_pool is not None:
+            raise ValueError("global_pool= has no effect on a branch model: choose PoolHead(pool_type=...).")
+        if isinstance(num_classes, dict):
+            self._select(list(num_classes))
+            new = {**self.num_classes, **num_classes}
+            classes = [new[name] for name in self.names]
+        else:
+            classes = [num_classes] * len(self.names) if isinstance(num_classes, int) else list(num_classes)
+        if len(classes) != len(self.names):
+            raise ValueError(f"{len(classes)} class counts for {len(self.names)} heads {list(self.names)}.")
+        if taxonomy is not None and tuple(classes) != tuple(taxonomy.num_classes):
+            raise ValueError(f"classes {classes} do not fit the taxonomy's {list(taxonomy.num_classes)}.")
+        for name, count in zip(self.names, classes, strict=True):
+            if count != self.num_classes[name] or not isinstance(num_classes, dict) or name in num_classes:
+                self.head(name).reset_classifier(count)  # type: ignore[operator]
+        self.taxonomy = taxonomy
+        self.config = {**self.config, "num_classes": classes, "taxonomy": taxonomy}
+        self.pretrained_cfg = self._prefixed_cfg()
+
+    def no_weight_decay(self) -> set[str]:
+        """The backbone's parameters without weight decay, prefixed; timm's optimizer factory asks for them."""
+        of_backbone = getattr(self.backbone, "no_weight_decay", set)
+        return {f"backbone.{name}" for name in of_backbone()}
+
+    def group_matcher(self, coarse: bool = False) -> Any:
+        """The backbone's layer groups, prefixed; the heads fall into the last group, as classifiers do in timm."""
+        of_backbone = getattr(self.backbone, "group_matcher", None)
+        matcher = of_backbone(coarse=coarse) if of_backbone else None
+        if isinstance(matcher, dict):
+            return {group: _prefix_patterns(spec) for group, spec in matcher.items()}
+        if matcher is None:
+            from timm.optim import auto_group_layers
+            ids: dict[str, float] = dict(auto_group_layers(self.backbone))
+        else:
+            ids = {**group_modules(self.backbone, matcher, reverse=True),
+                   **group_parameters(self.backbone, matcher, reverse=True)}
+        return lambda name: ids.get(name.removeprefix("backbone."), float("inf"))
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Trade time for memory in the backbone, as timm does.
+
+        Raises:
+            ValueError: The backbone does not support it.
+        """
+        try:
+            self.backbone.set_grad_checkpointing(enable)  # type: ignore[operator]
+        except (AssertionError, AttributeError) as error:
+            raise ValueError(f"{self.reader.architecture} does not support gradient checkpointing in timm.") from error
+
+    def _prefixed_cfg(self) -> dict:
+        cfg = dict(getattr(self.backbone, "pretrained_cfg", {}))
+        first = cfg.get("first_conv")
+        if isinstance(first, str):
+            cfg["first_conv"] = f"backbone.{first}"
+        elif first:
+            cfg["first_conv"] = tuple(f"backbone.{name}" for name in first)
+        source = tuple(cfg.get("input_size") or (3, 224, 224))
+        if source != self.input_size:
+            for key in ("test_input_size", "test_crop_pct"):
+                cfg.pop(key, None)
+        cfg["input_size"] = self.input_size
+        for key in ("mean", "std"):  # the source's statistics, spread over another number of channels
+            value = cfg.get(key)
+            if value is not None and len(value) != self.input_size[0]:
+                cfg[key] = (sum(value) / len(value),) * self.input_size[0]
+        cfg["classifier"] = tuple(f"heads.{key}.fc" for key in self._keys.values())
+        cfg["num_classes"] = next(iter(self.num_classes.values()))
+        return cfg
+
+
+def _module_key(name: str) -> str:
+    """A name that ModuleDict takes: no dots, none of its own methods ('type', 'values')."""
+    key = name.replace(".", "_")
+    return f"{key}_" if hasattr(nn.ModuleDict, key) else key
+
+
+def _prefix_patterns(spec: Any) -> Any:
+    """timm's group patterns (a regex, or pairs of regex and order) for names below ``backbone.``."""
+    if spec is None:
+        return None
+    if isinstance(spec, (tuple, list)):
+        return [(_prefix_patterns(pattern), order) for pattern, order in spec]
+    return r"^backbone\.(?:" + re.sub(r"(^|\|)\^", r"\1", spec) + ")"

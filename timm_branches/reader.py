@@ -1,0 +1,372 @@
+"""Reading several taps in one pass of a backbone that is cut down to what the taps need."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from timm_branches.taps import StageInfo, Tap, find_module, stage_table
+
+__all__ = ["TapInfo", "TapReader"]
+
+
+@dataclass(frozen=True)
+class TapInfo:
+    """A resolved tap.
+
+    Attributes:
+        tap: The tap as it was asked for.
+        module: Path of the module whose output it is.
+        channels: Channels C of the map (B, C, H, W).
+        size: Height and width of the map at the model's nominal input size.
+        stride: Input pixels per pixel of the map.
+        stage: The stage, None for a module path.
+    """
+
+    tap: Tap
+    module: str
+    channels: int = 0
+    size: tuple[int, int] = (0, 0)
+    stride: int = 0
+    stage: StageInfo | None = None
+
+
+class _Layout(NamedTuple):
+    """How a module gives its map: ``NCHW``, ``NHWC`` or ``NLC`` (tokens, after ``prefix_tokens`` others)."""
+
+    name: str
+    prefix_tokens: int
+
+
+class _LastTapReached(Exception):
+    """Ends the pass at the last module that is tapped: nothing behind it is needed."""
+
+
+class _Capture:
+    """Forward hook that keeps a module's output while a pass is being read (a class, so that deepcopy follows it)."""
+
+    def __init__(self, reader: "TapReader", key: str):
+        self.reader, self.key = reader, key
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        reader = self.reader
+        # no pass is being read: someone runs the backbone alone, or checkpointing computes it again
+        if reader.captured is None or self.key not in reader.wanted:
+            return
+        reader.captured[self.key] = output.clone() if self.key in reader.copied else output
+        if reader.versions is not None:
+            reader.versions[self.key] = output._version if isinstance(output, torch.Tensor) else 0
+        if self.key == reader.last:
+            raise _LastTapReached
+
+
+class TapReader:
+    """Runs a backbone once, only as deep as needed, and returns its maps at the taps as NCHW.
+
+    Stages are read with timm's ``forward_intermediates``, module paths with forward hooks. Construction prunes
+    the backbone in place: what lies behind the last tap goes, the classifier included.
+
+    Args:
+        backbone: Unpruned timm model.
+        taps: Taps in the order in which their maps shall be returned.
+        input_size: Nominal input (C, H, W), for the sizes of the maps.
+
+    Raises:
+        ValueError: A tap does not exist, is not a map, or is left without a pixel at this input size.
+    """
+
+    def __init__(self, backbone: nn.Module, taps: Sequence[Tap], input_size: tuple[int, int, int]):
+        self.input_size = input_size
+        self.captured: dict[str, torch.Tensor] | None = None
+        self.versions: dict[str, int] | None = None
+        self.wanted: frozenset[str] = frozenset()
+        self.copied: frozenset[str] = frozenset()  # tensors that the network overwrites later, in place
+        self.last: str | None = None
+        self.raw: dict[str, _Layout] = {}  # how hooked modules give their map
+        self.order: dict[str, int] = {}  # in which the hooked modules are run
+        self.within: dict[str, int] = {}  # timm's entry that is computed when a hooked module is run
+        self.table = stage_table(backbone)
+        self.architecture = self.table.backbone
+        self.depth = len(list(backbone.feature_info))  # type: ignore[arg-type]
+        self.taps: list[TapInfo] = []
+        for tap in taps:
+            if tap.module is None:
+                stage = self.table.get(tap.stage)  # type: ignore[arg-type]
+                self.taps.append(TapInfo(tap, stage.module, stage=stage))
+            else:
+                find_module(backbone, tap.module, self.table)
+                self.taps.append(TapInfo(tap, tap.module))
+        try:
+            self._hook(backbone)
+            self._prune(backbone)
+        except (RuntimeError, AssertionError, IndexError) as error:
+            self.captured = self.versions = None
+            raise ValueError(self.explain(backbone, input_size) or str(error)) from error
+        self.versions = None
+        self._measure(backbone)
+
+    # -- reading ---------------------------------------------------------------------------------------------
+
+    def read(self, backbone: nn.Module, x: torch.Tensor, which: Sequence[int] | None = None) -> list[torch.Tensor]:
+        """Maps (B, C, H, W) of the taps numbered ``which`` (all by default) for images x (B, C, H, W)."""
+        which = range(len(self.taps)) if which is None else which
+        if self._hooks_only(which):
+            maps = [_as_map(y, self.raw[info.module], x) for info, y in self._run_hooks(backbone, x, which)]
+        else:
+            maps = [_as_map(y, self.raw[info.module], x) if info.stage is None else y
+                    for info, y in self._run_stages(backbone, x, which)]
+        return [self._finish(self.taps[i], y) for i, y in zip(which, maps, strict=True)]
+
+    def _hooks_only(self, which: Sequence[int]) -> bool:
+        """Whether the last of these taps is a module inside a stage, so that timm's loop does not get to return."""
+        deepest = max((stage.index for i in which if (stage := self.taps[i].stage)), default=-1)
+        return any(self.within[self.taps[i].module] > deepest for i in which if self.taps[i].stage is None)
+
+    def _run_stages(self, backbone: nn.Module, x: torch.Tensor, which: Sequence[int]) -> list:
+        """One call of timm's forward_intermediates gives the stages; hooks on modules fire on the way."""
+        indices = sorted({stage.index for i in which if (stage := self.taps[i].stage)})
+        self.wanted = frozenset(self.taps[i].module for i in which if self.taps[i].stage is None)
+        self.last, self.captured = None, {}
+        maps = backbone.forward_intermediates(  # type: ignore[operator]
+            x, indices=indices, stop_early=True, output_fmt="NCHW", intermediates_only=True)
+        captured, self.captured = self.captured, None
+        by_index = dict(zip(indices, maps, strict=True))
+        return [(info, captured[info.module] if info.stage is None else by_index[info.stage.index])
+                for info in (self.taps[i] for i in which)]
+
+    def _run_hooks(self, backbone: nn.Module, x: torch.Tensor, which: Sequence[int]) -> list:
+        """Hooks give everything, and the last of them ends the pass."""
+        self.wanted = frozenset(self.taps[i].module for i in which)
+        self.last = max(self.wanted, key=lambda path: self.order[path])
+        self.captured = {}
+        try:
+            backbone.forward_intermediates(x, output_fmt="NCHW")  # type: ignore[operator]
+        except _LastTapReached:
+            pass
+        captured, self.captured = self.captured, None
+        return [(info, captured[info.module]) for info in (self.taps[i] for i in which)]
+
+    def _run(self, backbone: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+        """Raw outputs of all taps."""
+        everything = range(len(self.taps))
+        run = self._run_hooks if self._hooks_only(everything) else self._run_stages
+        return [y for _, y in run(backbone, x, everything)]
+
+    def _finish(self, info: TapInfo, y: torch.Tensor) -> torch.Tensor:
+        if info.stage is not None and info.stage.pool:
+            y = F.max_pool2d(y, 2)
+        return y.detach() if info.tap.detach else y
+
+    # -- construction ----------------------------------------------------------------------------------------
+
+    def _hook(self, backbone: nn.Module) -> None:
+        """Hook the tapped modules; find their order, layouts, and which timm entry's computation they are within."""
+        paths = {info.module for info in self.taps if info.stage is None}
+        if not paths:
+            return
+        modules = dict(backbone.named_modules())
+        for key, path in sorted({(info.module, _hooked_path(info, backbone)) for info in self.taps}):
+            if path in modules:
+                modules[path].register_forward_hook(_Capture(self, key))
+        self.wanted = frozenset(info.module for info in self.taps)
+        versions: dict[str, int] = {}
+        for stop in sorted({info.stage.index for info in self.taps if info.stage is not None}):
+            self.captured = {}
+            _dry_run(backbone, self.input_size, lambda m, x, stop=stop: m.forward_intermediates(
+                x, indices=[stop], stop_early=True, output_fmt="NCHW", intermediates_only=True))
+            for path in self.captured:
+                self.within.setdefault(path, stop)
+        self.captured = {}
+        self.versions = versions
+        _dry_run(backbone, self.input_size, lambda m, x: m.forward_intermediates(x, output_fmt="NCHW"))
+        captured, self.captured = self.captured, None
+        for path in captured:
+            self.within.setdefault(path, self.depth)
+            self.order[path] = len(self.order)
+        for info in self.taps:
+            if info.module not in captured:
+                raise ValueError(
+                    f"{self.architecture}: {info.module!r} is not run as a module when features are computed (it "
+                    f"belongs to the classifier, or is called in another way); tap another module.\n{self.table}")
+            self.raw[info.module] = _layout(captured[info.module], self.input_size, backbone, info.module)
+        self.copied = frozenset(path for path, y in captured.items()
+                                if isinstance(y, torch.Tensor) and y._version > versions[path])
+
+    def _prune(self, backbone: nn.Module) -> None:
+        """Remove what no tap needs. timm cuts behind the last stage, autograd tells of everything else."""
+        if self._hooks_only(range(len(self.taps))):
+            backbone.prune_intermediate_layers([self.depth - 1], prune_norm=False, prune_head=True)  # type: ignore
+        else:
+            deepest = max(info.stage.index for info in self.taps if info.stage is not None)
+            backbone.prune_intermediate_layers([deepest], prune_norm=True, prune_head=True)  # type: ignore[operator]
+        unused = _unused_parameters(backbone, self.input_size, self._run)
+        removed = _remove_unused_modules(backbone, unused)
+        if removed:
+            try:
+                _dry_run(backbone, self.input_size, self._run)
+            except Exception:  # the forward pass does need one of them, if only for an attribute: put them back
+                for parent, name, module in removed:
+                    setattr(parent, name, module)
+        for name, parameter in backbone.named_parameters():
+            if name in unused:  # a single tensor that cannot be cut out (a mask token, say) must not be trained
+                parameter.requires_grad_(False)
+
+    def _measure(self, backbone: nn.Module) -> None:
+        """Channels and size of each map at the nominal input size."""
+        try:
+            maps = _dry_run(backbone, self.input_size, self.read)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(self.explain(backbone, self.input_size) or str(error)) from error
+        for i, (info, y) in enumerate(zip(list(self.taps), maps, strict=True)):
+            height, width = int(y.shape[2]), int(y.shape[3])
+            if min(height, width) < 1:
+                raise ValueError(self.explain(backbone, self.input_size))
+            stride = info.stage.stride if info.stage else max(1, round(self.input_size[1] / height))
+            self.taps[i] = replace(info, channels=int(y.shape[1]), size=(height, width), stride=stride)
+
+    def explain(self, backbone: nn.Module, shape: Sequence[int]) -> str | None:
+        """Why images (C, H, W) of this shape cannot be read: a sentence that names the tap; None if they can."""
+        for i in sorted(range(len(self.taps)), key=lambda i: self.taps[i].stage.stride if self.taps[i].stage else 0):
+            info = self.taps[i]
+            try:
+                y, = _dry_run(backbone, shape, lambda m, x, i=i: self.read(m, x, [i]))
+                if min(y.shape[-2:]) < 1:
+                    raise RuntimeError("the map has no pixel left")
+            except Exception as error:
+                reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+                return (f"tap {info.tap.name!r} ({info.module}) of {self.architecture} cannot be computed for input "
+                        f"{_text(shape)}: {reason}. The model was made for input {_text(self.input_size)}; give "
+                        "images that fit, a shallower tap, or img_size=.")
+            finally:
+                self.captured = None
+        return None
+
+
+def _text(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _hooked_path(info: TapInfo, backbone: nn.Module) -> str:
+    """The module to hook for a tap: for VGG's pooled stages timm's entry, one before the pool."""
+    if info.stage is not None and info.stage.pool:
+        return list(backbone.feature_info)[info.stage.index]["module"]  # type: ignore[arg-type]
+    return info.module
+
+
+def _grid(tokens: int, image: Sequence[int], module: str) -> tuple[int, int]:
+    """Height and width of ``tokens`` tokens of an image: the grid whose cells are the most nearly square."""
+    height, width = int(image[0]), int(image[1])
+    tokens = int(tokens)
+    ratio = height / width
+    fits = [(h, tokens // h) for h in range(1, tokens + 1) if tokens % h == 0] if tokens > 0 else []
+    if not fits:
+        raise ValueError(f"the {tokens} tokens of {module!r} are no grid for an image of {height}x{width}")
+    best = min(fits, key=lambda hw: abs(hw[0] / hw[1] - ratio))
+    if not 0.75 < (best[0] / best[1]) / ratio < 1.34:
+        raise ValueError(f"the {tokens} tokens of {module!r} are no grid for an image of {height}x{width}")
+    return best
+
+
+def _layout(y: Any, image: Sequence[int], backbone: nn.Module, module: str) -> _Layout:
+    """Recognise NCHW, NHWC or tokens by the shape; what stays ambiguous is as the backbone says of itself."""
+    if isinstance(y, torch.Tensor) and y.shape[0] == 2 and y.ndim == 4:
+        _, a, b, c = y.shape
+        ratio = image[1] / image[2]
+        first, last = abs(b / max(c, 1) - ratio), abs(a / max(b, 1) - ratio)
+        if min(first, last) < 0.34 * ratio:
+            if abs(first - last) < 1e-9:
+                return _Layout(str(getattr(backbone, "output_fmt", "NCHW")), 0)
+            return _Layout("NCHW" if first < last else "NHWC", 0)
+    if isinstance(y, torch.Tensor) and y.shape[0] == 2 and y.ndim == 3:
+        for count in dict.fromkeys((int(getattr(backbone, "num_prefix_tokens", 0)), 0)):
+            try:
+                _grid(y.shape[1] - count, image[1:], module)
+            except ValueError:
+                continue
+            return _Layout("NLC", count)
+    what = f"shape {tuple(y.shape)} for 2 images" if isinstance(y, torch.Tensor) else type(y).__name__
+    raise ValueError(f"the output of {module!r} ({what}) is not a feature map: tap a module that returns (B, C, H, W), "
+                     "(B, H, W, C) or (B, N, C) with N tokens in a grid.")
+
+
+def _as_map(y: torch.Tensor, layout: _Layout, x: torch.Tensor) -> torch.Tensor:
+    """A module's own output as (B, C, H, W)."""
+    if layout.name == "NLC":
+        height, width = _grid(y.shape[1] - layout.prefix_tokens, x.shape[-2:], "tap")
+        return y[:, layout.prefix_tokens:].transpose(1, 2).reshape(y.shape[0], y.shape[2], height, width)
+    return y.permute(0, 3, 1, 2) if layout.name == "NHWC" else y
+
+
+class _Call(nn.Module):
+    """Makes a module of ``run(backbone, x)``, as functional_call wants one."""
+
+    def __init__(self, backbone: nn.Module, run: Callable):
+        super().__init__()
+        self.backbone, self.run = backbone, run
+
+    def forward(self, x: torch.Tensor):
+        return self.run(self.backbone, x)
+
+
+def _dry_run(backbone: nn.Module, input_size: Sequence[int], run: Callable, parameters: dict | None = None):
+    """``run(backbone, x)`` for two blank images with meta tensors in place of the weights: shapes, no arithmetic."""
+    was_training = [m for m in backbone.modules() if m.training]
+    call = _Call(backbone, run).eval()
+    try:
+        with torch.set_grad_enabled(parameters is not None), torch.random.fork_rng(devices=[]):
+            try:
+                state = {f"backbone.{name}": t.to("meta") for name, t in
+                         (*backbone.named_parameters(), *backbone.named_buffers())}
+                if parameters is not None:
+                    for name, p in backbone.named_parameters():
+                        state[f"backbone.{name}"] = parameters[name] = p.detach().to("meta").requires_grad_()
+                x = torch.empty(2, *input_size, device="meta")
+                return torch.func.functional_call(call, state, (x,))
+            except Exception as error:
+                if "meta" not in str(error).lower():
+                    raise
+                # a few networks look at values (.item()), which meta tensors have not
+                if parameters is not None:
+                    parameters.update(backbone.named_parameters())
+                first = next(backbone.parameters())
+                return call(torch.zeros(2, *input_size, device=first.device, dtype=first.dtype))
+    finally:
+        for m in was_training:
+            m.training = True
+
+
+def _unused_parameters(backbone: nn.Module, input_size: Sequence[int], run: Callable) -> set[str]:
+    """Names of the parameters from which no path of the autograd graph leads to the outputs of ``run``."""
+    parameters: dict[str, torch.Tensor] = {}
+    outputs = _dry_run(backbone, input_size, run, parameters)
+    seen, found = set(), set()
+    stack = [y.grad_fn for y in outputs if y.grad_fn is not None]
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.add(id(node.variable))
+        stack.extend(parent for parent, _ in node.next_functions if parent is not None)
+    return {name for name, p in parameters.items() if id(p) not in found}
+
+
+def _remove_unused_modules(backbone: nn.Module, unused: set[str]) -> list[tuple[nn.Module, str, nn.Module]]:
+    """Put an Identity in place of every topmost module all of whose parameters are unused."""
+    removed = []
+
+    def visit(parent: nn.Module, prefix: str) -> None:
+        for name, child in list(parent.named_children()):
+            names = {f"{prefix}{name}.{n}" for n, _ in child.named_parameters()}
+            if names and names <= unused:
+                removed.append((parent, name, child))
+                setattr(parent, name, nn.Identity())
+            else:
+                visit(child, f"{prefix}{name}.")
+
+    visit(backbone, "")
+    return removed

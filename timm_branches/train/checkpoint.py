@@ -1,0 +1,73 @@
+"""Training checkpoints: nested state (models, optimizer, scaler, schedule) in one safetensors file, without pickle."""
+
+import json
+import os
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from timm_branches.weights import replace_file
+
+__all__ = ["load_state", "save_state"]
+
+_PRODUCER = "timm_branches.checkpoint"
+
+
+def save_state(path: "str | os.PathLike", state: dict) -> None:
+    """Write nested dicts, lists, numbers, strings and tensors to one file, atomically.
+
+    Floats, integer keys and tensors come back bit for bit; tuples come back as lists.
+
+    Raises:
+        TypeError: Something that is none of these.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    skeleton = _encode(state, tensors)
+    metadata = {"producer": _PRODUCER, "state": json.dumps(skeleton)}
+    replace_file(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+
+
+def load_state(path: "str | os.PathLike") -> dict:
+    """Read what :func:`save_state` wrote; tensors are on the CPU.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: A cut or foreign file.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path}: there is no such checkpoint.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("producer") != _PRODUCER:
+                raise ValueError(f"{path} is not a training checkpoint of timm_branches. (To start from a model's "
+                                 "weights, give it as the checkpoint of a new run.)")
+            return _decode(json.loads(metadata["state"]), file)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged: it was cut, or is something else ({error}).") from None
+
+
+def _encode(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    if isinstance(value, torch.Tensor):
+        name = f"t{len(tensors)}"
+        tensors[name] = value.detach().cpu().contiguous().clone()
+        return {"tensor": name}
+    if isinstance(value, dict):  # as pairs: JSON turns integer keys into strings
+        return {"dict": [[_encode(k, tensors), _encode(v, tensors)] for k, v in value.items()]}
+    if isinstance(value, (list, tuple)):
+        return [_encode(v, tensors) for v in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(f"a checkpoint cannot hold {type(value).__name__}: {value!r}")
+
+
+def _decode(value: Any, file: Any) -> Any:
+    if isinstance(value, dict):
+        if "tensor" in value:
+            return file.get_tensor(value["tensor"])
+        return {_decode(k, file): _decode(v, file) for k, v in value["dict"]}
+    if isinstance(value, list):
+        return [_decode(v, file) for v in value]
+    return value

@@ -1,0 +1,126 @@
+"""Settings of a training run, with timm's names, and their command line."""
+
+import argparse
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any
+
+__all__ = ["FitConfig", "add_fit_arguments"]
+
+
+def _setting(default: Any, text: str, **kwargs: Any) -> Any:
+    return field(default=default, metadata={"help": text, **kwargs})
+
+
+@dataclass
+class FitConfig:
+    """What ``fit`` needs to know beside task and data. Names and meanings are those of timm's train.py.
+
+    Raises:
+        ValueError: A value outside its range, or settings that do not go together.
+
+    Example:
+        >>> FitConfig(epochs=3, opt='adamw', lr=1e-3).sched
+        'cosine'
+    """
+
+    output: str = _setting("output", "folder for model, checkpoint, log and plots")
+    epochs: int = _setting(20, "epochs to train")
+    seed: int = _setting(0, "seed of everything random")
+    device: str = _setting("", "cpu, cuda, ...; cuda if there is one")
+    resume: str = _setting("", "checkpoint to continue from, or 'auto' for the one in the output folder if there is one")
+
+    opt: str = _setting("sgd", "timm optimizer")
+    lr: float = _setting(0.05, "learning rate")
+    weight_decay: float = _setting(2e-5, "weight decay")
+    momentum: float = _setting(0.9, "momentum")
+    layer_decay: float | None = _setting(None, "layer-wise learning-rate decay")
+    sched: str = _setting("cosine", "timm scheduler, or 'piecewise' with --lr-steps")
+    lr_steps: str = _setting("", "learning rate from given 0-based epochs on, such as '0:3e-3;41:5e-4' (piecewise)")
+    min_lr: float = _setting(0.0, "lowest learning rate")
+    warmup_epochs: int = _setting(0, "epochs of linear warm-up")
+    warmup_lr: float = _setting(1e-5, "learning rate at the start of warm-up")
+    decay_rate: float = _setting(0.1, "factor of step and multistep schedulers")
+    decay_milestones: str = _setting("", "epochs at which multistep decays, such as '30,60'")
+    grad_accum_steps: int = _setting(1, "batches whose gradients are added up before a step")
+    clip_grad: float | None = _setting(None, "gradient clipping")
+    clip_mode: str = _setting("norm", "norm, value or agc", choices=("norm", "value", "agc"))
+
+    amp: bool = _setting(False, "mixed precision")
+    amp_dtype: str = _setting("bfloat16", "bfloat16 or float16", choices=("bfloat16", "float16"))
+    channels_last: bool = _setting(False, "channels_last memory layout")
+    torchcompile: bool = _setting(False, "compile the model")
+    grad_checkpointing: bool = _setting(False, "recompute the backbone's activations in the backward pass")
+    freeze_backbone: bool = _setting(False, "train the heads only; BatchNorm of the backbone is fixed too")
+    sync_bn: bool = _setting(False, "BatchNorm over all GPUs (DDP)")
+
+    model_ema: bool = _setting(False, "keep a moving average of the weights; it is what is evaluated and saved")
+    model_ema_decay: float = _setting(0.9998, "decay of the moving average")
+    model_ema_warmup: bool = _setting(False, "smaller decay at the start")
+
+    eval_metric: str = _setting("", "metric of the best model; by default the accuracy of the finest level")
+    tensorboard: bool = _setting(False, "log to TensorBoard")
+    wandb: str = _setting("", "log to this wandb project")
+    plots: bool = _setting(True, "draw curves and confusion matrices at the end")
+    progress: bool = _setting(True, "show a progress bar")
+    log_interval: int = _setting(50, "batches between checks for a finite loss on an accelerator")
+
+    def __post_init__(self):
+        positive = ("epochs", "lr", "grad_accum_steps", "log_interval")
+        for name in positive:
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{_flag(name)} must be above 0, got {getattr(self, name)!r}.")
+        for name in ("weight_decay", "min_lr", "warmup_epochs", "clip_grad"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"{_flag(name)} must not be negative, got {value!r}.")
+        if not 0 <= self.model_ema_decay < 1:
+            raise ValueError(f"--model-ema-decay must be in [0, 1), got {self.model_ema_decay!r}.")
+        if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
+            raise ValueError(f"--layer-decay must be in (0, 1], got {self.layer_decay!r}.")
+        if (self.sched == "piecewise") != bool(self.lr_steps):
+            raise ValueError("--sched piecewise and --lr-steps go together: "
+                             f"got --sched {self.sched} and --lr-steps {self.lr_steps!r}.")
+        for name in ("amp_dtype", "clip_mode"):
+            choices = next(f for f in fields(self) if f.name == name).metadata["choices"]
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{_flag(name)} must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
+        self.lr_at()
+
+    def lr_at(self) -> dict[int, float]:
+        """``--lr-steps`` as {first epoch: learning rate}."""
+        if not self.lr_steps:
+            return {}
+        try:
+            pairs = [part.split(":") for part in self.lr_steps.split(";") if part.strip()]
+            steps = {int(epoch): float(lr) for epoch, lr in pairs}
+        except ValueError:
+            raise ValueError(f"--lr-steps {self.lr_steps!r}: write epoch:rate pairs, such as '0:3e-3;41:5e-4'.") from None
+        if 0 not in steps or any(lr <= 0 for lr in steps.values()):
+            raise ValueError(f"--lr-steps {self.lr_steps!r}: epoch 0 must be given and rates be above 0.")
+        return dict(sorted(steps.items()))
+
+    @classmethod
+    def from_args(cls, args: argparse.Namespace) -> "FitConfig":
+        """The settings out of parsed arguments."""
+        return cls(**{f.name: getattr(args, f.name) for f in fields(cls)})
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def add_fit_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add a flag for every setting of :class:`FitConfig`; switches also come as ``--no-...``."""
+    group = parser.add_argument_group("training (timm's names)")
+    types = {"int": int, "float": float, "str": str, "float | None": float, "bool": bool}
+    for f in fields(FitConfig):
+        kind = f.type if isinstance(f.type, str) else getattr(f.type, "__name__", str(f.type))
+        convert = types[kind]
+        assert f.default is not MISSING
+        if convert is bool:
+            group.add_argument(_flag(f.name), action=argparse.BooleanOptionalAction, default=f.default,
+                               help=f.metadata["help"])
+        else:
+            group.add_argument(_flag(f.name), type=convert, default=f.default, choices=f.metadata.get("choices"),
+                               help=f"{f.metadata['help']} (default: {f.default})".replace("%", "%%"),
+                               metavar=None if f.metadata.get("choices") else convert.__name__.upper())

@@ -1,0 +1,423 @@
+"""``fit``: our training loop, made of timm's parts; and ``evaluate``."""
+
+import math
+import random
+import sys
+import time
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
+from timm.task import evaluation_sample_limit
+from timm.utils import NativeScaler, dispatch_clip_grad, distribute_bn
+from tqdm import tqdm
+
+from timm_branches.task import BranchTask, base_model
+from timm_branches.train.checkpoint import load_state, save_state
+from timm_branches.train.config import FitConfig
+from timm_branches.train.log import CsvLog, open_trackers
+from timm_branches.weights import save_model
+
+__all__ = ["FitResult", "PiecewiseLR", "evaluate", "fit", "is_primary", "setup_device"]
+
+
+@dataclass
+class FitResult:
+    """What a run gave.
+
+    Attributes:
+        output: Folder of the run: ``model.safetensors`` (the best), ``last.safetensors`` (to resume), ``log.csv``.
+        history: One dict per epoch, as in ``log.csv``.
+        best_epoch: 0-based epoch of ``model.safetensors``.
+        best: Its metrics.
+        seconds: Time spent in this call.
+    """
+
+    output: Path
+    history: list[dict] = field(default_factory=list)
+    best_epoch: int = -1
+    best: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    @property
+    def model_path(self) -> Path:
+        """The best model's file."""
+        return self.output / "model.safetensors"
+
+
+class PiecewiseLR(Scheduler):
+    """Learning rates given outright: ``{0: 3e-3, 41: 5e-4}`` is 5e-4 from the 0-based epoch 41 on."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, steps: dict[int, float]):
+        super().__init__(optimizer, "lr", initialize=True)
+        self.steps = steps
+        self.update_groups(self._get_lr(0))
+
+    def _get_lr(self, t: int) -> list[float]:
+        rate = next(lr for start, lr in sorted(self.steps.items(), reverse=True) if start <= t)
+        first = self.base_values[0] if self.base_values else 1.0
+        return [rate * value / first for value in self.base_values]
+
+
+def setup_device(device: str = "") -> torch.device:
+    """The device of this process; joins the process group when started by ``torchrun``."""
+    from argparse import Namespace
+
+    from timm.utils import init_distributed_device
+
+    args = Namespace(device=device or ("cuda" if torch.cuda.is_available() else "cpu"), dist_backend=None, dist_url=None)
+    return init_distributed_device(args)
+
+
+def is_primary() -> bool:
+    """Whether this process is the one that writes and prints."""
+    return not _distributed() or dist.get_rank() == 0
+
+
+def _distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+@torch.no_grad()
+def evaluate(task: BranchTask, loader: Iterable, ema: bool = False, amp: Any = nullcontext):
+    """Run a task's evaluator over a loader of (images, labels (N, L)), exactly, over all processes.
+
+    Returns:
+        The evaluator; ``compute()`` has been called with the processes joined, see ``evaluator.metrics``.
+    """
+    model: Any = task.get_eval_model(ema=ema)
+    was_training = model.training
+    model.eval()
+    evaluator = task.create_evaluator(max_samples=evaluation_sample_limit(loader))
+    for images, labels in loader:
+        with amp():
+            output = model(_to(images, task.device, None))
+        evaluator.update(output, labels.to(task.device))
+    model.train(was_training)
+    evaluator.metrics = evaluator.compute(distributed=_distributed())
+    return evaluator
+
+
+def fit(task: BranchTask, train_loader: Any, eval_loader: Any = None, config: FitConfig | None = None,
+        mixup: Callable | None = None, facts: dict | None = None) -> FitResult:
+    """Train a task.
+
+    Args:
+        task: A :class:`BranchTask` or :class:`FlatTask` on the CPU or on its device.
+        train_loader: Loader of (images (B, C, H, W), labels (B, L)); ``set_epoch`` is called if it has one.
+        eval_loader: The same for validation. Without it the last epoch counts as the best.
+        config: Settings.
+        mixup: Mixes a batch, as ``timm_branches.data.HierarchicalMixup``.
+        facts: JSON-safe facts to keep in the model's file (data set, command).
+
+    Returns:
+        A :class:`FitResult`. The folder ``config.output`` holds the files.
+
+    Raises:
+        FloatingPointError: A level's loss became NaN or infinite; the message names level, epoch and batch. The
+            checkpoint of the last good epoch stays.
+        ValueError: A setting that cannot be honoured.
+    """
+    config = config or FitConfig()
+    began = time.monotonic()
+    run = _Run(task, train_loader, eval_loader, config, mixup, facts or {})
+    for epoch in range(run.start_epoch, config.epochs):
+        run.epoch(epoch)
+    run.finish()
+    run.result.seconds = time.monotonic() - began
+    return run.result
+
+
+class _Run:
+    """State of one call of ``fit``."""
+
+    def __init__(self, task: BranchTask, train_loader: Any, eval_loader: Any, config: FitConfig,
+                 mixup: Callable | None, facts: dict):
+        self.task, self.loader, self.eval_loader = task, train_loader, eval_loader
+        self.config, self.mixup, self.facts = config, mixup, facts
+        self.primary = is_primary()
+        self.device = _device(config.device)
+        self.rank = dist.get_rank() if _distributed() else 0
+        if len(train_loader) == 0:
+            raise ValueError("the training loader has no batch: the data set is smaller than a batch.")
+        self.memory_format = torch.channels_last if config.channels_last else None
+        self._prepare()
+        self.updates_per_epoch = math.ceil(len(train_loader) / config.grad_accum_steps)
+        self.scheduler = _scheduler(self.optimizer, config, self.updates_per_epoch)
+        self.metric = config.eval_metric or f"{task.level_names[-1]}_top1"
+        names = task.create_evaluator().metric_names
+        if self.metric not in names:
+            raise ValueError(f"--eval-metric {self.metric!r}: choose one of {', '.join(names)}.")
+        if config.eval_metric and eval_loader is None:
+            raise ValueError("--eval-metric has no effect without evaluation data.")
+        self.result = FitResult(Path(config.output))
+        self.start_epoch, self.updates = 0, 0
+        self._resume()
+        self.log = CsvLog(self.result.output / "log.csv", keep_until_epoch=self.start_epoch) if self.primary else None
+        self.result.history = self.log.read() if self.log else []
+        self.trackers = open_trackers(config.tensorboard, config.wandb or None, str(self.result.output),
+                                      asdict(config)) if self.primary else None
+        interactive = sys.stderr.isatty()
+        self.bar = tqdm(total=config.epochs * len(train_loader), initial=self.start_epoch * len(train_loader),
+                        unit="batch", dynamic_ncols=True, mininterval=0.5 if interactive else 30,
+                        disable=not (config.progress and self.primary))
+
+    def _prepare(self) -> None:
+        """Model on its device, optimizer, averaging, compilation, DDP: in timm's order."""
+        config, task = self.config, self.task
+        model = base_model(task)
+        if config.freeze_backbone:
+            model.freeze()
+        if config.grad_checkpointing:
+            model.set_grad_checkpointing(True)
+        if config.sync_bn:
+            if not _distributed() or self.device.type == "cpu":
+                raise ValueError("--sync-bn has no effect without several GPUs (torchrun).")
+            from timm.layers import convert_sync_batchnorm
+            task.trainable_module = convert_sync_batchnorm(model)
+        task.to(device=self.device)
+        if self.memory_format:
+            model.to(memory_format=self.memory_format)
+        self.optimizer = create_optimizer_v2(
+            model, opt=config.opt, lr=config.lr_at().get(0, config.lr), weight_decay=config.weight_decay,
+            momentum=config.momentum, layer_decay=config.layer_decay)
+        self.scaler = NativeScaler(device=self.device.type) if config.amp and config.amp_dtype == "float16" else None
+        if config.model_ema:
+            task.setup_ema(decay=config.model_ema_decay, use_warmup=config.model_ema_warmup)
+        if config.torchcompile:
+            task.compile()
+        if _distributed() and not task.distributed:
+            task.prepare_distributed(device_ids=[self.device] if self.device.type == "cuda" else None)
+
+    def amp(self):
+        """Autocast, or nothing."""
+        if not self.config.amp:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=getattr(torch, self.config.amp_dtype))
+
+    # -- checkpoints -----------------------------------------------------------------------------------------
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.result.output / "last.safetensors"
+
+    def _resume(self) -> None:
+        path = self.config.resume
+        if path == "auto":
+            path = str(self.checkpoint) if self.checkpoint.exists() else ""
+        if not path:
+            return
+        state = load_state(path)
+        asked = self.task.schedule
+        missing = [key for key in ("state_dict", "optimizer", "epoch") if key not in state]
+        if missing or (self.config.model_ema and "state_dict_ema" not in state):
+            raise ValueError(f"--resume {path}: the checkpoint lacks {', '.join(missing or ['the moving average'])}.")
+        try:
+            self.task.load_checkpoint_state(state["state_dict"], state.get("task_state"))
+            if self.config.model_ema:
+                self.task.load_checkpoint_state(state["state_dict_ema"], ema=True)
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f"--resume {path} is of another model or optimizer: {error}") from error
+        if self.task.schedule != asked and self.primary:
+            tqdm.write(f"The checkpoint's loss-weight schedule is used, not the one asked for:\n{self.task.schedule}")
+        if self.scaler and "scaler" in state:
+            self.scaler.load_state_dict(state["scaler"])
+        self.start_epoch, self.updates = state["epoch"] + 1, state["updates"]
+        self.result.best_epoch, self.result.best = state["best_epoch"], dict(state["best"])
+        if self.start_epoch >= self.config.epochs:
+            raise ValueError(f"--resume {path} is of epoch {state['epoch']} (0-based): nothing is left of "
+                             f"--epochs {self.config.epochs}.")
+
+    def _save(self, epoch: int) -> None:
+        state = {"epoch": epoch, "updates": self.updates, "optimizer": self.optimizer.state_dict(),
+                 "best_epoch": self.result.best_epoch, "best": dict(self.result.best),
+                 "config": asdict(self.config), **self.task.get_checkpoint_state()}
+        if self.task.has_ema():
+            state.update(self.task.get_checkpoint_state(ema=True))
+        if self.scaler:
+            state["scaler"] = self.scaler.state_dict()
+        save_state(self.checkpoint, state)
+
+    # -- one epoch -------------------------------------------------------------------------------------------
+
+    def epoch(self, epoch: int) -> None:
+        """Train, evaluate, log and save one epoch."""
+        began = time.monotonic()
+        # everything random in this epoch follows from (seed, epoch, rank): a resumed run needs no generator's state
+        _seed(self.config.seed, epoch, self.rank)
+        self.task.set_epoch(epoch)
+        if hasattr(self.loader, "set_epoch"):
+            self.loader.set_epoch(epoch)
+        if self.scheduler:
+            self.scheduler.step(epoch)
+        rate = max(group["lr"] for group in self.optimizer.param_groups)
+        losses, count = self._train(epoch)
+        seconds = time.monotonic() - began
+        row: dict[str, Any] = {"epoch": epoch, "lr": rate, **losses}
+        if _distributed():
+            distribute_bn(self.task.get_trainable_module(), dist.get_world_size(), reduce=True)
+        metrics: dict[str, float] = {}
+        if self.eval_loader is not None:
+            self.evaluator = evaluate(self.task, self.eval_loader, ema=self.task.has_ema(), amp=self.amp)
+            metrics = dict(self.evaluator.metrics)
+        row |= {f"eval_{key}": value for key, value in metrics.items()}
+        row |= {f"weight_{name}": w for name, w in zip(self.task.names, self.task.weights, strict=True)}
+        row |= {"seconds": round(seconds, 3), "images_per_second": round(count / seconds, 1)}
+        better = not metrics or self.result.best_epoch < 0 or not metrics[self.metric] <= self.result.best[self.metric]
+        if better:
+            self.result.best_epoch, self.result.best = epoch, metrics
+        if self.primary:
+            assert self.log is not None and self.trackers is not None
+            if better:
+                save_model(base_model(self.task, ema=self.task.has_ema()), self.result.model_path,
+                           extra={"epoch": epoch, "metrics": metrics, **self.facts})
+            self.log.append(row)
+            self.trackers.log(row, epoch)
+            self._save(epoch)
+            if self.config.progress:
+                tqdm.write(_line(row, self.config.epochs))
+        self.result.history.append(row)
+
+    def _train(self, epoch: int) -> tuple[dict[str, float], int]:
+        config, task = self.config, self.task
+        task.train()
+        batches = len(self.loader)
+        accumulate = config.grad_accum_steps
+        check_every = 1 if self.device.type == "cpu" else config.log_interval
+        sums: dict[str, torch.Tensor] = {}
+        pending: list[tuple[int, dict[str, torch.Tensor]]] = []
+        count = 0
+        self.optimizer.zero_grad()
+        self.bar.set_description(f"epoch {epoch + 1}/{config.epochs}")
+        for index, (images, labels) in enumerate(self.loader):
+            images = _to(images, self.device, self.memory_format)
+            labels = labels.to(self.device, non_blocking=True)
+            count += images.shape[0] * (dist.get_world_size() if _distributed() else 1)
+            if self.mixup is not None:
+                images, labels = self.mixup(images, labels)
+            last_of_group = (index + 1) % accumulate == 0 or index + 1 == batches
+            group = accumulate if index < batches - batches % accumulate else batches % accumulate
+            with nullcontext() if last_of_group else task.no_sync():
+                with self.amp():
+                    result = task(images, labels)
+                values = {name: loss.detach() for name, loss in result["losses"].items()}
+                pending.append((index, values))
+                if len(pending) >= check_every or index + 1 == batches:
+                    _check_finite(pending, epoch)
+                    pending.clear()
+                self._backward(result["loss"] / group, last_of_group)
+            for name, value in {"train_loss": result["loss"].detach(),
+                                **{f"train_loss_{k}": v for k, v in values.items()}}.items():
+                sums[name] = sums[name] + value if name in sums else value
+            if last_of_group:
+                self.optimizer.zero_grad()
+                self.updates += 1
+                task.update_ema(step=self.updates)
+                if self.scheduler:
+                    self.scheduler.step_update(self.updates)
+            self.bar.update()
+        totals = {name: total.double() / batches for name, total in sums.items()}
+        if _distributed():
+            for total in totals.values():
+                dist.all_reduce(total)
+        world = dist.get_world_size() if _distributed() else 1
+        return {name: float(total) / world for name, total in totals.items()}, count
+
+    def _backward(self, loss: torch.Tensor, step: bool) -> None:
+        config = self.config
+        parameters = list(self.task.get_clip_parameters(exclude_head=config.clip_mode == "agc"))
+        if self.scaler:
+            self.scaler(loss, self.optimizer, clip_grad=config.clip_grad, clip_mode=config.clip_mode,
+                        parameters=parameters, need_update=step)
+            return
+        loss.backward()
+        if step:
+            if config.clip_grad is not None:
+                dispatch_clip_grad(parameters, config.clip_grad, mode=config.clip_mode)
+            self.optimizer.step()
+
+    def finish(self) -> None:
+        """Close logs and draw the plots."""
+        self.bar.close()
+        if not self.primary:
+            return
+        assert self.trackers is not None
+        self.trackers.close()
+        if not self.config.plots:
+            return
+        try:
+            from timm_branches.train.plots import plot_confusion, plot_history
+            plot_history(self.result.history, self.result.output / "history.png")
+        except ImportError:
+            tqdm.write("No plots: matplotlib is not installed (pip install 'timm_branches[recipes]').")
+            return
+        if self.eval_loader is None:
+            return
+        names = self.task.taxonomy.classes if self.task.taxonomy else \
+            [[str(i) for i in range(k)] for k in self.task.level_classes]
+        for level, matrix, classes in zip(self.task.level_names, self.evaluator.confusion_matrices(), names, strict=True):
+            safe = "".join(c if c.isalnum() or c in "-_" else "_" for c in level)
+            plot_confusion(matrix, list(classes), self.result.output / f"confusion_{safe}.png",
+                           title=f"{level}: last epoch, validation")
+
+
+def _device(name: str) -> torch.device:
+    if name:
+        return torch.device(name)
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def _to(images: torch.Tensor, device: torch.device, memory_format: Any) -> torch.Tensor:
+    if memory_format is None:
+        return images.to(device, non_blocking=True)
+    return images.to(device, non_blocking=True, memory_format=memory_format)
+
+
+def _seed(seed: int, epoch: int, rank: int) -> None:
+    state = np.random.SeedSequence([seed, epoch, rank]).generate_state(3)
+    random.seed(int(state[0]))
+    np.random.seed(int(state[1]))  # timm's Mixup draws from numpy's global generator
+    torch.manual_seed(int(state[2]))
+
+
+def _scheduler(optimizer: torch.optim.Optimizer, config: FitConfig, updates_per_epoch: int) -> Scheduler | None:
+    if config.sched == "piecewise":
+        return PiecewiseLR(optimizer, config.lr_at())
+    milestones = [int(e) for e in config.decay_milestones.split(",") if e.strip()]
+    if (config.sched == "multistep") != bool(milestones):
+        raise ValueError("--sched multistep and --decay-milestones go together.")
+    scheduler, _ = create_scheduler_v2(
+        optimizer, sched=config.sched, num_epochs=config.epochs, min_lr=config.min_lr, decay_rate=config.decay_rate,
+        warmup_epochs=config.warmup_epochs, warmup_lr=config.warmup_lr, decay_milestones=milestones,
+        step_on_epochs=False, updates_per_epoch=updates_per_epoch)
+    return scheduler
+
+
+def _check_finite(pending: list[tuple[int, dict[str, torch.Tensor]]], epoch: int) -> None:
+    names = [(index, name) for index, values in pending for name in values]
+    values = torch.stack([v.float() for _, levels in pending for v in levels.values()])
+    bad = (~values.isfinite()).nonzero()
+    if len(bad):
+        index, name = names[int(bad[0])]
+        raise FloatingPointError(
+            f"The loss of level {name!r} became {float(values[int(bad[0])])} in batch {index} of epoch {epoch} (both "
+            "counted from 0). Training stops; the files of the last good epoch stay. A smaller --lr, --clip-grad 1, "
+            "or --amp-dtype bfloat16 instead of float16 help most often.")
+
+
+def _line(row: dict, epochs: int) -> str:
+    parts = [f"epoch {row['epoch'] + 1}/{epochs}", f"loss {row['train_loss']:.4f}"]
+    parts += [f"{k.removeprefix('eval_').removesuffix('_top1')} {v:.2f}" for k, v in row.items()
+              if k.startswith("eval_") and k != "eval_loss"]
+    return "  ".join([*parts, f"lr {row['lr']:.2g}", f"{row['images_per_second']:.0f} img/s"])

@@ -1,0 +1,218 @@
+"""Model files: everything that rebuilds a branch model in one ``model.safetensors``, or in the Hub's layout.
+
+No pickle is ever read for weights. Writes are atomic: a kill at any moment leaves the old file or the new one.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from timm_branches.hierarchy import Taxonomy
+from timm_branches.model import BranchModel
+
+__all__ = ["load_model", "load_weights", "read_metadata", "replace_file", "save_model", "save_pretrained"]
+
+_FORMAT = "timm_branches"
+_VERSION = 1
+_PREPROCESSING = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")
+
+
+def save_model(model: BranchModel, path: "str | os.PathLike", extra: dict | None = None) -> Path:
+    """Write a model to one safetensors file with everything needed to rebuild it.
+
+    Args:
+        model: Made by ``create_branch_model``.
+        path: File to write, by convention ``model.safetensors``.
+        extra: JSON-safe facts to keep with it (results, the command that trained it).
+
+    Returns:
+        The path written.
+
+    Raises:
+        ValueError: The model was made with an option that JSON cannot hold (a class or a function).
+
+    Example:
+        >>> path = save_model(model, 'output/model.safetensors')   # doctest: +SKIP
+        >>> model = load_model(path)                               # doctest: +SKIP
+    """
+    path = Path(path)
+    tensors, tied = _tensors(model)
+    metadata = {
+        "format": "pt",  # what other readers of safetensors look for
+        "producer": _FORMAT,
+        "version": str(_VERSION),
+        "config": json.dumps(_config(model)),
+        "tied": json.dumps(tied),
+        "sha256": _digest(tensors),
+        "extra": json.dumps(extra or {}),
+    }
+    replace_file(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+    return path
+
+
+def load_model(path: "str | os.PathLike", map_location: "str | torch.device" = "cpu") -> BranchModel:
+    """Rebuild a model from its file, or from a folder in the Hub's layout, in eval mode.
+
+    Args:
+        path: A file that :func:`save_model` wrote or a folder that :func:`save_pretrained` wrote.
+        map_location: Device to put the model on.
+
+    Raises:
+        FileNotFoundError: Nothing there.
+        ValueError: A damaged or foreign file, or weights that do not fit its own description.
+    """
+    from timm_branches.factory import create_branch_model
+
+    path = Path(path)
+    config_file = None
+    if path.is_dir():
+        path, config_file = path / "model.safetensors", path / "config.json"
+    metadata = read_metadata(path)
+    if metadata is None:
+        raise ValueError(f"{path} is a safetensors file but not one of timm_branches (it does not say how its model "
+                         "is built). Plain timm weights go into create_branch_model(..., checkpoint_path=).")
+    try:
+        config = json.loads(config_file.read_text()) if config_file and config_file.exists() else \
+            json.loads(metadata["config"])
+        arguments, pretrained_cfg = dict(config["model"]), config["pretrained_cfg"]
+        if arguments.get("taxonomy") is not None:
+            arguments["taxonomy"] = Taxonomy.from_dict(arguments["taxonomy"])
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{config_file or path}: the description of the model is damaged ({error!r}).") from error
+    model = create_branch_model(**arguments)
+    model.pretrained_cfg.update({k: tuple(v) if isinstance(v, list) else v for k, v in pretrained_cfg.items()})
+    load_weights(model, path)
+    return model.to(map_location).eval()
+
+
+def save_pretrained(model: BranchModel, folder: "str | os.PathLike", extra: dict | None = None) -> Path:
+    """Write a folder in the Hugging Face Hub's layout: ``config.json`` and ``model.safetensors``."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_model(model, folder / "model.safetensors", extra)
+    text = json.dumps({"library_name": _FORMAT, **_config(model)}, indent=2) + "\n"
+    replace_file(folder / "config.json", lambda temporary: Path(temporary).write_text(text))
+    return folder
+
+
+def load_weights(model: BranchModel, path: "str | os.PathLike") -> None:
+    """Load a file's weights into a model that is built like it. The model changes only if everything fits.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: A damaged or foreign file, missing or unexpected tensors, other shapes.
+    """
+    metadata = read_metadata(path)
+    if metadata is None:
+        raise ValueError(f"{path} is not a file of timm_branches.")
+    tensors = _read(path)
+    if _digest(tensors) != metadata.get("sha256"):
+        raise ValueError(f"{path} is damaged: its weights are not those that were saved (the checksum differs).")
+    for alias, name in json.loads(metadata.get("tied", "{}")).items():
+        tensors[alias] = tensors[name]
+    own = model.state_dict()
+    missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    shapes = [f"{k}: {tuple(tensors[k].shape)} in the file, {tuple(own[k].shape)} in the model"
+              for k in own.keys() & tensors.keys() if tensors[k].shape != own[k].shape]
+    if missing or unexpected or shapes:
+        raise ValueError(f"{path} does not fit this model: {len(missing)} tensors missing {missing[:3]}, "
+                         f"{len(unexpected)} unexpected {unexpected[:3]}, {len(shapes)} of another shape {shapes[:3]}.")
+    types = {k: tensors[k].dtype for k in own if own[k].is_floating_point() and own[k].dtype != tensors[k].dtype}
+    if types and len(set(types.values())) == 1 and len(types) == sum(t.is_floating_point() for t in own.values()):
+        model.to(dtype=next(iter(types.values())))  # a model saved in bf16 comes back in bf16
+    model.load_state_dict(tensors, strict=True)
+
+
+def read_metadata(path: "str | os.PathLike") -> dict[str, str] | None:
+    """What a file says of itself; None for a safetensors file of another producer.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: Not a whole safetensors file, or one of a later version of timm_branches.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path}: there is no such file.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a whole safetensors file: it was cut, or is something else ({error}).") from None
+    if metadata.get("producer") != _FORMAT:
+        return None
+    if int(metadata.get("version", 0)) > _VERSION:
+        raise ValueError(f"{path} was written by a later timm_branches (format {metadata['version']}, "
+                         f"this one reads {_VERSION}): please upgrade.")
+    return metadata
+
+
+def replace_file(path: "str | os.PathLike", write: Any) -> None:
+    """Call ``write(temporary)``, then put that file in the place of ``path`` at once, with ordinary permissions."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    os.close(handle)
+    try:
+        write(temporary)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())  # the data must be on the disk before the name points to it
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _tensors(model: BranchModel) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Contiguous copies of all tensors, each shared one once, and which names are aliases of which."""
+    tensors: dict[str, torch.Tensor] = {}
+    tied: dict[str, str] = {}
+    first: dict[tuple, str] = {}
+    for name, tensor in model.state_dict().items():
+        tensor = tensor.detach()
+        key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        if tensor.numel() and key in first:
+            tied[name] = first[key]
+            continue
+        first[key] = name
+        tensor = tensor.cpu().contiguous()
+        # a view must not drag its neighbours' storage into the file
+        whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+        tensors[name] = tensor if whole else tensor.clone()
+    return tensors, tied
+
+
+def _digest(tensors: dict[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
+
+def _read(path: "str | os.PathLike") -> dict[str, torch.Tensor]:
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def _config(model: BranchModel) -> dict:
+    arguments = dict(model.config)
+    if arguments.get("taxonomy") is not None:
+        arguments["taxonomy"] = arguments["taxonomy"].to_dict()
+    for key, value in arguments.items():
+        try:
+            json.dumps(value)
+        except TypeError:
+            raise ValueError(f"the model was made with {key}={value!r}, which a file cannot hold: use a name that timm "
+                             "knows (a string or a number) instead.") from None
+    cfg = {k: model.pretrained_cfg[k] for k in _PREPROCESSING if k in model.pretrained_cfg}
+    return {"model": arguments, "pretrained_cfg": cfg}
