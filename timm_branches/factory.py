@@ -173,7 +173,7 @@ def _load_backbone(backbone: nn.Module, path: str) -> None:
     if not os.path.isfile(path):
         raise FileNotFoundError(f"checkpoint_path={path!r}: there is no such file.")
     if path.lower().endswith((".npz", ".npy")):
-        backbone.load_pretrained(path)  # type: ignore[operator]
+        backbone.load_pretrained(path)  # type: ignore[operator,union-attr]
         return
     state = load_state_dict(path)
     state = {key.removeprefix("backbone."): value for key, value in state.items() if not key.startswith("heads.")}

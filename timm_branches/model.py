@@ -123,8 +123,13 @@ class BranchModel(nn.Module):
             raise ValueError(reason) from error
 
     def _deepest(self) -> int:
-        return max(range(len(self.taps)), key=lambda i: (self.taps[i].stage.index + 1 if self.taps[i].stage else
-                                                         self.reader.within[self.taps[i].module]))
+        def depth(i: int) -> tuple[int, bool, int]:
+            info, reader = self.taps[i], self.reader
+            if info.stage is not None:
+                return info.stage.index + 1, False, 0
+            return reader.within[info.module], True, reader.order[info.module]
+
+        return max(range(len(self.taps)), key=depth)
 
     # -- freezing --------------------------------------------------------------------------------------------
 
@@ -169,7 +174,7 @@ class BranchModel(nn.Module):
     @property
     def feature_info(self) -> list[dict]:
         """timm's description of the maps at the taps, with module paths below ``backbone.``."""
-        return [dict(num_chs=t.channels, reduction=t.stride, module=f"backbone.{t.module}", stage=t.tap.stage)
+        return [{"num_chs": t.channels, "reduction": t.stride, "module": f"backbone.{t.module}", "stage": t.tap.stage}
                 for t in self.taps]
 
     def get_classifier(self) -> nn.ModuleDict:

@@ -1,6 +1,7 @@
 """Reading several taps in one pass of a backbone that is cut down to what the taps need."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -59,6 +60,7 @@ class _Capture:
         reader.captured[self.key] = output.clone() if self.key in reader.copied else output
         if reader.versions is not None:
             reader.versions[self.key] = output._version if isinstance(output, torch.Tensor) else 0
+            reader.calls[self.key] = reader.calls.get(self.key, 0) + 1
         if self.key == reader.last:
             raise _LastTapReached
 
@@ -87,6 +89,7 @@ class TapReader:
         self.last: str | None = None
         self.raw: dict[str, _Layout] = {}  # how hooked modules give their map
         self.order: dict[str, int] = {}  # in which the hooked modules are run
+        self.calls: dict[str, int] = {}  # how often each of them is run in a pass
         self.within: dict[str, int] = {}  # timm's entry that is computed when a hooked module is run
         self.table = stage_table(backbone)
         self.architecture = self.table.backbone
@@ -191,6 +194,10 @@ class TapReader:
                 raise ValueError(
                     f"{self.architecture}: {info.module!r} is not run as a module when features are computed (it "
                     f"belongs to the classifier, or is called in another way); tap another module.\n{self.table}")
+            if info.stage is None and self.calls[info.module] > 1:
+                raise ValueError(
+                    f"{self.architecture}: {info.module!r} is run {self.calls[info.module]} times in one pass: "
+                    f"which of its maps is meant is not clear; tap another module.\n{self.table}")
             self.raw[info.module] = _layout(captured[info.module], self.input_size, backbone, info.module)
         self.copied = frozenset(path for path, y in captured.items()
                                 if isinstance(y, torch.Tensor) and y._version > versions[path])
@@ -200,8 +207,8 @@ class TapReader:
         if self._hooks_only(range(len(self.taps))):
             backbone.prune_intermediate_layers([self.depth - 1], prune_norm=False, prune_head=True)  # type: ignore
         else:
-            deepest = max(info.stage.index for info in self.taps if info.stage is not None)
-            backbone.prune_intermediate_layers([deepest], prune_norm=True, prune_head=True)  # type: ignore[operator]
+            indices = sorted({info.stage.index for info in self.taps if info.stage is not None})
+            backbone.prune_intermediate_layers(indices, prune_norm=True, prune_head=True)  # type: ignore[operator]
         unused = _unused_parameters(backbone, self.input_size, self._run)
         removed = _remove_unused_modules(backbone, unused)
         if removed:
@@ -210,6 +217,8 @@ class TapReader:
             except Exception:  # the forward pass does need one of them, if only for an attribute: put them back
                 for parent, name, module in removed:
                     setattr(parent, name, module)
+        if any(info.tap.detach for info in self.taps):  # what only detached taps read is run but not trained
+            unused = _unused_parameters(backbone, self.input_size, self.read)
         for name, parameter in backbone.named_parameters():
             if name in unused:  # a single tensor that cannot be cut out (a mask token, say) must not be trained
                 parameter.requires_grad_(False)
@@ -281,12 +290,15 @@ def _layout(y: Any, image: Sequence[int], backbone: nn.Module, module: str) -> _
                 return _Layout(str(getattr(backbone, "output_fmt", "NCHW")), 0)
             return _Layout("NCHW" if first < last else "NHWC", 0)
     if isinstance(y, torch.Tensor) and y.shape[0] == 2 and y.ndim == 3:
-        for count in dict.fromkeys((int(getattr(backbone, "num_prefix_tokens", 0)), 0)):
+        ratio, fits = image[1] / image[2], {}
+        for count in (int(getattr(backbone, "num_prefix_tokens", 0)), 0):
             try:
-                _grid(y.shape[1] - count, image[1:], module)
+                height, width = _grid(y.shape[1] - count, image[1:], module)
             except ValueError:
                 continue
-            return _Layout("NLC", count)
+            fits.setdefault(abs(height / width - ratio), count)
+        if fits:  # CaiT's blocks lack the class token it speaks of: the better grid tells
+            return _Layout("NLC", fits[min(fits)])
     what = f"shape {tuple(y.shape)} for 2 images" if isinstance(y, torch.Tensor) else type(y).__name__
     raise ValueError(f"the output of {module!r} ({what}) is not a feature map: tap a module that returns (B, C, H, W), "
                      "(B, H, W, C) or (B, N, C) with N tokens in a grid.")
@@ -300,39 +312,52 @@ def _as_map(y: torch.Tensor, layout: _Layout, x: torch.Tensor) -> torch.Tensor:
     return y.permute(0, 3, 1, 2) if layout.name == "NHWC" else y
 
 
-class _Call(nn.Module):
-    """Makes a module of ``run(backbone, x)``, as functional_call wants one."""
+@contextmanager
+def _meta_weights(backbone: nn.Module, requires_grad: bool) -> Iterator[dict[int, torch.Tensor]]:
+    """Meta tensors in place of a backbone's tensors, by the id of each.
 
-    def __init__(self, backbone: nn.Module, run: Callable):
-        super().__init__()
-        self.backbone, self.run = backbone, run
-
-    def forward(self, x: torch.Tensor):
-        return self.run(self.backbone, x)
+    Not functional_call, which leaves its tensors behind in modules that are reached by two paths (CoaT's).
+    """
+    meta: dict[int, torch.Tensor] = {}
+    held: list[tuple[dict, str, torch.Tensor]] = []
+    try:
+        for module in backbone.modules():
+            stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+            for tensors in stores:
+                for name, tensor in list(tensors.items()):
+                    if tensor is None:
+                        continue
+                    if id(tensor) not in meta:
+                        meta[id(tensor)] = tensor.detach().to("meta").requires_grad_(
+                            requires_grad and isinstance(tensor, nn.Parameter))
+                    held.append((tensors, name, tensor))
+                    tensors[name] = meta[id(tensor)]
+        yield meta
+    finally:
+        for tensors, name, tensor in held:
+            tensors[name] = tensor
 
 
 def _dry_run(backbone: nn.Module, input_size: Sequence[int], run: Callable, parameters: dict | None = None):
     """``run(backbone, x)`` for two blank images with meta tensors in place of the weights: shapes, no arithmetic."""
+    own = dict(backbone.named_parameters())
     was_training = [m for m in backbone.modules() if m.training]
-    call = _Call(backbone, run).eval()
+    backbone.eval()
     try:
         with torch.set_grad_enabled(parameters is not None), torch.random.fork_rng(devices=[]):
             try:
-                state = {f"backbone.{name}": t.to("meta") for name, t in
-                         (*backbone.named_parameters(), *backbone.named_buffers())}
-                if parameters is not None:
-                    for name, p in backbone.named_parameters():
-                        state[f"backbone.{name}"] = parameters[name] = p.detach().to("meta").requires_grad_()
-                x = torch.empty(2, *input_size, device="meta")
-                return torch.func.functional_call(call, state, (x,))
+                with _meta_weights(backbone, parameters is not None) as meta:
+                    if parameters is not None:
+                        parameters.update((name, meta[id(p)]) for name, p in own.items())
+                    return run(backbone, torch.empty(2, *input_size, device="meta"))
             except Exception as error:
                 if "meta" not in str(error).lower():
                     raise
                 # a few networks look at values (.item()), which meta tensors have not
                 if parameters is not None:
-                    parameters.update(backbone.named_parameters())
+                    parameters.update(own)
                 first = next(backbone.parameters())
-                return call(torch.zeros(2, *input_size, device=first.device, dtype=first.dtype))
+                return run(backbone, torch.zeros(2, *input_size, device=first.device, dtype=first.dtype))
     finally:
         for m in was_training:
             m.training = True

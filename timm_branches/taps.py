@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from timm.models import create_model
+from timm.models.crossvit import CrossVit
 from timm.models.vgg import VGG
 from torch import nn
 
@@ -161,9 +162,11 @@ def stage_table(backbone: nn.Module) -> TapTable:
     if len(set(strides)) >= 3 or all(a < b for a, b in zip(strides, strides[1:], strict=False)):
         first = 6 - len(entries)
         return TapTable(name, [row(first + i, i) for i in range(len(entries)) if first + i >= 0])
-    depth = len(entries)
+    # CrossViT lists its fine branch, then its coarse one: its depth is that of the latter
+    first = len(entries) - backbone.num_feature_blocks if isinstance(backbone, CrossVit) else 0
+    depth = len(entries) - first
     at = {1: 0} | {k: math.ceil((k - 1) * depth / 4) - 1 for k in range(2, 6)}
-    return TapTable(name, [row(stage, index) for stage, index in at.items()])
+    return TapTable(name, [row(stage, first + index) for stage, index in at.items()])
 
 
 def list_taps(model: str | nn.Module, **kwargs) -> TapTable:
@@ -181,12 +184,12 @@ def list_taps(model: str | nn.Module, **kwargs) -> TapTable:
 
     Example:
         >>> print(list_taps('resnet50'))
-        stage  module   channels  stride
-        1      act1     64        2
-        2      layer1   256       4
-        3      layer2   512       8
-        4      layer3   1024      16
-        5      layer4   2048      32
+        stage  module  channels  stride
+        1      act1    64        2
+        2      layer1  256       4
+        3      layer2  512       8
+        4      layer3  1024      16
+        5      layer4  2048      32
     """
     if isinstance(model, str):
         check_name(model)

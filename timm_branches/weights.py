@@ -50,9 +50,9 @@ def save_model(model: BranchModel, path: "str | os.PathLike", extra: dict | None
         "version": str(_VERSION),
         "config": json.dumps(_config(model)),
         "tied": json.dumps(tied),
-        "sha256": _digest(tensors),
         "extra": json.dumps(extra or {}),
     }
+    metadata["sha256"] = _digest(tensors, metadata)
     replace_file(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
     return path
 
@@ -74,10 +74,7 @@ def load_model(path: "str | os.PathLike", map_location: "str | torch.device" = "
     config_file = None
     if path.is_dir():
         path, config_file = path / "model.safetensors", path / "config.json"
-    metadata = read_metadata(path)
-    if metadata is None:
-        raise ValueError(f"{path} is a safetensors file but not one of timm_branches (it does not say how its model "
-                         "is built). Plain timm weights go into create_branch_model(..., checkpoint_path=).")
+    metadata, tensors = _read(path)
     try:
         config = json.loads(config_file.read_text()) if config_file and config_file.exists() else \
             json.loads(metadata["config"])
@@ -88,7 +85,7 @@ def load_model(path: "str | os.PathLike", map_location: "str | torch.device" = "
         raise ValueError(f"{config_file or path}: the description of the model is damaged ({error!r}).") from error
     model = create_branch_model(**arguments)
     model.pretrained_cfg.update({k: tuple(v) if isinstance(v, list) else v for k, v in pretrained_cfg.items()})
-    load_weights(model, path)
+    _fill(model, tensors, path)
     return model.to(map_location).eval()
 
 
@@ -109,14 +106,11 @@ def load_weights(model: BranchModel, path: "str | os.PathLike") -> None:
         FileNotFoundError: No such file.
         ValueError: A damaged or foreign file, missing or unexpected tensors, other shapes.
     """
-    metadata = read_metadata(path)
-    if metadata is None:
-        raise ValueError(f"{path} is not a file of timm_branches.")
-    tensors = _read(path)
-    if _digest(tensors) != metadata.get("sha256"):
-        raise ValueError(f"{path} is damaged: its weights are not those that were saved (the checksum differs).")
-    for alias, name in json.loads(metadata.get("tied", "{}")).items():
-        tensors[alias] = tensors[name]
+    _fill(model, _read(path)[1], path)
+
+
+def _fill(model: BranchModel, tensors: dict[str, torch.Tensor], path: "str | os.PathLike") -> None:
+    """Put tensors into a model, in their own floating-point types, if all of them fit."""
     own = model.state_dict()
     missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     shapes = [f"{k}: {tuple(tensors[k].shape)} in the file, {tuple(own[k].shape)} in the model"
@@ -124,9 +118,9 @@ def load_weights(model: BranchModel, path: "str | os.PathLike") -> None:
     if missing or unexpected or shapes:
         raise ValueError(f"{path} does not fit this model: {len(missing)} tensors missing {missing[:3]}, "
                          f"{len(unexpected)} unexpected {unexpected[:3]}, {len(shapes)} of another shape {shapes[:3]}.")
-    types = {k: tensors[k].dtype for k in own if own[k].is_floating_point() and own[k].dtype != tensors[k].dtype}
-    if types and len(set(types.values())) == 1 and len(types) == sum(t.is_floating_point() for t in own.values()):
-        model.to(dtype=next(iter(types.values())))  # a model saved in bf16 comes back in bf16
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if name in tensors and tensors[name].dtype != tensor.dtype:  # what was saved in bf16 comes back in bf16
+            tensor.data = tensor.data.to(tensors[name].dtype)
     model.load_state_dict(tensors, strict=True)
 
 
@@ -143,11 +137,15 @@ def read_metadata(path: "str | os.PathLike") -> dict[str, str] | None:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a whole safetensors file: it was cut, or is something else ({error}).") from None
+        raise ValueError(f"{path} is not a whole safetensors file: it was cut, or is something else "
+                         f"({error}).") from None
     if metadata.get("producer") != _FORMAT:
         return None
-    if int(metadata.get("version", 0)) > _VERSION:
-        raise ValueError(f"{path} was written by a later timm_branches (format {metadata['version']}, "
+    version = metadata.get("version", "")
+    if not version.isdecimal():
+        raise ValueError(f"{path} is damaged: it gives {version!r} for the version of its format.")
+    if int(version) > _VERSION:
+        raise ValueError(f"{path} was written by a later timm_branches (format {version}, "
                          f"this one reads {_VERSION}): please upgrade.")
     return metadata
 
@@ -190,8 +188,9 @@ def _tensors(model: BranchModel) -> tuple[dict[str, torch.Tensor], dict[str, str
     return tensors, tied
 
 
-def _digest(tensors: dict[str, torch.Tensor]) -> str:
-    digest = hashlib.sha256()
+def _digest(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> str:
+    """Checksum of everything in a file: what it says of itself and the bits of its tensors."""
+    digest = hashlib.sha256(json.dumps(sorted((k, v) for k, v in metadata.items() if k != "sha256")).encode())
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -199,9 +198,18 @@ def _digest(tensors: dict[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _read(path: "str | os.PathLike") -> dict[str, torch.Tensor]:
+def _read(path: "str | os.PathLike") -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    """Metadata and tensors, aliases included, of a file whose checksum is right."""
+    metadata = read_metadata(path)
+    if metadata is None:
+        raise ValueError(f"{path} is a safetensors file but not one of timm_branches (it does not say how its model "
+                         "is built). Plain timm weights go into create_branch_model(..., checkpoint_path=).")
     with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    if _digest(tensors, metadata) != metadata.get("sha256"):
+        raise ValueError(f"{path} is damaged: it does not hold what was saved (the checksum differs).")
+    tensors |= {alias: tensors[name] for alias, name in json.loads(metadata["tied"]).items()}
+    return metadata, tensors
 
 
 def _config(model: BranchModel) -> dict:

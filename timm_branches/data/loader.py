@@ -49,7 +49,7 @@ class EpochSampler(Sampler):
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
-        self.epoch = 0
+        self._epoch = 0
         self.size = len(dataset)  # type: ignore[arg-type]
         if drop_last:
             self.num_samples = self.size // (batch_size * world_size) * batch_size
@@ -67,9 +67,18 @@ class EpochSampler(Sampler):
     def __len__(self) -> int:
         return self.num_samples
 
+    @property
+    def epoch(self) -> int:
+        """The current epoch; the dataset's, if it knows one, because timm's train.py tells only the dataset then."""
+        return getattr(self.dataset, 'epoch', self._epoch)
+
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch's order, and its augmentations: timm's training loop calls this on the sampler alone."""
-        self.epoch = epoch
+        """Choose the epoch's order and augmentations.
+
+        Args:
+            epoch: Its number, from 0.
+        """
+        self._epoch = epoch
         for dataset in _datasets(self.dataset):
             if hasattr(dataset, 'set_epoch'):
                 dataset.set_epoch(epoch)

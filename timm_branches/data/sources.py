@@ -112,7 +112,10 @@ def _derive(nodes: Iterable[Node], levels: Sequence[str] | None = None) -> Taxon
 
 def read_digits(taxonomy: Taxonomy | None = None) -> Source:
     """scikit-learn's 1,797 handwritten digits, 8x8 grey; a fixed stratified fifth is 'test', another 'val'."""
-    from sklearn.datasets import load_digits
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ImportError("'digits' comes with scikit-learn: pip install timm_branches[recipes]") from error
 
     data = load_digits()
     images = np.round(data.images * (255 / 16)).astype(np.uint8)

@@ -62,6 +62,7 @@ class SampleTransform:
         geometry: Takes a PIL image, returns an uint8 tensor CHW; None leaves the image as it is.
         compose: An albumentations `Compose`; it is copied. It may normalise by itself: only uint8 results are
             normalised here.
+        keeps_exact: Whether `geometry` changes nothing of an image that has the right size already; it is skipped then.
     """
 
     takes_key = True
@@ -73,8 +74,10 @@ class SampleTransform:
         std: Sequence[float],
         geometry: Callable | None = None,
         compose: Any = None,
+        keeps_exact: bool = False,
     ) -> None:
         self.size = size
+        self.keeps_exact = keeps_exact
         self.mean = torch.tensor(mean).view(-1, 1, 1)
         self.std = torch.tensor(std).view(-1, 1, 1)
         self.geometry = geometry
@@ -101,14 +104,17 @@ class SampleTransform:
                 f'expected an uint8 image (H, W, {len(self.mean)}), not {image.dtype} of shape {image.shape}; set '
                 'in_chans of the dataset and input_size=(channels, height, width) of the transform alike'
             )
-        if self.geometry is not None:
+        if self.geometry is not None and not (self.keeps_exact and image.shape[:2] == self.size):
             image = self._resize(image)
         if self.compose is not None:
             self.random.seed((int(torch.randint(2**62, ())),) if key is None else key)
-            image = self.compose(image=image)['image']
-        tensor = image
-        if not isinstance(image, torch.Tensor):
-            tensor = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+            augmented = self.compose(image=image)['image']
+        else:
+            augmented = image
+        if isinstance(augmented, torch.Tensor):  # the compose ends with ToTensorV2
+            tensor = augmented
+        else:
+            tensor = torch.from_numpy(np.ascontiguousarray(augmented.transpose(2, 0, 1)))
         if tuple(tensor.shape[-2:]) != self.size:
             raise ValueError(
                 f'the augmentation returned an image of {tuple(tensor.shape[-2:])} pixels, but the model takes '
@@ -244,7 +250,7 @@ def create_transform(
     sides = (input_size, input_size) if isinstance(input_size, int) else tuple(int(side) for side in input_size)
     if len(sides) not in (2, 3) or min(sides) < 1:
         raise ValueError(f'input_size must be a side, (height, width) or (channels, height, width), not {input_size}')
-    size = sides[-2:]
+    size = (sides[-2], sides[-1])
     channels = sides[0] if len(sides) == 3 else len(tuple(mean))
     mean, std = _match_mean(mean, channels, 'mean'), _match_mean(std, channels, 'std')
     if interpolation not in _INTERPOLATIONS and interpolation != 'random':
@@ -276,4 +282,4 @@ def create_transform(
             crop_mode=crop_mode,
             normalize=False,
         )
-    return SampleTransform(size, mean, std, geometry, compose)
+    return SampleTransform(size, mean, std, geometry, compose, keeps_exact=crop_pct == 1)

@@ -118,7 +118,10 @@ class BranchClassifier(nn.Module):
         self.to_vector = to_vector
         layers: list[nn.Module] = []
         for size in hidden:
-            layers += [nn.Linear(width, size), nn.ReLU(), nn.BatchNorm1d(size), nn.Dropout(drop_rate)]
+            linear = nn.Linear(width, size)
+            nn.init.xavier_uniform_(linear.weight)  # as Keras initialises the authors' dense layers
+            nn.init.zeros_(linear.bias)
+            layers += [linear, nn.ReLU(), nn.BatchNorm1d(size), nn.Dropout(drop_rate)]
             width = size
         self.hidden = nn.Sequential(*layers)
         self.drop = nn.Dropout(drop_rate) if drop_before_last else nn.Identity()

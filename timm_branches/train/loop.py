@@ -161,14 +161,17 @@ class _Run:
         self.result = FitResult(Path(config.output))
         self.start_epoch, self.updates = 0, 0
         self._resume()
+        if self.start_epoch == 0 and self.checkpoint.exists():
+            raise ValueError(f"{config.output} holds an earlier run: continue it with resume='auto' (--resume auto), or "
+                             "choose another output folder.")
         self.log = CsvLog(self.result.output / "log.csv", keep_until_epoch=self.start_epoch) if self.primary else None
         self.result.history = self.log.read() if self.log else []
         self.trackers = open_trackers(config.tensorboard, config.wandb or None, str(self.result.output),
                                       asdict(config)) if self.primary else None
-        interactive = sys.stderr.isatty()
+        # in a file or a pipe, the line that each epoch prints is enough
         self.bar = tqdm(total=config.epochs * len(train_loader), initial=self.start_epoch * len(train_loader),
-                        unit="batch", dynamic_ncols=True, mininterval=0.5 if interactive else 30,
-                        disable=not (config.progress and self.primary))
+                        unit="batch", dynamic_ncols=True,
+                        disable=not (config.progress and self.primary and sys.stderr.isatty()))
 
     def _prepare(self) -> None:
         """Model on its device, optimizer, averaging, compilation, DDP: in timm's order."""
@@ -233,7 +236,7 @@ class _Run:
             self.scaler.load_state_dict(state["scaler"])
         self.start_epoch, self.updates = state["epoch"] + 1, state["updates"]
         self.result.best_epoch, self.result.best = state["best_epoch"], dict(state["best"])
-        if self.start_epoch >= self.config.epochs:
+        if self.start_epoch >= self.config.epochs and self.config.resume != "auto":
             raise ValueError(f"--resume {path} is of epoch {state['epoch']} (0-based): nothing is left of "
                              f"--epochs {self.config.epochs}.")
 
@@ -285,6 +288,7 @@ class _Run:
             self._save(epoch)
             if self.config.progress:
                 tqdm.write(_line(row, self.config.epochs))
+                sys.stdout.flush()
         self.result.history.append(row)
 
     def _train(self, epoch: int) -> tuple[dict[str, float], int]:
@@ -352,7 +356,7 @@ class _Run:
             return
         assert self.trackers is not None
         self.trackers.close()
-        if not self.config.plots:
+        if not self.config.plots or self.start_epoch >= self.config.epochs:
             return
         try:
             from timm_branches.train.plots import plot_confusion, plot_history
