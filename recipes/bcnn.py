@@ -53,9 +53,9 @@ RECIPES: dict[str, dict] = {
     "bcnn-a-mnist": dict(
         _KERAS_SGD, data="mnist", taxonomy="mnist", model="bcnn_a", taps=["4", "5"], hidden=[64, 256],
         schedule="0:0.98,0.02;6:0.5,0.5;12:0,1", epochs=20, lr=3e-3, lr_steps="0:3e-3;14:5e-4"),
-    # Ours, for 32 px: a ResNet without the early strides of its ImageNet stem, augmentation, moving average
+    # Ours, from scratch at 32 px: a ResNet with a stem for small images, augmentation, moving average
     "modern-cifar10": dict(
-        data="cifar10", taxonomy="cifar10", model="cifar_wrn28_10", taps=["3", "4", "5"], head="pool",
+        data="cifar10", taxonomy="cifar10", model="resnet18_cifar", taps=["3", "4", "5"], head="pool",
         schedule="linear:0:0.4,0.3,0.3;30:0.1,0.2,0.7", augment="cifar", mixup=0.2, smoothing=0.1, opt="sgd", lr=0.1,
         weight_decay=5e-4, sched="cosine", warmup_epochs=2, epochs=60, batch_size=256, amp=True, channels_last=True,
         model_ema=True, model_ema_decay=0.999, model_ema_warmup=True),
@@ -90,7 +90,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--checkpoint-path", default="", help="timm checkpoint for the backbone")
     group.add_argument("--taps", nargs="+", help="one per level, coarse to fine (default: the last stages)")
     group.add_argument("--detach", action="store_true", help="stop the branches' gradients at all taps but the last")
-    group.add_argument("--head", choices=("pool", "flatten"), default="pool")
+    group.add_argument("--head", choices=("pool", "flatten"),
+                       help="default: the papers' flatten for their own networks, pool for all others")
     group.add_argument("--hidden", type=int, nargs="+", help="width of the two hidden layers of each head")
     group.add_argument("--in-chans", type=int)
     group.add_argument("--img-size", type=int)
@@ -207,7 +208,8 @@ def make_heads(args: argparse.Namespace, levels: int) -> list:
     """One head a level."""
     if args.hidden and len(args.hidden) != levels:
         raise ValueError(f"--hidden {args.hidden}: give one width for each of the {levels} levels.")
-    kind = {"pool": PoolHead, "flatten": FlattenHead}[args.head]
+    kind = {"pool": PoolHead, "flatten": FlattenHead}[
+        args.head or ("flatten" if args.model.startswith("bcnn") else "pool")]
     return [kind(hidden=(width, width)) for width in args.hidden] if args.hidden else [kind()] * levels
 
 

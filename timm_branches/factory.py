@@ -173,12 +173,12 @@ def _load_backbone(backbone: nn.Module, path: str) -> None:
     if not os.path.isfile(path):
         raise FileNotFoundError(f"checkpoint_path={path!r}: there is no such file.")
     if path.lower().endswith((".npz", ".npy")):
-        backbone.load_pretrained(path)  # type: ignore[operator,union-attr]
+        backbone.load_pretrained(path)  # type: ignore[operator]
         return
     state = load_state_dict(path)
     state = {key.removeprefix("backbone."): value for key, value in state.items() if not key.startswith("heads.")}
     own = backbone.state_dict()
-    classifier = backbone.pretrained_cfg.get("classifier") or ()  # type: ignore[union-attr]
+    classifier = (getattr(backbone, "pretrained_cfg", None) or {}).get("classifier") or ()
     classifier = (classifier,) if isinstance(classifier, str) else tuple(classifier)
     state = {key: value for key, value in state.items() if not key.startswith(tuple(f"{c}." for c in classifier))}
     missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]

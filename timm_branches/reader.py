@@ -85,6 +85,7 @@ class TapReader:
         self.captured: dict[str, torch.Tensor] | None = None
         self.versions: dict[str, int] | None = None
         self.wanted: frozenset[str] = frozenset()
+        self.hookable: set[str] = set()  # modules that return the map of their stage
         self.copied: frozenset[str] = frozenset()  # tensors that the network overwrites later, in place
         self.last: str | None = None
         self.raw: dict[str, _Layout] = {}  # how hooked modules give their map
@@ -108,7 +109,6 @@ class TapReader:
         except (RuntimeError, AssertionError, IndexError) as error:
             self.captured = self.versions = None
             raise ValueError(self.explain(backbone, input_size) or str(error)) from error
-        self.versions = None
         self._measure(backbone)
 
     # -- reading ---------------------------------------------------------------------------------------------
@@ -117,10 +117,11 @@ class TapReader:
         """Maps (B, C, H, W) of the taps numbered ``which`` (all by default) for images x (B, C, H, W)."""
         which = range(len(self.taps)) if which is None else which
         if self._hooks_only(which):
-            maps = [_as_map(y, self.raw[info.module], x) for info, y in self._run_hooks(backbone, x, which)]
+            found = self._run_hooks(backbone, x, which)
         else:
-            maps = [_as_map(y, self.raw[info.module], x) if info.stage is None else y
-                    for info, y in self._run_stages(backbone, x, which)]
+            found = self._run_stages(backbone, x, which)
+        hooked = self.last is not None
+        maps = [_as_map(y, self.raw[info.module], x) if hooked or info.stage is None else y for info, y in found]
         return [self._finish(self.taps[i], y) for i, y in zip(which, maps, strict=True)]
 
     def _hooks_only(self, which: Sequence[int]) -> bool:
@@ -135,22 +136,46 @@ class TapReader:
         self.last, self.captured = None, {}
         maps = backbone.forward_intermediates(  # type: ignore[operator]
             x, indices=indices, stop_early=True, output_fmt="NCHW", intermediates_only=True)
-        captured, self.captured = self.captured, None
+        captured = self._captured()
         by_index = dict(zip(indices, maps, strict=True))
         return [(info, captured[info.module] if info.stage is None else by_index[info.stage.index])
                 for info in (self.taps[i] for i in which)]
 
     def _run_hooks(self, backbone: nn.Module, x: torch.Tensor, which: Sequence[int]) -> list:
-        """Hooks give everything, and the last of them ends the pass."""
-        self.wanted = frozenset(self.taps[i].module for i in which)
-        self.last = max(self.wanted, key=lambda path: self.order[path])
-        self.captured = {}
+        """The last tap is a module: the pass ends there, if hooks can give all that stands before it.
+
+        Else (the map of a ViT's stage is not what any module returns) timm's loop runs to the end of that stage.
+        """
+        infos = [self.taps[i] for i in which]
+        stages = {info.stage.index for info in infos if info.stage}
+        bound = max(self.within[info.module] for info in infos if info.stage is None)
+        hooked = all(info.stage is None or info.module in self.hookable for info in infos)
+        self.wanted = frozenset(info.module for info in infos if hooked or info.stage is None)
+        self.last = max(self.wanted, key=lambda path: self.order[path]) if hooked else None
+        self.captured, by_index = {}, {}
+        indices = sorted(stages | {min(bound, self.depth - 1)})
         try:
-            backbone.forward_intermediates(x, output_fmt="NCHW")  # type: ignore[operator]
+            result = backbone.forward_intermediates(  # type: ignore[operator]
+                x, indices=indices, stop_early=bound < self.depth, output_fmt="NCHW",
+                intermediates_only=bound < self.depth)
+            by_index = dict(zip(indices, result if bound < self.depth else result[1], strict=True))
         except _LastTapReached:
             pass
-        captured, self.captured = self.captured, None
-        return [(info, captured[info.module]) for info in (self.taps[i] for i in which)]
+        if hooked and any(info.stage and info.module not in self.captured for info in infos):
+            self.hookable.clear()  # checkpointing runs the members of a stage, not the stage
+            return self._run_hooks(backbone, x, which)
+        captured = self._captured()
+        return [(info, captured[info.module] if hooked or info.stage is None else by_index[info.stage.index])
+                for info in infos]
+
+    def _captured(self) -> dict[str, torch.Tensor]:
+        """What hooks kept in this pass, which must be all that was wanted."""
+        captured, self.captured = self.captured or {}, None
+        for path in self.wanted:
+            if path not in captured:
+                raise ValueError(f"{path!r} was not run as a module in this pass (gradient checkpointing runs the "
+                                 "members of a stage one by one); tap the stage by its number, or its last member")
+        return captured
 
     def _run(self, backbone: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
         """Raw outputs of all taps."""
@@ -176,39 +201,63 @@ class TapReader:
                 modules[path].register_forward_hook(_Capture(self, key))
         self.wanted = frozenset(info.module for info in self.taps)
         versions: dict[str, int] = {}
-        for stop in sorted({info.stage.index for info in self.taps if info.stage is not None}):
-            self.captured = {}
-            _dry_run(backbone, self.input_size, lambda m, x, stop=stop: m.forward_intermediates(
-                x, indices=[stop], stop_early=True, output_fmt="NCHW", intermediates_only=True))
-            for path in self.captured:
-                self.within.setdefault(path, stop)
-        self.captured = {}
-        self.versions = versions
-        _dry_run(backbone, self.input_size, lambda m, x: m.forward_intermediates(x, output_fmt="NCHW"))
-        captured, self.captured = self.captured, None
-        for path in captured:
-            self.within.setdefault(path, self.depth)
-            self.order[path] = len(self.order)
+        self.captured, self.versions = {}, versions
+        indices = sorted({info.stage.index for info in self.taps if info.stage} | {self.depth - 1})
+        _, maps = _dry_run(backbone, self.input_size, lambda m, x: m.forward_intermediates(
+            x, indices=indices, output_fmt="NCHW"))
+        captured, self.captured, self.versions = self.captured, None, None
+        self.order = {path: number for number, path in enumerate(captured)}
         for info in self.taps:
+            if info.stage is not None:
+                if self._is_hookable(captured.get(info.module), maps[indices.index(info.stage.index)], info, backbone):
+                    self.hookable.add(info.module)
+                continue
             if info.module not in captured:
                 raise ValueError(
                     f"{self.architecture}: {info.module!r} is not run as a module when features are computed (it "
                     f"belongs to the classifier, or is called in another way); tap another module.\n{self.table}")
-            if info.stage is None and self.calls[info.module] > 1:
+            if self.calls[info.module] > 1:
                 raise ValueError(
                     f"{self.architecture}: {info.module!r} is run {self.calls[info.module]} times in one pass: "
                     f"which of its maps is meant is not clear; tap another module.\n{self.table}")
             self.raw[info.module] = _layout(captured[info.module], self.input_size, backbone, info.module)
         self.copied = frozenset(path for path, y in captured.items()
                                 if isinstance(y, torch.Tensor) and y._version > versions[path])
+        self._find_within(backbone, paths)
+
+    def _is_hookable(self, y: Any, expected: torch.Tensor, info: TapInfo, backbone: nn.Module) -> bool:
+        """Whether the module of a stage returns that stage's map: the same memory, read in the same order."""
+        if self.calls.get(info.module) != 1:
+            return False
+        try:
+            self.raw[info.module] = layout = _layout(y, self.input_size, backbone, info.module)
+        except ValueError:
+            return False
+        y = _as_map(y, layout, torch.empty(2, *self.input_size, device="meta"))
+        return (y.untyped_storage()._cdata == expected.untyped_storage()._cdata and y.shape == expected.shape
+                and y.stride() == expected.stride() and y.storage_offset() == expected.storage_offset())
+
+    def _find_within(self, backbone: nn.Module, paths: set[str]) -> None:
+        """For each tapped module the first of timm's entries whose computation runs it; ``depth`` if none does."""
+        run: dict[int, set[str]] = {}
+        for path in paths:
+            low, high = 0, self.depth
+            while low < high:
+                stop = (low + high) // 2
+                if stop not in run:
+                    self.captured = {}
+                    _dry_run(backbone, self.input_size, lambda m, x, stop=stop: m.forward_intermediates(
+                        x, indices=[stop], stop_early=True, output_fmt="NCHW", intermediates_only=True))
+                    run[stop], self.captured = set(self.captured), None
+                low, high = (low, stop) if path in run[stop] else (stop + 1, high)
+            self.within[path] = low
 
     def _prune(self, backbone: nn.Module) -> None:
         """Remove what no tap needs. timm cuts behind the last stage, autograd tells of everything else."""
-        if self._hooks_only(range(len(self.taps))):
-            backbone.prune_intermediate_layers([self.depth - 1], prune_norm=False, prune_head=True)  # type: ignore
-        else:
-            indices = sorted({info.stage.index for info in self.taps if info.stage is not None})
-            backbone.prune_intermediate_layers(indices, prune_norm=True, prune_head=True)  # type: ignore[operator]
+        ends = {info.stage.index if info.stage else self.within[info.module] for info in self.taps}
+        if max(ends) < self.depth:  # else a module behind the last stage is tapped
+            backbone.prune_intermediate_layers(  # type: ignore[operator]
+                sorted(ends), prune_norm=True, prune_head=True)
         unused = _unused_parameters(backbone, self.input_size, self._run)
         removed = _remove_unused_modules(backbone, unused)
         if removed:
@@ -238,7 +287,11 @@ class TapReader:
 
     def explain(self, backbone: nn.Module, shape: Sequence[int]) -> str | None:
         """Why images (C, H, W) of this shape cannot be read: a sentence that names the tap; None if they can."""
-        for i in sorted(range(len(self.taps)), key=lambda i: self.taps[i].stage.stride if self.taps[i].stage else 0):
+        def stride(i: int) -> int:
+            stage = self.taps[i].stage
+            return stage.stride if stage else 0
+
+        for i in sorted(range(len(self.taps)), key=stride):
             info = self.taps[i]
             try:
                 y, = _dry_run(backbone, shape, lambda m, x, i=i: self.read(m, x, [i]))
@@ -247,7 +300,7 @@ class TapReader:
             except Exception as error:
                 reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
                 return (f"tap {info.tap.name!r} ({info.module}) of {self.architecture} cannot be computed for input "
-                        f"{_text(shape)}: {reason}. The model was made for input {_text(self.input_size)}; give "
+                        f"{_text(shape)}: {reason.rstrip('.')}. The model was made for input {_text(self.input_size)}; give "
                         "images that fit, a shallower tap, or img_size=.")
             finally:
                 self.captured = None
@@ -290,7 +343,8 @@ def _layout(y: Any, image: Sequence[int], backbone: nn.Module, module: str) -> _
                 return _Layout(str(getattr(backbone, "output_fmt", "NCHW")), 0)
             return _Layout("NCHW" if first < last else "NHWC", 0)
     if isinstance(y, torch.Tensor) and y.shape[0] == 2 and y.ndim == 3:
-        ratio, fits = image[1] / image[2], {}
+        ratio = image[1] / image[2]
+        fits: dict[float, int] = {}
         for count in (int(getattr(backbone, "num_prefix_tokens", 0)), 0):
             try:
                 height, width = _grid(y.shape[1] - count, image[1:], module)

@@ -32,17 +32,18 @@ def level_cross_entropy(logits: torch.Tensor, target: torch.Tensor, label_smooth
     Returns:
         A scalar; 0, with zero gradients, when no label is known.
     """
-    logits = logits.float()
-    if target.is_floating_point():
-        total = -(target * F.log_softmax(logits, dim=-1)).sum()
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    soft = target.is_floating_point()
+    labelled = (target > 0).any(1) if soft else target >= 0
+    # rows without a label leave the computation before the softmax: even an infinite logit there is harmless
+    safe = torch.where(labelled[:, None], logits, torch.zeros_like(logits))
+    if soft:
+        total = -(target * F.log_softmax(safe, dim=-1)).sum()
         known = target.sum()
     else:
-        known = (target >= 0).sum().to(logits.dtype)
-        rows = target.clamp(min=0)
-        # rows without a label leave the computation before the softmax: even an infinite logit there is harmless
-        safe = torch.where((target >= 0)[:, None], logits, torch.zeros_like(logits))
-        losses = F.cross_entropy(safe, rows, reduction="none", label_smoothing=label_smoothing)
-        total = (losses * (target >= 0)).sum()
+        known = labelled.sum().to(logits.dtype)
+        losses = F.cross_entropy(safe, target.clamp(min=0), reduction="none", label_smoothing=label_smoothing)
+        total = (losses * labelled).sum()
     if share and dist.is_available() and dist.is_initialized():
         known = known.detach().clone()
         dist.all_reduce(known)
@@ -118,11 +119,12 @@ class BranchTask(TrainingTask):
     # -- timm's task -----------------------------------------------------------------------------------------
 
     def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs: Any) -> "BranchTask":
-        """Wrap the model in DDP, which is told to look for heads that are off if the schedule has any."""
+        """Wrap the model in DDP, which is told to look for parts without gradient if there can be any."""
         from torch.nn.parallel import DistributedDataParallel
 
         self.distributed = True
-        ddp_kwargs.setdefault("find_unused_parameters", self._turns_levels_off())
+        cut = any(info.tap.detach for info in base_model(self).taps)
+        ddp_kwargs.setdefault("find_unused_parameters", cut or self._turns_levels_off())
         self.eval_model = getattr(self, "eval_model", self.trainable_module)
         self.trainable_module = DistributedDataParallel(self.trainable_module, device_ids=device_ids, **ddp_kwargs)
         return self
@@ -265,7 +267,10 @@ class HierarchyEvaluator:
         self.confusion = [torch.zeros(k * k, dtype=torch.int64, device=self.device) for k in self.num_classes]
         # full paths right, of how many; consistent predictions, of how many
         self.counts = torch.zeros(4, dtype=torch.int64, device=self.device)
-        self.loss_sum = torch.zeros(2, dtype=torch.float64, device=self.device)
+        # Apple's GPUs have no float64
+        exact = torch.float32 if self.device.type == "mps" else torch.float64
+        self.loss_sum = torch.zeros(2, dtype=exact, device=self.device)
+        self._joined: list[torch.Tensor] | None = None
 
     @torch.no_grad()
     def update(self, output: Any, target: torch.Tensor) -> None:
@@ -278,6 +283,7 @@ class HierarchyEvaluator:
             logits, target = [y[:keep] for y in logits], target[:keep]
         count = target.shape[0]
         self.num_samples += count
+        self._joined = None
         if not count:
             return
         predictions = torch.stack([y.argmax(-1) for y in logits], 1)
@@ -286,8 +292,8 @@ class HierarchyEvaluator:
             known = label >= 0
             cell = torch.where(known, label * classes + predictions[:, level], 0)
             self.confusion[level].scatter_add_(0, cell, known.long())
-            losses = F.cross_entropy(y.float(), label.clamp(min=0), reduction="none").double()
-            self.loss_sum[0] += torch.where(known, losses, 0).sum().to(self.loss_sum)
+            losses = F.cross_entropy(y.float(), label.clamp(min=0), reduction="none").to(self.loss_sum)
+            self.loss_sum[0] += torch.where(known, losses, 0).sum()
             self.loss_sum[1] += known.sum()
         known = target >= 0
         right = ((predictions == target) | ~known).all(1) & known.any(1)
@@ -298,23 +304,36 @@ class HierarchyEvaluator:
             self.counts[3] += count
 
     def compute(self, distributed: bool = False) -> "OrderedDict[str, float]":
-        """Metrics in percent, and the mean cross-entropy over levels and samples as ``loss``."""
-        if distributed:
-            for total in (*self.confusion, self.counts, self.loss_sum):
-                dist.all_reduce(total)
-        result = OrderedDict(loss=_ratio(self.loss_sum[0], self.loss_sum[1]))
-        for name, matrix in zip(self.levels, self.confusion_matrices(), strict=True):
-            result[f"{name}_top1"] = 100 * _ratio(matrix.diagonal().sum(), matrix.sum())
-        result["full_path"] = 100 * _ratio(self.counts[0], self.counts[1])
-        if self.taxonomy is not None:
-            result["consistency"] = 100 * _ratio(self.counts[2], self.counts[3])
-        return result
+        """Metrics in percent, and the mean cross-entropy over levels and samples as ``loss``.
 
-    summary = compute
+        Args:
+            distributed: Join the counts of all processes. This process's own stay, so that it may go on counting.
+        """
+        if distributed:
+            self._joined = [total.clone() for total in (*self.confusion, self.counts, self.loss_sum)]
+            for total in self._joined:
+                dist.all_reduce(total)
+            return self._metrics(*self._joined)
+        return self._metrics(*self.confusion, self.counts, self.loss_sum)
+
+    def summary(self) -> "OrderedDict[str, float]":
+        """Metrics of this process so far, as timm's training loop shows them while it runs."""
+        return self.compute()
 
     def confusion_matrices(self) -> list[torch.Tensor]:
-        """Per level counts (K, K), rows are labels and columns predictions."""
-        return [c.view(k, k).cpu() for c, k in zip(self.confusion, self.num_classes, strict=True)]
+        """Per level counts (K, K), rows are labels and columns predictions; of all processes once these are joined."""
+        flat = self.confusion if self._joined is None else self._joined[:len(self.levels)]
+        return [c.view(k, k).cpu() for c, k in zip(flat, self.num_classes, strict=True)]
+
+    def _metrics(self, *totals: torch.Tensor) -> "OrderedDict[str, float]":
+        *confusion, counts, loss_sum = totals
+        result = OrderedDict(loss=_ratio(loss_sum[0], loss_sum[1]))
+        for name, flat, classes in zip(self.levels, confusion, self.num_classes, strict=True):
+            result[f"{name}_top1"] = 100 * _ratio(flat.view(classes, classes).diagonal().sum(), flat.sum())
+        result["full_path"] = 100 * _ratio(counts[0], counts[1])
+        if self.taxonomy is not None:
+            result["consistency"] = 100 * _ratio(counts[2], counts[3])
+        return result
 
 
 def _ratio(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -1,4 +1,4 @@
-"""Networks of the papers themselves, registered with timm: importing this package is what registers them.
+"""Networks of the papers themselves and ResNets for 32 px, registered with timm: importing this package is what registers them.
 
 Example:
     >>> import timm, timm_branches.backbones
@@ -7,6 +7,8 @@ Example:
 """
 
 from .bcnn import BCNN, BlockCfg, bcnn_a, bcnn_b, bcnn_vgg16
+from .cifar_resnet import resnet18_cifar, resnet34_cifar
 from .fine_head import FlattenMlpHead
 
-__all__ = ["BCNN", "BlockCfg", "FlattenMlpHead", "bcnn_a", "bcnn_b", "bcnn_vgg16"]
+__all__ = ["BCNN", "BlockCfg", "FlattenMlpHead", "bcnn_a", "bcnn_b", "bcnn_vgg16", "resnet18_cifar",
+           "resnet34_cifar"]

@@ -47,6 +47,8 @@ class BCNN(nn.Module):
         hidden_size: Width of the classifier's two hidden layers.
         global_pool: 'flatten' as in the paper; 'avg', 'max', ... to take any image size; '' for bare maps.
         drop_rate: Dropout of the classifier.
+        bn_momentum: Share of a batch in BatchNorm's running statistics. Keras' value, the default, needs some
+            hundreds of updates before the model can be judged.
         device: Where the parameters are made.
         dtype: Of the parameters.
 
@@ -74,6 +76,7 @@ class BCNN(nn.Module):
         hidden_size: int = 1024,
         global_pool: str = "flatten",
         drop_rate: float = 0.5,
+        bn_momentum: float = KERAS_MOMENTUM,
         device=None,
         dtype=None,
     ):
@@ -99,6 +102,13 @@ class BCNN(nn.Module):
         self.head = FlattenMlpHead(chans, num_classes, hidden_size, self._map_size(-1), global_pool, drop_rate, **dd)
         self.head_hidden_size = self.head.num_features
         init_keras(self)
+        self.bn_momentum = bn_momentum
+        self._set_momentum()
+
+    def _set_momentum(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+                module.momentum = self.bn_momentum
 
     def _map_size(self, index: int) -> tuple[int, int]:
         # each pool drops an odd last row, and halving with rounding down k times is dividing by 2^k rounding down
@@ -131,6 +141,7 @@ class BCNN(nn.Module):
         """
         # a head without classes has no parameters that tell the device, the blocks always have
         self.head = self.head.reset(num_classes, global_pool, **get_device_dtype(self))
+        self._set_momentum()
         self.num_classes = num_classes
         self.head_hidden_size = self.head.num_features
 
@@ -271,8 +282,10 @@ def _create(variant: str, pretrained: bool, blocks: list[BlockCfg], hidden_size:
 def bcnn_a(pretrained: bool = False, **kwargs) -> BCNN:
     """Model B with a block fewer and half its widths, for 28x28x1 digits: stages 3 to 5, up to three levels.
 
-    The paper's model A has no published code; do not report numbers of this network as that model's.
+    The paper's model A has no published code; do not report numbers of this network as that model's. BatchNorm's
+    momentum is torch's, because runs on digits have few updates.
     """
+    kwargs.setdefault("bn_momentum", 0.1)
     return _create("bcnn_a", pretrained, [BlockCfg(32, 2), BlockCfg(64, 2), BlockCfg(128, 2)], 256, **kwargs)
 
 

@@ -1,7 +1,7 @@
 """Heads: what is attached at a tap. A head is described by a small frozen object that builds the module."""
 
 from dataclasses import asdict
-from typing import Protocol
+from typing import Protocol, cast
 
 from torch import nn
 
@@ -31,7 +31,7 @@ def parse_head(spec: "str | dict | Head") -> Head:
         ValueError: Unknown kind or option.
     """
     if isinstance(spec, tuple(HEADS.values())):
-        return spec
+        return cast(Head, spec)
     options = dict(spec) if isinstance(spec, dict) else {"kind": spec}
     kind = options.pop("kind", None)
     if not isinstance(kind, str) or kind not in HEADS:

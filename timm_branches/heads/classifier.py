@@ -131,7 +131,7 @@ class BranchClassifier(nn.Module):
 
     def reset_classifier(self, num_classes: int) -> None:
         """A new last layer for ``num_classes`` classes; 0 leaves the features."""
-        like = next(self.hidden.parameters(), None)
+        like: torch.Tensor | None = next(self.hidden.parameters(), None)
         if isinstance(self.fc, nn.Linear):
             like = self.fc.weight
         fc = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()

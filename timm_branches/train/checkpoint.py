@@ -55,7 +55,10 @@ def _encode(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
         tensors[name] = value.detach().cpu().contiguous().clone()
         return {"tensor": name}
     if isinstance(value, dict):  # as pairs: JSON turns integer keys into strings
-        return {"dict": [[_encode(k, tensors), _encode(v, tensors)] for k, v in value.items()]}
+        for key in value:
+            if not (key is None or isinstance(key, (bool, int, float, str))):
+                raise TypeError(f"a checkpoint cannot hold a dict with a key of type {type(key).__name__}: {key!r}")
+        return {"dict": [[k, _encode(v, tensors)] for k, v in value.items()]}
     if isinstance(value, (list, tuple)):
         return [_encode(v, tensors) for v in value]
     if value is None or isinstance(value, (bool, int, float, str)):
@@ -67,7 +70,7 @@ def _decode(value: Any, file: Any) -> Any:
     if isinstance(value, dict):
         if "tensor" in value:
             return file.get_tensor(value["tensor"])
-        return {_decode(k, file): _decode(v, file) for k, v in value["dict"]}
+        return {k: _decode(v, file) for k, v in value["dict"]}
     if isinstance(value, list):
         return [_decode(v, file) for v in value]
     return value

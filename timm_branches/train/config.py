@@ -69,10 +69,11 @@ class FitConfig:
         for name in positive:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{_flag(name)} must be above 0, got {getattr(self, name)!r}.")
-        for name in ("weight_decay", "min_lr", "warmup_epochs", "clip_grad"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise ValueError(f"{_flag(name)} must not be negative, got {value!r}.")
+        for name in ("weight_decay", "min_lr", "warmup_epochs"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{_flag(name)} must not be negative, got {getattr(self, name)!r}.")
+        if self.clip_grad is not None and not self.clip_grad > 0:
+            raise ValueError(f"--clip-grad must be above 0, got {self.clip_grad!r}: leave it out not to clip.")
         if not 0 <= self.model_ema_decay < 1:
             raise ValueError(f"--model-ema-decay must be in [0, 1), got {self.model_ema_decay!r}.")
         if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
@@ -80,6 +81,8 @@ class FitConfig:
         if (self.sched == "piecewise") != bool(self.lr_steps):
             raise ValueError("--sched piecewise and --lr-steps go together: "
                              f"got --sched {self.sched} and --lr-steps {self.lr_steps!r}.")
+        if self.sched == "none" and self.layer_decay is not None:
+            raise ValueError("--layer-decay has no effect with --sched none: use --sched constant.")
         for name in ("amp_dtype", "clip_mode"):
             choices = next(f for f in fields(self) if f.name == name).metadata["choices"]
             if getattr(self, name) not in choices:
@@ -112,11 +115,9 @@ def _flag(name: str) -> str:
 def add_fit_arguments(parser: argparse.ArgumentParser) -> None:
     """Add a flag for every setting of :class:`FitConfig`; switches also come as ``--no-...``."""
     group = parser.add_argument_group("training (timm's names)")
-    types = {"int": int, "float": float, "str": str, "float | None": float, "bool": bool}
     for f in fields(FitConfig):
-        kind = f.type if isinstance(f.type, str) else getattr(f.type, "__name__", str(f.type))
-        convert = types[kind]
         assert f.default is not MISSING
+        convert = float if f.default is None else type(f.default)  # None is the default of "float | None" only
         if convert is bool:
             group.add_argument(_flag(f.name), action=argparse.BooleanOptionalAction, default=f.default,
                                help=f.metadata["help"])

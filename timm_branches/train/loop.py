@@ -2,8 +2,10 @@
 
 import math
 import random
+import shutil
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
@@ -24,7 +26,7 @@ from timm_branches.task import BranchTask, base_model
 from timm_branches.train.checkpoint import load_state, save_state
 from timm_branches.train.config import FitConfig
 from timm_branches.train.log import CsvLog, open_trackers
-from timm_branches.weights import save_model
+from timm_branches.weights import replace_file, save_model
 
 __all__ = ["FitResult", "PiecewiseLR", "evaluate", "fit", "is_primary", "setup_device"]
 
@@ -57,6 +59,8 @@ class PiecewiseLR(Scheduler):
     """Learning rates given outright: ``{0: 3e-3, 41: 5e-4}`` is 5e-4 from the 0-based epoch 41 on."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, steps: dict[int, float]):
+        if 0 not in steps:
+            raise ValueError(f"the learning rate of epoch 0 must be given, got {steps}.")
         super().__init__(optimizer, "lr", initialize=True)
         self.steps = steps
         self.update_groups(self._get_lr(0))
@@ -64,7 +68,7 @@ class PiecewiseLR(Scheduler):
     def _get_lr(self, t: int) -> list[float]:
         rate = next(lr for start, lr in sorted(self.steps.items(), reverse=True) if start <= t)
         first = self.base_values[0] if self.base_values else 1.0
-        return [rate * value / first for value in self.base_values]
+        return [rate * (value / first) for value in self.base_values]
 
 
 def setup_device(device: str = "") -> torch.device:
@@ -129,8 +133,11 @@ def fit(task: BranchTask, train_loader: Any, eval_loader: Any = None, config: Fi
     config = config or FitConfig()
     began = time.monotonic()
     run = _Run(task, train_loader, eval_loader, config, mixup, facts or {})
-    for epoch in range(run.start_epoch, config.epochs):
-        run.epoch(epoch)
+    try:
+        for epoch in range(run.start_epoch, config.epochs):
+            run.epoch(epoch)
+    finally:
+        run.close()
     run.finish()
     run.result.seconds = time.monotonic() - began
     return run.result
@@ -160,10 +167,14 @@ class _Run:
             raise ValueError("--eval-metric has no effect without evaluation data.")
         self.result = FitResult(Path(config.output))
         self.start_epoch, self.updates = 0, 0
-        self._resume()
-        if self.start_epoch == 0 and self.checkpoint.exists():
+        taken = self.checkpoint.exists() or self.result.model_path.exists()
+        if taken and config.resume != "auto" and not _same_file(config.resume, self.checkpoint):
             raise ValueError(f"{config.output} holds an earlier run: continue it with resume='auto' (--resume auto), or "
                              "choose another output folder.")
+        self._resume()
+        # after a resume, which may bring a schedule that turns levels off
+        if _distributed() and not task.distributed:
+            task.prepare_distributed(device_ids=[self.device] if self.device.type == "cuda" else None)
         self.log = CsvLog(self.result.output / "log.csv", keep_until_epoch=self.start_epoch) if self.primary else None
         self.result.history = self.log.read() if self.log else []
         self.trackers = open_trackers(config.tensorboard, config.wandb or None, str(self.result.output),
@@ -174,7 +185,7 @@ class _Run:
                         disable=not (config.progress and self.primary and sys.stderr.isatty()))
 
     def _prepare(self) -> None:
-        """Model on its device, optimizer, averaging, compilation, DDP: in timm's order."""
+        """Model on its device, optimizer, averaging, compilation: in timm's order; DDP comes last."""
         config, task = self.config, self.task
         model = base_model(task)
         if config.freeze_backbone:
@@ -197,8 +208,6 @@ class _Run:
             task.setup_ema(decay=config.model_ema_decay, use_warmup=config.model_ema_warmup)
         if config.torchcompile:
             task.compile()
-        if _distributed() and not task.distributed:
-            task.prepare_distributed(device_ids=[self.device] if self.device.type == "cuda" else None)
 
     def amp(self):
         """Autocast, or nothing."""
@@ -223,12 +232,16 @@ class _Run:
         missing = [key for key in ("state_dict", "optimizer", "epoch") if key not in state]
         if missing or (self.config.model_ema and "state_dict_ema" not in state):
             raise ValueError(f"--resume {path}: the checkpoint lacks {', '.join(missing or ['the moving average'])}.")
+        trained_with = state.get("config", {}).get("opt", self.config.opt)
+        if trained_with != self.config.opt:  # torch itself would take the state of another optimizer as it is
+            raise ValueError(f"--resume {path} is of another optimizer: it was trained with --opt {trained_with}, "
+                             f"not {self.config.opt}.")
         try:
             self.task.load_checkpoint_state(state["state_dict"], state.get("task_state"))
             if self.config.model_ema:
                 self.task.load_checkpoint_state(state["state_dict_ema"], ema=True)
             self.optimizer.load_state_dict(state["optimizer"])
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError, KeyError) as error:
             raise ValueError(f"--resume {path} is of another model or optimizer: {error}") from error
         if self.task.schedule != asked and self.primary:
             tqdm.write(f"The checkpoint's loss-weight schedule is used, not the one asked for:\n{self.task.schedule}")
@@ -236,9 +249,20 @@ class _Run:
             self.scaler.load_state_dict(state["scaler"])
         self.start_epoch, self.updates = state["epoch"] + 1, state["updates"]
         self.result.best_epoch, self.result.best = state["best_epoch"], dict(state["best"])
+        if not _same_file(path, self.checkpoint):
+            self._bring(Path(path).parent)
         if self.start_epoch >= self.config.epochs and self.config.resume != "auto":
             raise ValueError(f"--resume {path} is of epoch {state['epoch']} (0-based): nothing is left of "
                              f"--epochs {self.config.epochs}.")
+
+    def _bring(self, folder: Path) -> None:
+        """Take over the best model and the log of a run in another folder."""
+        if not (folder / "model.safetensors").exists():
+            self.result.best_epoch, self.result.best = -1, {}
+        for name in ("model.safetensors", "log.csv"):
+            source = folder / name
+            if self.primary and source.exists():
+                replace_file(self.result.output / name, lambda temporary, source=source: shutil.copyfile(source, temporary))
 
     def _save(self, epoch: int) -> None:
         state = {"epoch": epoch, "updates": self.updates, "optimizer": self.optimizer.state_dict(),
@@ -258,16 +282,20 @@ class _Run:
         # everything random in this epoch follows from (seed, epoch, rank): a resumed run needs no generator's state
         _seed(self.config.seed, epoch, self.rank)
         self.task.set_epoch(epoch)
-        if hasattr(self.loader, "set_epoch"):
-            self.loader.set_epoch(epoch)
+        # torch's DataLoader leaves it to its sampler
+        shuffles = self.loader if hasattr(self.loader, "set_epoch") else getattr(self.loader, "sampler", None)
+        if hasattr(shuffles, "set_epoch"):
+            shuffles.set_epoch(epoch)
         if self.scheduler:
             self.scheduler.step(epoch)
         rate = max(group["lr"] for group in self.optimizer.param_groups)
         losses, count = self._train(epoch)
         seconds = time.monotonic() - began
+        _check_weights(base_model(self.task), epoch)
         row: dict[str, Any] = {"epoch": epoch, "lr": rate, **losses}
         if _distributed():
-            distribute_bn(self.task.get_trainable_module(), dist.get_world_size(), reduce=True)
+            for ema in (False, True) if self.task.has_ema() else (False,):
+                distribute_bn(self.task.get_trainable_module(ema=ema), dist.get_world_size(), reduce=True)
         metrics: dict[str, float] = {}
         if self.eval_loader is not None:
             self.evaluator = evaluate(self.task, self.eval_loader, ema=self.task.has_ema(), amp=self.amp)
@@ -275,7 +303,7 @@ class _Run:
         row |= {f"eval_{key}": value for key, value in metrics.items()}
         row |= {f"weight_{name}": w for name, w in zip(self.task.names, self.task.weights, strict=True)}
         row |= {"seconds": round(seconds, 3), "images_per_second": round(count / seconds, 1)}
-        better = not metrics or self.result.best_epoch < 0 or not metrics[self.metric] <= self.result.best[self.metric]
+        better = not metrics or self._is_better(metrics[self.metric])
         if better:
             self.result.best_epoch, self.result.best = epoch, metrics
         if self.primary:
@@ -290,6 +318,12 @@ class _Run:
                 tqdm.write(_line(row, self.config.epochs))
                 sys.stdout.flush()
         self.result.history.append(row)
+
+    def _is_better(self, value: float) -> bool:
+        best = self.result.best.get(self.metric, math.nan)
+        if math.isnan(best):
+            return True
+        return value < best if self.metric == "loss" else value > best
 
     def _train(self, epoch: int) -> tuple[dict[str, float], int]:
         config, task = self.config, self.task
@@ -349,13 +383,18 @@ class _Run:
                 dispatch_clip_grad(parameters, config.clip_grad, mode=config.clip_mode)
             self.optimizer.step()
 
-    def finish(self) -> None:
-        """Close logs and draw the plots."""
+    def close(self) -> None:
+        """Close logs, also those of a run that failed."""
         self.bar.close()
+        if self.trackers is not None:
+            self.trackers.close()
+
+    def finish(self) -> None:
+        """Wait until the files are written, and draw the plots."""
+        if _distributed():
+            dist.barrier()
         if not self.primary:
             return
-        assert self.trackers is not None
-        self.trackers.close()
         if not self.config.plots or self.start_epoch >= self.config.epochs:
             return
         try:
@@ -372,6 +411,10 @@ class _Run:
             safe = "".join(c if c.isalnum() or c in "-_" else "_" for c in level)
             plot_confusion(matrix, list(classes), self.result.output / f"confusion_{safe}.png",
                            title=f"{level}: last epoch, validation")
+
+
+def _same_file(path: str, other: Path) -> bool:
+    return bool(path) and Path(path).resolve() == other.resolve()
 
 
 def _device(name: str) -> torch.device:
@@ -396,6 +439,8 @@ def _seed(seed: int, epoch: int, rank: int) -> None:
 
 
 def _scheduler(optimizer: torch.optim.Optimizer, config: FitConfig, updates_per_epoch: int) -> Scheduler | None:
+    if config.sched in ("piecewise", "none") and config.warmup_epochs:
+        warnings.warn(f"--warmup-epochs {config.warmup_epochs} has no effect with --sched {config.sched}.", stacklevel=2)
     if config.sched == "piecewise":
         return PiecewiseLR(optimizer, config.lr_at())
     milestones = [int(e) for e in config.decay_milestones.split(",") if e.strip()]
@@ -406,6 +451,17 @@ def _scheduler(optimizer: torch.optim.Optimizer, config: FitConfig, updates_per_
         warmup_epochs=config.warmup_epochs, warmup_lr=config.warmup_lr, decay_milestones=milestones,
         step_on_epochs=False, updates_per_epoch=updates_per_epoch)
     return scheduler
+
+
+def _check_weights(model: torch.nn.Module, epoch: int) -> None:
+    """The loss shows the update before; what the last one of an epoch did must not get into its checkpoint unseen."""
+    parameters = dict(model.named_parameters())
+    finite = torch.stack([p.detach().isfinite().all() for p in parameters.values()]).tolist()
+    bad = [name for name, ok in zip(parameters, finite, strict=True) if not ok]
+    if bad:
+        raise FloatingPointError(
+            f"{len(bad)} weights, among them {bad[0]}, became NaN or infinite in epoch {epoch} (counted from 0). Training "
+            "stops; the files of the last good epoch stay. A smaller --lr or --clip-grad 1 help most often.")
 
 
 def _check_finite(pending: list[tuple[int, dict[str, torch.Tensor]]], epoch: int) -> None:

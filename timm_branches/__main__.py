@@ -1,0 +1,7 @@
+"""``python -m timm_branches``, the same as ``timm-branches``."""
+
+import sys
+
+from timm_branches.cli import main
+
+sys.exit(main())
