@@ -25,15 +25,14 @@ from timm.utils import get_outdir
 
 from timm_branches import FlattenHead, PoolHead, Tap, Taxonomy, create_branch_model, load_model
 from timm_branches.data import HierarchicalMixup, create_loader, create_splits, create_transform
-from timm_branches.hierarchy import get_taxonomy
 from timm_branches.schedules import get_schedule
 from timm_branches.task import BranchTask, FlatTask
 from timm_branches.train import FitConfig, add_fit_arguments, evaluate, fit, is_primary, setup_device
 
 # Published settings, in one word. Sources: the papers and, for what they leave out, the authors' code
 # (github.com/zhuxinqimac/B-CNN). Epochs are 0-based, "from epoch".
-_KERAS_SGD = dict(opt="sgd", momentum=0.9, weight_decay=0.0, sched="piecewise", batch_size=128, augment="none",
-                  head="flatten")
+_KERAS_SGD = {"opt": "sgd", "momentum": 0.9, "weight_decay": 0.0, "sched": "piecewise", "batch_size": 128,
+              "augment": "none", "head": "flatten"}
 RECIPES: dict[str, dict] = {
     # B-CNN, CIFAR-10, model B
     "bcnn-b-cifar10": dict(
@@ -54,11 +53,12 @@ RECIPES: dict[str, dict] = {
         _KERAS_SGD, data="mnist", taxonomy="mnist", model="bcnn_a", taps=["4", "5"], hidden=[64, 256],
         schedule="0:0.98,0.02;6:0.5,0.5;12:0,1", epochs=20, lr=3e-3, lr_steps="0:3e-3;14:5e-4"),
     # Ours, from scratch at 32 px: a ResNet with a stem for small images, augmentation, moving average
-    "modern-cifar10": dict(
-        data="cifar10", taxonomy="cifar10", model="resnet18_cifar", taps=["3", "4", "5"], head="pool",
-        schedule="linear:0:0.4,0.3,0.3;30:0.1,0.2,0.7", augment="cifar", mixup=0.2, smoothing=0.1, opt="sgd", lr=0.1,
-        weight_decay=5e-4, sched="cosine", warmup_epochs=2, epochs=60, batch_size=256, amp=True, channels_last=True,
-        model_ema=True, model_ema_decay=0.999, model_ema_warmup=True),
+    "modern-cifar10": {
+        "data": "cifar10", "taxonomy": "cifar10", "model": "resnet18_cifar", "taps": ["3", "4", "5"], "head": "pool",
+        "schedule": "linear:0:0.4,0.3,0.3;30:0.1,0.2,0.7", "augment": "cifar", "mixup": 0.2, "smoothing": 0.1,
+        "opt": "sgd", "lr": 0.1, "weight_decay": 5e-4, "sched": "cosine", "warmup_epochs": 2, "epochs": 60,
+        "batch_size": 256, "amp": True, "channels_last": True,
+        "model_ema": True, "model_ema_decay": 0.999, "model_ema_warmup": True},
 }
 
 
@@ -73,11 +73,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--data-dir", default="data", help="where named data sets lie (default: data)")
     group.add_argument("--download", action="store_true", help="fetch a named data set")
     group.add_argument("--taxonomy", help="a ready-made tree's name, a .csv or .json, or nested class folders")
-    group.add_argument("--val-fraction", type=float, default=0.1, help="training data set aside if there is no val split")
+    group.add_argument("--val-fraction", type=float, default=0.1, help="training data set aside without a val split")
     group.add_argument("--limit", type=int, help="train on this many images only (stratified)")
     group.add_argument("-b", "--batch-size", type=int, default=64, help="batch size of one process")
     group.add_argument("-j", "--workers", type=int, default=0, help="worker processes that load data")
-    group.add_argument("--augment", default="auto", help="none, light, cifar, imagenet, auto, or an albumentations file")
+    group.add_argument("--augment", default="auto",
+                       help="none, light, cifar, imagenet, auto, or an albumentations file")
     group.add_argument("--hflip", type=float, default=None, help="chance of a flip (default: 0.5, 0 for digits)")
     group.add_argument("--mean", type=float, nargs="+", help="mean of each channel (default: the backbone's)")
     group.add_argument("--std", type=float, nargs="+", help="standard deviation of each channel")
@@ -106,7 +107,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.set_defaults(output="output/bcnn", epochs=15, lr=0.02, weight_decay=1e-4, warmup_epochs=1)
     recipe = parser.parse_known_args(argv)[0].recipe
     if recipe:
-        parser.set_defaults(warmup_epochs=0, **RECIPES[recipe])
+        parser.set_defaults(**{"warmup_epochs": 0, **RECIPES[recipe]})
     args = parser.parse_args(argv)
     args.data = args.data or (RECIPES[recipe]["data"] if recipe else "digits")
     return args
@@ -118,6 +119,8 @@ def main(args: argparse.Namespace) -> None:
     config = FitConfig.from_args(args)
     device = setup_device(args.device)
     config.device = str(device)
+    if args.limit is not None and args.limit < 1:
+        raise ValueError(f"--limit must be above 0, got {args.limit}: leave it out to train on all images.")
     if args.resume not in ("", "auto"):
         raise ValueError(f"--resume {args.resume}: this recipe trains two models; give --output and --resume auto.")
     output = new_output(args)
@@ -125,9 +128,12 @@ def main(args: argparse.Namespace) -> None:
     # data
     grey = args.data in ("digits", "mnist", "fashion_mnist")
     in_chans = args.in_chans or (1 if grey else 3)
+    for name in ("mean", "std"):
+        if (values := getattr(args, name)) and len(values) not in (1, in_chans):
+            raise ValueError(f"--{name} has {len(values)} values, but images have {in_chans} channels.")
     train, val, test = create_splits(args.data, args.val_fraction, seed=0, taxonomy=args.taxonomy, root=args.data_dir,
                                      download=args.download, in_chans=in_chans)
-    if args.limit:
+    if args.limit is not None:
         train = train.limit(args.limit, seed=args.seed)
     tree = train.taxonomy
     if tree is None or tree.num_levels < 2:
@@ -138,10 +144,11 @@ def main(args: argparse.Namespace) -> None:
     levels = tree.num_levels
     taps = args.taps or [str(stage) for stage in range(6 - levels, 6)]
     if len(taps) != levels:
-        raise ValueError(f"--taps {' '.join(taps)}: the tree has {levels} levels {list(tree.levels)}; give one tap each.")
+        raise ValueError(f"--taps {' '.join(taps)}: the tree has {levels} levels {list(tree.levels)}; "
+                         "give one tap each.")
     heads = make_heads(args, levels)
-    options = dict(pretrained=args.pretrained, checkpoint_path=args.checkpoint_path, in_chans=in_chans,
-                   img_size=args.img_size, drop_rate=args.drop)
+    options = {"pretrained": args.pretrained, "checkpoint_path": args.checkpoint_path, "in_chans": in_chans,
+               "img_size": args.img_size, "drop_rate": args.drop}
     if args.drop_path is not None:
         options["drop_path_rate"] = args.drop_path
 
@@ -195,9 +202,10 @@ def main(args: argparse.Namespace) -> None:
         results[name] = dict(metrics, best_epoch=run.best_epoch, seconds=round(run.seconds, 1))
 
     if is_primary():
-        facts = dict(command=shlex.join(["python", *sys.argv]), seed=args.seed, epochs=args.epochs,
-                     train_images=len(train), hardware=hardware(device), judged="test" if test is not None else
-                     "validation (there is no test split)", images=len(judged), schedule=str(schedule))
+        facts = {"command": shlex.join(["python", *sys.argv]), "seed": args.seed, "epochs": args.epochs,
+                 "train_images": len(train), "hardware": hardware(device), "images": len(judged),
+                 "judged": "test" if test is not None else "validation (there is no test split)",
+                 "schedule": str(schedule)}
         (output / "results.json").write_text(json.dumps({**facts, "results": results}, indent=2) + "\n")
         print(f"\n{table(results, tree)}\n")
         print(f"Percent on the {len(judged)} {facts['judged']} images, model of the best epoch on validation. "
@@ -261,8 +269,9 @@ def hardware(device: torch.device) -> str:
 if __name__ == "__main__":
     try:
         main(parse_args())
-    except (ValueError, FileNotFoundError, FloatingPointError, ImportError) as error:
-        print(f"bcnn.py: {error}", file=sys.stderr)
+    except (ValueError, OSError, FloatingPointError, ImportError) as error:
+        # what a person got wrong, on one line; the table of taps in such a message has several
+        print("bcnn.py:", " | ".join(" ".join(line.split()) for line in str(error).splitlines()), file=sys.stderr)
         sys.exit(2)
     finally:
         if dist.is_initialized():

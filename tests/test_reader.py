@@ -13,7 +13,7 @@ from timm_branches import Tap, create_branch_model
 SIZE = {'vgg11_bn': 64, 'resnet18': 64, 'test_resnet': 64, 'convnext_atto': 64, 'test_efficientnet': 64,
         'efficientnet_lite0': 64, 'densenet121': 64, 'hrnet_w18_small': 64, 'resnetv2_18': 64, 'hiera_tiny_224': 224,
         'swin_tiny_patch4_window7_224': 224, 'vit_tiny_patch16_224': 224, 'cait_xxs24_224': 224, 'test_vit': 160,
-        'crossvit_tiny_240': 240, 'coat_tiny': 224, 'levit_128s': 224}
+        'test_convnext': 64, 'crossvit_tiny_240': 240, 'coat_tiny': 224, 'levit_128s': 224}
 
 
 def pair(name, taps, seed=0, **kwargs):
@@ -71,11 +71,13 @@ CASES = [
     ('resnet18', ['layer2.1.conv2', 'layer3.0.bn1', 'layer1.0'], ['layer2.1.conv2', 'layer3.0.bn1', 'layer1.0'], same),
     ('resnet18', [2, 'layer3.1.conv1', 3], ['layer1', 'layer3.1.conv1', 'layer2'], same),
     ('resnet18', ['layer2.0.conv1', 4], ['layer2.0.conv1', 'layer3'], same),
-    ('resnet18', ['conv1', 'bn1', 1], ['conv1', 'bn1', 'act1'], same),
+    ('resnet18', ['maxpool', 'bn1', 1], ['maxpool', 'bn1', 'act1'], same),
+    # nothing needs what stands between the two: it goes, and what is left of it must not overwrite the first
+    ('resnet18', ['layer3.0.conv1', 'layer3.0.downsample.0'], ['layer3.0.conv1', 'layer3.0.downsample.0'], same),
     ('resnet18', ['layer4.1.bn2', 'layer4.1.act2', 5], ['layer4.1.bn2', 'layer4.1.act2', 'layer4'], same),
     ('resnet18', ['layer1.0.act1', 'layer1.0.bn1', 'layer1.0.bn2'], ['layer1.0.act1', 'layer1.0.bn1', 'layer1.0.bn2'],
      same),
-    ('resnetv2_18', [2, 3, 'stages.3.0.conv1'], ['stages.0', 'stages.1', 'stages.3.0.conv1'], same),
+    ('resnetv2_18', [2, 3, 'stages.3.blocks.0.conv1'], ['stages.0', 'stages.1', 'stages.3.blocks.0.conv1'], same),
     ('vgg11_bn', [1, 2, 3, 4, 5], ['features.3', 'features.7', 'features.14', 'features.21', 'features.28'], same),
     ('vgg11_bn', [3, 'features.18'], ['features.14', 'features.18'], same),
     ('vgg11_bn', ['features.11', 'features.12', 'features.13'], ['features.11', 'features.12', 'features.13'], same),
@@ -118,7 +120,7 @@ def test_same_as_hooks(name, taps, modules, to_map):
     # any subset, in whatever order it is asked for
     for heads in ([0], [len(taps) - 1], [0, len(taps) - 1][::-1]):
         seen = []
-        handles = [model.head(n).register_forward_pre_hook(lambda head, args: seen.append(args[0]))
+        handles = [model.head(n).register_forward_pre_hook(lambda head, args, seen=seen: seen.append(args[0]))
                    for n in model.names]
         logits = model(x, heads=[model.names[i] for i in heads])
         for handle in handles:
@@ -148,9 +150,12 @@ def test_stages_before_a_module(name, taps, stages):
 
 @pytest.mark.parametrize(('name', 'taps', 'modules', 'to_map'), [
     ('resnet18', [2, 3, 'layer3.1.conv1'], ['layer1', 'layer2', 'layer3.1.conv1'], same),
+    ('resnet18', ['layer2', 'layer3.1.conv1'], ['layer2', 'layer3.1.conv1'], same),
+    ('resnet18', [3, 'layer3.0.conv1'], ['layer2', 'layer3.0.conv1'], same),
     ('resnet18', ['layer1.0.bn1', 'layer1.0.bn2', 3], ['layer1.0.bn1', 'layer1.0.bn2', 'layer2'], same),
     ('vgg11_bn', ['features.12', 3], ['features.12', 'features.14'], same),
     ('test_vit', ['blocks.2.attn', 5], ['blocks.2.attn', 'blocks.5'], tokens),
+    ('test_convnext', [3, 'stages.2.blocks.0.conv_dw'], ['stages.1', 'stages.2.blocks.0.conv_dw'], same),
     ('swin_tiny_patch4_window7_224', [3, 'layers.2.blocks.0'], ['layers.1', 'layers.2.blocks.0'], nhwc),
 ])
 @pytest.mark.parametrize('checkpointing', [False, True])

@@ -5,13 +5,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.models import create_model, load_state_dict
+from timm.models import create_model, load_model_config_from_hf, load_state_dict, parse_model_name
+from timm.models._hub import load_model_config_from_path
 from torch import nn
 
 import timm_branches.backbones  # noqa: F401  (registers the papers' networks)
 from timm_branches.heads import Head, head_to_dict, parse_head
 from timm_branches.hierarchy import Taxonomy
-from timm_branches.model import BranchModel
+from timm_branches.model import BranchModel, module_key
 from timm_branches.taps import Tap, check_name
 
 __all__ = ["create_branch_model"]
@@ -24,6 +25,8 @@ _REFUSED = {
     "global_pool": "the backbone's classifier is removed; choose the heads' pooling with PoolHead(pool_type=...)",
     "out_map": "choose names=",
 }
+
+_SOURCES = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source")  # where weights come from
 
 
 def create_branch_model(
@@ -84,13 +87,18 @@ def create_branch_model(
     classes = _classes(num_classes, taxonomy, backbone, len(parsed))
     nominal = _input_size(backbone, size, in_chans)
     ours = _is_ours(checkpoint_path)
-    if checkpoint_path and not ours:
-        _load_backbone(backbone, os.fspath(checkpoint_path))
+    loaded = _load_backbone(backbone, os.fspath(checkpoint_path)) if checkpoint_path and not ours else None
     model = BranchModel(backbone, parsed, heads, classes, head_names, nominal, drop_rate, taxonomy)
+    missing = [] if loaded is None else [key for key in backbone.state_dict() if key not in loaded]
+    if missing:  # of what the taps need; a checkpoint of a branch model has no more
+        raise ValueError(f"{checkpoint_path} does not fit {type(backbone).__name__}: {len(missing)} tensors missing "
+                         f"{missing[:3]}.")
+    model_name, kwargs = _without_source(model_name, kwargs)
+    size = kwargs.pop("img_size", None) if size is None else size
     model.config = dict(
         model_name=model_name, taps=[t.to_dict() for t in parsed], num_classes=list(classes),
         head=[head_to_dict(h) for h in heads], names=list(head_names), taxonomy=taxonomy, in_chans=nominal[0],
-        img_size=list(size) if size else None, drop_rate=drop_rate, **kwargs)
+        img_size=list(size) if isinstance(size, (list, tuple)) else size, drop_rate=drop_rate, **kwargs)
     if ours:
         from timm_branches.weights import load_weights
         load_weights(model, checkpoint_path)
@@ -111,7 +119,7 @@ def _names(names: Sequence[str] | None, taxonomy: Taxonomy | None, taps: Sequenc
     result = list(names) if names is not None else list(taxonomy.levels) if taxonomy else [t.name for t in taps]
     if len(result) != len(taps):
         raise ValueError(f"{len(result)} names {result} for {len(taps)} taps.")
-    if len({n.replace('.', '_') for n in result}) != len(result) or not all(result):
+    if len({module_key(n) for n in result}) != len(result) or not all(result):
         raise ValueError(f"the heads' names must differ and not be empty, got {result}: give names=[...].")
     return result
 
@@ -168,26 +176,47 @@ def _is_ours(path: "str | os.PathLike") -> bool:
     return read_metadata(path) is not None
 
 
-def _load_backbone(backbone: nn.Module, path: str) -> None:
-    """Load a plain timm checkpoint; its classifier, of whatever size, is not needed. Everything else is."""
+def _without_source(name: str, kwargs: dict) -> tuple[str, dict]:
+    """The same backbone without the Hub or folder it came from, for files: they bring their own weights."""
+    kwargs = {k: v for k, v in kwargs.items() if k != "cache_dir"}
+    overlay = kwargs.get("pretrained_cfg_overlay")
+    if isinstance(overlay, dict):
+        overlay = {k: v for k, v in overlay.items() if k not in _SOURCES}
+        kwargs = {k: v for k, v in kwargs.items() if k != "pretrained_cfg_overlay"}
+        kwargs |= {"pretrained_cfg_overlay": overlay} if overlay else {}  # what else it changed still holds
+    source, place = parse_model_name(name)
+    if source is None:
+        return name, kwargs
+    read = load_model_config_from_hf if source == "hf-hub" else load_model_config_from_path
+    _, name, arguments = read(place)
+    ours = ("num_classes", "in_chans", "drop_rate", "global_pool")
+    return name, {**{k: v for k, v in (arguments or {}).items() if k not in ours}, **kwargs}
+
+
+def _load_backbone(backbone: nn.Module, path: str) -> set[str]:
+    """Load a plain timm checkpoint; its classifier, of whatever size, is not needed. Returns the keys it has."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"checkpoint_path={path!r}: there is no such file.")
+    own = backbone.state_dict()
     if path.lower().endswith((".npz", ".npy")):
         backbone.load_pretrained(path)  # type: ignore[operator]
-        return
-    state = load_state_dict(path)
+        return set(own)
+    try:
+        state = load_state_dict(path)
+    except Exception as error:
+        raise ValueError(f"checkpoint_path={path!r} cannot be read as a checkpoint: {error}") from error
     state = {key.removeprefix("backbone."): value for key, value in state.items() if not key.startswith("heads.")}
-    own = backbone.state_dict()
     classifier = (getattr(backbone, "pretrained_cfg", None) or {}).get("classifier") or ()
     classifier = (classifier,) if isinstance(classifier, str) else tuple(classifier)
     state = {key: value for key, value in state.items() if not key.startswith(tuple(f"{c}." for c in classifier))}
-    missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
     unexpected = [key for key in state if key not in own]
     shapes = [f"{key} {tuple(state[key].shape)} for {tuple(own[key].shape)}" for key in state
               if key in own and state[key].shape != own[key].shape]
-    if missing or unexpected or shapes:
+    if unexpected or shapes:
+        missing = [key for key in own if key not in state]
         raise ValueError(
             f"{path} does not fit {type(backbone).__name__}: {len(missing)} tensors missing {missing[:3]}, "
             f"{len(unexpected)} unexpected {unexpected[:3]}, {len(shapes)} of another shape {shapes[:3]}.")
     with torch.no_grad():
         backbone.load_state_dict(state, strict=False)
+    return {*state, *(key for key in own if key.endswith("num_batches_tracked"))}

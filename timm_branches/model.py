@@ -50,7 +50,7 @@ class BranchModel(nn.Module):
         self.input_size = tuple(input_size)
         self.drop_rate = drop_rate
         self.config: dict[str, Any] = {}
-        self._keys = {name: _module_key(name) for name in self.names}
+        self._keys = {name: module_key(name) for name in self.names}
         self.heads = nn.ModuleDict({
             self._keys[name]: head.build(info, classes, drop_rate)
             for name, head, info, classes in zip(self.names, heads, self.taps, num_classes, strict=True)})
@@ -263,7 +263,7 @@ class BranchModel(nn.Module):
         return cfg
 
 
-def _module_key(name: str) -> str:
+def module_key(name: str) -> str:
     """A name that ModuleDict takes: no dots, none of its own methods ('type', 'values')."""
     key = name.replace(".", "_")
     return f"{key}_" if hasattr(nn.ModuleDict, key) else key

@@ -57,7 +57,9 @@ class _Capture:
         # no pass is being read: someone runs the backbone alone, or checkpointing computes it again
         if reader.captured is None or self.key not in reader.wanted:
             return
-        reader.captured[self.key] = output.clone() if self.key in reader.copied else output
+        # after the construction a pass that does not end at the last tap may run what was emptied, in place
+        copy = self.key in reader.copied or (reader.to_stage_end and reader.versions is None)
+        reader.captured[self.key] = output.clone() if copy else output
         if reader.versions is not None:
             reader.versions[self.key] = output._version if isinstance(output, torch.Tensor) else 0
             reader.calls[self.key] = reader.calls.get(self.key, 0) + 1
@@ -88,6 +90,7 @@ class TapReader:
         self.hookable: set[str] = set()  # modules that return the map of their stage
         self.copied: frozenset[str] = frozenset()  # tensors that the network overwrites later, in place
         self.last: str | None = None
+        self.to_stage_end = False  # whether the pass runs on from the last tapped module to the end of its stage
         self.raw: dict[str, _Layout] = {}  # how hooked modules give their map
         self.order: dict[str, int] = {}  # in which the hooked modules are run
         self.calls: dict[str, int] = {}  # how often each of them is run in a pass
@@ -133,7 +136,7 @@ class TapReader:
         """One call of timm's forward_intermediates gives the stages; hooks on modules fire on the way."""
         indices = sorted({stage.index for i in which if (stage := self.taps[i].stage)})
         self.wanted = frozenset(self.taps[i].module for i in which if self.taps[i].stage is None)
-        self.last, self.captured = None, {}
+        self.last, self.to_stage_end, self.captured = None, False, {}
         maps = backbone.forward_intermediates(  # type: ignore[operator]
             x, indices=indices, stop_early=True, output_fmt="NCHW", intermediates_only=True)
         captured = self._captured()
@@ -152,6 +155,7 @@ class TapReader:
         hooked = all(info.stage is None or info.module in self.hookable for info in infos)
         self.wanted = frozenset(info.module for info in infos if hooked or info.stage is None)
         self.last = max(self.wanted, key=lambda path: self.order[path]) if hooked else None
+        self.to_stage_end = not hooked
         self.captured, by_index = {}, {}
         indices = sorted(stages | {min(bound, self.depth - 1)})
         try:
@@ -200,8 +204,7 @@ class TapReader:
             if path in modules:
                 modules[path].register_forward_hook(_Capture(self, key))
         self.wanted = frozenset(info.module for info in self.taps)
-        versions: dict[str, int] = {}
-        self.captured, self.versions = {}, versions
+        self.captured, self.versions = {}, {}
         indices = sorted({info.stage.index for info in self.taps if info.stage} | {self.depth - 1})
         _, maps = _dry_run(backbone, self.input_size, lambda m, x: m.forward_intermediates(
             x, indices=indices, output_fmt="NCHW"))
@@ -221,8 +224,6 @@ class TapReader:
                     f"{self.architecture}: {info.module!r} is run {self.calls[info.module]} times in one pass: "
                     f"which of its maps is meant is not clear; tap another module.\n{self.table}")
             self.raw[info.module] = _layout(captured[info.module], self.input_size, backbone, info.module)
-        self.copied = frozenset(path for path, y in captured.items()
-                                if isinstance(y, torch.Tensor) and y._version > versions[path])
         self._find_within(backbone, paths)
 
     def _is_hookable(self, y: Any, expected: torch.Tensor, info: TapInfo, backbone: nn.Module) -> bool:
@@ -254,10 +255,9 @@ class TapReader:
 
     def _prune(self, backbone: nn.Module) -> None:
         """Remove what no tap needs. timm cuts behind the last stage, autograd tells of everything else."""
-        ends = {info.stage.index if info.stage else self.within[info.module] for info in self.taps}
-        if max(ends) < self.depth:  # else a module behind the last stage is tapped
-            backbone.prune_intermediate_layers(  # type: ignore[operator]
-                sorted(ends), prune_norm=True, prune_head=True)
+        if all(info.stage for info in self.taps):  # else timm might cut a tapped module (the pool behind a stem)
+            indices = sorted({info.stage.index for info in self.taps if info.stage})
+            backbone.prune_intermediate_layers(indices, prune_norm=True, prune_head=True)  # type: ignore[operator]
         unused = _unused_parameters(backbone, self.input_size, self._run)
         removed = _remove_unused_modules(backbone, unused)
         if removed:
@@ -266,6 +266,12 @@ class TapReader:
             except Exception:  # the forward pass does need one of them, if only for an attribute: put them back
                 for parent, name, module in removed:
                     setattr(parent, name, module)
+        versions: dict[str, int] = {}
+        self.versions = versions
+        outputs = _dry_run(backbone, self.input_size, self._run)
+        self.versions = None
+        self.copied = frozenset(info.module for info, y in zip(self.taps, outputs, strict=True)
+                                if info.module in versions and y._version > versions[info.module])
         if any(info.tap.detach for info in self.taps):  # what only detached taps read is run but not trained
             unused = _unused_parameters(backbone, self.input_size, self.read)
         for name, parameter in backbone.named_parameters():
@@ -300,8 +306,8 @@ class TapReader:
             except Exception as error:
                 reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
                 return (f"tap {info.tap.name!r} ({info.module}) of {self.architecture} cannot be computed for input "
-                        f"{_text(shape)}: {reason.rstrip('.')}. The model was made for input {_text(self.input_size)}; give "
-                        "images that fit, a shallower tap, or img_size=.")
+                        f"{_text(shape)}: {reason.rstrip('.')}. The model was made for input {_text(self.input_size)}; "
+                        "give images that fit, a shallower tap, or img_size=.")
             finally:
                 self.captured = None
         return None
@@ -312,10 +318,18 @@ def _text(shape: Sequence[int]) -> str:
 
 
 def _hooked_path(info: TapInfo, backbone: nn.Module) -> str:
-    """The module to hook for a tap: for VGG's pooled stages timm's entry, one before the pool."""
+    """The module to hook for a tap: for VGG's pooled stages timm's entry, one before the pool.
+
+    For a Sequential it is the last member, because gradient checkpointing runs the members and not the whole.
+    """
+    path = info.module
     if info.stage is not None and info.stage.pool:
-        return list(backbone.feature_info)[info.stage.index]["module"]  # type: ignore[arg-type]
-    return info.module
+        path = list(backbone.feature_info)[info.stage.index]["module"]  # type: ignore[arg-type]
+    module = dict(backbone.named_modules()).get(path)
+    while module is not None and type(module).forward is nn.Sequential.forward and len(module._modules):
+        name, module = list(module._modules.items())[-1]
+        path = f"{path}.{name}"
+    return path
 
 
 def _grid(tokens: int, image: Sequence[int], module: str) -> tuple[int, int]:

@@ -18,16 +18,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-__all__ = [
-    'PRESETS',
-    'ConstantSchedule',
-    'CosineSchedule',
-    'LinearSchedule',
-    'LossWeightSchedule',
-    'StepSchedule',
-    'get_schedule',
-    'parse_schedule',
-]
+__all__ = ['PRESETS', 'ConstantSchedule', 'CosineSchedule', 'LinearSchedule', 'LossWeightSchedule', 'StepSchedule',
+           'get_schedule', 'parse_schedule']
 
 Weights = tuple[float, ...]
 _KINDS: dict[str, type[LossWeightSchedule]] = {}
@@ -43,9 +35,9 @@ def _check_weights(weights: Any, where: str) -> Weights:
         raise ValueError(f'{where}: weights must be numbers, got {weights!r}') from None
     if not values:
         raise ValueError(f'{where}: no weights given; there must be one per level')
-    if not all(math.isfinite(w) for w in values):
+    if not all(map(math.isfinite, values)):
         raise ValueError(f'{where}: weights must be finite, got {values}')
-    if any(w < 0 for w in values):
+    if min(values) < 0:
         raise ValueError(f'{where}: weights must not be negative (the loss of that level would grow), got {values}')
     if not any(values):
         raise ValueError(f'{where}: all weights are 0, nothing would be learned; at least one must be positive')
@@ -54,12 +46,10 @@ def _check_weights(weights: Any, where: str) -> Weights:
 
 def _check_epoch(epoch: Any, what: str = 'epoch') -> float:
     """An epoch as a number from 0 upwards; numeric strings (the keys of JSON objects) are read as numbers."""
-    if isinstance(epoch, bool):
-        raise ValueError(f'{what} must be a number from 0 upwards, got {epoch!r}')
     try:
-        value = float(epoch)
+        value = math.nan if isinstance(epoch, bool) else float(epoch)
     except (TypeError, ValueError):
-        raise ValueError(f'{what} must be a number from 0 upwards, got {epoch!r}') from None
+        value = math.nan
     if not math.isfinite(value) or value < 0:
         raise ValueError(f'{what} must be a finite number from 0 upwards, got {epoch!r}')
     return int(value) if value == int(value) else value
@@ -167,6 +157,7 @@ class LossWeightSchedule(ABC):
 
 class _KeyedSchedule(LossWeightSchedule):
     """A schedule given by weights at some epochs; subclasses say what holds between them."""
+    whole_epochs: ClassVar[bool] = False
 
     def __init__(self, points: Mapping[Any, Sequence[float]]) -> None:
         """
@@ -181,7 +172,9 @@ class _KeyedSchedule(LossWeightSchedule):
             raise ValueError(f'points must map an epoch to weights, as {{0: (0.9, 0.1), 5: (0, 1)}}; got {points!r}')
         checked: dict[float, Weights] = {}
         for key, weights in points.items():
-            epoch = self._check_key(key)
+            epoch = _check_epoch(key, 'the epoch of a point')
+            if self.whole_epochs and epoch != int(epoch):
+                raise ValueError(f'the epoch of a step must be a whole number (weights change between epochs): {key!r}')
             if epoch in checked:  # {'0': ..., 0: ...}: which of them was meant is anybody's guess
                 raise ValueError(f'epoch {_number(epoch)} is given twice')
             checked[epoch] = _check_weights(weights, f'epoch {_number(epoch)}')
@@ -192,10 +185,6 @@ class _KeyedSchedule(LossWeightSchedule):
             raise ValueError(f'each epoch needs the same number of weights, one per level; got {lengths}')
         self._epochs = tuple(sorted(checked))
         self._weights = tuple(checked[epoch] for epoch in self._epochs)
-
-    @staticmethod
-    def _check_key(key: Any) -> float:
-        return _check_epoch(key, 'the epoch of a point')
 
     @property
     def points(self) -> dict[float, Weights]:
@@ -218,25 +207,23 @@ class _KeyedSchedule(LossWeightSchedule):
 
     def _share(self, progress: float) -> float:
         """The share of the next point's weights at `progress` (0 to 1) of the way to it."""
-        raise NotImplementedError
+        return 0.0
 
     def to_dict(self) -> dict[str, Any]:
         # pairs rather than an object: JSON would turn the keys into strings
-        pairs = [[epoch, list(weights)] for epoch, weights in self.points.items()]
-        return {'kind': self.kind, 'points': pairs}
+        return {'kind': self.kind, 'points': [[epoch, list(weights)] for epoch, weights in self.points.items()]}
 
     @classmethod
     def _from_dict(cls, data: Mapping[str, Any]) -> LossWeightSchedule:
         points = data.get('points')
-        if isinstance(points, Sequence) and not isinstance(points, str):
-            if not all(isinstance(pair, Sequence) and len(pair) == 2 for pair in points):
-                raise ValueError(f"'points' must hold pairs [epoch, [weight, ...]], got {points!r}")
-            if len({str(pair[0]) for pair in points}) < len(points):
-                raise ValueError(f"'points' gives an epoch twice: {[pair[0] for pair in points]}")
-            points = {pair[0]: pair[1] for pair in points}
-        if not isinstance(points, Mapping):
-            raise ValueError(f"a {cls.kind!r} schedule needs 'points', pairs [epoch, [weight, ...]]; got {data!r}")
-        return cls(points)
+        if isinstance(points, Mapping):
+            return cls(points)
+        if not isinstance(points, Sequence) or not all(isinstance(p, Sequence) and len(p) == 2 for p in points):
+            raise ValueError(f"a {cls.kind!r} schedule needs 'points', which must hold pairs [epoch, [weight, ...]]; "
+                             f'got {data!r}')
+        if len({str(epoch) for epoch, _ in points}) < len(points):
+            raise ValueError(f"'points' gives an epoch twice: {[epoch for epoch, _ in points]}")
+        return cls(dict(points))
 
     def __repr__(self) -> str:
         return f'{type(self).__name__}({self.points})'
@@ -256,16 +243,7 @@ class StepSchedule(_KeyedSchedule):
         ((0.98, 0.01, 0.01), (0.1, 0.8, 0.1))
     """
     kind = 'step'
-
-    @staticmethod
-    def _check_key(key: Any) -> float:
-        epoch = _check_epoch(key, 'the epoch of a step')
-        if epoch != int(epoch):
-            raise ValueError(f'the epoch of a step must be a whole number (weights change between epochs), got {key!r}')
-        return epoch
-
-    def _share(self, progress: float) -> float:
-        return 0.0
+    whole_epochs = True
 
 
 class LinearSchedule(_KeyedSchedule):
@@ -294,7 +272,7 @@ class CosineSchedule(_KeyedSchedule):
         return (1 - math.cos(math.pi * progress)) / 2
 
 
-class ConstantSchedule(LossWeightSchedule):
+class ConstantSchedule(_KeyedSchedule):
     """The same weights in every epoch.
 
     Args:
@@ -311,14 +289,7 @@ class ConstantSchedule(LossWeightSchedule):
 
     def __init__(self, weights: Sequence[float]) -> None:
         self.weights = _check_weights(weights, 'constant schedule')
-
-    @property
-    def num_levels(self) -> int:
-        return len(self.weights)
-
-    def __call__(self, epoch: float) -> Weights:
-        _check_epoch(epoch)
-        return self.weights
+        super().__init__({0: self.weights})
 
     def to_dict(self) -> dict[str, Any]:
         return {'kind': self.kind, 'weights': list(self.weights)}
@@ -334,19 +305,15 @@ class ConstantSchedule(LossWeightSchedule):
         return f"constant:{','.join(map(_number, self.weights))}"
 
 
-def _bcnn(*switches: int) -> dict[int, Weights]:
-    """B-CNN's four phases; the official code uses these weights on CIFAR-10 and on CIFAR-100."""
-    phases = ((0.98, 0.01, 0.01), (0.1, 0.8, 0.1), (0.1, 0.2, 0.7), (0.0, 0.0, 1.0))
-    return dict(zip((0, *switches), phases, strict=True))
-
-
+# B-CNN's four phases; the official code uses these weights on CIFAR-10 and on CIFAR-100
+_BCNN: tuple[Weights, ...] = ((0.98, 0.01, 0.01), (0.1, 0.8, 0.1), (0.1, 0.2, 0.7), (0.0, 0.0, 1.0))
 # name -> points of a step schedule. The official Keras code switches in on_epoch_end of epochs 8, 18, 28 (CIFAR-10)
 # and 13, 23, 33 (CIFAR-100), so the new weights act one epoch later.
 PRESETS: dict[str, dict[int, Weights]] = {
-    'bcnn-cifar10': _bcnn(9, 19, 29),
-    'bcnn-cifar100': _bcnn(14, 24, 34),
+    'bcnn-cifar10': dict(zip((0, 9, 19, 29), _BCNN, strict=True)),
+    'bcnn-cifar100': dict(zip((0, 14, 24, 34), _BCNN, strict=True)),
     # the widespread PyTorch rewrite on VGG16-BN tests `epoch > 12` inside the epoch, and so switches one epoch earlier
-    'bcnn-vgg16-bn': _bcnn(13, 23, 33),
+    'bcnn-vgg16-bn': dict(zip((0, 13, 23, 33), _BCNN, strict=True)),
 }
 _EQUAL = ('equal', 'constant')  # presets that fit any number of levels
 
@@ -371,11 +338,11 @@ def parse_schedule(text: str) -> LossWeightSchedule:
     compact = ''.join(text.split())
     kind, colon, rest = compact.partition(':')
     classes: dict[str, type[_KeyedSchedule]] = {c.kind: c for c in (StepSchedule, LinearSchedule, CosineSchedule)}
-    if kind == 'constant' and colon:
+    if not colon and kind not in classes:
+        kind, rest = 'constant', compact
+    if kind == 'constant':
         return ConstantSchedule(rest.split(','))  # type: ignore[arg-type]  # text numbers are read as numbers
     if kind not in classes:
-        if not colon:
-            return ConstantSchedule(compact.split(','))  # type: ignore[arg-type]
         kind, rest = 'step', compact
     points: dict[str, Sequence[Any]] = {}
     for part in filter(None, rest.split(';')):
@@ -395,10 +362,8 @@ def _check_levels(schedule: LossWeightSchedule, num_levels: int | None) -> LossW
     return schedule
 
 
-def get_schedule(
-    schedule: str | LossWeightSchedule | Mapping[Any, Any] | Sequence[float],
-    num_levels: int | None = None,
-) -> LossWeightSchedule:
+def get_schedule(schedule: str | LossWeightSchedule | Mapping[Any, Any] | Sequence[float],
+                 num_levels: int | None = None) -> LossWeightSchedule:
     """A schedule from whatever a user may write for one.
 
     Args:
@@ -419,26 +384,29 @@ def get_schedule(
         ConstantSchedule((0.5, 0.5))
     """
     if isinstance(schedule, LossWeightSchedule):
-        return _check_levels(schedule, num_levels)
-    if isinstance(schedule, Mapping):
-        if 'kind' in schedule:
-            return _check_levels(LossWeightSchedule.from_dict(schedule), num_levels)
-        return _check_levels(StepSchedule(schedule), num_levels)
-    if isinstance(schedule, str):
-        name = schedule.strip().lower()
-        if name in PRESETS:
-            return _check_levels(StepSchedule(PRESETS[name]), num_levels)
-        if name in _EQUAL:
-            if num_levels is None or num_levels < 1:
-                raise ValueError(f'{name!r} needs num_levels, the number of levels of the model, got {num_levels!r}')
-            return ConstantSchedule([1 / num_levels] * num_levels)
-        if ':' in name or ',' in name:
-            return _check_levels(parse_schedule(name), num_levels)
-        names = [*PRESETS, *_EQUAL]
-        close = difflib.get_close_matches(name, names, n=1)
-        raise ValueError(f'unknown schedule {schedule!r}; the names are {", ".join(names)}'
-                         + (f' (did you mean {close[0]!r}?)' if close else '')
-                         + "; or write one as '0:0.98,0.01,0.01;9:0.1,0.8,0.1'")
-    if isinstance(schedule, Sequence):
-        return _check_levels(ConstantSchedule([*schedule]), num_levels)
-    raise ValueError(f'a schedule is a name, a text, a dict, weights or a LossWeightSchedule, got {schedule!r}')
+        made = schedule
+    elif isinstance(schedule, Mapping):
+        made = LossWeightSchedule.from_dict(schedule) if 'kind' in schedule else StepSchedule(schedule)
+    elif isinstance(schedule, str):
+        made = _named(schedule, num_levels)
+    elif isinstance(schedule, Sequence):
+        made = ConstantSchedule([*schedule])
+    else:
+        raise ValueError(f'a schedule is a name, a text, a dict, weights or a LossWeightSchedule, got {schedule!r}')
+    return _check_levels(made, num_levels)
+
+
+def _named(text: str, num_levels: int | None) -> LossWeightSchedule:
+    name = text.strip().lower()
+    if name in PRESETS:
+        return StepSchedule(PRESETS[name])
+    if name in _EQUAL:
+        if num_levels is None or num_levels < 1:
+            raise ValueError(f'{name!r} needs num_levels, the number of levels of the model, got {num_levels!r}')
+        return ConstantSchedule([1 / num_levels] * num_levels)
+    if ':' in name or ',' in name:
+        return parse_schedule(name)
+    close = difflib.get_close_matches(name, [*PRESETS, *_EQUAL], n=1)
+    raise ValueError(f'unknown schedule {text!r}; the names are {", ".join([*PRESETS, *_EQUAL])}'
+                     + (f' (did you mean {close[0]!r}?)' if close else '')
+                     + "; or write one as '0:0.98,0.01,0.01;9:0.1,0.8,0.1'")

@@ -129,7 +129,8 @@ class BranchTask(TrainingTask):
         self.trainable_module = DistributedDataParallel(self.trainable_module, device_ids=device_ids, **ddp_kwargs)
         return self
 
-    def compile(self, backend: str = "inductor", mode: str | None = None, **compile_kwargs: Any) -> nn.Module:
+    def compile(  # type: ignore[override]  # nn.Module has another method of this name; timm's is meant
+            self, backend: str = "inductor", mode: str | None = None, **compile_kwargs: Any) -> nn.Module:
         """Compile the model; it is compiled anew for each set of levels that the schedule turns on."""
         self.trainable_module = torch.compile(self.trainable_module, backend=backend, mode=mode, **compile_kwargs)
         self.eval_model = self.trainable_module
@@ -258,6 +259,7 @@ class HierarchyEvaluator:
         self.device = torch.device(device or "cpu")
         self.max_samples = max_samples
         self.to_levels = to_levels or (lambda output: [output[name] for name in self.levels])
+        self.metrics: dict[str, float] = {}
         self.metric_names = ("loss", *(f"{name}_top1" for name in self.levels), "full_path",
                              *(("consistency",) if taxonomy is not None else ()))
         self.reset()
@@ -323,7 +325,7 @@ class HierarchyEvaluator:
     def confusion_matrices(self) -> list[torch.Tensor]:
         """Per level counts (K, K), rows are labels and columns predictions; of all processes once these are joined."""
         flat = self.confusion if self._joined is None else self._joined[:len(self.levels)]
-        return [c.view(k, k).cpu() for c, k in zip(flat, self.num_classes, strict=True)]
+        return [c.view(k, k).cpu().clone() for c, k in zip(flat, self.num_classes, strict=True)]
 
     def _metrics(self, *totals: torch.Tensor) -> "OrderedDict[str, float]":
         *confusion, counts, loss_sum = totals

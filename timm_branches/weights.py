@@ -61,7 +61,8 @@ def load_model(path: "str | os.PathLike", map_location: "str | torch.device" = "
     """Rebuild a model from its file, or from a folder in the Hub's layout, in eval mode.
 
     Args:
-        path: A file that :func:`save_model` wrote or a folder that :func:`save_pretrained` wrote.
+        path: A file that :func:`save_model` wrote, a folder that :func:`save_pretrained` wrote, or
+            ``'hf-hub:user/name'`` (``@revision`` behind it if wanted) for such a folder on the Hugging Face Hub.
         map_location: Device to put the model on.
 
     Raises:
@@ -70,32 +71,45 @@ def load_model(path: "str | os.PathLike", map_location: "str | torch.device" = "
     """
     from timm_branches.factory import create_branch_model
 
+    if str(path).startswith("hf-hub:"):
+        path = _download(str(path).removeprefix("hf-hub:"))
     path = Path(path)
     config_file = None
     if path.is_dir():
         path, config_file = path / "model.safetensors", path / "config.json"
     metadata, tensors = _read(path)
+    source = config_file if config_file and config_file.exists() else path
     try:
-        config = json.loads(config_file.read_text()) if config_file and config_file.exists() else \
-            json.loads(metadata["config"])
-        arguments, pretrained_cfg = dict(config["model"]), config["pretrained_cfg"]
+        config = json.loads(metadata["config"] if source == path else source.read_text(encoding="utf-8"))
+        arguments, pretrained_cfg = dict(config["model"]), dict(config["pretrained_cfg"])
         if arguments.get("taxonomy") is not None:
             arguments["taxonomy"] = Taxonomy.from_dict(arguments["taxonomy"])
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{config_file or path}: the description of the model is damaged ({error!r}).") from error
-    model = create_branch_model(**arguments)
+        model = create_branch_model(**arguments)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{source} does not say how its model is built, or says it wrongly: {error!r}") from error
     model.pretrained_cfg.update({k: tuple(v) if isinstance(v, list) else v for k, v in pretrained_cfg.items()})
     _fill(model, tensors, path)
     return model.to(map_location).eval()
 
 
+def _download(repository: str) -> str:
+    """Fetch a model's two files from the Hub; returns the folder they lie in."""
+    from huggingface_hub import snapshot_download
+
+    name, _, revision = repository.partition("@")
+    return snapshot_download(name, revision=revision or None, allow_patterns=["config.json", "model.safetensors"])
+
+
 def save_pretrained(model: BranchModel, folder: "str | os.PathLike", extra: dict | None = None) -> Path:
-    """Write a folder in the Hugging Face Hub's layout: ``config.json`` and ``model.safetensors``."""
+    """Write a folder in the Hugging Face Hub's layout: ``config.json`` and ``model.safetensors``.
+
+    ``huggingface-cli upload user/name folder`` puts it on the Hub, ``load_model('hf-hub:user/name')`` reads it there.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_model(model, folder / "model.safetensors", extra)
     text = json.dumps({"library_name": _FORMAT, **_config(model)}, indent=2) + "\n"
-    replace_file(folder / "config.json", lambda temporary: Path(temporary).write_text(text))
+    replace_file(folder / "config.json", lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
     return folder
 
 
@@ -131,23 +145,39 @@ def read_metadata(path: "str | os.PathLike") -> dict[str, str] | None:
         FileNotFoundError: No such file.
         ValueError: Not a whole safetensors file, or one of a later version of timm_branches.
     """
+    return _open(path, with_tensors=False)[0]
+
+
+def _open(path: "str | os.PathLike", with_tensors: bool) -> tuple[dict[str, str] | None, dict[str, torch.Tensor]]:
+    """Metadata and tensors of one and the same file, even if another is put in its place meanwhile."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: there is no such file.")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a whole safetensors file: it was cut, or is something else "
-                         f"({error}).") from None
+    for _ in range(100):  # safetensors opens a file twice, by name: read again if it was replaced in between
+        before, failure = _identity(path), None
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()} if with_tensors else {}
+        except (SafetensorError, OSError, RuntimeError) as error:
+            failure = error
+        if before == _identity(path):
+            break
+    if failure is not None:
+        raise ValueError(f"{path} is not a whole safetensors file: it was cut, or is something else ({failure}).")
     if metadata.get("producer") != _FORMAT:
-        return None
+        return None, tensors
     version = metadata.get("version", "")
     if not version.isdecimal():
         raise ValueError(f"{path} is damaged: it gives {version!r} for the version of its format.")
     if int(version) > _VERSION:
         raise ValueError(f"{path} was written by a later timm_branches (format {version}, "
                          f"this one reads {_VERSION}): please upgrade.")
-    return metadata
+    return metadata, tensors
+
+
+def _identity(path: "str | os.PathLike") -> tuple[int, int, int]:
+    stat = os.stat(path)
+    return stat.st_ino, stat.st_mtime_ns, stat.st_size
 
 
 def replace_file(path: "str | os.PathLike", write: Any) -> None:
@@ -200,12 +230,10 @@ def _digest(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> str:
 
 def _read(path: "str | os.PathLike") -> tuple[dict[str, str], dict[str, torch.Tensor]]:
     """Metadata and tensors, aliases included, of a file whose checksum is right."""
-    metadata = read_metadata(path)
+    metadata, tensors = _open(path, with_tensors=True)
     if metadata is None:
         raise ValueError(f"{path} is a safetensors file but not one of timm_branches (it does not say how its model "
                          "is built). Plain timm weights go into create_branch_model(..., checkpoint_path=).")
-    with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
     if _digest(tensors, metadata) != metadata.get("sha256"):
         raise ValueError(f"{path} is damaged: it does not hold what was saved (the checksum differs).")
     tensors |= {alias: tensors[name] for alias, name in json.loads(metadata["tied"]).items()}

@@ -1,4 +1,4 @@
-"""Networks of the papers themselves and ResNets for 32 px, registered with timm: importing this package is what registers them.
+"""The papers' own networks and ResNets for 32 px; importing this package registers them with timm.
 
 Example:
     >>> import timm, timm_branches.backbones

@@ -24,12 +24,14 @@ class CifarResNet(ResNet):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        old = self.conv1
-        self.conv1 = nn.Conv2d(old.in_channels, old.out_channels, 3, stride=1, padding=1, bias=False,
-                               device=old.weight.device, dtype=old.weight.dtype)
-        nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
-        self.maxpool = nn.Identity()
-        for info in self.feature_info:
+        old: Any = self.conv1
+        stem = nn.Conv2d(old.in_channels, old.out_channels, 3, stride=1, padding=1, bias=False,
+                         device=old.weight.device, dtype=old.weight.dtype)
+        nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
+        self.add_module("conv1", stem)
+        self.add_module("maxpool", nn.Identity())
+        strides: list[dict[str, Any]] = self.feature_info
+        for info in strides:
             info["reduction"] = max(1, info["reduction"] // 4)
 
 

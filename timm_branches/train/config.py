@@ -27,7 +27,7 @@ class FitConfig:
     epochs: int = _setting(20, "epochs to train")
     seed: int = _setting(0, "seed of everything random")
     device: str = _setting("", "cpu, cuda, ...; cuda if there is one")
-    resume: str = _setting("", "checkpoint to continue from, or 'auto' for the one in the output folder if there is one")
+    resume: str = _setting("", "checkpoint to continue from, or 'auto' for the output folder's if there is one")
 
     opt: str = _setting("sgd", "timm optimizer")
     lr: float = _setting(0.05, "learning rate")
@@ -97,7 +97,8 @@ class FitConfig:
             pairs = [part.split(":") for part in self.lr_steps.split(";") if part.strip()]
             steps = {int(epoch): float(lr) for epoch, lr in pairs}
         except ValueError:
-            raise ValueError(f"--lr-steps {self.lr_steps!r}: write epoch:rate pairs, such as '0:3e-3;41:5e-4'.") from None
+            raise ValueError(f"--lr-steps {self.lr_steps!r}: write epoch:rate pairs, such as '0:3e-3;41:5e-4'."
+                             ) from None
         if 0 not in steps or any(lr <= 0 for lr in steps.values()):
             raise ValueError(f"--lr-steps {self.lr_steps!r}: epoch 0 must be given and rates be above 0.")
         return dict(sorted(steps.items()))

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,8 @@ def setup_device(device: str = "") -> torch.device:
 
     from timm.utils import init_distributed_device
 
-    args = Namespace(device=device or ("cuda" if torch.cuda.is_available() else "cpu"), dist_backend=None, dist_url=None)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    args = Namespace(device=device, dist_backend=None, dist_url=None)
     return init_distributed_device(args)
 
 
@@ -169,8 +171,8 @@ class _Run:
         self.start_epoch, self.updates = 0, 0
         taken = self.checkpoint.exists() or self.result.model_path.exists()
         if taken and config.resume != "auto" and not _same_file(config.resume, self.checkpoint):
-            raise ValueError(f"{config.output} holds an earlier run: continue it with resume='auto' (--resume auto), or "
-                             "choose another output folder.")
+            raise ValueError(f"{config.output} holds an earlier run: continue it with resume='auto' (--resume auto), "
+                             "or choose another output folder.")
         self._resume()
         # after a resume, which may bring a schedule that turns levels off
         if _distributed() and not task.distributed:
@@ -260,9 +262,8 @@ class _Run:
         if not (folder / "model.safetensors").exists():
             self.result.best_epoch, self.result.best = -1, {}
         for name in ("model.safetensors", "log.csv"):
-            source = folder / name
-            if self.primary and source.exists():
-                replace_file(self.result.output / name, lambda temporary, source=source: shutil.copyfile(source, temporary))
+            if self.primary and (folder / name).exists():
+                replace_file(self.result.output / name, partial(shutil.copyfile, folder / name))
 
     def _save(self, epoch: int) -> None:
         state = {"epoch": epoch, "updates": self.updates, "optimizer": self.optimizer.state_dict(),
@@ -283,7 +284,7 @@ class _Run:
         _seed(self.config.seed, epoch, self.rank)
         self.task.set_epoch(epoch)
         # torch's DataLoader leaves it to its sampler
-        shuffles = self.loader if hasattr(self.loader, "set_epoch") else getattr(self.loader, "sampler", None)
+        shuffles: Any = self.loader if hasattr(self.loader, "set_epoch") else getattr(self.loader, "sampler", None)
         if hasattr(shuffles, "set_epoch"):
             shuffles.set_epoch(epoch)
         if self.scheduler:
@@ -291,7 +292,7 @@ class _Run:
         rate = max(group["lr"] for group in self.optimizer.param_groups)
         losses, count = self._train(epoch)
         seconds = time.monotonic() - began
-        _check_weights(base_model(self.task), epoch)
+        _check_weights(self.task, epoch)
         row: dict[str, Any] = {"epoch": epoch, "lr": rate, **losses}
         if _distributed():
             for ema in (False, True) if self.task.has_ema() else (False,):
@@ -307,7 +308,8 @@ class _Run:
         if better:
             self.result.best_epoch, self.result.best = epoch, metrics
         if self.primary:
-            assert self.log is not None and self.trackers is not None
+            assert self.log is not None
+            assert self.trackers is not None
             if better:
                 save_model(base_model(self.task, ema=self.task.has_ema()), self.result.model_path,
                            extra={"epoch": epoch, "metrics": metrics, **self.facts})
@@ -407,7 +409,8 @@ class _Run:
             return
         names = self.task.taxonomy.classes if self.task.taxonomy else \
             [[str(i) for i in range(k)] for k in self.task.level_classes]
-        for level, matrix, classes in zip(self.task.level_names, self.evaluator.confusion_matrices(), names, strict=True):
+        matrices = self.evaluator.confusion_matrices()
+        for level, matrix, classes in zip(self.task.level_names, matrices, names, strict=True):
             safe = "".join(c if c.isalnum() or c in "-_" else "_" for c in level)
             plot_confusion(matrix, list(classes), self.result.output / f"confusion_{safe}.png",
                            title=f"{level}: last epoch, validation")
@@ -440,7 +443,7 @@ def _seed(seed: int, epoch: int, rank: int) -> None:
 
 def _scheduler(optimizer: torch.optim.Optimizer, config: FitConfig, updates_per_epoch: int) -> Scheduler | None:
     if config.sched in ("piecewise", "none") and config.warmup_epochs:
-        warnings.warn(f"--warmup-epochs {config.warmup_epochs} has no effect with --sched {config.sched}.", stacklevel=2)
+        warnings.warn(f"--warmup-epochs has no effect with --sched {config.sched}.", stacklevel=2)
     if config.sched == "piecewise":
         return PiecewiseLR(optimizer, config.lr_at())
     milestones = [int(e) for e in config.decay_milestones.split(",") if e.strip()]
@@ -453,15 +456,17 @@ def _scheduler(optimizer: torch.optim.Optimizer, config: FitConfig, updates_per_
     return scheduler
 
 
-def _check_weights(model: torch.nn.Module, epoch: int) -> None:
+def _check_weights(task: BranchTask, epoch: int) -> None:
     """The loss shows the update before; what the last one of an epoch did must not get into its checkpoint unseen."""
-    parameters = dict(model.named_parameters())
-    finite = torch.stack([p.detach().isfinite().all() for p in parameters.values()]).tolist()
-    bad = [name for name, ok in zip(parameters, finite, strict=True) if not ok]
+    model = base_model(task)
+    parts = {"backbone": model.backbone, **{f"head {name!r}": model.head(name) for name in task.active}}
+    parameters = [(part, name, p) for part, module in parts.items() for name, p in module.named_parameters()]
+    finite = torch.stack([p.detach().isfinite().all() for *_, p in parameters]).tolist()
+    bad = [f"{name} of {part}" for (part, name, _), ok in zip(parameters, finite, strict=True) if not ok]
     if bad:
         raise FloatingPointError(
-            f"{len(bad)} weights, among them {bad[0]}, became NaN or infinite in epoch {epoch} (counted from 0). Training "
-            "stops; the files of the last good epoch stay. A smaller --lr or --clip-grad 1 help most often.")
+            f"{len(bad)} weights, among them {bad[0]}, became NaN or infinite in epoch {epoch} (counted from 0). "
+            "Training stops; the files of the last good epoch stay. A smaller --lr or --clip-grad 1 help most often.")
 
 
 def _check_finite(pending: list[tuple[int, dict[str, torch.Tensor]]], epoch: int) -> None:

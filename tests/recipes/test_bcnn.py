@@ -1,0 +1,356 @@
+"""``recipes/bcnn.py`` as a user runs it: a script, started from some other folder."""
+
+import csv
+import importlib.util
+import json
+import os
+import runpy
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from timm_branches import load_model
+from timm_branches.schedules import get_schedule
+
+RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "bcnn.py"
+LEAVES = ("animal/cat", "animal/dog", "vehicle/bus", "vehicle/car")
+TINY = ("--model", "test_resnet", "--taps", "3", "5", "--img-size", "32", "--epochs", "1", "-b", "8", "--no-plots")
+
+
+def start(*args, cwd, launcher=()):
+    """Run the script in a process of its own; it must succeed."""
+    done = run(*args, cwd=cwd, launcher=launcher)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def run(*args, cwd, launcher=()):
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "MPLBACKEND": "agg"}
+    command = [sys.executable, *launcher, str(RECIPE), *map(str, args)]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300, check=False)
+
+
+def run_here(*args, cwd, monkeypatch, capsys):
+    """The same script in this process, where imports are paid for already: (exit status, stdout, stderr)."""
+    monkeypatch.chdir(cwd)
+    monkeypatch.setattr(sys, "argv", [str(RECIPE), *map(str, args)])
+    threads = torch.get_num_threads()
+    try:
+        runpy.run_path(str(RECIPE), run_name="__main__")
+        status = 0
+    except SystemExit as error:
+        status = error.code
+    finally:
+        torch.set_num_threads(threads)
+    return (status, *capsys.readouterr())
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, capsys):
+    """Run the script here, in `tmp_path`."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    return lambda *args: run_here(*args, cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
+
+
+def table_rows(text):
+    """The printed table as {name: numbers}."""
+    lines = [line.split() for line in text.splitlines()]
+    return {line[0]: [float(cell) for cell in line[1:]] for line in lines
+            if line and line[0] in ("B-CNN", "flat") and len(line) > 2}
+
+
+def epochs_logged(folder):
+    with open(folder / "log.csv", newline="") as stream:
+        return [int(row["epoch"]) for row in csv.DictReader(stream)]
+
+
+def write_images(root, folders, count=8, size=32):
+    """Class folders of noise, each class with a colour of its own."""
+    rng = np.random.default_rng(0)
+    paths = []
+    for k, folder in enumerate(folders):
+        (root / folder).mkdir(parents=True)
+        for i in range(count):
+            pixels = rng.integers(0, 60, (size, size, 3)) + np.array([60 * k, 180 - 60 * k, 20 * k])
+            paths.append(Path(folder) / f"{i}.png")
+            Image.fromarray(pixels.astype(np.uint8)).save(root / paths[-1])
+    return paths
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """The same pictures nested and flat, as a tar, and as a CSV in which the fine label of some is unknown."""
+    root = tmp_path_factory.mktemp("photos")
+    paths = write_images(root / "nested", LEAVES)
+    write_images(root / "flat", [leaf.split("/")[1] for leaf in LEAVES])
+    (root / "tree.csv").write_text("kind,thing\n" + "".join(leaf.replace("/", ",") + "\n" for leaf in LEAVES))
+    with tarfile.open(root / "photos.tar", "w") as tar:
+        tar.add(root / "nested", arcname="photos")
+    (root / "broken.png").write_bytes(b"no image")
+    (root / "broken.csv").write_text("path,kind,thing\n" + "broken.png,animal,cat\nbroken.png,vehicle,car\n" * 5)
+    with open(root / "photos.csv", "w", newline="") as stream:
+        rows = csv.writer(stream)
+        rows.writerow(["path", "kind", "thing"])
+        for i, path in enumerate(paths):
+            kind, thing, _ = path.parts
+            rows.writerow([f"nested/{path}", kind, "" if i % 5 == 0 else thing])
+    return root
+
+
+@pytest.fixture(scope="module")
+def digits_run(tmp_path_factory):
+    """The job without arguments, cut short."""
+    folder = tmp_path_factory.mktemp("digits")
+    return folder, start("--epochs", "1", "--limit", "200", cwd=folder)
+
+
+class TestWithoutArguments:
+    def test_table(self, digits_run):
+        rows = table_rows(digits_run[1].stdout)
+        assert list(rows) == ["B-CNN", "flat"]
+        assert all(len(numbers) == 4 and all(0 <= x <= 100 for x in numbers) for numbers in rows.values())
+        assert "360 test images" in digits_run[1].stdout
+
+    def test_files(self, digits_run):
+        output = digits_run[0] / "output" / "bcnn"
+        for part in ("bcnn", "flat"):
+            assert {"model.safetensors", "last.safetensors", "log.csv", "history.png", "confusion_shape.png",
+                    "confusion_digit.png"} <= {path.name for path in (output / part).iterdir()}
+        facts = json.loads((output / "results.json").read_text())
+        rows = table_rows(digits_run[1].stdout)
+        for name in ("B-CNN", "flat"):
+            found = facts["results"][name]
+            columns = ("shape_top1", "digit_top1", "full_path", "consistency")
+            assert [found[key] for key in columns] == pytest.approx(rows[name], abs=0.006)
+        assert facts["train_images"] == 200
+        assert facts["images"] == 360
+        assert "--limit 200" in facts["command"]
+
+    def test_saved_models_predict(self, digits_run):
+        output = digits_run[0] / "output" / "bcnn"
+        images = torch.rand(2, 1, 8, 8)
+        branches = load_model(output / "bcnn" / "model.safetensors").eval()
+        branches_out = branches(torch.nn.functional.interpolate(images, branches.pretrained_cfg["input_size"][1:]))
+        assert {name: tuple(out.shape) for name, out in branches_out.items()} == {"shape": (2, 3), "digit": (2, 10)}
+        flat = load_model(output / "flat" / "model.safetensors").eval()
+        flat_out = flat(torch.nn.functional.interpolate(images, flat.pretrained_cfg["input_size"][1:]))
+        assert {name: tuple(out.shape) for name, out in flat_out.items()} == {"leaf": (2, 10)}
+        assert all(out.isfinite().all() for out in [*branches_out.values(), *flat_out.values()])
+
+
+class TestRuns:
+    def test_new_run_and_resume(self, tmp_path, here):
+        tiny = (*TINY, "--limit", "64", "--no-flat")
+        first, again = tmp_path / "output" / "bcnn" / "bcnn", tmp_path / "output" / "bcnn-1" / "bcnn"
+        assert here(*tiny)[0] == 0
+        before = {path.name: path.read_bytes() for path in first.iterdir()}
+        assert here(*tiny)[0] == 0
+        assert {path.name: path.read_bytes() for path in first.iterdir()} == before
+        assert epochs_logged(again) == [0]
+        status, out, _ = here(*tiny, "--epochs", "2", "--resume", "auto", "--output", "output/bcnn-1")
+        assert status == 0
+        assert epochs_logged(again) == [0, 1]
+        assert "epoch 2/2" in out
+        assert "epoch 1/2" not in out
+        assert {path.name: path.read_bytes() for path in first.iterdir()} == before
+
+    def test_resume_without_an_earlier_run_starts(self, tmp_path, here):
+        assert here(*TINY, "--limit", "64", "--resume", "auto", "--output", "new")[0] == 0
+        assert epochs_logged(tmp_path / "new" / "bcnn") == [0]
+        assert epochs_logged(tmp_path / "new" / "flat") == [0]
+
+
+class TestOwnData:
+    def check(self, result, folder, levels=("level1", "level2")):
+        status, out, err = result
+        assert status == 0, err
+        assert list(table_rows(out)) == ["B-CNN", "flat"]
+        model = load_model(folder / "output" / "bcnn" / "bcnn" / "model.safetensors")
+        assert model.taxonomy.levels == levels
+        assert model.taxonomy.leaves == tuple(tuple(leaf.split("/")) for leaf in LEAVES)
+
+    def test_nested_folders_with_everything_on(self, photos, tmp_path, here):
+        import albumentations
+
+        file = tmp_path / "augment.json"
+        albumentations.save(albumentations.Compose([albumentations.Resize(32, 32), albumentations.HorizontalFlip()]),
+                            file)
+        everything = ("--detach", "--mixup", "0.2", "--smoothing", "0.1", "--augment", file)
+        self.check(here(photos / "nested", *TINY, *everything), tmp_path)
+
+    def test_flat_folders_and_taxonomy(self, photos, tmp_path, here):
+        self.check(here(photos / "flat", "--taxonomy", photos / "tree.csv", *TINY), tmp_path, ("kind", "thing"))
+
+    def test_csv_with_unknown_labels(self, photos, tmp_path, here):
+        self.check(here(photos / "photos.csv", *TINY), tmp_path, ("kind", "thing"))
+
+    def test_tar(self, photos, tmp_path, here):
+        self.check(here(photos / "photos.tar", *TINY), tmp_path)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("extra", [
+        ("--cutmix", "1"), ("--head", "flatten", "--hidden", "16", "32"), ("--model-ema", "--model-ema-decay", "0.9"),
+        ("--opt", "adamw", "--layer-decay", "0.8"), ("--channels-last", "--amp", "--grad-accum-steps", "2"),
+        ("--schedule", "0:1,0;1:0,1", "--epochs", "2"), ("--in-chans", "1"), ("--workers", "2"),
+        ("--model", "test_vit", "--taps", "3", "5"), ("--freeze-backbone", "--clip-grad", "1"),
+    ], ids=lambda extra: extra[0][2:])
+    def test_settings(self, photos, tmp_path, extra):
+        done = start(photos / "nested", *TINY, *extra, cwd=tmp_path)
+        self.check((0, done.stdout, done.stderr), tmp_path)
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    """The script as a module."""
+    spec = importlib.util.spec_from_file_location("bcnn_recipe", RECIPE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class TestPublishedSettings:
+    def parse(self, recipe, *args):
+        from timm_branches.train import FitConfig
+
+        parsed = recipe.parse_args(list(args))
+        return parsed, FitConfig.from_args(parsed)
+
+    def test_bcnn_b_cifar10(self, recipe):
+        from timm_branches.train import PiecewiseLR
+
+        args, config = self.parse(recipe, "--recipe", "bcnn-b-cifar10")
+        assert (args.data, args.taxonomy, args.model, args.taps) == ("cifar10", "cifar10", "bcnn_b", ["3", "4", "5"])
+        assert (args.hidden, args.head, args.augment) == ([256, 512, 1024], "flatten", "none")
+        assert (args.batch_size, args.mixup, args.cutmix, args.smoothing) == (128, 0, 0, 0)
+        assert (config.opt, config.momentum, config.weight_decay, config.epochs) == ("sgd", 0.9, 0, 60)
+        assert (config.warmup_epochs, config.clip_grad, config.model_ema, config.amp) == (0, None, False, False)
+        # the code counts epochs from 0 and drops the rate when epoch > 40 and > 50
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=config.lr)
+        scheduler, rates = PiecewiseLR(optimizer, config.lr_at()), []
+        for epoch in range(config.epochs):
+            scheduler.step(epoch)
+            rates.append(optimizer.param_groups[0]["lr"])
+        assert rates == pytest.approx([1e-4 if epoch > 50 else 5e-4 if epoch > 40 else 3e-3 for epoch in range(60)])
+        weights = get_schedule(args.schedule, num_levels=3)
+        want = [(0.98, 0.01, 0.01)] * 9 + [(0.1, 0.8, 0.1)] * 10 + [(0.1, 0.2, 0.7)] * 10 + [(0, 0, 1)] * 31
+        assert weights.table(60) == want
+
+    def test_bcnn_vgg16_cifar100(self, recipe):
+        args, config = self.parse(recipe, "--recipe", "bcnn-vgg16-cifar100")
+        assert (args.data, args.taxonomy, args.model, args.pretrained) == ("cifar100", "cifar100", "bcnn_vgg16", True)
+        assert (args.batch_size, config.opt, config.weight_decay) == (128, "sgd", 0)
+        weights = get_schedule(args.schedule, num_levels=3)
+        switches = [epoch for epoch in range(1, config.epochs) if weights(epoch) != weights(epoch - 1)]
+        assert switches == [14, 24, 34]
+
+    @pytest.mark.parametrize("name", ["bcnn-b-cifar10", "bcnn-vgg16-cifar100", "hcnn-fashion-mnist", "bcnn-a-mnist",
+                                      "modern-cifar10"])
+    def test_is_valid_and_can_be_overridden(self, recipe, name):
+        from timm_branches.hierarchy import get_taxonomy
+
+        args, config = self.parse(recipe, "--recipe", name)
+        assert all(getattr(args, key) == value for key, value in recipe.RECIPES[name].items())
+        levels = get_taxonomy(args.taxonomy).num_levels
+        assert len(args.taps) == levels
+        assert get_schedule(args.schedule, num_levels=levels)(config.epochs).count(0) < levels
+        other = {"lr": "0.5", "epochs": "3", "batch_size": "7", "opt": "adamw", "weight_decay": "0.25",
+                 "momentum": "0.5", "sched": "cosine", "lr_steps": "", "warmup_epochs": "4", "schedule": "equal",
+                 "augment": "light", "head": "pool" if args.head == "flatten" else "flatten", "model": "resnet18",
+                 "taxonomy": "tree.csv", "mixup": "0.75", "smoothing": "0.3", "model_ema_decay": "0.5",
+                 "in_chans": "4", "img_size": "48"}
+        lists = {"taps": ["1", "2"], "hidden": [8, 9], "mean": [0.25], "std": [0.125]}
+        flags = [word for key, value in other.items() for word in (f"--{key.replace('_', '-')}", value)]
+        flags += [word for key, value in lists.items() for word in (f"--{key}", *map(str, value))]
+        switches = ["pretrained", "amp", "channels_last", "model_ema", "model_ema_warmup"]
+        flags += [f"--{'no-' if getattr(args, key) else ''}{key.replace('_', '-')}" for key in switches]
+        asked = recipe.parse_args(["photos", "--recipe", name, *flags])
+        assert asked.data == "photos"
+        assert {key: getattr(asked, key) for key in lists} == lists
+        for key, value in other.items():
+            assert getattr(asked, key) == type(getattr(asked, key))(value), key
+        assert all(getattr(asked, key) is not getattr(args, key) for key in switches)
+        assert set(recipe.RECIPES[name]) <= {*other, *lists, *switches, "data"}  # nothing of it was forgotten above
+
+
+MISTAKES = {
+    "unknown model": (["--model", "resnet5000"], "resnet5000"),
+    "number of taps": (["--taps", "3", "4", "5"], "--taps 3 4 5"),
+    "one level": (["{photos}/flat"], "--taxonomy"),
+    "no folder": (["nowhere/photos"], "nowhere/photos"),
+    "schedule text": (["--schedule", "0:1,0;5"], "'5'"),
+    "schedule name": (["--schedule", "bcnn"], "bcnn-cifar10"),
+    "schedule levels": (["--schedule", "bcnn-cifar10"], "3 levels"),
+    "lr 0": (["--lr", "0"], "--lr"),
+    "unknown tap": (["--taps", "3", "conv9"], "5 layer4 96 32"),
+    "no such module": (["--taps", "3", "layer9.0"], "layer9.0"),
+    "hidden": (["--hidden", "32"], "--hidden"),
+    "resume": (["--resume", "last.safetensors"], "--resume auto"),
+    "augment": (["--augment", "strong"], "strong"),
+    "metric": (["--eval-metric", "kindness"], "kindness"),
+    "optimizer": (["--opt", "sgdd"], "sgdd"),
+    "scheduler": (["--sched", "cosinus"], "cosinus"),
+    "taxonomy": (["{photos}/flat", "--taxonomy", "nowhere.csv"], "nowhere.csv"),
+    "limit": (["--limit", "0"], "--limit"),
+    "val fraction": (["{photos}/nested", "--val-fraction", "2"], "fraction"),
+    "batch": (["-b", "0"], "batch_size"),
+    "output": (["--output", "{photos}/tree.csv"], "tree.csv"),
+    "broken image": (["{photos}/broken.csv", "-b", "2", "--img-size", "32"], "broken.png"),
+    "mean": (["--mean", "0.5", "0.5"], "mean"),
+    "mixup": (["--mixup", "-1"], "mixup"),
+    "smoothing": (["--smoothing", "2"], "smoothing"),
+}
+
+
+class TestMistakes:
+    def check(self, status, out, err, needle):
+        assert status == 2, err
+        assert err.startswith("bcnn.py: ")
+        assert err.count("\n") == 1, err
+        assert needle in err
+        assert table_rows(out) == {}
+
+    @pytest.mark.parametrize("name", MISTAKES)
+    def test_one_line(self, name, photos, here):
+        args, needle = MISTAKES[name]
+        args = [arg.format(photos=photos) for arg in args]
+        own = ["--model", "test_resnet", "--limit", "64", "--epochs", "1"]
+        self.check(*here(*own, *args) if args[0].startswith("-") else here(args[0], *own, *args[1:]), needle)
+
+    def test_in_a_process(self, tmp_path):
+        done = run("nowhere", cwd=tmp_path)
+        self.check(done.returncode, done.stdout, done.stderr, "nowhere")
+
+    def test_unknown_flag_prints_usage(self, here):
+        status, _, err = here("--learning-rate", "1")
+        assert status == 2
+        assert "--learning-rate" in err
+        assert "Traceback" not in err
+
+    def test_an_earlier_run_of_another_model(self, tmp_path, here):
+        tiny = (*TINY, "--limit", "64", "--no-flat", "--output", "mine")
+        assert here(*tiny)[0] == 0
+        status, out, err = here(*tiny, "--model", "test_vit", "--resume", "auto", "--epochs", "2")
+        self.check(status, out, err, "another model")
+        assert epochs_logged(tmp_path / "mine" / "bcnn") == [0]
+
+
+@pytest.mark.slow
+def test_two_processes(tmp_path):
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    done = start("--epochs", "1", "--limit", "128", "-b", "32", "--device", "cpu", cwd=tmp_path, launcher=launcher)
+    assert list(table_rows(done.stdout)) == ["B-CNN", "flat"]
+    assert done.stdout.count("full path") == 1
+    assert epochs_logged(tmp_path / "output" / "bcnn" / "bcnn") == [0]
+
+
+@pytest.mark.slow
+def test_learns_the_digits(tmp_path):
+    """A few epochs are enough to see that both networks are trained at all."""
+    rows = table_rows(start("--epochs", "4", "--no-plots", cwd=tmp_path).stdout)
+    assert min(rows["B-CNN"][1], rows["flat"][1]) > 70
