@@ -73,14 +73,23 @@ class PiecewiseLR(Scheduler):
 
 
 def setup_device(device: str = "") -> torch.device:
-    """The device of this process; joins the process group when started by ``torchrun``."""
+    """The device of this process; joins the process group when started by ``torchrun``.
+
+    Raises:
+        ValueError: No such device.
+    """
     from argparse import Namespace
 
     from timm.utils import init_distributed_device
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    args = Namespace(device=device, dist_backend=None, dist_url=None)
-    return init_distributed_device(args)
+    try:
+        if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+            raise RuntimeError("torch sees no CUDA device on this machine")
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {device}: {reason}. Write cpu, cuda or cuda:1.") from None
+    return init_distributed_device(Namespace(device=device, dist_backend=None, dist_url=None))
 
 
 def is_primary() -> bool:
