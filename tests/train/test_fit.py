@@ -147,7 +147,7 @@ def test_resumed_is_bit_for_bit_the_uninterrupted(tmp_path, whole_run, stop):
 def test_another_seed_is_another_run(tmp_path, whole_run):
     """What the test above compares does depend on the generators."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "_seed", lambda seed, epoch, rank: torch.manual_seed(77 + epoch))
+        patch.setattr(loop, "seed_everything", lambda seed, epoch, rank: torch.manual_seed(77 + epoch))
         task, _ = digits_run(tmp_path)
     assert not torch.equal(weights_of(task)["heads.digit.fc.weight"], weights_of(whole_run[1])["heads.digit.fc.weight"])
 
@@ -521,8 +521,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, value, interval):
 def test_how_often_the_loss_is_checked(tmp_path, monkeypatch, every, expected):
     """On an accelerator a check waits for the device, so several batches share one."""
     sizes = []
-    original = loop._check_finite
-    monkeypatch.setattr(loop, "_check_finite", lambda pending, epoch: (sizes.append(len(pending)),
+    original = loop.check_losses
+    monkeypatch.setattr(loop, "check_losses", lambda pending, epoch: (sizes.append(len(pending)),
                                                                        original(pending, epoch)))
     run = loop._Run(make_task(), loader_of(make_data(20), 4), None, settings(tmp_path, log_interval=every), None, {})
 

@@ -1,7 +1,9 @@
 """Training: the loop, its settings, checkpoints, logs and plots."""
 
 from timm_branches.train.config import FitConfig, add_fit_arguments
-from timm_branches.train.loop import FitResult, PiecewiseLR, evaluate, fit, is_primary, setup_device
+from timm_branches.train.loop import FitResult, evaluate, fit
+from timm_branches.train.lr import PiecewiseLR
+from timm_branches.train.process import is_primary, setup_device
 
 __all__ = ["FitConfig", "FitResult", "PiecewiseLR", "add_fit_arguments", "evaluate", "fit", "is_primary",
            "setup_device"]

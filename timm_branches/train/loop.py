@@ -1,11 +1,9 @@
 """``fit``: our training loop, made of timm's parts; and ``evaluate``."""
 
 import math
-import random
 import shutil
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
@@ -13,23 +11,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
-from timm.scheduler.scheduler import Scheduler
 from timm.task import evaluation_sample_limit
 from timm.utils import NativeScaler, dispatch_clip_grad, distribute_bn
 from tqdm import tqdm
 
 from timm_branches.task import BranchTask, base_model
 from timm_branches.train.checkpoint import load_state, save_state
+from timm_branches.train.checks import check_losses, check_weights
 from timm_branches.train.config import FitConfig
 from timm_branches.train.log import CsvLog, open_trackers
+from timm_branches.train.lr import create_scheduler
+from timm_branches.train.process import current_device, is_distributed, is_primary, seed_everything
 from timm_branches.weights import replace_file, save_model
 
-__all__ = ["FitResult", "PiecewiseLR", "evaluate", "fit", "is_primary", "setup_device"]
+__all__ = ["FitResult", "evaluate", "fit"]
 
 
 @dataclass
@@ -56,51 +54,6 @@ class FitResult:
         return self.output / "model.safetensors"
 
 
-class PiecewiseLR(Scheduler):
-    """Learning rates given outright: ``{0: 3e-3, 41: 5e-4}`` is 5e-4 from the 0-based epoch 41 on."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer, steps: dict[int, float]):
-        if 0 not in steps:
-            raise ValueError(f"the learning rate of epoch 0 must be given, got {steps}.")
-        super().__init__(optimizer, "lr", initialize=True)
-        self.steps = steps
-        self.update_groups(self._get_lr(0))
-
-    def _get_lr(self, t: int) -> list[float]:
-        rate = next(lr for start, lr in sorted(self.steps.items(), reverse=True) if start <= t)
-        first = self.base_values[0] if self.base_values else 1.0
-        return [rate * (value / first) for value in self.base_values]
-
-
-def setup_device(device: str = "") -> torch.device:
-    """The device of this process; joins the process group when started by ``torchrun``.
-
-    Raises:
-        ValueError: No such device.
-    """
-    from argparse import Namespace
-
-    from timm.utils import init_distributed_device
-
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-            raise RuntimeError("torch sees no CUDA device on this machine")
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {device}: {reason}. Write cpu, cuda or cuda:1.") from None
-    return init_distributed_device(Namespace(device=device, dist_backend=None, dist_url=None))
-
-
-def is_primary() -> bool:
-    """Whether this process is the one that writes and prints."""
-    return not _distributed() or dist.get_rank() == 0
-
-
-def _distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()
-
-
 @torch.no_grad()
 def evaluate(task: BranchTask, loader: Iterable, ema: bool = False, amp: Any = nullcontext):
     """Run a task's evaluator over a loader of (images, labels (N, L)), exactly, over all processes.
@@ -117,7 +70,7 @@ def evaluate(task: BranchTask, loader: Iterable, ema: bool = False, amp: Any = n
             output = model(_to(images, task.device, None))
         evaluator.update(output, labels.to(task.device))
     model.train(was_training)
-    evaluator.metrics = evaluator.compute(distributed=_distributed())
+    evaluator.metrics = evaluator.compute(distributed=is_distributed())
     return evaluator
 
 
@@ -162,14 +115,14 @@ class _Run:
         self.task, self.loader, self.eval_loader = task, train_loader, eval_loader
         self.config, self.mixup, self.facts = config, mixup, facts
         self.primary = is_primary()
-        self.device = _device(config.device)
-        self.rank = dist.get_rank() if _distributed() else 0
+        self.device = current_device(config.device)
+        self.rank = dist.get_rank() if is_distributed() else 0
         if len(train_loader) == 0:
             raise ValueError("the training loader has no batch: the data set is smaller than a batch.")
         self.memory_format = torch.channels_last if config.channels_last else None
         self._prepare()
         self.updates_per_epoch = math.ceil(len(train_loader) / config.grad_accum_steps)
-        self.scheduler = _scheduler(self.optimizer, config, self.updates_per_epoch)
+        self.scheduler = create_scheduler(self.optimizer, config, self.updates_per_epoch)
         self.metric = config.eval_metric or f"{task.level_names[-1]}_top1"
         names = task.create_evaluator().metric_names
         if self.metric not in names:
@@ -184,7 +137,7 @@ class _Run:
                              "or choose another output folder.")
         self._resume()
         # after a resume, which may bring a schedule that turns levels off
-        if _distributed() and not task.distributed:
+        if is_distributed() and not task.distributed:
             task.prepare_distributed(device_ids=[self.device] if self.device.type == "cuda" else None)
         self.log = CsvLog(self.result.output / "log.csv", keep_until_epoch=self.start_epoch) if self.primary else None
         self.result.history = self.log.read() if self.log else []
@@ -204,7 +157,7 @@ class _Run:
         if config.grad_checkpointing:
             model.set_grad_checkpointing(True)
         if config.sync_bn:
-            if not _distributed() or self.device.type == "cpu":
+            if not is_distributed() or self.device.type == "cpu":
                 raise ValueError("--sync-bn has no effect without several GPUs (torchrun).")
             from timm.layers import convert_sync_batchnorm
             task.trainable_module = convert_sync_batchnorm(model)
@@ -290,7 +243,7 @@ class _Run:
         """Train, evaluate, log and save one epoch."""
         began = time.monotonic()
         # everything random in this epoch follows from (seed, epoch, rank): a resumed run needs no generator's state
-        _seed(self.config.seed, epoch, self.rank)
+        seed_everything(self.config.seed, epoch, self.rank)
         self.task.set_epoch(epoch)
         # torch's DataLoader leaves it to its sampler
         shuffles: Any = self.loader if hasattr(self.loader, "set_epoch") else getattr(self.loader, "sampler", None)
@@ -301,9 +254,9 @@ class _Run:
         rate = max(group["lr"] for group in self.optimizer.param_groups)
         losses, count = self._train(epoch)
         seconds = time.monotonic() - began
-        _check_weights(self.task, epoch)
+        check_weights(self.task, epoch)
         row: dict[str, Any] = {"epoch": epoch, "lr": rate, **losses}
-        if _distributed():
+        if is_distributed():
             for ema in (False, True) if self.task.has_ema() else (False,):
                 distribute_bn(self.task.get_trainable_module(ema=ema), dist.get_world_size(), reduce=True)
         metrics: dict[str, float] = {}
@@ -350,7 +303,7 @@ class _Run:
         for index, (images, labels) in enumerate(self.loader):
             images = _to(images, self.device, self.memory_format)
             labels = labels.to(self.device, non_blocking=True)
-            count += images.shape[0] * (dist.get_world_size() if _distributed() else 1)
+            count += images.shape[0] * (dist.get_world_size() if is_distributed() else 1)
             if self.mixup is not None:
                 images, labels = self.mixup(images, labels)
             last_of_group = (index + 1) % accumulate == 0 or index + 1 == batches
@@ -361,7 +314,7 @@ class _Run:
                 values = {name: loss.detach() for name, loss in result["losses"].items()}
                 pending.append((index, values))
                 if len(pending) >= check_every or index + 1 == batches:
-                    _check_finite(pending, epoch)
+                    check_losses(pending, epoch)
                     pending.clear()
                 self._backward(result["loss"] / group, last_of_group)
             for name, value in {"train_loss": result["loss"].detach(),
@@ -375,10 +328,10 @@ class _Run:
                     self.scheduler.step_update(self.updates)
             self.bar.update()
         totals = {name: total.double() / batches for name, total in sums.items()}
-        if _distributed():
+        if is_distributed():
             for total in totals.values():
                 dist.all_reduce(total)
-        world = dist.get_world_size() if _distributed() else 1
+        world = dist.get_world_size() if is_distributed() else 1
         return {name: float(total) / world for name, total in totals.items()}, count
 
     def _backward(self, loss: torch.Tensor, step: bool) -> None:
@@ -402,7 +355,7 @@ class _Run:
 
     def finish(self) -> None:
         """Wait until the files are written, and draw the plots."""
-        if _distributed():
+        if is_distributed():
             dist.barrier()
         if not self.primary:
             return
@@ -429,65 +382,10 @@ def _same_file(path: str, other: Path) -> bool:
     return bool(path) and Path(path).resolve() == other.resolve()
 
 
-def _device(name: str) -> torch.device:
-    if name:
-        return torch.device(name)
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", torch.cuda.current_device())
-
-
 def _to(images: torch.Tensor, device: torch.device, memory_format: Any) -> torch.Tensor:
     if memory_format is None:
         return images.to(device, non_blocking=True)
     return images.to(device, non_blocking=True, memory_format=memory_format)
-
-
-def _seed(seed: int, epoch: int, rank: int) -> None:
-    state = np.random.SeedSequence([seed, epoch, rank]).generate_state(3)
-    random.seed(int(state[0]))
-    np.random.seed(int(state[1]))  # timm's Mixup draws from numpy's global generator
-    torch.manual_seed(int(state[2]))
-
-
-def _scheduler(optimizer: torch.optim.Optimizer, config: FitConfig, updates_per_epoch: int) -> Scheduler | None:
-    if config.sched in ("piecewise", "none") and config.warmup_epochs:
-        warnings.warn(f"--warmup-epochs has no effect with --sched {config.sched}.", stacklevel=2)
-    if config.sched == "piecewise":
-        return PiecewiseLR(optimizer, config.lr_at())
-    milestones = [int(e) for e in config.decay_milestones.split(",") if e.strip()]
-    if (config.sched == "multistep") != bool(milestones):
-        raise ValueError("--sched multistep and --decay-milestones go together.")
-    scheduler, _ = create_scheduler_v2(
-        optimizer, sched=config.sched, num_epochs=config.epochs, min_lr=config.min_lr, decay_rate=config.decay_rate,
-        warmup_epochs=config.warmup_epochs, warmup_lr=config.warmup_lr, decay_milestones=milestones,
-        step_on_epochs=False, updates_per_epoch=updates_per_epoch)
-    return scheduler
-
-
-def _check_weights(task: BranchTask, epoch: int) -> None:
-    """The loss shows the update before; what the last one of an epoch did must not get into its checkpoint unseen."""
-    model = base_model(task)
-    parts = {"backbone": model.backbone, **{f"head {name!r}": model.head(name) for name in task.active}}
-    parameters = [(part, name, p) for part, module in parts.items() for name, p in module.named_parameters()]
-    finite = torch.stack([p.detach().isfinite().all() for *_, p in parameters]).tolist()
-    bad = [f"{name} of {part}" for (part, name, _), ok in zip(parameters, finite, strict=True) if not ok]
-    if bad:
-        raise FloatingPointError(
-            f"{len(bad)} weights, among them {bad[0]}, became NaN or infinite in epoch {epoch} (counted from 0). "
-            "Training stops; the files of the last good epoch stay. A smaller --lr or --clip-grad 1 help most often.")
-
-
-def _check_finite(pending: list[tuple[int, dict[str, torch.Tensor]]], epoch: int) -> None:
-    names = [(index, name) for index, values in pending for name in values]
-    values = torch.stack([v.float() for _, levels in pending for v in levels.values()])
-    bad = (~values.isfinite()).nonzero()
-    if len(bad):
-        index, name = names[int(bad[0])]
-        raise FloatingPointError(
-            f"The loss of level {name!r} became {float(values[int(bad[0])])} in batch {index} of epoch {epoch} (both "
-            "counted from 0). Training stops; the files of the last good epoch stay. A smaller --lr, --clip-grad 1, "
-            "or --amp-dtype bfloat16 instead of float16 help most often.")
 
 
 def _line(row: dict, epochs: int) -> str:
