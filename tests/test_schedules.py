@@ -53,32 +53,32 @@ def seed_weights(epoch):
 
 class TestPresets:
     def test_cifar10(self):
-        schedule = get_schedule('bcnn-cifar10', num_levels=3)
+        schedule = get_schedule("bcnn-cifar10", num_levels=3)
         assert schedule.table(60) == keras_weights(60, (8, 18, 28))
         assert [schedule(e) for e in (0, 8, 9, 18, 19, 28, 29, 500)] == [
             (0.98, 0.01, 0.01), (0.98, 0.01, 0.01), (0.1, 0.8, 0.1), (0.1, 0.8, 0.1), (0.1, 0.2, 0.7), (0.1, 0.2, 0.7),
             (0, 0, 1), (0, 0, 1)]
 
     def test_cifar100(self):
-        assert get_schedule('BCNN-CIFAR100').table(80) == keras_weights(80, (13, 23, 33))
+        assert get_schedule("BCNN-CIFAR100").table(80) == keras_weights(80, (13, 23, 33))
 
     def test_vgg16_bn(self):
-        assert get_schedule('bcnn-vgg16-bn').table(80) == [seed_weights(epoch) for epoch in range(80)]
+        assert get_schedule("bcnn-vgg16-bn").table(80) == [seed_weights(epoch) for epoch in range(80)]
 
-    @pytest.mark.parametrize('name', ['equal', 'constant'])
+    @pytest.mark.parametrize("name", ["equal", "constant"])
     def test_equal(self, name):
         assert get_schedule(name, num_levels=4).table(2) == [(0.25,) * 4] * 2
-        with pytest.raises(ValueError, match='needs num_levels'):
+        with pytest.raises(ValueError, match="needs num_levels"):
             get_schedule(name)
 
-    @pytest.mark.parametrize('name', PRESETS)
+    @pytest.mark.parametrize("name", PRESETS)
     def test_wrong_number_of_levels(self, name):
-        with pytest.raises(ValueError, match='weights for 3 levels, but there are 2'):
+        with pytest.raises(ValueError, match="weights for 3 levels, but there are 2"):
             get_schedule(name, num_levels=2)
 
     def test_unknown_name(self):
         with pytest.raises(ValueError, match=r"'bcnn-cifar'.*bcnn-cifar10, .*equal.*did you mean 'bcnn-cifar10'"):
-            get_schedule('bcnn-cifar')
+            get_schedule("bcnn-cifar")
 
 
 class TestShapes:
@@ -102,7 +102,7 @@ class TestShapes:
             fine = math.sin(math.pi * min(epoch, 8) / 16) ** 2  # (1 - cos x) / 2 = sin^2(x / 2)
             assert schedule(epoch) == pytest.approx((1 - fine, fine))
 
-    @pytest.mark.parametrize('kind', [StepSchedule, LinearSchedule, CosineSchedule])
+    @pytest.mark.parametrize("kind", [StepSchedule, LinearSchedule, CosineSchedule])
     def test_points_are_met_exactly(self, kind):
         points = {0: (0.98, 0.01, 0.01), 9: (0.1, 0.8, 0.1), 19: (0.1, 0.2, 0.7)}
         schedule = kind(points)
@@ -112,11 +112,11 @@ class TestShapes:
 
     def test_weights_that_add_up_to_one_keep_doing_so(self):
         for kind in (LinearSchedule, CosineSchedule):
-            schedule = kind(PRESETS['bcnn-cifar10'])
+            schedule = kind(PRESETS["bcnn-cifar10"])
             assert [sum(schedule(e / 7)) for e in range(300)] == pytest.approx([1] * 300)
 
 
-@pytest.mark.parametrize('schedule', ALL, ids=lambda s: s.kind)
+@pytest.mark.parametrize("schedule", ALL, ids=lambda s: s.kind)
 class TestEveryKind:
     def test_dict(self, schedule):
         again = LossWeightSchedule.from_dict(json.loads(json.dumps(schedule.to_dict())))
@@ -133,7 +133,7 @@ class TestEveryKind:
 
     def test_state(self, schedule):
         equal = [1.0] * schedule.num_levels
-        other = type(schedule)(equal if schedule.kind == 'constant' else {0: equal})
+        other = type(schedule)(equal if schedule.kind == "constant" else {0: equal})
         assert other != schedule
         other.load_state_dict(json.loads(json.dumps(schedule.state_dict())))
         assert other == schedule
@@ -141,44 +141,44 @@ class TestEveryKind:
 
     def test_state_of_another(self, schedule):
         before = schedule.to_dict()
-        with pytest.raises(ValueError, match='checkpoint holds'):
+        with pytest.raises(ValueError, match="checkpoint holds"):
             schedule.load_state_dict(next(s for s in ALL if s.kind != schedule.kind).state_dict())
         wider = [1] * (schedule.num_levels + 1)
-        wider = ConstantSchedule(wider) if schedule.kind == 'constant' else type(schedule)({0: wider})
-        with pytest.raises(ValueError, match=f'{wider.num_levels} levels, but there are {schedule.num_levels}'):
+        wider = ConstantSchedule(wider) if schedule.kind == "constant" else type(schedule)({0: wider})
+        with pytest.raises(ValueError, match=f"{wider.num_levels} levels, but there are {schedule.num_levels}"):
             schedule.load_state_dict(wider.state_dict())
         assert schedule.to_dict() == before
 
-    @pytest.mark.parametrize('epoch', [-1, -0.5, math.nan, math.inf, None, True, 'x'])
+    @pytest.mark.parametrize("epoch", [-1, -0.5, math.nan, math.inf, None, True, "x"])
     def test_wrong_epoch(self, schedule, epoch):
-        with pytest.raises(ValueError, match='epoch must be a'):
+        with pytest.raises(ValueError, match="epoch must be a"):
             schedule(epoch)
 
     def test_table(self, schedule):
         assert schedule.table(3) == [schedule(0), schedule(1), schedule(2)]
         assert schedule.table(0) == []
         for epochs in (-1, 2.0):
-            with pytest.raises(ValueError, match='whole number'):
+            with pytest.raises(ValueError, match="whole number"):
                 schedule.table(epochs)
 
 
-@pytest.mark.parametrize('kind', [StepSchedule, LinearSchedule, CosineSchedule])
-@pytest.mark.parametrize(('points', 'message'), [
-    ({0: (1, -0.1)}, 'epoch 0: weights must not be negative'),
-    ({0: (1, 1), 3: (math.nan, 1)}, 'epoch 3: weights must be finite'),
-    ({0: (math.inf, 1)}, 'finite'),
-    ({0: (1, 1), 3: (1, 1, 1)}, 'epoch 0: 2, epoch 3: 3'),
-    ({1: (1, 1)}, r'no weights for epoch 0.*\[1\]'),
-    ({}, 'no weights for epoch 0'),
-    ({0: (1, 1), 4: (0, 0)}, 'epoch 4: all weights are 0'),
-    ({0: ()}, 'no weights given'),
-    ({0: 1.0}, 'must be a sequence'),
-    ({0: '11'}, 'must be a sequence'),
-    ({0: ('a', 'b')}, 'must be numbers'),
-    ({0: (1, 1), -1: (1, 1)}, 'number from 0'),
-    ({0: (1, 1), 'x': (1, 1)}, 'number from 0'),
-    ({0: (1, 1), '0': (1, 1)}, 'epoch 0 is given twice'),
-    ([(1, 1)], 'must map an epoch'),
+@pytest.mark.parametrize("kind", [StepSchedule, LinearSchedule, CosineSchedule])
+@pytest.mark.parametrize(("points", "message"), [
+    ({0: (1, -0.1)}, "epoch 0: weights must not be negative"),
+    ({0: (1, 1), 3: (math.nan, 1)}, "epoch 3: weights must be finite"),
+    ({0: (math.inf, 1)}, "finite"),
+    ({0: (1, 1), 3: (1, 1, 1)}, "epoch 0: 2, epoch 3: 3"),
+    ({1: (1, 1)}, r"no weights for epoch 0.*\[1\]"),
+    ({}, "no weights for epoch 0"),
+    ({0: (1, 1), 4: (0, 0)}, "epoch 4: all weights are 0"),
+    ({0: ()}, "no weights given"),
+    ({0: 1.0}, "must be a sequence"),
+    ({0: "11"}, "must be a sequence"),
+    ({0: ("a", "b")}, "must be numbers"),
+    ({0: (1, 1), -1: (1, 1)}, "number from 0"),
+    ({0: (1, 1), "x": (1, 1)}, "number from 0"),
+    ({0: (1, 1), "0": (1, 1)}, "epoch 0 is given twice"),
+    ([(1, 1)], "must map an epoch"),
 ])
 def test_wrong_points(kind, points, message):
     with pytest.raises(ValueError, match=message):
@@ -186,38 +186,38 @@ def test_wrong_points(kind, points, message):
 
 
 def test_step_needs_whole_epochs():
-    with pytest.raises(ValueError, match=r'whole number.*2\.5'):
+    with pytest.raises(ValueError, match=r"whole number.*2\.5"):
         StepSchedule({0: (1, 0), 2.5: (0, 1)})
 
 
-@pytest.mark.parametrize('weights', [(), (0, 0), (1, -1), (math.nan,), None])
+@pytest.mark.parametrize("weights", [(), (0, 0), (1, -1), (math.nan,), None])
 def test_wrong_constant(weights):
-    with pytest.raises(ValueError, match='constant schedule: '):
+    with pytest.raises(ValueError, match="constant schedule: "):
         ConstantSchedule(weights)
 
 
 class TestReading:
-    @pytest.mark.parametrize(('text', 'expected'), [
-        ('0:0.98,0.01,0.01;9:0.1,0.8,0.1', StepSchedule({0: (0.98, 0.01, 0.01), 9: (0.1, 0.8, 0.1)})),
-        (' step: 0: 1, 0; 3: 0, 1; ', StepSchedule({0: (1, 0), 3: (0, 1)})),
-        ('linear:0:1,0;2.5:0,1e-3', LinearSchedule({0: (1, 0), 2.5: (0, 0.001)})),
-        ('Cosine:0:1,0;3:0,1', CosineSchedule({0: (1, 0), 3: (0, 1)})),
-        ('0.5,0.5', ConstantSchedule((0.5, 0.5))),
-        ('constant:1', ConstantSchedule((1,))),
+    @pytest.mark.parametrize(("text", "expected"), [
+        ("0:0.98,0.01,0.01;9:0.1,0.8,0.1", StepSchedule({0: (0.98, 0.01, 0.01), 9: (0.1, 0.8, 0.1)})),
+        (" step: 0: 1, 0; 3: 0, 1; ", StepSchedule({0: (1, 0), 3: (0, 1)})),
+        ("linear:0:1,0;2.5:0,1e-3", LinearSchedule({0: (1, 0), 2.5: (0, 0.001)})),
+        ("Cosine:0:1,0;3:0,1", CosineSchedule({0: (1, 0), 3: (0, 1)})),
+        ("0.5,0.5", ConstantSchedule((0.5, 0.5))),
+        ("constant:1", ConstantSchedule((1,))),
     ])
     def test_text(self, text, expected):
         assert get_schedule(text) == expected
 
-    @pytest.mark.parametrize(('text', 'message'), [
-        ('0:1,0;3', "cannot read '3'"),
-        ('linear:0:1:0', "cannot read '0:1:0'"),
-        ('linaer:0:1,0', "cannot read 'linaer:0:1,0'"),
-        ('0:1,x', 'must be numbers'),
-        ('x:1,0', 'number from 0'),
-        ('0:1,0;0:0,1', 'epoch 0 is given twice'),
-        ('3:1,0', 'no weights for epoch 0'),
-        ('step:', 'no weights for epoch 0'),
-        ('1,,2', 'must be numbers'),
+    @pytest.mark.parametrize(("text", "message"), [
+        ("0:1,0;3", "cannot read '3'"),
+        ("linear:0:1:0", "cannot read '0:1:0'"),
+        ("linaer:0:1,0", "cannot read 'linaer:0:1,0'"),
+        ("0:1,x", "must be numbers"),
+        ("x:1,0", "number from 0"),
+        ("0:1,0;0:0,1", "epoch 0 is given twice"),
+        ("3:1,0", "no weights for epoch 0"),
+        ("step:", "no weights for epoch 0"),
+        ("1,,2", "must be numbers"),
     ])
     def test_wrong_text(self, text, message):
         with pytest.raises(ValueError, match=message):
@@ -227,22 +227,22 @@ class TestReading:
         schedule = ALL[0]
         assert get_schedule(schedule) is schedule
         assert get_schedule({0: (1, 0), 3: (0, 1)}) == StepSchedule({0: (1, 0), 3: (0, 1)})
-        assert get_schedule({'kind': 'linear', 'points': {'0': [1, 0], '3': [0, 1]}}) == LinearSchedule(
+        assert get_schedule({"kind": "linear", "points": {"0": [1, 0], "3": [0, 1]}}) == LinearSchedule(
             {0: (1, 0), 3: (0, 1)})
         assert get_schedule([1, 2], num_levels=2) == ConstantSchedule((1, 2))
-        with pytest.raises(ValueError, match='a schedule is'):
+        with pytest.raises(ValueError, match="a schedule is"):
             get_schedule(3)
 
-    @pytest.mark.parametrize('spec', [[1, 2], '1,2', '0:1,2', {0: (1, 2)}, ConstantSchedule((1, 2)),
-                                      {'kind': 'constant', 'weights': [1, 2]}])
+    @pytest.mark.parametrize("spec", [[1, 2], "1,2", "0:1,2", {0: (1, 2)}, ConstantSchedule((1, 2)),
+                                      {"kind": "constant", "weights": [1, 2]}])
     def test_number_of_levels_is_checked_for_each(self, spec):
-        with pytest.raises(ValueError, match='weights for 2 levels, but there are 3'):
+        with pytest.raises(ValueError, match="weights for 2 levels, but there are 3"):
             get_schedule(spec, num_levels=3)
 
-    @pytest.mark.parametrize(('data', 'message'), [
-        ({}, "needs a 'kind', one of .*cosine"), ({'kind': 'stair'}, "needs a 'kind'"), ('step', "needs a 'kind'"),
-        ({'kind': 'step'}, "needs 'points'"), ({'kind': 'step', 'points': [[0]]}, 'must hold pairs'),
-        ({'kind': 'step', 'points': [[0, [1]], [0, [2]]]}, 'twice'), ({'kind': 'constant'}, 'no weights given'),
+    @pytest.mark.parametrize(("data", "message"), [
+        ({}, "needs a 'kind', one of .*cosine"), ({"kind": "stair"}, "needs a 'kind'"), ("step", "needs a 'kind'"),
+        ({"kind": "step"}, "needs 'points'"), ({"kind": "step", "points": [[0]]}, "must hold pairs"),
+        ({"kind": "step", "points": [[0, [1]], [0, [2]]]}, "twice"), ({"kind": "constant"}, "no weights given"),
     ])
     def test_wrong_dict(self, data, message):
         with pytest.raises(ValueError, match=message):
@@ -252,27 +252,27 @@ class TestReading:
 def test_kinds_are_told_apart():
     points = {0: (1, 0), 4: (0, 1)}
     assert StepSchedule(points) != LinearSchedule(points)
-    assert StepSchedule(points) != 'step'
+    assert StepSchedule(points) != "step"
     with pytest.raises(TypeError):
         hash(StepSchedule(points))
 
 
 def test_a_new_kind_joins_the_registry():
     class Alternating(LossWeightSchedule):
-        kind = 'test-alternating'
+        kind = "test-alternating"
         num_levels = 2
 
         def __call__(self, epoch):
             return (1.0, 0.0) if int(epoch) % 2 == 0 else (0.0, 1.0)
 
         def to_dict(self):
-            return {'kind': self.kind}
+            return {"kind": self.kind}
 
         @classmethod
         def _from_dict(cls, data):
             return cls()
 
-    assert get_schedule({'kind': 'test-alternating'}, num_levels=2).table(2) == [(1, 0), (0, 1)]
+    assert get_schedule({"kind": "test-alternating"}, num_levels=2).table(2) == [(1, 0), (0, 1)]
 
 
 def test_needs_no_torch():
@@ -280,5 +280,5 @@ def test_needs_no_torch():
             f"spec = importlib.util.spec_from_file_location('schedules', {schedules.__file__!r}); "
             f"module = importlib.util.module_from_spec(spec); sys.modules['schedules'] = module; "
             f"spec.loader.exec_module(module); print(module.get_schedule('bcnn-cifar10')(29))")
-    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=False)
-    assert done.stdout.strip() == '(0.0, 0.0, 1.0)', done.stderr
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "(0.0, 0.0, 1.0)", done.stderr

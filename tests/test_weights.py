@@ -26,13 +26,13 @@ from timm_branches import (
 )
 from timm_branches.weights import read_metadata, replace_file
 
-TREE = Taxonomy.from_paths(['a/x', 'a/y', 'b/z'], levels=['coarse', 'fine'])
+TREE = Taxonomy.from_paths(["a/x", "a/y", "b/z"], levels=["coarse", "fine"])
 
 
 def small(seed=0, **kwargs):
     torch.manual_seed(seed)
-    options = {'taps': [3, 5], 'num_classes': [2, 3], 'img_size': 32} | kwargs
-    model = create_branch_model(options.pop('model_name', 'test_resnet'), **options)
+    options = {"taps": [3, 5], "num_classes": [2, 3], "img_size": 32} | kwargs
+    model = create_branch_model(options.pop("model_name", "test_resnet"), **options)
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
             if tensor.is_floating_point():
@@ -59,23 +59,23 @@ def assert_same(a, b):
 
 @pytest.fixture
 def file(tmp_path):
-    return save_model(small(), tmp_path / 'model.safetensors')
+    return save_model(small(), tmp_path / "model.safetensors")
 
 
 class TestRoundTrip:
-    @pytest.mark.parametrize('kwargs', [
+    @pytest.mark.parametrize("kwargs", [
         {},
-        {'model_name': 'test_vit', 'img_size': 160, 'taps': [2, Tap(4, detach=True)]},
-        {'taps': ['conv3', 'layer4.0.conv1']},
-        {'head': [PoolHead((7, 5), 'catavgmax', 0.25), FlattenHead((6,), 0.1)]},
-        {'names': ['type', 'x.y'], 'drop_rate': 0.3, 'in_chans': 3, 'num_classes': [0, 3]},
-        {'taxonomy': TREE, 'num_classes': None},
-        {'drop_path_rate': 0.1, 'output_stride': 16},
-        {'img_size': (32, 64)},
+        {"model_name": "test_vit", "img_size": 160, "taps": [2, Tap(4, detach=True)]},
+        {"taps": ["conv3", "layer4.0.conv1"]},
+        {"head": [PoolHead((7, 5), "catavgmax", 0.25), FlattenHead((6,), 0.1)]},
+        {"names": ["type", "x.y"], "drop_rate": 0.3, "in_chans": 3, "num_classes": [0, 3]},
+        {"taxonomy": TREE, "num_classes": None},
+        {"drop_path_rate": 0.1, "output_stride": 16},
+        {"img_size": (32, 64)},
     ], ids=str)
     def test_bit_for_bit(self, tmp_path, kwargs):
         model = small(**kwargs)
-        twin = load_model(save_model(model, tmp_path / 'model.safetensors'))
+        twin = load_model(save_model(model, tmp_path / "model.safetensors"))
         assert_same(model, twin)
         assert not twin.training
         assert repr(twin) == repr(model)
@@ -88,101 +88,101 @@ class TestRoundTrip:
         x = torch.randn(2, *model.input_size)
         for y, e in zip(twin(x).values(), model(x).values(), strict=True):
             assert torch.equal(y, e)
-        assert_same(model, load_model(save_model(twin, tmp_path / 'again.safetensors')))
+        assert_same(model, load_model(save_model(twin, tmp_path / "again.safetensors")))
 
     def test_channels_last(self, tmp_path):
         model = small().to(memory_format=torch.channels_last)
-        twin = load_model(save_model(model, tmp_path / 'm.safetensors'))
+        twin = load_model(save_model(model, tmp_path / "m.safetensors"))
         assert_same(model, twin)
         weight = twin.backbone.layer3[0].conv1.weight
         assert weight.is_contiguous()
         assert torch.equal(weight, model.backbone.layer3[0].conv1.weight)
 
-    @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16, torch.float64])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
     def test_type(self, tmp_path, dtype):
         model = small().to(dtype)
-        assert_same(model, load_model(save_model(model, tmp_path / 'm.safetensors')))
+        assert_same(model, load_model(save_model(model, tmp_path / "m.safetensors")))
 
     def test_mixed_types(self, tmp_path):
         model = small()
         model.backbone.to(torch.bfloat16)
-        assert_same(model, load_model(save_model(model, tmp_path / 'm.safetensors')))
+        assert_same(model, load_model(save_model(model, tmp_path / "m.safetensors")))
 
     def test_tied(self, tmp_path):
         model = small(num_classes=[3, 3], head=PoolHead((4,)))
-        model.head('stage5').fc.weight = model.head('stage3').fc.weight
-        path = save_model(model, tmp_path / 'm.safetensors')
-        with safe_open(path, 'pt') as f:
-            assert len([k for k in f.keys() if k.endswith('fc.weight')]) == 1
+        model.head("stage5").fc.weight = model.head("stage3").fc.weight
+        path = save_model(model, tmp_path / "m.safetensors")
+        with safe_open(path, "pt") as f:
+            assert len([k for k in f.keys() if k.endswith("fc.weight")]) == 1
         assert_same(model, load_model(path))
 
     def test_views(self, tmp_path):
         """Slices of one large storage: neither tied to each other nor written whole."""
-        model = small(num_classes=[2, 2], taps=[3, Tap(3, detach=True)], names=['a', 'b'])
+        model = small(num_classes=[2, 2], taps=[3, Tap(3, detach=True)], names=["a", "b"])
         store = torch.randn(1000, model.taps[0].channels)
-        model.head('a').fc.weight = nn.Parameter(store[:2])
-        model.head('b').fc.weight = nn.Parameter(store[2:4])
-        path = save_model(model, tmp_path / 'm.safetensors')
+        model.head("a").fc.weight = nn.Parameter(store[:2])
+        model.head("b").fc.weight = nn.Parameter(store[2:4])
+        path = save_model(model, tmp_path / "m.safetensors")
         assert path.stat().st_size < sum(v.nbytes for v in model.state_dict().values()) + 20_000
         assert_same(model, load_model(path))
 
     def test_preprocessing(self, tmp_path):
         model = small()
-        model.pretrained_cfg.update(mean=(0.1, 0.2, 0.3), crop_pct=0.7, interpolation='nearest')
-        twin = load_model(save_model(model, tmp_path / 'm.safetensors'))
+        model.pretrained_cfg.update(mean=(0.1, 0.2, 0.3), crop_pct=0.7, interpolation="nearest")
+        twin = load_model(save_model(model, tmp_path / "m.safetensors"))
         assert twin.pretrained_cfg == model.pretrained_cfg
 
     def test_after_reset(self, tmp_path):
         model = small(taxonomy=TREE, num_classes=None)
         model.reset_classifier([4, 5])
-        twin = load_model(save_model(model, tmp_path / 'm.safetensors'))
+        twin = load_model(save_model(model, tmp_path / "m.safetensors"))
         assert_same(model, twin)
         assert twin.taxonomy is None
 
     def test_extra(self, tmp_path):
-        extra = {'accuracy': [0.25, 0.5], 'command': 'python train.py'}
-        metadata = read_metadata(save_model(small(), tmp_path / 'm.safetensors', extra=extra))
-        assert json.loads(metadata['extra']) == extra
+        extra = {"accuracy": [0.25, 0.5], "command": "python train.py"}
+        metadata = read_metadata(save_model(small(), tmp_path / "m.safetensors", extra=extra))
+        assert json.loads(metadata["extra"]) == extra
 
     def test_hub_layout(self, tmp_path):
         model = small(taxonomy=TREE, num_classes=None)
-        folder = save_pretrained(model, tmp_path / 'a' / 'b')
-        assert sorted(p.name for p in folder.iterdir()) == ['config.json', 'model.safetensors']
+        folder = save_pretrained(model, tmp_path / "a" / "b")
+        assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors"]
         twin = load_model(folder)
         assert_same(model, twin)
         assert twin.taxonomy == TREE
-        (folder / 'config.json').unlink()  # the file alone suffices
+        (folder / "config.json").unlink()  # the file alone suffices
         assert_same(model, load_model(folder))
 
     def test_load_weights(self, file):
         other = small(seed=1)
-        before = other.head('stage3').fc.weight
+        before = other.head("stage3").fc.weight
         load_weights(other, file)
         assert_same(other, small())
-        assert other.head('stage3').fc.weight is before  # an optimizer that holds it goes on working
+        assert other.head("stage3").fc.weight is before  # an optimizer that holds it goes on working
 
     def test_checkpoint_path(self, file):
-        model = create_branch_model('test_resnet', taps=[3, 5], num_classes=[2, 3], img_size=32, checkpoint_path=file)
+        model = create_branch_model("test_resnet", taps=[3, 5], num_classes=[2, 3], img_size=32, checkpoint_path=file)
         assert_same(model, small())
 
 
 def bad_files(good):
     """Name, content and what the error says."""
-    header = int.from_bytes(good[:8], 'little')
+    header = int.from_bytes(good[:8], "little")
     for length in (1, 7, 8, 9, 8 + header // 2, 8 + header, 8 + header + 1, len(good) // 2, len(good) - 1):
-        yield f'cut at {length}', good[:length], 'not a whole safetensors file'
-    yield 'longer', good + b'\0', 'not a whole safetensors file'
-    yield 'empty', b'', 'not a whole safetensors file'
-    yield 'text', b'These are not the weights you are looking for.\n' * 100, 'not a whole safetensors file'
-    yield 'zeros', bytes(len(good)), 'not a whole safetensors file|not one of timm_branches'
+        yield f"cut at {length}", good[:length], "not a whole safetensors file"
+    yield "longer", good + b"\0", "not a whole safetensors file"
+    yield "empty", b"", "not a whole safetensors file"
+    yield "text", b"These are not the weights you are looking for.\n" * 100, "not a whole safetensors file"
+    yield "zeros", bytes(len(good)), "not a whole safetensors file|not one of timm_branches"
     for place in (8 + header, 8 + header + 1001, len(good) - 1):
         data = bytearray(good)
         data[place] ^= 1
-        yield f'bit {place}', bytes(data), 'checksum'
+        yield f"bit {place}", bytes(data), "checksum"
 
 
 class TestDamage:
-    def check(self, path, match='model.safetensors'):
+    def check(self, path, match="model.safetensors"):
         """Both ways of reading say so, and a model at hand stays as it was."""
         model = small(seed=5)
         before = bits(model)
@@ -204,7 +204,7 @@ class TestDamage:
     def test_any_bit_of_the_header(self, file):
         """Wherever a bit of the header flips: an error, or at the least the same model."""
         good = file.read_bytes()
-        header = 8 + int.from_bytes(good[:8], 'little')
+        header = 8 + int.from_bytes(good[:8], "little")
         chosen = random.Random(0).sample(range(header), 80)
         accepted = 0
         for place in chosen:
@@ -224,12 +224,12 @@ class TestDamage:
         assert accepted < 5  # spaces that pad the header
 
     def test_foreign(self, file):
-        save_file({'weight': torch.ones(3)}, file)
-        self.check(file, 'not one of timm_branches')
+        save_file({"weight": torch.ones(3)}, file)
+        self.check(file, "not one of timm_branches")
 
-    @pytest.mark.parametrize(('options', 'match'), [
-        ({'model_name': 'test_efficientnet'}, 'tensors missing'), ({'taps': [3, 4]}, 'missing'),
-        ({'num_classes': [2, 4]}, 'of another shape'), ({'head': PoolHead((3,))}, 'unexpected|missing|shape'),
+    @pytest.mark.parametrize(("options", "match"), [
+        ({"model_name": "test_efficientnet"}, "tensors missing"), ({"taps": [3, 4]}, "missing"),
+        ({"num_classes": [2, 4]}, "of another shape"), ({"head": PoolHead((3,))}, "unexpected|missing|shape"),
     ])
     def test_of_another_model(self, file, options, match):
         model = small(**options)
@@ -238,10 +238,10 @@ class TestDamage:
             load_weights(model, file)
         assert_same(model, before)
 
-    @pytest.mark.parametrize(('change', 'match'), [
-        (lambda t: t.pop('heads.stage3.fc.bias'), r"1 tensors missing \['heads.stage3.fc.bias'\]"),
+    @pytest.mark.parametrize(("change", "match"), [
+        (lambda t: t.pop("heads.stage3.fc.bias"), r"1 tensors missing \['heads.stage3.fc.bias'\]"),
         (lambda t: t.update(more=torch.ones(2)), r"1 unexpected \['more'\]"),
-        (lambda t: t.update({'heads.stage3.fc.bias': torch.ones(5)}), r'fc.bias: \(5,\) in the file, \(2,\)'),
+        (lambda t: t.update({"heads.stage3.fc.bias": torch.ones(5)}), r"fc.bias: \(5,\) in the file, \(2,\)"),
     ])
     def test_tensors(self, file, change, match):
         """A file whose checksum is right but whose tensors are not those of the model that it describes."""
@@ -249,64 +249,64 @@ class TestDamage:
         tensors = dict(small().state_dict())
         change(tensors)
         metadata = read_metadata(file)
-        metadata['sha256'] = weights._digest(tensors, metadata)
+        metadata["sha256"] = weights._digest(tensors, metadata)
         save_file(tensors, file, metadata)
         self.check(file, match)
 
-    @pytest.mark.parametrize('key', ['config', 'tied', 'extra', 'sha256'])
+    @pytest.mark.parametrize("key", ["config", "tied", "extra", "sha256"])
     def test_metadata(self, file, key):
         metadata = read_metadata(file)
-        with safe_open(file, 'pt') as f:
+        with safe_open(file, "pt") as f:
             tensors = {k: f.get_tensor(k) for k in f.keys()}
         save_file(tensors, file, metadata | {key: metadata[key][:-2]})
-        self.check(file, 'damaged')
+        self.check(file, "damaged")
         save_file(tensors, file, {k: v for k, v in metadata.items() if k != key})
-        self.check(file, 'damaged')
+        self.check(file, "damaged")
 
     def test_later_version(self, file):
         metadata = read_metadata(file)
-        save_file(small().state_dict(), file, metadata | {'version': '99'})
-        self.check(file, 'later timm_branches')
+        save_file(small().state_dict(), file, metadata | {"version": "99"})
+        self.check(file, "later timm_branches")
 
-    @pytest.mark.parametrize('text', ['{', '[]', '{}', '{"model": 3}', '{"model": {"nose": 1}, "pretrained_cfg": {}}',
-                                      '{"model": {"model_name": "test_resnet"}}', '\udcff'])
+    @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"model": 3}', '{"model": {"nose": 1}, "pretrained_cfg": {}}',
+                                      '{"model": {"model_name": "test_resnet"}}', "\udcff"])
     def test_hub_config(self, tmp_path, text):
-        folder = save_pretrained(small(), tmp_path / 'hub')
-        (folder / 'config.json').write_bytes(text.encode(errors='surrogateescape'))
-        with pytest.raises(ValueError, match='config.json'):
+        folder = save_pretrained(small(), tmp_path / "hub")
+        (folder / "config.json").write_bytes(text.encode(errors="surrogateescape"))
+        with pytest.raises(ValueError, match="config.json"):
             load_model(folder)
 
     def test_nothing_there(self, tmp_path):
-        for path in (tmp_path, tmp_path / 'none.safetensors'):
-            with pytest.raises(FileNotFoundError, match='no such file'):
+        for path in (tmp_path, tmp_path / "none.safetensors"):
+            with pytest.raises(FileNotFoundError, match="no such file"):
                 load_model(path)
 
 
 class TestPickle:
     def test_never_read(self, tmp_path, monkeypatch):
         model = small()
-        path = tmp_path / 'model.pth'
+        path = tmp_path / "model.pth"
         torch.save(model.state_dict(), path)
 
         def refuse(*args, **kwargs):
-            raise AssertionError('a pickle was opened')
+            raise AssertionError("a pickle was opened")
 
-        for name in ('torch.load', 'pickle.load', 'pickle.loads', 'pickle.Unpickler'):
+        for name in ("torch.load", "pickle.load", "pickle.loads", "pickle.Unpickler"):
             monkeypatch.setattr(name, refuse)
-        with pytest.raises(ValueError, match='not a whole safetensors file'):
+        with pytest.raises(ValueError, match="not a whole safetensors file"):
             load_model(path)
-        with pytest.raises(ValueError, match='not a whole safetensors file'):
+        with pytest.raises(ValueError, match="not a whole safetensors file"):
             load_weights(model, path)
-        good = save_model(model, tmp_path / 'model.safetensors')
+        good = save_model(model, tmp_path / "model.safetensors")
         assert_same(load_model(good), model)
 
 
 class TestWriting:
-    @pytest.mark.parametrize(('umask', 'mode'), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+    @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
     def test_mode(self, tmp_path, umask, mode):
         before = os.umask(umask)
         try:
-            folder = save_pretrained(small(), tmp_path / 'hub')
+            folder = save_pretrained(small(), tmp_path / "hub")
         finally:
             os.umask(before)
         assert {stat.S_IMODE(p.stat().st_mode) for p in folder.iterdir()} == {mode}
@@ -315,33 +315,33 @@ class TestWriting:
         before = file.read_bytes()
 
         def fail(temporary):
-            with open(temporary, 'wb') as f:
-                f.write(b'half')
-            raise OSError('disk full')
+            with open(temporary, "wb") as f:
+                f.write(b"half")
+            raise OSError("disk full")
 
-        with pytest.raises(OSError, match='disk full'):
+        with pytest.raises(OSError, match="disk full"):
             replace_file(file, fail)
         assert file.read_bytes() == before
         assert [p.name for p in file.parent.iterdir()] == [file.name]
 
-    @pytest.mark.parametrize(('key', 'value'), [('norm_layer', nn.BatchNorm2d), ('act_layer', nn.SiLU)])
+    @pytest.mark.parametrize(("key", "value"), [("norm_layer", nn.BatchNorm2d), ("act_layer", nn.SiLU)])
     def test_an_option_that_no_file_can_hold(self, file, key, value):
         before = file.read_bytes()
-        model = create_branch_model('test_resnet', taps=[3, 5], num_classes=2, **{key: value})
-        with pytest.raises(ValueError, match=f'made with {key}='):
+        model = create_branch_model("test_resnet", taps=[3, 5], num_classes=2, **{key: value})
+        with pytest.raises(ValueError, match=f"made with {key}="):
             save_model(model, file)
         assert file.read_bytes() == before
 
     def test_extra_that_no_file_can_hold(self, file):
         before = file.read_bytes()
-        with pytest.raises((ValueError, TypeError), match='JSON|extra'):
-            save_model(small(), file, extra={'x': torch.ones(2)})
+        with pytest.raises((ValueError, TypeError), match="JSON|extra"):
+            save_model(small(), file, extra={"x": torch.ones(2)})
         assert file.read_bytes() == before
 
-    @pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork')
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
     def test_killed_while_writing(self, tmp_path):
         """SIGKILL at random moments: the file is always whole, with the weights of one write and no other."""
-        path = save_model(small(), tmp_path / 'model.safetensors')
+        path = save_model(small(), tmp_path / "model.safetensors")
         draw = random.Random(0)
         found = []
         for _ in range(8):

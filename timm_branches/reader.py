@@ -1,14 +1,15 @@
 """Reading several taps in one pass of a backbone that is cut down to what the taps need."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from timm_branches.layout import Layout, as_map, recognise_layout
+from timm_branches.pruning import dry_run, remove_unused_modules, unused_parameters
 from timm_branches.taps import StageInfo, Tap, find_module, stage_table
 
 __all__ = ["TapInfo", "TapReader"]
@@ -33,13 +34,6 @@ class TapInfo:
     size: tuple[int, int] = (0, 0)
     stride: int = 0
     stage: StageInfo | None = None
-
-
-class _Layout(NamedTuple):
-    """How a module gives its map: ``NCHW``, ``NHWC`` or ``NLC`` (tokens, after ``prefix_tokens`` others)."""
-
-    name: str
-    prefix_tokens: int
 
 
 class _LastTapReached(Exception):
@@ -91,7 +85,7 @@ class TapReader:
         self.copied: frozenset[str] = frozenset()  # tensors that the network overwrites later, in place
         self.last: str | None = None
         self.to_stage_end = False  # whether the pass runs on from the last tapped module to the end of its stage
-        self.raw: dict[str, _Layout] = {}  # how hooked modules give their map
+        self.raw: dict[str, Layout] = {}  # how hooked modules give their map
         self.order: dict[str, int] = {}  # in which the hooked modules are run
         self.calls: dict[str, int] = {}  # how often each of them is run in a pass
         self.within: dict[str, int] = {}  # timm's entry that is computed when a hooked module is run
@@ -124,7 +118,7 @@ class TapReader:
         else:
             found = self._run_stages(backbone, x, which)
         hooked = self.last is not None
-        maps = [_as_map(y, self.raw[info.module], x) if hooked or info.stage is None else y for info, y in found]
+        maps = [as_map(y, self.raw[info.module], x) if hooked or info.stage is None else y for info, y in found]
         return [self._finish(self.taps[i], y) for i, y in zip(which, maps, strict=True)]
 
     def _hooks_only(self, which: Sequence[int]) -> bool:
@@ -206,7 +200,7 @@ class TapReader:
         self.wanted = frozenset(info.module for info in self.taps)
         self.captured, self.versions = {}, {}
         indices = sorted({info.stage.index for info in self.taps if info.stage} | {self.depth - 1})
-        _, maps = _dry_run(backbone, self.input_size, lambda m, x: m.forward_intermediates(
+        _, maps = dry_run(backbone, self.input_size, lambda m, x: m.forward_intermediates(
             x, indices=indices, output_fmt="NCHW"))
         captured, self.captured, self.versions = self.captured, None, None
         self.order = {path: number for number, path in enumerate(captured)}
@@ -223,7 +217,7 @@ class TapReader:
                 raise ValueError(
                     f"{self.architecture}: {info.module!r} is run {self.calls[info.module]} times in one pass: "
                     f"which of its maps is meant is not clear; tap another module.\n{self.table}")
-            self.raw[info.module] = _layout(captured[info.module], self.input_size, backbone, info.module)
+            self.raw[info.module] = recognise_layout(captured[info.module], self.input_size, backbone, info.module)
         self._find_within(backbone, paths)
 
     def _is_hookable(self, y: Any, expected: torch.Tensor, info: TapInfo, backbone: nn.Module) -> bool:
@@ -231,10 +225,10 @@ class TapReader:
         if self.calls.get(info.module) != 1:
             return False
         try:
-            self.raw[info.module] = layout = _layout(y, self.input_size, backbone, info.module)
+            self.raw[info.module] = layout = recognise_layout(y, self.input_size, backbone, info.module)
         except ValueError:
             return False
-        y = _as_map(y, layout, torch.empty(2, *self.input_size, device="meta"))
+        y = as_map(y, layout, torch.empty(2, *self.input_size, device="meta"))
         return (y.untyped_storage()._cdata == expected.untyped_storage()._cdata and y.shape == expected.shape
                 and y.stride() == expected.stride() and y.storage_offset() == expected.storage_offset())
 
@@ -247,7 +241,7 @@ class TapReader:
                 stop = (low + high) // 2
                 if stop not in run:
                     self.captured = {}
-                    _dry_run(backbone, self.input_size, lambda m, x, stop=stop: m.forward_intermediates(
+                    dry_run(backbone, self.input_size, lambda m, x, stop=stop: m.forward_intermediates(
                         x, indices=[stop], stop_early=True, output_fmt="NCHW", intermediates_only=True))
                     run[stop], self.captured = set(self.captured), None
                 low, high = (low, stop) if path in run[stop] else (stop + 1, high)
@@ -258,22 +252,22 @@ class TapReader:
         if all(info.stage for info in self.taps):  # else timm might cut a tapped module (the pool behind a stem)
             indices = sorted({info.stage.index for info in self.taps if info.stage})
             backbone.prune_intermediate_layers(indices, prune_norm=True, prune_head=True)  # type: ignore[operator]
-        unused = _unused_parameters(backbone, self.input_size, self._run)
-        removed = _remove_unused_modules(backbone, unused)
+        unused = unused_parameters(backbone, self.input_size, self._run)
+        removed = remove_unused_modules(backbone, unused)
         if removed:
             try:
-                _dry_run(backbone, self.input_size, self._run)
+                dry_run(backbone, self.input_size, self._run)
             except Exception:  # the forward pass does need one of them, if only for an attribute: put them back
                 for parent, name, module in removed:
                     setattr(parent, name, module)
         versions: dict[str, int] = {}
         self.versions = versions
-        outputs = _dry_run(backbone, self.input_size, self._run)
+        outputs = dry_run(backbone, self.input_size, self._run)
         self.versions = None
         self.copied = frozenset(info.module for info, y in zip(self.taps, outputs, strict=True)
                                 if info.module in versions and y._version > versions[info.module])
         if any(info.tap.detach for info in self.taps):  # what only detached taps read is run but not trained
-            unused = _unused_parameters(backbone, self.input_size, self.read)
+            unused = unused_parameters(backbone, self.input_size, self.read)
         for name, parameter in backbone.named_parameters():
             if name in unused:  # a single tensor that cannot be cut out (a mask token, say) must not be trained
                 parameter.requires_grad_(False)
@@ -281,7 +275,7 @@ class TapReader:
     def _measure(self, backbone: nn.Module) -> None:
         """Channels and size of each map at the nominal input size."""
         try:
-            maps = _dry_run(backbone, self.input_size, self.read)
+            maps = dry_run(backbone, self.input_size, self.read)
         except (RuntimeError, AssertionError) as error:
             raise ValueError(self.explain(backbone, self.input_size) or str(error)) from error
         for i, (info, y) in enumerate(zip(list(self.taps), maps, strict=True)):
@@ -300,7 +294,7 @@ class TapReader:
         for i in sorted(range(len(self.taps)), key=stride):
             info = self.taps[i]
             try:
-                y, = _dry_run(backbone, shape, lambda m, x, i=i: self.read(m, x, [i]))
+                y, = dry_run(backbone, shape, lambda m, x, i=i: self.read(m, x, [i]))
                 if min(y.shape[-2:]) < 1:
                     raise RuntimeError("the map has no pixel left")
             except Exception as error:
@@ -330,136 +324,3 @@ def _hooked_path(info: TapInfo, backbone: nn.Module) -> str:
         name, module = list(module._modules.items())[-1]
         path = f"{path}.{name}"
     return path
-
-
-def _grid(tokens: int, image: Sequence[int], module: str) -> tuple[int, int]:
-    """Height and width of ``tokens`` tokens of an image: the grid whose cells are the most nearly square."""
-    height, width = int(image[0]), int(image[1])
-    tokens = int(tokens)
-    ratio = height / width
-    fits = [(h, tokens // h) for h in range(1, tokens + 1) if tokens % h == 0] if tokens > 0 else []
-    if not fits:
-        raise ValueError(f"the {tokens} tokens of {module!r} are no grid for an image of {height}x{width}")
-    best = min(fits, key=lambda hw: abs(hw[0] / hw[1] - ratio))
-    if not 0.75 < (best[0] / best[1]) / ratio < 1.34:
-        raise ValueError(f"the {tokens} tokens of {module!r} are no grid for an image of {height}x{width}")
-    return best
-
-
-def _layout(y: Any, image: Sequence[int], backbone: nn.Module, module: str) -> _Layout:
-    """Recognise NCHW, NHWC or tokens by the shape; what stays ambiguous is as the backbone says of itself."""
-    if isinstance(y, torch.Tensor) and y.shape[0] == 2 and y.ndim == 4:
-        _, a, b, c = y.shape
-        ratio = image[1] / image[2]
-        first, last = abs(b / max(c, 1) - ratio), abs(a / max(b, 1) - ratio)
-        if min(first, last) < 0.34 * ratio:
-            if abs(first - last) < 1e-9:
-                return _Layout(str(getattr(backbone, "output_fmt", "NCHW")), 0)
-            return _Layout("NCHW" if first < last else "NHWC", 0)
-    if isinstance(y, torch.Tensor) and y.shape[0] == 2 and y.ndim == 3:
-        ratio = image[1] / image[2]
-        fits: dict[float, int] = {}
-        for count in (int(getattr(backbone, "num_prefix_tokens", 0)), 0):
-            try:
-                height, width = _grid(y.shape[1] - count, image[1:], module)
-            except ValueError:
-                continue
-            fits.setdefault(abs(height / width - ratio), count)
-        if fits:  # CaiT's blocks lack the class token it speaks of: the better grid tells
-            return _Layout("NLC", fits[min(fits)])
-    what = f"shape {tuple(y.shape)} for 2 images" if isinstance(y, torch.Tensor) else type(y).__name__
-    raise ValueError(f"the output of {module!r} ({what}) is not a feature map: tap a module that returns (B, C, H, W), "
-                     "(B, H, W, C) or (B, N, C) with N tokens in a grid.")
-
-
-def _as_map(y: torch.Tensor, layout: _Layout, x: torch.Tensor) -> torch.Tensor:
-    """A module's own output as (B, C, H, W)."""
-    if layout.name == "NLC":
-        height, width = _grid(y.shape[1] - layout.prefix_tokens, x.shape[-2:], "tap")
-        return y[:, layout.prefix_tokens:].transpose(1, 2).reshape(y.shape[0], y.shape[2], height, width)
-    return y.permute(0, 3, 1, 2) if layout.name == "NHWC" else y
-
-
-@contextmanager
-def _meta_weights(backbone: nn.Module, requires_grad: bool) -> Iterator[dict[int, torch.Tensor]]:
-    """Meta tensors in place of a backbone's tensors, by the id of each.
-
-    Not functional_call, which leaves its tensors behind in modules that are reached by two paths (CoaT's).
-    """
-    meta: dict[int, torch.Tensor] = {}
-    held: list[tuple[dict, str, torch.Tensor]] = []
-    try:
-        for module in backbone.modules():
-            stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
-            for tensors in stores:
-                for name, tensor in list(tensors.items()):
-                    if tensor is None:
-                        continue
-                    if id(tensor) not in meta:
-                        meta[id(tensor)] = tensor.detach().to("meta").requires_grad_(
-                            requires_grad and isinstance(tensor, nn.Parameter))
-                    held.append((tensors, name, tensor))
-                    tensors[name] = meta[id(tensor)]
-        yield meta
-    finally:
-        for tensors, name, tensor in held:
-            tensors[name] = tensor
-
-
-def _dry_run(backbone: nn.Module, input_size: Sequence[int], run: Callable, parameters: dict | None = None):
-    """``run(backbone, x)`` for two blank images with meta tensors in place of the weights: shapes, no arithmetic."""
-    own = dict(backbone.named_parameters())
-    was_training = [m for m in backbone.modules() if m.training]
-    backbone.eval()
-    try:
-        with torch.set_grad_enabled(parameters is not None), torch.random.fork_rng(devices=[]):
-            try:
-                with _meta_weights(backbone, parameters is not None) as meta:
-                    if parameters is not None:
-                        parameters.update((name, meta[id(p)]) for name, p in own.items())
-                    return run(backbone, torch.empty(2, *input_size, device="meta"))
-            except Exception as error:
-                if "meta" not in str(error).lower():
-                    raise
-                # a few networks look at values (.item()), which meta tensors have not
-                if parameters is not None:
-                    parameters.update(own)
-                first = next(backbone.parameters())
-                return run(backbone, torch.zeros(2, *input_size, device=first.device, dtype=first.dtype))
-    finally:
-        for m in was_training:
-            m.training = True
-
-
-def _unused_parameters(backbone: nn.Module, input_size: Sequence[int], run: Callable) -> set[str]:
-    """Names of the parameters from which no path of the autograd graph leads to the outputs of ``run``."""
-    parameters: dict[str, torch.Tensor] = {}
-    outputs = _dry_run(backbone, input_size, run, parameters)
-    seen, found = set(), set()
-    stack = [y.grad_fn for y in outputs if y.grad_fn is not None]
-    while stack:
-        node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            found.add(id(node.variable))
-        stack.extend(parent for parent, _ in node.next_functions if parent is not None)
-    return {name for name, p in parameters.items() if id(p) not in found}
-
-
-def _remove_unused_modules(backbone: nn.Module, unused: set[str]) -> list[tuple[nn.Module, str, nn.Module]]:
-    """Put an Identity in place of every topmost module all of whose parameters are unused."""
-    removed = []
-
-    def visit(parent: nn.Module, prefix: str) -> None:
-        for name, child in list(parent.named_children()):
-            names = {f"{prefix}{name}.{n}" for n, _ in child.named_parameters()}
-            if names and names <= unused:
-                removed.append((parent, name, child))
-                setattr(parent, name, nn.Identity())
-            else:
-                visit(child, f"{prefix}{name}.")
-
-    visit(backbone, "")
-    return removed

@@ -18,8 +18,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-__all__ = ['PRESETS', 'ConstantSchedule', 'CosineSchedule', 'LinearSchedule', 'LossWeightSchedule', 'StepSchedule',
-           'get_schedule', 'parse_schedule']
+__all__ = ["PRESETS", "ConstantSchedule", "CosineSchedule", "LinearSchedule", "LossWeightSchedule", "StepSchedule",
+           "get_schedule", "parse_schedule"]
 
 Weights = tuple[float, ...]
 _KINDS: dict[str, type[LossWeightSchedule]] = {}
@@ -28,30 +28,30 @@ _KINDS: dict[str, type[LossWeightSchedule]] = {}
 def _check_weights(weights: Any, where: str) -> Weights:
     """One set of weights as a tuple of floats, or a ValueError that says what is wrong with it."""
     if isinstance(weights, str) or not isinstance(weights, Sequence):
-        raise ValueError(f'{where}: weights must be a sequence with one number per level, got {weights!r}')
+        raise ValueError(f"{where}: weights must be a sequence with one number per level, got {weights!r}")
     try:
         values = tuple(float(w) for w in weights)
     except (TypeError, ValueError):
-        raise ValueError(f'{where}: weights must be numbers, got {weights!r}') from None
+        raise ValueError(f"{where}: weights must be numbers, got {weights!r}") from None
     if not values:
-        raise ValueError(f'{where}: no weights given; there must be one per level')
+        raise ValueError(f"{where}: no weights given; there must be one per level")
     if not all(map(math.isfinite, values)):
-        raise ValueError(f'{where}: weights must be finite, got {values}')
+        raise ValueError(f"{where}: weights must be finite, got {values}")
     if min(values) < 0:
-        raise ValueError(f'{where}: weights must not be negative (the loss of that level would grow), got {values}')
+        raise ValueError(f"{where}: weights must not be negative (the loss of that level would grow), got {values}")
     if not any(values):
-        raise ValueError(f'{where}: all weights are 0, nothing would be learned; at least one must be positive')
+        raise ValueError(f"{where}: all weights are 0, nothing would be learned; at least one must be positive")
     return values
 
 
-def _check_epoch(epoch: Any, what: str = 'epoch') -> float:
+def _check_epoch(epoch: Any, what: str = "epoch") -> float:
     """An epoch as a number from 0 upwards; numeric strings (the keys of JSON objects) are read as numbers."""
     try:
         value = math.nan if isinstance(epoch, bool) else float(epoch)
     except (TypeError, ValueError):
         value = math.nan
     if not math.isfinite(value) or value < 0:
-        raise ValueError(f'{what} must be a finite number from 0 upwards, got {epoch!r}')
+        raise ValueError(f"{what} must be a finite number from 0 upwards, got {epoch!r}")
     return int(value) if value == int(value) else value
 
 
@@ -66,11 +66,11 @@ class LossWeightSchedule(ABC):
     A subclass with a class attribute `kind` enters the registry that :meth:`from_dict` reads. It implements
     `__call__`, `num_levels`, `to_dict` and, if `from_dict` shall rebuild it, `_from_dict`.
     """
-    kind: ClassVar[str] = ''
+    kind: ClassVar[str] = ""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if cls.__dict__.get('kind'):
+        if cls.__dict__.get("kind"):
             _KINDS[cls.kind] = cls
 
     @property
@@ -99,7 +99,7 @@ class LossWeightSchedule(ABC):
 
     @classmethod
     def _from_dict(cls, data: Mapping[str, Any]) -> LossWeightSchedule:
-        raise NotImplementedError(f'{cls.__name__} cannot be rebuilt from a dict')
+        raise NotImplementedError(f"{cls.__name__} cannot be rebuilt from a dict")
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> LossWeightSchedule:
@@ -115,7 +115,7 @@ class LossWeightSchedule(ABC):
             >>> LossWeightSchedule.from_dict({'kind': 'step', 'points': [[0, [1, 0]], [3, [0, 1]]]})
             StepSchedule({0: (1.0, 0.0), 3: (0.0, 1.0)})
         """
-        kind = data.get('kind') if isinstance(data, Mapping) else None
+        kind = data.get("kind") if isinstance(data, Mapping) else None
         if not isinstance(kind, str) or kind not in _KINDS:
             raise ValueError(f"a schedule needs a 'kind', one of {', '.join(sorted(_KINDS))}; got {data!r}")
         return _KINDS[kind]._from_dict(data)
@@ -132,8 +132,8 @@ class LossWeightSchedule(ABC):
         """
         other = LossWeightSchedule.from_dict(state)
         if type(other) is not type(self):
-            raise ValueError(f'the checkpoint holds a {other.kind!r} schedule, this is a {self.kind!r} schedule; build '
-                             f'it with LossWeightSchedule.from_dict(state) instead')
+            raise ValueError(f"the checkpoint holds a {other.kind!r} schedule, this is a {self.kind!r} schedule; build "
+                             f"it with LossWeightSchedule.from_dict(state) instead")
         _check_levels(other, self.num_levels)
         self.__dict__.update(other.__dict__)
 
@@ -144,7 +144,7 @@ class LossWeightSchedule(ABC):
             ValueError: if `epochs` is negative or not a whole number.
         """
         if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 0:
-            raise ValueError(f'epochs must be a whole number from 0 upwards, got {epochs!r}')
+            raise ValueError(f"epochs must be a whole number from 0 upwards, got {epochs!r}")
         return [self(epoch) for epoch in range(epochs)]
 
     def __eq__(self, other: object) -> bool:
@@ -169,20 +169,20 @@ class _KeyedSchedule(LossWeightSchedule):
                 differ, or weights are negative, not finite or all zero.
         """
         if not isinstance(points, Mapping):
-            raise ValueError(f'points must map an epoch to weights, as {{0: (0.9, 0.1), 5: (0, 1)}}; got {points!r}')
+            raise ValueError(f"points must map an epoch to weights, as {{0: (0.9, 0.1), 5: (0, 1)}}; got {points!r}")
         checked: dict[float, Weights] = {}
         for key, weights in points.items():
-            epoch = _check_epoch(key, 'the epoch of a point')
+            epoch = _check_epoch(key, "the epoch of a point")
             if self.whole_epochs and epoch != int(epoch):
-                raise ValueError(f'the epoch of a step must be a whole number (weights change between epochs): {key!r}')
+                raise ValueError(f"the epoch of a step must be a whole number (weights change between epochs): {key!r}")
             if epoch in checked:  # {'0': ..., 0: ...}: which of them was meant is anybody's guess
-                raise ValueError(f'epoch {_number(epoch)} is given twice')
-            checked[epoch] = _check_weights(weights, f'epoch {_number(epoch)}')
+                raise ValueError(f"epoch {_number(epoch)} is given twice")
+            checked[epoch] = _check_weights(weights, f"epoch {_number(epoch)}")
         if 0 not in checked:
-            raise ValueError(f'no weights for epoch 0: epochs count from 0, and the keys given are {sorted(checked)}')
+            raise ValueError(f"no weights for epoch 0: epochs count from 0, and the keys given are {sorted(checked)}")
         if len({len(weights) for weights in checked.values()}) > 1:
-            lengths = ', '.join(f'epoch {_number(e)}: {len(w)}' for e, w in sorted(checked.items()))
-            raise ValueError(f'each epoch needs the same number of weights, one per level; got {lengths}')
+            lengths = ", ".join(f"epoch {_number(e)}: {len(w)}" for e, w in sorted(checked.items()))
+            raise ValueError(f"each epoch needs the same number of weights, one per level; got {lengths}")
         self._epochs = tuple(sorted(checked))
         self._weights = tuple(checked[epoch] for epoch in self._epochs)
 
@@ -211,22 +211,22 @@ class _KeyedSchedule(LossWeightSchedule):
 
     def to_dict(self) -> dict[str, Any]:
         # pairs rather than an object: JSON would turn the keys into strings
-        return {'kind': self.kind, 'points': [[epoch, list(weights)] for epoch, weights in self.points.items()]}
+        return {"kind": self.kind, "points": [[epoch, list(weights)] for epoch, weights in self.points.items()]}
 
     @classmethod
     def _from_dict(cls, data: Mapping[str, Any]) -> LossWeightSchedule:
-        points = data.get('points')
+        points = data.get("points")
         if isinstance(points, Mapping):
             return cls(points)
         if not isinstance(points, Sequence) or not all(isinstance(p, Sequence) and len(p) == 2 for p in points):
             raise ValueError(f"a {cls.kind!r} schedule needs 'points', which must hold pairs [epoch, [weight, ...]]; "
-                             f'got {data!r}')
+                             f"got {data!r}")
         if len({str(epoch) for epoch, _ in points}) < len(points):
             raise ValueError(f"'points' gives an epoch twice: {[epoch for epoch, _ in points]}")
         return cls(dict(points))
 
     def __repr__(self) -> str:
-        return f'{type(self).__name__}({self.points})'
+        return f"{type(self).__name__}({self.points})"
 
     def __str__(self) -> str:
         """The compact text that :func:`parse_schedule` reads."""
@@ -242,7 +242,7 @@ class StepSchedule(_KeyedSchedule):
         >>> schedule(8), schedule(9)
         ((0.98, 0.01, 0.01), (0.1, 0.8, 0.1))
     """
-    kind = 'step'
+    kind = "step"
     whole_epochs = True
 
 
@@ -253,7 +253,7 @@ class LinearSchedule(_KeyedSchedule):
         >>> LinearSchedule({0: (1, 0), 10: (0, 1)})(2.5)
         (0.75, 0.25)
     """
-    kind = 'linear'
+    kind = "linear"
 
     def _share(self, progress: float) -> float:
         return progress
@@ -266,7 +266,7 @@ class CosineSchedule(_KeyedSchedule):
         >>> [round(w, 3) for w in CosineSchedule({0: (1, 0), 4: (0, 1)})(1)]
         [0.854, 0.146]
     """
-    kind = 'cosine'
+    kind = "cosine"
 
     def _share(self, progress: float) -> float:
         return (1 - math.cos(math.pi * progress)) / 2
@@ -285,21 +285,21 @@ class ConstantSchedule(_KeyedSchedule):
         >>> ConstantSchedule((0.2, 0.3, 0.5))(17)
         (0.2, 0.3, 0.5)
     """
-    kind = 'constant'
+    kind = "constant"
 
     def __init__(self, weights: Sequence[float]) -> None:
-        self.weights = _check_weights(weights, 'constant schedule')
+        self.weights = _check_weights(weights, "constant schedule")
         super().__init__({0: self.weights})
 
     def to_dict(self) -> dict[str, Any]:
-        return {'kind': self.kind, 'weights': list(self.weights)}
+        return {"kind": self.kind, "weights": list(self.weights)}
 
     @classmethod
     def _from_dict(cls, data: Mapping[str, Any]) -> LossWeightSchedule:
-        return cls(data.get('weights', ()))
+        return cls(data.get("weights", ()))
 
     def __repr__(self) -> str:
-        return f'ConstantSchedule({self.weights})'
+        return f"ConstantSchedule({self.weights})"
 
     def __str__(self) -> str:
         return f"constant:{','.join(map(_number, self.weights))}"
@@ -310,12 +310,12 @@ _BCNN: tuple[Weights, ...] = ((0.98, 0.01, 0.01), (0.1, 0.8, 0.1), (0.1, 0.2, 0.
 # name -> points of a step schedule. The official Keras code switches in on_epoch_end of epochs 8, 18, 28 (CIFAR-10)
 # and 13, 23, 33 (CIFAR-100), so the new weights act one epoch later.
 PRESETS: dict[str, dict[int, Weights]] = {
-    'bcnn-cifar10': dict(zip((0, 9, 19, 29), _BCNN, strict=True)),
-    'bcnn-cifar100': dict(zip((0, 14, 24, 34), _BCNN, strict=True)),
+    "bcnn-cifar10": dict(zip((0, 9, 19, 29), _BCNN, strict=True)),
+    "bcnn-cifar100": dict(zip((0, 14, 24, 34), _BCNN, strict=True)),
     # the widespread PyTorch rewrite on VGG16-BN tests `epoch > 12` inside the epoch, and so switches one epoch earlier
-    'bcnn-vgg16-bn': dict(zip((0, 13, 23, 33), _BCNN, strict=True)),
+    "bcnn-vgg16-bn": dict(zip((0, 13, 23, 33), _BCNN, strict=True)),
 }
-_EQUAL = ('equal', 'constant')  # presets that fit any number of levels
+_EQUAL = ("equal", "constant")  # presets that fit any number of levels
 
 
 def parse_schedule(text: str) -> LossWeightSchedule:
@@ -335,30 +335,30 @@ def parse_schedule(text: str) -> LossWeightSchedule:
         (0.5, 0.5)
     """
     form = "'[step|linear|cosine:]epoch:w,w,...;epoch:w,w,...' or '[constant:]w,w,...'"
-    compact = ''.join(text.split())
-    kind, colon, rest = compact.partition(':')
+    compact = "".join(text.split())
+    kind, colon, rest = compact.partition(":")
     classes: dict[str, type[_KeyedSchedule]] = {c.kind: c for c in (StepSchedule, LinearSchedule, CosineSchedule)}
     if not colon and kind not in classes:
-        kind, rest = 'constant', compact
-    if kind == 'constant':
-        return ConstantSchedule(rest.split(','))  # type: ignore[arg-type]  # text numbers are read as numbers
+        kind, rest = "constant", compact
+    if kind == "constant":
+        return ConstantSchedule(rest.split(","))  # type: ignore[arg-type]  # text numbers are read as numbers
     if kind not in classes:
-        kind, rest = 'step', compact
+        kind, rest = "step", compact
     points: dict[str, Sequence[Any]] = {}
-    for part in filter(None, rest.split(';')):
-        epoch, colon, weights = part.partition(':')
-        if not colon or ':' in weights:
-            raise ValueError(f'cannot read {part!r} in the schedule {text!r}; the form is {form}')
+    for part in filter(None, rest.split(";")):
+        epoch, colon, weights = part.partition(":")
+        if not colon or ":" in weights:
+            raise ValueError(f"cannot read {part!r} in the schedule {text!r}; the form is {form}")
         if epoch in points:
-            raise ValueError(f'epoch {epoch} is given twice in the schedule {text!r}')
-        points[epoch] = weights.split(',')
+            raise ValueError(f"epoch {epoch} is given twice in the schedule {text!r}")
+        points[epoch] = weights.split(",")
     return classes[kind](points)
 
 
 def _check_levels(schedule: LossWeightSchedule, num_levels: int | None) -> LossWeightSchedule:
     if num_levels is not None and schedule.num_levels != num_levels:
-        raise ValueError(f'the schedule has weights for {schedule.num_levels} levels, but there are {num_levels} '
-                         f'levels here; give {num_levels} weights per epoch')
+        raise ValueError(f"the schedule has weights for {schedule.num_levels} levels, but there are {num_levels} "
+                         f"levels here; give {num_levels} weights per epoch")
     return schedule
 
 
@@ -386,13 +386,13 @@ def get_schedule(schedule: str | LossWeightSchedule | Mapping[Any, Any] | Sequen
     if isinstance(schedule, LossWeightSchedule):
         made = schedule
     elif isinstance(schedule, Mapping):
-        made = LossWeightSchedule.from_dict(schedule) if 'kind' in schedule else StepSchedule(schedule)
+        made = LossWeightSchedule.from_dict(schedule) if "kind" in schedule else StepSchedule(schedule)
     elif isinstance(schedule, str):
         made = _named(schedule, num_levels)
     elif isinstance(schedule, Sequence):
         made = ConstantSchedule([*schedule])
     else:
-        raise ValueError(f'a schedule is a name, a text, a dict, weights or a LossWeightSchedule, got {schedule!r}')
+        raise ValueError(f"a schedule is a name, a text, a dict, weights or a LossWeightSchedule, got {schedule!r}")
     return _check_levels(made, num_levels)
 
 
@@ -402,11 +402,11 @@ def _named(text: str, num_levels: int | None) -> LossWeightSchedule:
         return StepSchedule(PRESETS[name])
     if name in _EQUAL:
         if num_levels is None or num_levels < 1:
-            raise ValueError(f'{name!r} needs num_levels, the number of levels of the model, got {num_levels!r}')
+            raise ValueError(f"{name!r} needs num_levels, the number of levels of the model, got {num_levels!r}")
         return ConstantSchedule([1 / num_levels] * num_levels)
-    if ':' in name or ',' in name:
+    if ":" in name or "," in name:
         return parse_schedule(name)
     close = difflib.get_close_matches(name, [*PRESETS, *_EQUAL], n=1)
     raise ValueError(f'unknown schedule {text!r}; the names are {", ".join([*PRESETS, *_EQUAL])}'
-                     + (f' (did you mean {close[0]!r}?)' if close else '')
+                     + (f" (did you mean {close[0]!r}?)" if close else "")
                      + "; or write one as '0:0.98,0.01,0.01;9:0.1,0.8,0.1'")

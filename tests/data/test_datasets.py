@@ -31,7 +31,7 @@ RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 def save(path: Path, colour=RED, size=(6, 4)):
     """A plain image, width x height."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new('RGB', size, colour).save(path)
+    Image.new("RGB", size, colour).save(path)
 
 
 def colour(data, index):
@@ -40,21 +40,21 @@ def colour(data, index):
 
 @pytest.fixture
 def nested(tmp_path):
-    root = tmp_path / 'nested'
-    save(root / 'animal/dog/1.png', RED)
-    save(root / 'animal/dog/2.png', RED)
-    save(root / 'animal/cat/1.png', GREEN)
-    save(root / 'transport/ship/10.bmp', BLUE)
-    save(root / 'transport/ship/2.bmp', (9, 9, 9))
-    save(root / 'animal/some.png', (1, 2, 3))
-    (root / 'animal/dog/notes.txt').write_text('no image')
-    (root / 'animal/dog/._1.png').write_text('left by macOS')
+    root = tmp_path / "nested"
+    save(root / "animal/dog/1.png", RED)
+    save(root / "animal/dog/2.png", RED)
+    save(root / "animal/cat/1.png", GREEN)
+    save(root / "transport/ship/10.bmp", BLUE)
+    save(root / "transport/ship/2.bmp", (9, 9, 9))
+    save(root / "animal/some.png", (1, 2, 3))
+    (root / "animal/dog/notes.txt").write_text("no image")
+    (root / "animal/dog/._1.png").write_text("left by macOS")
     return root
 
 
 def check_nested(data):
     tree = data.taxonomy
-    assert tree.leaves == (('animal', 'cat'), ('animal', 'dog'), ('transport', 'ship'))
+    assert tree.leaves == (("animal", "cat"), ("animal", "dog"), ("transport", "ship"))
     found = sorted((tuple(colour(data, i)), tuple(data[i][1].tolist())) for i in range(len(data)))
     assert found == sorted(
         [(RED, (0, 1)), (RED, (0, 1)), (GREEN, (0, 0)), (BLUE, (1, 2)), ((9, 9, 9), (1, 2)), ((1, 2, 3), (0, -1))]
@@ -69,12 +69,12 @@ def test_nested_folders(nested):
     assert data[0][0].shape == (3, 4, 6)
 
 
-@pytest.mark.parametrize('suffix', ['.tar', '.tar.gz', '.tgz', '.tar.bz2', '.tar.xz'])
-@pytest.mark.parametrize('top', ['', 'nested', '.'])
+@pytest.mark.parametrize("suffix", [".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz"])
+@pytest.mark.parametrize("top", ["", "nested", "."])
 def test_tar(nested, tmp_path, suffix, top):
-    path = tmp_path / f'archive{suffix}'
-    kind = {'.tar': '', '.tar.gz': 'gz', '.tgz': 'gz', '.tar.bz2': 'bz2', '.tar.xz': 'xz'}[suffix]
-    with tarfile.open(path, f'w:{kind}') as tar:
+    path = tmp_path / f"archive{suffix}"
+    kind = {".tar": "", ".tar.gz": "gz", ".tgz": "gz", ".tar.bz2": "bz2", ".tar.xz": "xz"}[suffix]
+    with tarfile.open(path, f"w:{kind}") as tar:
         if top:
             tar.add(nested, arcname=top)
         else:
@@ -83,14 +83,14 @@ def test_tar(nested, tmp_path, suffix, top):
     check_nested(create_dataset(path))
 
 
-@pytest.mark.parametrize('suffix', ['.tar', '.tar.gz'])
+@pytest.mark.parametrize("suffix", [".tar", ".tar.gz"])
 def test_tar_in_random_order_from_several_workers(tmp_path, suffix):
-    root = tmp_path / 'many'
+    root = tmp_path / "many"
     for i in range(40):
-        save(root / f'class{i % 4}' / f'{i}.png', (i, 2 * i, 3 * i))
-    path = tmp_path / f'many{suffix}'
-    with tarfile.open(path, 'w:gz' if suffix.endswith('gz') else 'w') as tar:
-        tar.add(root, arcname='many')
+        save(root / f"class{i % 4}" / f"{i}.png", (i, 2 * i, 3 * i))
+    path = tmp_path / f"many{suffix}"
+    with tarfile.open(path, "w:gz" if suffix.endswith("gz") else "w") as tar:
+        tar.add(root, arcname="many")
     data = create_dataset(path)
     data[3]  # opens the file in this process, before the workers are forked
     expected = torch.stack([data[i][0] for i in range(40)])
@@ -101,19 +101,19 @@ def test_tar_in_random_order_from_several_workers(tmp_path, suffix):
 
 
 def test_broken_tar(nested, tmp_path):
-    path = tmp_path / 'cut.tar.gz'
-    with tarfile.open(path, 'w:gz') as tar:
-        tar.add(nested, arcname='nested')
+    path = tmp_path / "cut.tar.gz"
+    with tarfile.open(path, "w:gz") as tar:
+        tar.add(nested, arcname="nested")
     path.write_bytes(path.read_bytes()[:-60])
-    with pytest.raises(ValueError, match=r'cannot read .*cut\.tar\.gz as a tar'):
+    with pytest.raises(ValueError, match=r"cannot read .*cut\.tar\.gz as a tar"):
         create_dataset(path)
 
 
 def test_split_folders_share_one_tree(tmp_path):
-    for split, names in {'train': 'abc', 'validation': 'ac', 'Test': 'c'}.items():
+    for split, names in {"train": "abc", "validation": "ac", "Test": "c"}.items():
         for name in names:
-            save(tmp_path / split / name / '1.png')
-    for split, labels in {'train': [0, 1, 2], 'val': [0, 2], 'test': [2], 'trainval': [0, 1, 2, 0, 2]}.items():
+            save(tmp_path / split / name / "1.png")
+    for split, labels in {"train": [0, 1, 2], "val": [0, 2], "test": [2], "trainval": [0, 1, 2, 0, 2]}.items():
         data = create_dataset(tmp_path, split)
         assert sorted(data.labels.flatten().tolist()) == sorted(labels)
         assert data.taxonomy.num_classes == (3,)
@@ -121,40 +121,40 @@ def test_split_folders_share_one_tree(tmp_path):
 
 
 def test_a_class_named_train_is_no_split(tmp_path):
-    for name in ('train', 'car'):
-        save(tmp_path / name / '1.png')
-    assert create_dataset(tmp_path).taxonomy.leaf_names == ('car', 'train')
+    for name in ("train", "car"):
+        save(tmp_path / name / "1.png")
+    assert create_dataset(tmp_path).taxonomy.leaf_names == ("car", "train")
     with pytest.raises(ValueError, match="no 'test' split, only train"):
-        create_dataset(tmp_path, 'test')
+        create_dataset(tmp_path, "test")
 
 
 def test_flat_folders_with_a_taxonomy(tmp_path):
-    for name in ('cat', 'ship', 'animal'):
-        save(tmp_path / name / '1.png')
-    tree = Taxonomy(['animal/dog', 'animal/cat', 'transport/ship'])
+    for name in ("cat", "ship", "animal"):
+        save(tmp_path / name / "1.png")
+    tree = Taxonomy(["animal/dog", "animal/cat", "transport/ship"])
     data = create_dataset(tmp_path, taxonomy=tree)
     assert data.taxonomy is tree
     assert data.labels.tolist() == [[0, -1], [0, 1], [1, 2]]
-    save(tmp_path / 'plane/1.png')
-    save(tmp_path / 'boat/1.png')
+    save(tmp_path / "plane/1.png")
+    save(tmp_path / "boat/1.png")
     with pytest.raises(ValueError, match="2 class names are not in the taxonomy: 'boat', 'plane'.*'dog'"):
         create_dataset(tmp_path, taxonomy=tree)
 
 
 def test_equal_names_under_two_parents(tmp_path):
-    save(tmp_path / 'fruit/orange/1.png')
-    save(tmp_path / 'colour/orange/1.png')
+    save(tmp_path / "fruit/orange/1.png")
+    save(tmp_path / "colour/orange/1.png")
     tree = create_dataset(tmp_path).taxonomy
     assert tree.num_classes == (2, 2)
-    save(tmp_path / 'flat/orange/1.png')
+    save(tmp_path / "flat/orange/1.png")
     with pytest.raises(ValueError, match="fit several of its classes: 'orange'"):
-        create_dataset(tmp_path / 'flat', taxonomy=tree)
+        create_dataset(tmp_path / "flat", taxonomy=tree)
 
 
 def test_csv(tmp_path):
     for i in range(5):
-        save(tmp_path / f'images/{i}.png', (i, 0, 0))
-    path = tmp_path / 'list.csv'
+        save(tmp_path / f"images/{i}.png", (i, 0, 0))
+    path = tmp_path / "list.csv"
     path.write_text(
         'path,coarse,fine,split\n'
         'images/0.png,animal,dog,train\n'
@@ -162,51 +162,51 @@ def test_csv(tmp_path):
         'images/2.png,,ship,val\n'
         '"images/3.png",,,test\n'
         'images/4.png,transport,ship,valid\n',
-        encoding='utf-8-sig',  # as a spreadsheet writes it
+        encoding="utf-8-sig",  # as a spreadsheet writes it
     )
-    data = create_dataset(path, 'all')
-    assert data.taxonomy.levels == ('coarse', 'fine')
+    data = create_dataset(path, "all")
+    assert data.taxonomy.levels == ("coarse", "fine")
     assert data.labels.tolist() == [[0, 0], [0, -1], [-1, 1], [-1, -1], [1, 1]]
     assert [colour(data, i)[0] for i in range(5)] == [0, 1, 2, 3, 4]
-    val = create_dataset(path, 'val')
+    val = create_dataset(path, "val")
     assert val.labels.tolist() == [[-1, 1], [1, 1]]
     assert colour(val, 1) == [4, 0, 0]
 
-    tree = Taxonomy(['animal/cat', 'animal/dog', 'transport/ship'], levels=['coarse', 'fine'])
-    assert create_dataset(path, 'all', taxonomy=tree).labels.tolist()[0] == [0, 1]
+    tree = Taxonomy(["animal/cat", "animal/dog", "transport/ship"], levels=["coarse", "fine"])
+    assert create_dataset(path, "all", taxonomy=tree).labels.tolist()[0] == [0, 1]
     with pytest.raises(ValueError, match=r"no class fits the row .*'ship'.* line 4"):
-        create_dataset(path, taxonomy=Taxonomy(['animal/dog', 'transport/car'], levels=['coarse', 'fine']))
-    with pytest.raises(ValueError, match='level columns'):
-        create_dataset(path, taxonomy=Taxonomy(['a/b/c']))
+        create_dataset(path, taxonomy=Taxonomy(["animal/dog", "transport/car"], levels=["coarse", "fine"]))
+    with pytest.raises(ValueError, match="level columns"):
+        create_dataset(path, taxonomy=Taxonomy(["a/b/c"]))
 
 
 def test_csv_with_leaf_names(tmp_path):
-    path = tmp_path / 'list.csv'
-    path.write_text('image,label\n1.png,cat\n2.png,\n3.png,ship\n')
-    tree = Taxonomy(['transport/ship', 'animal/cat'])
+    path = tmp_path / "list.csv"
+    path.write_text("image,label\n1.png,cat\n2.png,\n3.png,ship\n")
+    tree = Taxonomy(["transport/ship", "animal/cat"])
     assert create_dataset(path, taxonomy=tree).labels.tolist() == [[1, 1], [-1, -1], [0, 0]]
     assert create_dataset(path).labels.tolist() == [[0], [-1], [1]]
-    path.write_text('label\ncat\n')
+    path.write_text("label\ncat\n")
     with pytest.raises(ValueError, match="needed are a column 'path'"):
         create_dataset(path)
 
 
 def test_decoding(tmp_path):
-    folder = tmp_path / 'class'
+    folder = tmp_path / "class"
     folder.mkdir()
-    palette = Image.new('P', (4, 4), 1)
+    palette = Image.new("P", (4, 4), 1)
     palette.putpalette([0, 0, 0, 10, 200, 30])
-    palette.save(folder / '1palette.png')
-    Image.new('L', (4, 4), 100).save(folder / '2grey.jpg', quality=100)
-    Image.new('RGBA', (4, 4), (10, 20, 30, 0)).save(folder / '3alpha.png')
-    Image.fromarray(np.full((4, 4), 100 * 257, np.uint16)).save(folder / '4deep.png')
+    palette.save(folder / "1palette.png")
+    Image.new("L", (4, 4), 100).save(folder / "2grey.jpg", quality=100)
+    Image.new("RGBA", (4, 4), (10, 20, 30, 0)).save(folder / "3alpha.png")
+    Image.fromarray(np.full((4, 4), 100 * 257, np.uint16)).save(folder / "4deep.png")
     upright = np.zeros((8, 4, 3), np.uint8)  # red above, blue below
     upright[:4], upright[4:] = RED, BLUE
     exif = Image.Exif()
     exif[0x0112] = 6  # shown turned by 90 degrees clockwise
     lying = Image.fromarray(np.ascontiguousarray(np.rot90(upright)))
-    lying.save(folder / '5turned.jpg', exif=exif, quality=100, subsampling=0)
-    Image.fromarray(upright).save(folder / '6upright.webp', lossless=True)
+    lying.save(folder / "5turned.jpg", exif=exif, quality=100, subsampling=0)
+    Image.fromarray(upright).save(folder / "6upright.webp", lossless=True)
     data = create_dataset(tmp_path)
     assert colour(data, 0) == [10, 200, 30]
     assert colour(data, 1) == [100, 100, 100]
@@ -221,22 +221,22 @@ def test_decoding(tmp_path):
     assert colour(grey, 3) == [100]
 
 
-@pytest.mark.parametrize('name', ['bad.png', 'bad.jpg'])
-@pytest.mark.parametrize('kind', ['text', 'empty', 'cut'])
+@pytest.mark.parametrize("name", ["bad.png", "bad.jpg"])
+@pytest.mark.parametrize("kind", ["text", "empty", "cut"])
 def test_broken_file_is_named(tmp_path, name, kind):
-    path = tmp_path / 'class' / name
+    path = tmp_path / "class" / name
     save(path, size=(64, 64))
-    content = {'text': b'<html>404</html>', 'empty': b'', 'cut': path.read_bytes()[:-40]}[kind]
+    content = {"text": b"<html>404</html>", "empty": b"", "cut": path.read_bytes()[:-40]}[kind]
     path.write_bytes(content)
     data = create_dataset(tmp_path)
-    with pytest.raises(ValueError, match=rf'cannot read the image .*class.{name} \({len(content)} bytes\)'):
+    with pytest.raises(ValueError, match=rf"cannot read the image .*class.{name} \({len(content)} bytes\)"):
         data[0]
 
 
 def test_broken_file_is_named_through_a_worker(tmp_path):
-    save(tmp_path / 'class/1.png')
-    (tmp_path / 'class/2.png').write_bytes(b'no image')
-    with pytest.raises(ValueError, match=r'class.2\.png'):
+    save(tmp_path / "class/1.png")
+    (tmp_path / "class/2.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"class.2\.png"):
         list(DataLoader(create_dataset(tmp_path), 1, num_workers=1))
 
 
@@ -244,33 +244,33 @@ def write_cifar(root, name, count, pattern, monkeypatch):
     """Batches in CIFAR's own on-disk format, and their checksums in torchvision."""
     from torchvision.datasets import CIFAR10, CIFAR100
 
-    cls = {'cifar10': CIFAR10, 'cifar100': CIFAR100}[name]
+    cls = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
     base = root / cls.base_folder
     base.mkdir(parents=True)
-    key = 'labels' if name == 'cifar10' else 'fine_labels'
+    key = "labels" if name == "cifar10" else "fine_labels"
 
     def write(file, data):
         (base / file).write_bytes(pickle.dumps(data))
         return file, hashlib.md5((base / file).read_bytes()).hexdigest()
 
-    for attribute in ('train_list', 'test_list'):
+    for attribute in ("train_list", "test_list"):
         entries = []
         for file, _ in getattr(cls, attribute):
             labels = [pattern(i) for i in range(count)]
             pixels = np.zeros((count, 3, 32, 32), np.uint8)
             pixels[:, 2] = np.array(labels)[:, None, None]  # blue tells the label
-            entries.append(write(file, {'data': pixels.reshape(count, -1), key: labels}))
+            entries.append(write(file, {"data": pixels.reshape(count, -1), key: labels}))
         monkeypatch.setattr(cls, attribute, entries)
     meta = dict(cls.meta)
-    _, meta['md5'] = write(meta['filename'], {meta['key']: [str(i) for i in range(100)]})
-    monkeypatch.setattr(cls, 'meta', meta)
+    _, meta["md5"] = write(meta["filename"], {meta["key"]: [str(i) for i in range(100)]})
+    monkeypatch.setattr(cls, "meta", meta)
 
 
-@pytest.mark.parametrize(('name', 'batches'), [('cifar10', 5), ('cifar100', 1)])
+@pytest.mark.parametrize(("name", "batches"), [("cifar10", 5), ("cifar100", 1)])
 def test_cifar(tmp_path, monkeypatch, name, batches):
-    classes = 10 if name == 'cifar10' else 100
+    classes = 10 if name == "cifar10" else 100
     write_cifar(tmp_path, name, 20, lambda i: (7 * i + 3) % classes, monkeypatch)
-    for split, count in (('train', 20 * batches), ('test', 20), ('all', 20 * batches + 20)):
+    for split, count in (("train", 20 * batches), ("test", 20), ("all", 20 * batches + 20)):
         data = create_dataset(name, split, root=str(tmp_path))
         assert len(data) == count
         image, labels = data[1]
@@ -280,47 +280,47 @@ def test_cifar(tmp_path, monkeypatch, name, batches):
     train, val, test = create_splits(name, root=str(tmp_path), val_fraction=0.25)
     assert (len(train), len(val), len(test)) == (15 * batches, 5 * batches, 20)
     with pytest.raises(ValueError, match="no 'val' split, only test, train; split_dataset"):
-        create_dataset(name, 'val', root=str(tmp_path))
+        create_dataset(name, "val", root=str(tmp_path))
 
 
 def test_cifar10_with_another_tree(tmp_path, monkeypatch):
-    write_cifar(tmp_path, 'cifar10', 10, lambda i: i, monkeypatch)
-    own = create_dataset('cifar10', root=str(tmp_path)).taxonomy
+    write_cifar(tmp_path, "cifar10", 10, lambda i: i, monkeypatch)
+    own = create_dataset("cifar10", root=str(tmp_path)).taxonomy
     names = [leaf[-1] for leaf in own.leaves]
-    tree = Taxonomy([('thing', name) for name in reversed(names)])
-    data = create_dataset('cifar10', 'test', taxonomy=tree, root=str(tmp_path))
+    tree = Taxonomy([("thing", name) for name in reversed(names)])
+    data = create_dataset("cifar10", "test", taxonomy=tree, root=str(tmp_path))
     assert data.labels[:, 1].tolist() == list(range(9, -1, -1))
-    with pytest.raises(ValueError, match='9 class names are not in the taxonomy'):
-        create_dataset('cifar10', taxonomy=Taxonomy(names[:1]), root=str(tmp_path))
+    with pytest.raises(ValueError, match="9 class names are not in the taxonomy"):
+        create_dataset("cifar10", taxonomy=Taxonomy(names[:1]), root=str(tmp_path))
 
 
-@pytest.mark.parametrize(('name', 'folder'), [('mnist', 'MNIST'), ('fashion_mnist', 'FashionMNIST')])
+@pytest.mark.parametrize(("name", "folder"), [("mnist", "MNIST"), ("fashion_mnist", "FashionMNIST")])
 def test_mnist(tmp_path, name, folder):
-    raw = tmp_path / folder / 'raw'
+    raw = tmp_path / folder / "raw"
     raw.mkdir(parents=True)
-    for part, count in (('train', 12), ('t10k', 5)):
+    for part, count in (("train", 12), ("t10k", 5)):
         labels = (np.arange(count) * 3 % 10).astype(np.uint8)
         pixels = np.repeat(labels, 28 * 28)
-        (raw / f'{part}-images-idx3-ubyte').write_bytes(struct.pack('>4i', 2051, count, 28, 28) + pixels.tobytes())
-        (raw / f'{part}-labels-idx1-ubyte').write_bytes(struct.pack('>2i', 2049, count) + labels.tobytes())
-        with gzip.open(raw / f'{part}-images-idx3-ubyte.gz', 'wb') as file:
-            file.write(b'')
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 2051, count, 28, 28) + pixels.tobytes())
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, count) + labels.tobytes())
+        with gzip.open(raw / f"{part}-images-idx3-ubyte.gz", "wb") as file:
+            file.write(b"")
     for in_chans in (1, 3):
-        data = create_dataset(name, 'test', in_chans=in_chans, root=str(tmp_path))
+        data = create_dataset(name, "test", in_chans=in_chans, root=str(tmp_path))
         assert len(data) == 5
         assert data[2][0].shape == (in_chans, 28, 28)
         assert colour(data, 2) == [6] * in_chans
         assert data[2][1].tolist() == data.taxonomy.expand(6).tolist()
 
 
-@pytest.mark.parametrize('name', ['cifar10', 'cifar100', 'mnist', 'fashion-mnist'])
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "mnist", "fashion-mnist"])
 def test_missing_download(tmp_path, name):
-    with pytest.raises(FileNotFoundError, match='Pass download=True'):
+    with pytest.raises(FileNotFoundError, match="Pass download=True"):
         create_dataset(name, root=str(tmp_path))
 
 
 def test_digits():
-    parts = {split: create_dataset('digits', split, in_chans=1) for split in ('train', 'val', 'test')}
+    parts = {split: create_dataset("digits", split, in_chans=1) for split in ("train", "val", "test")}
     assert [len(part) for part in parts.values()] == [1077, 360, 360]
     ids = torch.cat([part.sample_ids for part in parts.values()])
     assert sorted(ids.tolist()) == list(range(1797))
@@ -330,10 +330,10 @@ def test_digits():
     from sklearn.datasets import load_digits
 
     source = load_digits()
-    image, labels = parts['test'][17]
-    sample = int(parts['test'].sample_ids[17])
+    image, labels = parts["test"][17]
+    sample = int(parts["test"].sample_ids[17])
     torch.testing.assert_close(image[0], torch.from_numpy(source.images[sample] / 16).float(), atol=1 / 500, rtol=0)
-    assert labels.tolist() == parts['test'].taxonomy.expand(int(source.target[sample])).tolist()
+    assert labels.tolist() == parts["test"].taxonomy.expand(int(source.target[sample])).tolist()
 
 
 def test_split_is_stratified_and_repeats():
@@ -348,12 +348,12 @@ def test_split_is_stratified_and_repeats():
     assert split_dataset(data, 0.2, seed=1)[1].sample_ids.tolist() == val.sample_ids.tolist()
     assert split_dataset(data, 0.2, seed=2)[1].sample_ids.tolist() != val.sample_ids.tolist()
     for fraction in (0.0, 1.0, 0.001, -1):
-        with pytest.raises(ValueError, match='leaves an empty part'):
+        with pytest.raises(ValueError, match="leaves an empty part"):
             split_dataset(data, fraction)
 
 
 def test_limit_and_nested_subsets():
-    tree = Taxonomy(['a/x', 'a/y', 'b/z'])
+    tree = Taxonomy(["a/x", "a/y", "b/z"])
     images = np.arange(90, dtype=np.uint8)[:, None, None].repeat(2, 1)
     data = HierarchicalDataset(images, tree.expand(torch.arange(90) % 3), tree)
     part = data.limit(30, seed=4)
@@ -376,25 +376,25 @@ def test_loaders_and_plain_transforms():
 
 
 def test_errors(tmp_path):
-    with pytest.raises(ValueError, match='use taxonomy.expand'):
+    with pytest.raises(ValueError, match="use taxonomy.expand"):
         HierarchicalDataset(np.zeros((2, 2, 2), np.uint8), [0, 1])
-    with pytest.raises(ValueError, match='do not fit a taxonomy'):
-        HierarchicalDataset(np.zeros((1, 2, 2), np.uint8), [[3]], Taxonomy(['a', 'b']))
-    with pytest.raises(ValueError, match='must be uint8'):
+    with pytest.raises(ValueError, match="do not fit a taxonomy"):
+        HierarchicalDataset(np.zeros((1, 2, 2), np.uint8), [[3]], Taxonomy(["a", "b"]))
+    with pytest.raises(ValueError, match="must be uint8"):
         HierarchicalDataset(np.zeros((1, 2, 2), np.float32), [[0]])[0]
     with pytest.raises(ValueError, match="no split 'dev'"):
-        create_dataset('digits', 'dev')
-    with pytest.raises(ValueError, match='in_chans'):
-        create_dataset('digits', in_chans=4)
-    with pytest.raises(FileNotFoundError, match='cifar100'):
-        create_dataset(tmp_path / 'none')
-    with pytest.raises(ValueError, match='no images'):
+        create_dataset("digits", "dev")
+    with pytest.raises(ValueError, match="in_chans"):
+        create_dataset("digits", in_chans=4)
+    with pytest.raises(FileNotFoundError, match="cifar100"):
+        create_dataset(tmp_path / "none")
+    with pytest.raises(ValueError, match="no images"):
         create_dataset(tmp_path)
-    save(tmp_path / 'loose.png')
-    with pytest.raises(ValueError, match=r'loose\.png in .* lies in no class folder'):
+    save(tmp_path / "loose.png")
+    with pytest.raises(ValueError, match=r"loose\.png in .* lies in no class folder"):
         create_dataset(tmp_path)
-    with pytest.raises(ValueError, match='no known kind'):
-        create_dataset(tmp_path / 'loose.png')
+    with pytest.raises(ValueError, match="no known kind"):
+        create_dataset(tmp_path / "loose.png")
 
 
 def test_importing_is_light():
@@ -403,5 +403,5 @@ def test_importing_is_light():
         'import sys; from timm_branches.data import *; '
         'print([name for name in ("albumentations", "sklearn", "cv2") if name in sys.modules])'
     )
-    result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == '[]'
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"

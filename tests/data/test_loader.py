@@ -12,7 +12,7 @@ from torch.utils.data import Subset as TorchSubset
 from timm_branches.data import HierarchicalDataset, Subset, create_loader, create_transform
 
 
-def make(count=24, augment='cifar'):
+def make(count=24, augment="cifar"):
     """Images that are told apart by their labels."""
     images = np.random.default_rng(0).integers(0, 256, (count, 16, 16, 1), np.uint8)
     transform = create_transform((1, 16, 16), is_training=True, augment=augment)
@@ -60,7 +60,7 @@ def test_seed_and_epoch():
 
 
 def test_equal_images_are_augmented_differently():
-    transform = create_transform((1, 16, 16), is_training=True, augment='light', hflip=0.0)
+    transform = create_transform((1, 16, 16), is_training=True, augment="light", hflip=0.0)
     image = np.random.default_rng(0).integers(0, 256, (1, 16, 16), np.uint8)
     data = HierarchicalDataset(image.repeat(200, 0), torch.zeros(200, 1), transform=transform)
     images = next(iter(create_loader(data, 200, True)))[0]
@@ -78,7 +78,7 @@ def test_a_subset_is_augmented_as_the_whole():
     assert not torch.equal(part[1][0], data[7][0])
 
 
-@pytest.mark.parametrize('wrap', [lambda d: TorchSubset(d, range(24)), lambda d: ConcatDataset([d])])
+@pytest.mark.parametrize("wrap", [lambda d: TorchSubset(d, range(24)), lambda d: ConcatDataset([d])])
 def test_epoch_reaches_wrapped_datasets_in_persistent_workers(wrap):
     expected, _ = epochs(create_loader(make(), 4, True, seed=5))
     images, _ = epochs(create_loader(wrap(make()), 4, True, 1, seed=5))
@@ -100,11 +100,11 @@ def test_timms_loop_sets_the_epoch_on_dataset_or_sampler():
 @pytest.mark.slow  # the worker imports everything anew
 def test_epoch_reaches_spawned_workers():
     expected, _ = epochs(create_loader(make(8), 4, True, seed=5))
-    images, _ = epochs(create_loader(make(8), 4, True, 1, seed=5, multiprocessing_context='spawn'))
+    images, _ = epochs(create_loader(make(8), 4, True, 1, seed=5, multiprocessing_context="spawn"))
     assert all(torch.equal(a, b) for a, b in zip(expected, images, strict=True))
 
 
-@pytest.mark.parametrize('drop_last', [True, False])
+@pytest.mark.parametrize("drop_last", [True, False])
 def test_ranks_join_to_the_single_process_batch(drop_last):
     world, batch = 2, 3
     whole = create_loader(make(26), world * batch, True, seed=9, drop_last=drop_last)
@@ -130,12 +130,12 @@ def test_last_batches_are_even_on_all_ranks():
     assert set(sum(seen, [])) == set(range(7))
 
 
-@pytest.mark.parametrize('world', [1, 2, 3, 8])
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
 def test_evaluation_counts_every_sample_once(world):
     counted = []
     lengths = set()
     for rank in range(world):
-        loader = create_loader(make(7, 'none'), 2, rank=rank, world_size=world)
+        loader = create_loader(make(7, "none"), 2, rank=rank, world_size=world)
         labels = torch.cat([labels for _, labels in loader]).flatten().tolist()
         counted += labels[: evaluation_sample_limit(loader)]
         lengths.add(len(loader))
@@ -144,7 +144,7 @@ def test_evaluation_counts_every_sample_once(world):
 
 
 def test_evaluation_is_in_order_and_whole():
-    labels = torch.cat([labels for _, labels in create_loader(make(7, 'none'), 2)])
+    labels = torch.cat([labels for _, labels in create_loader(make(7, "none"), 2)])
     assert labels.flatten().tolist() == list(range(7))
 
 
@@ -159,21 +159,21 @@ def test_other_datasets_and_global_random_state():
 def test_a_forgotten_set_epoch_is_warned_about():
     loader = create_loader(make(8), 4, True)
     list(loader)
-    with pytest.warns(UserWarning, match=r'call loader\.set_epoch'):
+    with pytest.warns(UserWarning, match=r"call loader\.set_epoch"):
         list(loader)
     loader.set_epoch(1)
     with warnings.catch_warnings():
-        warnings.simplefilter('error')
+        warnings.simplefilter("error")
         list(loader)
 
 
 def test_errors():
-    with pytest.raises(ValueError, match=r'nothing would be left. Take batch_size <= 4'):
+    with pytest.raises(ValueError, match=r"nothing would be left. Take batch_size <= 4"):
         create_loader(make(8), 5, True, rank=0, world_size=2)
-    with pytest.raises(ValueError, match='empty'):
+    with pytest.raises(ValueError, match="empty"):
         create_loader(TensorDataset(torch.zeros(0)), 5)
-    with pytest.raises(ValueError, match='rank 2'):
+    with pytest.raises(ValueError, match="rank 2"):
         create_loader(make(8), 1, rank=2, world_size=2)
-    with pytest.raises(ValueError, match='batch_size'):
+    with pytest.raises(ValueError, match="batch_size"):
         create_loader(make(8), 0)
     assert len(create_loader(make(8), 16, True, drop_last=False)) == 1

@@ -36,12 +36,12 @@ def test_smoothing_is_per_level_and_spares_the_unknown():
     torch.testing.assert_close(target[1], torch.tensor([0.15, 0.85, 0, 0, 0]))
 
 
-@pytest.mark.parametrize('mode', ['batch', 'pair', 'elem'])
-@pytest.mark.parametrize('alphas', [(1.0, 0.0), (0.0, 1.0), (0.4, 1.0)])
+@pytest.mark.parametrize("mode", ["batch", "pair", "elem"])
+@pytest.mark.parametrize("alphas", [(1.0, 0.0), (0.0, 1.0), (0.4, 1.0)])
 def test_equals_timm_on_each_level(mode, alphas):
     labels = LABELS.clamp(min=0)
     images = torch.rand(4, 3, 16, 16)
-    options = {'mixup_alpha': alphas[0], 'cutmix_alpha': alphas[1], 'mode': mode, 'label_smoothing': 0.1}
+    options = {"mixup_alpha": alphas[0], "cutmix_alpha": alphas[1], "mode": mode, "label_smoothing": 0.1}
     np.random.seed(3)
     mixed, target = HierarchicalMixup(num_classes=SIZES, **options)(images.clone(), labels)
     for level, part in enumerate(split_levels(target, SIZES)):
@@ -51,7 +51,7 @@ def test_equals_timm_on_each_level(mode, alphas):
         torch.testing.assert_close(part, timm_target)
 
 
-@pytest.mark.parametrize('mode', ['batch', 'elem'])
+@pytest.mark.parametrize("mode", ["batch", "elem"])
 def test_odd_batches(mode):
     images, target = HierarchicalMixup(num_classes=SIZES, mode=mode)(torch.rand(3, 1, 8, 8), LABELS[[0, 2, 3]])
     assert images.shape == (3, 1, 8, 8)
@@ -68,25 +68,25 @@ def test_disabled_gives_plain_labels():
 
 
 def test_half_precision_images_leave_the_target_in_float():
-    _, target = HierarchicalMixup(num_classes=SIZES, mode='elem')(torch.rand(4, 1, 8, 8).bfloat16(), LABELS)
+    _, target = HierarchicalMixup(num_classes=SIZES, mode="elem")(torch.rand(4, 1, 8, 8).bfloat16(), LABELS)
     assert target.dtype == torch.float32
     torch.testing.assert_close(target[:, :2].sum(1), torch.ones(4))
 
 
 def test_errors():
     with pytest.raises(ValueError, match="mode='pair' needs an even batch, not 3"):
-        HierarchicalMixup(num_classes=SIZES, mode='pair')(torch.rand(3, 1, 8, 8), LABELS[:3])
-    with pytest.raises(ValueError, match='one column for each of the levels'):
+        HierarchicalMixup(num_classes=SIZES, mode="pair")(torch.rand(3, 1, 8, 8), LABELS[:3])
+    with pytest.raises(ValueError, match="one column for each of the levels"):
         HierarchicalMixup(num_classes=SIZES)(torch.rand(4, 1, 8, 8), LABELS[:, :1])
-    with pytest.raises(ValueError, match='level 0 has 2 classes'):
+    with pytest.raises(ValueError, match="level 0 has 2 classes"):
         HierarchicalMixup(num_classes=SIZES)(torch.rand(4, 1, 8, 8), LABELS + 1)
-    with pytest.raises(ValueError, match='4 images but 3 labels'):
+    with pytest.raises(ValueError, match="4 images but 3 labels"):
         HierarchicalMixup(num_classes=SIZES)(torch.rand(4, 1, 8, 8), LABELS[:3])
-    with pytest.raises(ValueError, match='nothing to mix'):
+    with pytest.raises(ValueError, match="nothing to mix"):
         HierarchicalMixup(mixup_alpha=0.0, num_classes=SIZES)
-    with pytest.raises(ValueError, match='num_classes'):
+    with pytest.raises(ValueError, match="num_classes"):
         HierarchicalMixup(num_classes=10)
-    with pytest.raises(ValueError, match='mode must be'):
-        HierarchicalMixup(num_classes=SIZES, mode='half')
-    with pytest.raises(ValueError, match='need 5'):
+    with pytest.raises(ValueError, match="mode must be"):
+        HierarchicalMixup(num_classes=SIZES, mode="half")
+    with pytest.raises(ValueError, match="need 5"):
         split_levels(torch.zeros(2, 4), SIZES)

@@ -7,10 +7,10 @@ import torch
 
 from timm_branches.hierarchy import Taxonomy, cifar10, consistency, full_path_accuracy, level_accuracy, sum_upwards
 
-UNEVEN = Taxonomy(['animal/pet/cat', 'animal/pet/dog', 'plant', 'animal/bird', 'transport/sea/ship'])
+UNEVEN = Taxonomy(["animal/pet/cat", "animal/pet/dog", "plant", "animal/bird", "transport/sea/ship"])
 
 
-@pytest.mark.parametrize('seed', range(10))
+@pytest.mark.parametrize("seed", range(10))
 def test_accuracies_by_counting(seed):
     rng = random.Random(seed)
     rows = range(rng.randint(1, 40))
@@ -42,15 +42,15 @@ def test_no_samples():
     nothing = torch.empty(0, 2, dtype=torch.long)
     assert level_accuracy(nothing, nothing).isnan().tolist() == [True, True]
     assert full_path_accuracy(nothing, nothing).isnan()
-    assert consistency(nothing, Taxonomy(['a/b'])).isnan()
+    assert consistency(nothing, Taxonomy(["a/b"])).isnan()
 
 
-@pytest.mark.parametrize('metric', [level_accuracy, full_path_accuracy])
-@pytest.mark.parametrize(('predictions', 'labels', 'message'), [
-    (torch.zeros(3, 2, dtype=torch.long), torch.zeros(3, dtype=torch.long), r'\(3, 2\) and \(3,\)'),
-    (torch.zeros(3, dtype=torch.long), torch.zeros(3, dtype=torch.long), r'\(N, L\)'),
-    (torch.zeros(3, 2), torch.zeros(3, 2, dtype=torch.long), 'take the argmax'),
-    (torch.zeros(3, 2, dtype=torch.long), torch.full((3, 2), -100), 'got -100'),
+@pytest.mark.parametrize("metric", [level_accuracy, full_path_accuracy])
+@pytest.mark.parametrize(("predictions", "labels", "message"), [
+    (torch.zeros(3, 2, dtype=torch.long), torch.zeros(3, dtype=torch.long), r"\(3, 2\) and \(3,\)"),
+    (torch.zeros(3, dtype=torch.long), torch.zeros(3, dtype=torch.long), r"\(N, L\)"),
+    (torch.zeros(3, 2), torch.zeros(3, 2, dtype=torch.long), "take the argmax"),
+    (torch.zeros(3, 2, dtype=torch.long), torch.full((3, 2), -100), "got -100"),
 ])
 def test_wrong_arguments(metric, predictions, labels, message):
     with pytest.raises(ValueError, match=message):
@@ -68,7 +68,7 @@ def test_consistency():
 
 
 class TestSumUpwards:
-    @pytest.mark.parametrize('tree', [cifar10(), UNEVEN])
+    @pytest.mark.parametrize("tree", [cifar10(), UNEVEN])
     def test_against_plain_sums(self, tree):
         logits = torch.randn(2, 3, tree.num_leaves, dtype=torch.double, generator=torch.Generator().manual_seed(0))
         p = logits.softmax(-1)
@@ -82,13 +82,13 @@ class TestSumUpwards:
 
     def test_stable(self):
         logits = torch.tensor([300.0, 299.0, -300.0])
-        coarse, fine = sum_upwards(logits, Taxonomy(['a/x', 'b/y', 'b/z']))
+        coarse, fine = sum_upwards(logits, Taxonomy(["a/x", "b/y", "b/z"]))
         norm = 300 + math.log1p(math.exp(-1))
         assert coarse.tolist() == pytest.approx([300 - norm, 299 - norm])
         assert fine.tolist() == pytest.approx([300 - norm, 299 - norm, -300 - norm])  # exp(-600) is 0 in float32
 
     def test_half_precision(self):
-        tree = Taxonomy([f'a/{i}' for i in range(1000)] + ['b/x'])
+        tree = Taxonomy([f"a/{i}" for i in range(1000)] + ["b/x"])
         logits = torch.zeros(1001)
         expected = sum_upwards(logits, tree)[0]
         result = sum_upwards(logits.bfloat16(), tree)[0]
@@ -102,16 +102,16 @@ class TestSumUpwards:
 
     def test_masked_leaves(self):
         logits = torch.tensor([0.0, -torch.inf, 0.0, -torch.inf], requires_grad=True)
-        coarse, fine = sum_upwards(logits, Taxonomy(['a/w', 'b/x', 'a/y', 'b/z']))
+        coarse, fine = sum_upwards(logits, Taxonomy(["a/w", "b/x", "a/y", "b/z"]))
         assert coarse.tolist() == [pytest.approx(0.0, abs=1e-6), -math.inf]
         assert fine.tolist() == [pytest.approx(-math.log(2)), -math.inf, pytest.approx(-math.log(2)), -math.inf]
         (coarse[0] + fine[2]).backward()
         assert logits.grad.isfinite().all()
 
-    @pytest.mark.parametrize(('logits', 'message'), [
-        (torch.zeros(2, 9), r'shape \(..., 10\), got \(2, 9\)'),
-        (torch.zeros(()), r'shape \(..., 10\)'),
-        (torch.zeros(2, 10, dtype=torch.long), 'floating point'),
+    @pytest.mark.parametrize(("logits", "message"), [
+        (torch.zeros(2, 9), r"shape \(..., 10\), got \(2, 9\)"),
+        (torch.zeros(()), r"shape \(..., 10\)"),
+        (torch.zeros(2, 10, dtype=torch.long), "floating point"),
     ])
     def test_wrong_logits(self, logits, message):
         with pytest.raises(ValueError, match=message):

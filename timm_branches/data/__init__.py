@@ -14,33 +14,33 @@ if TYPE_CHECKING:
     from timm_branches.data.transforms import SampleTransform, create_transform
 
 __all__ = [
-    'EpochSampler',
-    'HierarchicalDataset',
-    'HierarchicalMixup',
-    'Loader',
-    'SampleTransform',
-    'Subset',
-    'create_dataset',
-    'create_loader',
-    'create_splits',
-    'create_transform',
-    'split_dataset',
-    'split_levels',
+    "EpochSampler",
+    "HierarchicalDataset",
+    "HierarchicalMixup",
+    "Loader",
+    "SampleTransform",
+    "Subset",
+    "create_dataset",
+    "create_loader",
+    "create_splits",
+    "create_transform",
+    "split_dataset",
+    "split_levels",
 ]
 
 _HOMES = {
-    'datasets': ('HierarchicalDataset', 'Subset', 'create_dataset', 'create_splits', 'split_dataset'),
-    'loader': ('EpochSampler', 'Loader', 'create_loader'),
-    'mixup': ('HierarchicalMixup', 'split_levels'),
-    'transforms': ('SampleTransform', 'create_transform'),
+    "datasets": ("HierarchicalDataset", "Subset", "create_dataset", "create_splits", "split_dataset"),
+    "loader": ("EpochSampler", "Loader", "create_loader"),
+    "mixup": ("HierarchicalMixup", "split_levels"),
+    "transforms": ("SampleTransform", "create_transform"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME_OF:
-        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-    return getattr(import_module(f'{__name__}.{_HOME_OF[name]}'), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME_OF[name]}"), name)
 
 
 def __dir__() -> list[str]:

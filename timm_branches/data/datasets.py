@@ -23,7 +23,7 @@ from timm_branches.data.stratify import stratified_indices
 from timm_branches.hierarchy.taxonomy import Taxonomy
 from timm_branches.hierarchy.trees import get_taxonomy
 
-__all__ = ['HierarchicalDataset', 'Subset', 'create_dataset', 'create_splits', 'split_dataset']
+__all__ = ["HierarchicalDataset", "Subset", "create_dataset", "create_splits", "split_dataset"]
 
 
 class HierarchicalDataset(Dataset):
@@ -62,15 +62,15 @@ class HierarchicalDataset(Dataset):
         labels = torch.as_tensor(labels, dtype=torch.long)
         if labels.ndim != 2 or len(labels) != len(images):
             raise ValueError(
-                f'labels must be ({len(images)}, levels), one row per image, not {tuple(labels.shape)}; for leaf '
-                'indices use taxonomy.expand(labels)'
+                f"labels must be ({len(images)}, levels), one row per image, not {tuple(labels.shape)}; for leaf "
+                "indices use taxonomy.expand(labels)"
             )
         if taxonomy is not None and len(labels):
             sizes = torch.tensor(taxonomy.num_classes)
             if labels.shape[1] != len(sizes) or (labels >= sizes).any() or (labels < -1).any():
                 raise ValueError(
-                    f'labels with {labels.shape[1]} levels and the highest class indices '
-                    f'{labels.amax(0).tolist()} do not fit a taxonomy of {taxonomy.num_classes} classes'
+                    f"labels with {labels.shape[1]} levels and the highest class indices "
+                    f"{labels.amax(0).tolist()} do not fit a taxonomy of {taxonomy.num_classes} classes"
                 )
         self.images = ArrayImages(images, in_chans)
         self.labels = labels
@@ -95,7 +95,7 @@ class HierarchicalDataset(Dataset):
         image = self.images[sample]
         if self.transform is None:
             tensor = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))).float().div_(255)
-        elif getattr(self.transform, 'takes_key', False):
+        elif getattr(self.transform, "takes_key", False):
             tensor = self.transform(image, key=(self.seed, self.epoch, sample))
         else:
             tensor = self.transform(image)
@@ -126,7 +126,7 @@ class HierarchicalDataset(Dataset):
         if not self._state.is_shared():
             self._state = self._state.share_memory_()
 
-    def limit(self, count: int, seed: int = 0) -> 'Subset':
+    def limit(self, count: int, seed: int = 0) -> "Subset":
         """A stratified part, for quick runs: every class keeps its share, as far as whole samples allow.
 
         Args:
@@ -187,8 +187,8 @@ def split_dataset(dataset: HierarchicalDataset, fraction: float = 0.1, seed: int
     count = round(len(dataset) * fraction)
     if not 0 < count < len(dataset):
         raise ValueError(
-            f'fraction={fraction} of {len(dataset)} samples leaves an empty part; take a fraction between 0 and 1 '
-            'that leaves at least one sample on either side'
+            f"fraction={fraction} of {len(dataset)} samples leaves an empty part; take a fraction between 0 and 1 "
+            "that leaves at least one sample on either side"
         )
     held_out = stratified_indices(dataset.labels, count, seed)
     mask = torch.zeros(len(dataset), dtype=torch.bool)
@@ -198,11 +198,11 @@ def split_dataset(dataset: HierarchicalDataset, fraction: float = 0.1, seed: int
 
 def _read(name_or_path: str, split: str, taxonomy: Any, download: bool, root: str, in_chans: int) -> Source:
     if in_chans not in (1, 3):
-        raise ValueError(f'in_chans must be 3 (RGB) or 1 (grey), not {in_chans}')
+        raise ValueError(f"in_chans must be 3 (RGB) or 1 (grey), not {in_chans}")
     tree = None if taxonomy is None else get_taxonomy(taxonomy)
     path = os.fspath(name_or_path)
-    name = path.lower().replace('-', '_')
-    if name == 'digits':
+    name = path.lower().replace("-", "_")
+    if name == "digits":
         return read_digits(tree)
     if name in TORCHVISION:
         return read_torchvision(name, root, split, download, tree)
@@ -212,20 +212,20 @@ def _read(name_or_path: str, split: str, taxonomy: Any, download: bool, root: st
         raise FileNotFoundError(
             f'{path} is neither a file or folder nor one of the data sets {", ".join(["digits", *TORCHVISION])}'
         )
-    if path.lower().endswith('.csv'):
+    if path.lower().endswith(".csv"):
         return read_csv(path, in_chans, tree)
-    if path.lower().endswith(('.tar', '.tar.gz', '.tgz', '.tar.bz2', '.tar.xz')):
+    if path.lower().endswith((".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")):
         return read_tar(path, in_chans, tree)
-    raise ValueError(f'{path} is of no known kind; expected a folder, a .tar, .tar.gz, .tar.bz2, .tar.xz or a .csv')
+    raise ValueError(f"{path} is of no known kind; expected a folder, a .tar, .tar.gz, .tar.bz2, .tar.xz or a .csv")
 
 
 def create_dataset(
     name_or_path: str | os.PathLike,
-    split: str = 'train',
+    split: str = "train",
     taxonomy: Taxonomy | str | None = None,
     download: bool = False,
     in_chans: int = 3,
-    root: str = 'data',
+    root: str = "data",
     transform: Callable | None = None,
 ) -> HierarchicalDataset:
     """Make a dataset of a name, a folder, a tar or a CSV.
@@ -255,13 +255,13 @@ def create_dataset(
         >>> len(data), data[0][0].shape
         (360, torch.Size([1, 8, 8]))
     """
-    if split not in (*SPLITS, 'trainval', 'all'):
+    if split not in (*SPLITS, "trainval", "all"):
         raise ValueError(f"no split {split!r}; it is 'train', 'val', 'test', 'trainval' or 'all'")
     split = SPLITS.get(split, split)
     source = _read(os.fspath(name_or_path), split, taxonomy, download, root, in_chans)
     data = HierarchicalDataset(source.images, source.labels, source.taxonomy, transform, in_chans)
-    present = {'train'} if source.splits is None else set(source.splits.tolist())
-    wanted = {'trainval': {'train', 'val'}, 'all': {'train', 'val', 'test'}}.get(split, {split})
+    present = {"train"} if source.splits is None else set(source.splits.tolist())
+    wanted = {"trainval": {"train", "val"}, "all": {"train", "val", "test"}}.get(split, {split})
     if not wanted & present:
         raise ValueError(
             f'{name_or_path} has no {split!r} split, only {", ".join(sorted(present))}; split_dataset or '
@@ -293,14 +293,14 @@ def create_splits(
         >>> [len(part) for part in create_splits('digits')]
         [1077, 360, 360]
     """
-    kwargs.pop('split', None)
-    transform = kwargs.pop('transform', None)
-    in_chans = kwargs.pop('in_chans', 3)
-    options = {'taxonomy': None, 'download': False, 'root': 'data', **kwargs}
-    source = _read(os.fspath(name_or_path), 'all', in_chans=in_chans, **options)
+    kwargs.pop("split", None)
+    transform = kwargs.pop("transform", None)
+    in_chans = kwargs.pop("in_chans", 3)
+    options = {"taxonomy": None, "download": False, "root": "data", **kwargs}
+    source = _read(os.fspath(name_or_path), "all", in_chans=in_chans, **options)
     data = HierarchicalDataset(source.images, source.labels, source.taxonomy, transform, in_chans)
-    splits = np.full(len(data), 'train') if source.splits is None else source.splits
-    train, val, test = (Subset(data, np.flatnonzero(splits == part)) for part in ('train', 'val', 'test'))
+    splits = np.full(len(data), "train") if source.splits is None else source.splits
+    train, val, test = (Subset(data, np.flatnonzero(splits == part)) for part in ("train", "val", "test"))
     if not len(train):
         raise ValueError(f'{name_or_path} has no training data, only {", ".join(sorted(set(splits.tolist())))}')
     if not len(val):

@@ -12,18 +12,18 @@ from typing import Any
 import numpy as np
 
 __all__ = [
-    'ArrayImages',
-    'FileImages',
-    'PackedImages',
-    'TarImages',
-    'decode_image',
-    'is_image_name',
-    'match_channels',
-    'open_tar',
+    "ArrayImages",
+    "FileImages",
+    "PackedImages",
+    "TarImages",
+    "decode_image",
+    "is_image_name",
+    "match_channels",
+    "open_tar",
 ]
 
 # What OpenCV reads beside the extensions that timm lists by default.
-_MORE_EXTENSIONS = {'.bmp', '.webp', '.tif', '.tiff', '.ppm', '.pgm'}
+_MORE_EXTENSIONS = {".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 # A compressed archive cannot be read in random order, so its members are kept in memory, undecoded, up to this size.
 _MAX_PACKED_BYTES = 16 * 1024**3
 
@@ -46,15 +46,15 @@ def is_image_name(path: str) -> bool:
     """
     from timm.data.readers.img_extensions import get_img_extensions
 
-    parts = path.split('/')
-    if any(part.startswith('.') or part == '__MACOSX' for part in parts):
+    parts = path.split("/")
+    if any(part.startswith(".") or part == "__MACOSX" for part in parts):
         return False
     return os.path.splitext(parts[-1])[1].lower() in get_img_extensions(as_set=True) | _MORE_EXTENSIONS
 
 
 def _is_cut_jpeg(data: bytes) -> bool:
     """Whether a JPEG ends before its end-of-image marker; some OpenCV versions fill the missing part with grey."""
-    if data[:2] != b'\xff\xd8':
+    if data[:2] != b"\xff\xd8":
         return False
     position = 2
     # The segments before the first scan are skipped by their length: a thumbnail in them has an end marker of its own.
@@ -62,11 +62,11 @@ def _is_cut_jpeg(data: bytes) -> bool:
         if data[position + 1] == 0xFF:  # fill byte
             position += 1
         else:
-            position += 2 + int.from_bytes(data[position + 2 : position + 4], 'big')
-    return data.find(b'\xff\xd9', position) < 0
+            position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+    return data.find(b"\xff\xd9", position) < 0
 
 
-def decode_image(data: bytes, in_chans: int = 3, name: str = 'image') -> np.ndarray:
+def decode_image(data: bytes, in_chans: int = 3, name: str = "image") -> np.ndarray:
     """Decode an image file's bytes to HWC uint8.
 
     OpenCV decodes: RGB order, palettes expanded, alpha dropped (as PIL's `convert('RGB')` does), 16 bits scaled to 8,
@@ -86,11 +86,11 @@ def decode_image(data: bytes, in_chans: int = 3, name: str = 'image') -> np.ndar
     import cv2
 
     image = None
-    reason = 'OpenCV cannot decode it'
+    reason = "OpenCV cannot decode it"
     if not data:
-        reason = 'it is empty'
+        reason = "it is empty"
     elif _is_cut_jpeg(data):
-        reason = 'the JPEG data end before the end-of-image marker'
+        reason = "the JPEG data end before the end-of-image marker"
     else:
         flag = cv2.IMREAD_GRAYSCALE if in_chans == 1 else cv2.IMREAD_COLOR
         try:
@@ -98,7 +98,7 @@ def decode_image(data: bytes, in_chans: int = 3, name: str = 'image') -> np.ndar
         except cv2.error as error:  # e.g. more pixels than OpenCV's limit
             reason = str(error).strip()
     if image is None:
-        raise ValueError(f'cannot read the image {name} ({len(data)} bytes): {reason}. Replace the file or remove it.')
+        raise ValueError(f"cannot read the image {name} ({len(data)} bytes): {reason}. Replace the file or remove it.")
     return image[:, :, None] if in_chans == 1 else cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
@@ -116,7 +116,7 @@ def match_channels(image: np.ndarray, in_chans: int) -> np.ndarray:
         ValueError: If the image is not uint8, has other dimensions, or cannot be converted.
     """
     if image.dtype != np.uint8 or image.ndim not in (2, 3):
-        raise ValueError(f'images must be uint8 arrays HW or HWC, not {image.dtype} of shape {image.shape}')
+        raise ValueError(f"images must be uint8 arrays HW or HWC, not {image.dtype} of shape {image.shape}")
     if image.ndim == 2:
         image = image[:, :, None]
     channels = image.shape[2]
@@ -128,7 +128,7 @@ def match_channels(image: np.ndarray, in_chans: int) -> np.ndarray:
         import cv2
 
         return cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[:, :, None]
-    raise ValueError(f'an image with {channels} channels cannot be read as in_chans={in_chans}; 1 and 3 convert')
+    raise ValueError(f"an image with {channels} channels cannot be read as in_chans={in_chans}; 1 and 3 convert")
 
 
 class ArrayImages:
@@ -176,7 +176,7 @@ class FileImages:
 
     def __getitem__(self, index: int) -> np.ndarray:
         path = str(self.paths[index])
-        with open(path, 'rb') as file:
+        with open(path, "rb") as file:
             return decode_image(file.read(), self.in_chans, path)
 
 
@@ -236,12 +236,12 @@ class TarImages:
 
     def __getitem__(self, index: int) -> np.ndarray:
         if self._file is None:
-            self._file = open(self.path, 'rb')  # stays open for the life of the dataset
+            self._file = open(self.path, "rb")  # stays open for the life of the dataset
         data = os.pread(self._file.fileno(), int(self.sizes[index]), int(self.offsets[index]))
         return decode_image(data, self.in_chans, str(self.names[index]))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, '_file': None}  # an open file cannot be pickled into a spawned worker
+        return {**self.__dict__, "_file": None}  # an open file cannot be pickled into a spawned worker
 
 
 def open_tar(path: str, in_chans: int = 3) -> tuple[list[str], PackedImages | TarImages]:
@@ -266,25 +266,25 @@ def open_tar(path: str, in_chans: int = 3) -> tuple[list[str], PackedImages | Ta
     try:
         # Streaming ('|*') reads a compressed tar once, front to back; only a plain one is read in place later.
         compressed = not _is_plain_tar(path)
-        with tarfile.open(path, 'r|*' if compressed else 'r:') as tar:
+        with tarfile.open(path, "r|*" if compressed else "r:") as tar:
             for info in tar:
-                name = os.path.normpath(info.name).replace(os.sep, '/')
+                name = os.path.normpath(info.name).replace(os.sep, "/")
                 if not info.isfile() or not is_image_name(name):
                     continue
                 members.append((name, info.offset_data, info.size))
                 if compressed:
                     if len(packed) + info.size > _MAX_PACKED_BYTES:
                         raise ValueError(
-                            f'{path} holds more than {_MAX_PACKED_BYTES >> 30} GiB of images; a compressed tar is kept '
-                            'in memory. Decompress it (gunzip): a plain .tar is read in place.'
+                            f"{path} holds more than {_MAX_PACKED_BYTES >> 30} GiB of images; a compressed tar is kept "
+                            "in memory. Decompress it (gunzip): a plain .tar is read in place."
                         )
                     packed += tar.extractfile(info).read()  # type: ignore[union-attr]
     except (tarfile.TarError, EOFError, OSError) as error:
         if isinstance(error, FileNotFoundError):
             raise
-        raise ValueError(f'cannot read {path} as a tar: {error}. Is it complete?') from error
+        raise ValueError(f"cannot read {path} as a tar: {error}. Is it complete?") from error
     names = [name for name, _, _ in members]
-    labels = [f'{path}:{name}' for name in names]
+    labels = [f"{path}:{name}" for name in names]
     sizes = [size for _, _, size in members]
     if compressed:
         return names, PackedImages(packed, sizes, labels, in_chans)
@@ -293,6 +293,6 @@ def open_tar(path: str, in_chans: int = 3) -> tuple[list[str], PackedImages | Ta
 
 def _is_plain_tar(path: str) -> bool:
     """Whether a file is a tar without compression."""
-    with open(path, 'rb') as file:
+    with open(path, "rb") as file:
         start = file.read(6)
-    return not start.startswith((b'\x1f\x8b', b'BZh', b'\xfd7zXZ\x00'))
+    return not start.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00"))

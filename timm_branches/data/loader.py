@@ -8,13 +8,13 @@ import torch
 from timm.data.distributed_sampler import OrderedDistributedSampler
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-__all__ = ['EpochSampler', 'Loader', 'create_loader']
+__all__ = ["EpochSampler", "Loader", "create_loader"]
 
 
 def _datasets(dataset: Any) -> Iterator[Any]:
     """A dataset and all those that torch's wrappers (Subset, ConcatDataset) hold."""
     yield dataset
-    inner = getattr(dataset, 'datasets', None) or [getattr(dataset, 'dataset', None)]
+    inner = getattr(dataset, "datasets", None) or [getattr(dataset, "dataset", None)]
     for part in inner:
         if part is not None:
             yield from _datasets(part)
@@ -70,7 +70,7 @@ class EpochSampler(Sampler):
     @property
     def epoch(self) -> int:
         """The current epoch; the dataset's, if it knows one, because timm's train.py tells only the dataset then."""
-        return getattr(self.dataset, 'epoch', self._epoch)
+        return getattr(self.dataset, "epoch", self._epoch)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch's order and augmentations.
@@ -80,7 +80,7 @@ class EpochSampler(Sampler):
         """
         self._epoch = epoch
         for dataset in _datasets(self.dataset):
-            if hasattr(dataset, 'set_epoch'):
+            if hasattr(dataset, "set_epoch"):
                 dataset.set_epoch(epoch)
 
 
@@ -97,7 +97,7 @@ class Loader(DataLoader):
         Args:
             epoch: Its number, from 0.
         """
-        if hasattr(self.sampler, 'set_epoch'):
+        if hasattr(self.sampler, "set_epoch"):
             self.sampler.set_epoch(epoch)
 
     def __iter__(self) -> Any:
@@ -105,8 +105,8 @@ class Loader(DataLoader):
             epoch = self.sampler.epoch
             if epoch == self._last_epoch:
                 warnings.warn(
-                    f'epoch {epoch} begins again with the same order and augmentation; call '
-                    'loader.set_epoch(epoch) before each epoch',
+                    f"epoch {epoch} begins again with the same order and augmentation; call "
+                    "loader.set_epoch(epoch) before each epoch",
                     stacklevel=2,
                 )
             self._last_epoch = epoch
@@ -173,24 +173,24 @@ def create_loader(
     if rank is None:
         rank = torch.distributed.get_rank() if distributed else 0
     if not 0 <= rank < world_size:
-        raise ValueError(f'rank {rank} is not one of 0 to {world_size - 1} (world_size={world_size})')
+        raise ValueError(f"rank {rank} is not one of 0 to {world_size - 1} (world_size={world_size})")
     if batch_size < 1:
-        raise ValueError(f'batch_size must be at least 1, not {batch_size}')
+        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
     size = len(dataset)  # type: ignore[arg-type]
     drop_last = is_training if drop_last is None else drop_last
     if size == 0:
-        raise ValueError('the dataset is empty')
+        raise ValueError("the dataset is empty")
     if drop_last and size < batch_size * world_size:
         raise ValueError(
-            f'{size} samples do not fill one batch of {batch_size} on each of {world_size} processes, and drop_last '
-            f'drops the rest: nothing would be left. Take batch_size <= {max(1, size // world_size)}, or '
-            'drop_last=False'
+            f"{size} samples do not fill one batch of {batch_size} on each of {world_size} processes, and drop_last "
+            f"drops the rest: nothing would be left. Take batch_size <= {max(1, size // world_size)}, or "
+            "drop_last=False"
         )
     sampler: Sampler
     if is_training:
         sampler = EpochSampler(dataset, batch_size, seed, rank, world_size, drop_last)
         for part in _datasets(dataset):
-            if hasattr(part, 'set_seed'):
+            if hasattr(part, "set_seed"):
                 part.set_seed(seed)
         sampler.set_epoch(0)
     else:
@@ -205,5 +205,5 @@ def create_loader(
         drop_last=drop_last,
         pin_memory=pin_memory,
         persistent_workers=persistent_workers and num_workers > 0,
-        **{'worker_init_fn': _init_worker, 'generator': generator, **kwargs},
+        **{"worker_init_fn": _init_worker, "generator": generator, **kwargs},
     )

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from timm.data import Mixup
 
-__all__ = ['HierarchicalMixup', 'split_levels']
+__all__ = ["HierarchicalMixup", "split_levels"]
 
 
 def split_levels(target: torch.Tensor, num_classes: Sequence[int]) -> list[torch.Tensor]:
@@ -28,8 +28,8 @@ def split_levels(target: torch.Tensor, num_classes: Sequence[int]) -> list[torch
     sizes = [int(size) for size in num_classes]
     if target.shape[-1] != sum(sizes):
         raise ValueError(
-            f'the target has {target.shape[-1]} columns (shape {tuple(target.shape)}), but the levels {sizes} need '
-            f'{sum(sizes)}'
+            f"the target has {target.shape[-1]} columns (shape {tuple(target.shape)}), but the levels {sizes} need "
+            f"{sum(sizes)}"
         )
     return list(target.split(sizes, dim=-1))
 
@@ -75,22 +75,22 @@ class HierarchicalMixup(Mixup):
         cutmix_minmax: Sequence[float] | None = None,
         prob: float = 1.0,
         switch_prob: float = 0.5,
-        mode: str = 'batch',
+        mode: str = "batch",
         correct_lam: bool = True,
         label_smoothing: float = 0.1,
         num_classes: Sequence[int] = (),
     ) -> None:
-        if mode not in ('batch', 'pair', 'elem'):
+        if mode not in ("batch", "pair", "elem"):
             raise ValueError(f"mode must be 'batch', 'pair' or 'elem', not {mode!r}")
         if not (mixup_alpha > 0 or cutmix_alpha > 0 or cutmix_minmax is not None):
             raise ValueError(
-                f'nothing to mix: mixup_alpha={mixup_alpha} and cutmix_alpha={cutmix_alpha}; one must be above 0, or '
-                'cutmix_minmax given'
+                f"nothing to mix: mixup_alpha={mixup_alpha} and cutmix_alpha={cutmix_alpha}; one must be above 0, or "
+                "cutmix_minmax given"
             )
         if isinstance(num_classes, int) or not len(num_classes):
-            raise ValueError(f'num_classes must hold the classes of each level, e.g. [2, 7, 10], not {num_classes!r}')
+            raise ValueError(f"num_classes must hold the classes of each level, e.g. [2, 7, 10], not {num_classes!r}")
         if not 0.0 <= label_smoothing < 1.0:
-            raise ValueError(f'label_smoothing must be in [0, 1), not {label_smoothing}')
+            raise ValueError(f"label_smoothing must be in [0, 1), not {label_smoothing}")
         super().__init__(
             mixup_alpha, cutmix_alpha, cutmix_minmax, prob, switch_prob, mode, correct_lam, label_smoothing
         )
@@ -113,17 +113,17 @@ class HierarchicalMixup(Mixup):
             labels = labels[:, None]
         if labels.ndim != 2 or labels.shape[1] != len(self.num_classes):
             raise ValueError(
-                f'labels must be (batch, {len(self.num_classes)}), one column for each of the levels '
-                f'{self.num_classes}, not {tuple(labels.shape)}'
+                f"labels must be (batch, {len(self.num_classes)}), one column for each of the levels "
+                f"{self.num_classes}, not {tuple(labels.shape)}"
             )
         labels = labels.long()
         parts = []
         for level, size in enumerate(self.num_classes):
             label = labels[:, level : level + 1]
-            if labels.device.type == 'cpu' and ((label >= size) | (label < -1)).any():
+            if labels.device.type == "cpu" and ((label >= size) | (label < -1)).any():
                 raise ValueError(
-                    f'level {level} has {size} classes, but its labels range from {int(label.min())} to '
-                    f'{int(label.max())}; classes are 0 to {size - 1}, -1 is unknown'
+                    f"level {level} has {size} classes, but its labels range from {int(label.min())} to "
+                    f"{int(label.max())}; classes are 0 to {size - 1}, -1 is unknown"
                 )
             off = self.label_smoothing / size
             part = torch.full((len(labels), size), off, device=labels.device)
@@ -146,16 +146,16 @@ class HierarchicalMixup(Mixup):
                 middle element is then mixed with itself.
         """
         if len(x) != len(target):
-            raise ValueError(f'{len(x)} images but {len(target)} labels')
-        if self.mode == 'pair' and len(x) % 2:
+            raise ValueError(f"{len(x)} images but {len(target)} labels")
+        if self.mode == "pair" and len(x) % 2:
             raise ValueError(
                 f"mode='pair' needs an even batch, not {len(x)} images: take an even batch size with drop_last=True, "
                 "or mode='batch' or 'elem'"
             )
         clean = self.soft_labels(target)  # first: a wrong label must not leave the images half mixed
-        if self.mode == 'elem':
+        if self.mode == "elem":
             lam = self._mix_elem(x)
-        elif self.mode == 'pair':
+        elif self.mode == "pair":
             lam = self._mix_pair(x)
         else:
             lam = self._mix_batch(x)

@@ -14,11 +14,11 @@ from timm_branches.data.stratify import stratified_indices
 from timm_branches.hierarchy.taxonomy import Taxonomy
 from timm_branches.hierarchy.trees import get_taxonomy
 
-__all__ = ['Source', 'node_labels', 'read_csv', 'read_digits', 'read_folder', 'read_tar', 'read_torchvision']
+__all__ = ["Source", "node_labels", "read_csv", "read_digits", "read_folder", "read_tar", "read_torchvision"]
 
-SPLITS = {'train': 'train', 'val': 'val', 'valid': 'val', 'validation': 'val', 'test': 'test'}
-TORCHVISION = {'cifar10': 'CIFAR10', 'cifar100': 'CIFAR100', 'fashion_mnist': 'FashionMNIST', 'mnist': 'MNIST'}
-_PATH_COLUMNS = ('path', 'image', 'file', 'filename', 'filepath')
+SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "fashion_mnist": "FashionMNIST", "mnist": "MNIST"}
+_PATH_COLUMNS = ("path", "image", "file", "filename", "filepath")
 Node = tuple[str, ...]
 
 
@@ -77,14 +77,14 @@ def node_labels(nodes: Sequence[Node], taxonomy: Taxonomy) -> torch.Tensor:
         if len(options) == 1:
             found[node] = options[0]
         else:
-            (ambiguous if options else unknown).append('/'.join(node))
+            (ambiguous if options else unknown).append("/".join(node))
     if unknown or ambiguous:
-        message = ''
+        message = ""
         if unknown:
-            message += f'{len(unknown)} class names are not in the taxonomy: {_some(unknown)}. '
+            message += f"{len(unknown)} class names are not in the taxonomy: {_some(unknown)}. "
         if ambiguous:
-            message += f'{len(ambiguous)} class names fit several of its classes: {_some(ambiguous)}. '
-        raise ValueError(f'{message}Its leaves are {_some(taxonomy.leaf_names)}.')
+            message += f"{len(ambiguous)} class names fit several of its classes: {_some(ambiguous)}. "
+        raise ValueError(f"{message}Its leaves are {_some(taxonomy.leaf_names)}.")
     rows = taxonomy.encode_partial(found.values())
     table = torch.cat([rows, torch.full((1, taxonomy.num_levels), -1)])
     position = {node: i for i, node in enumerate(found)}
@@ -93,7 +93,7 @@ def node_labels(nodes: Sequence[Node], taxonomy: Taxonomy) -> torch.Tensor:
 
 def _some(names: Iterable[str], limit: int = 20) -> str:
     names = list(names)
-    return ', '.join(map(repr, names[:limit])) + (f' and {len(names) - limit} more' if len(names) > limit else '')
+    return ", ".join(map(repr, names[:limit])) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
 def _derive(nodes: Iterable[Node], levels: Sequence[str] | None = None) -> Taxonomy:
@@ -105,7 +105,7 @@ def _derive(nodes: Iterable[Node], levels: Sequence[str] | None = None) -> Taxon
     # Natural order ('2' before '10'), as timm numbers class folders.
     leaves = sorted(unique - inner, key=lambda node: [natural_key(name) for name in node])
     if not leaves:
-        raise ValueError('no class is named at all, so no taxonomy can be derived')
+        raise ValueError("no class is named at all, so no taxonomy can be derived")
     depth = max(map(len, leaves))
     return Taxonomy(leaves, levels[:depth] if levels else None)
 
@@ -120,13 +120,13 @@ def read_digits(taxonomy: Taxonomy | None = None) -> Source:
     data = load_digits()
     images = np.round(data.images * (255 / 16)).astype(np.uint8)
     target = torch.from_numpy(data.target).long()
-    splits = np.full(len(target), 'train', dtype='<U5')
+    splits = np.full(len(target), "train", dtype="<U5")
     # The seed is part of the definition of these splits: changing it would change what 'test' means.
     held_out = stratified_indices(target, 720, seed=0)
     test = held_out[stratified_indices(target[held_out], 360, seed=0)]
-    splits[held_out.numpy()] = 'val'
-    splits[test.numpy()] = 'test'
-    tree, labels = _ready_made('digits', target, taxonomy)
+    splits[held_out.numpy()] = "val"
+    splits[test.numpy()] = "test"
+    tree, labels = _ready_made("digits", target, taxonomy)
     return Source(images, labels, tree, splits)
 
 
@@ -160,15 +160,15 @@ def read_torchvision(
     from torchvision import datasets
 
     parts, targets, splits = [], [], []
-    for part in [split] if split in ('train', 'test') else ['train', 'test']:
+    for part in [split] if split in ("train", "test") else ["train", "test"]:
         try:
-            data = getattr(datasets, TORCHVISION[name])(root, train=part == 'train', download=download)
+            data = getattr(datasets, TORCHVISION[name])(root, train=part == "train", download=download)
         except RuntimeError as error:
             if download:
                 raise
             raise FileNotFoundError(
-                f'{name} is not (completely) in {os.path.abspath(root)}: {error} Pass download=True to fetch it '
-                'there, or root=... if you have it elsewhere.'
+                f"{name} is not (completely) in {os.path.abspath(root)}: {error} Pass download=True to fetch it "
+                "there, or root=... if you have it elsewhere."
             ) from error
         parts.append(np.asarray(data.data))
         targets.append(torch.as_tensor(data.targets).long())
@@ -181,8 +181,8 @@ def read_torchvision(
 def _from_names(names: Sequence[str], images: Any, where: str, taxonomy: Taxonomy | None) -> Source:
     """Classes and splits out of the images' relative paths."""
     if not names:
-        raise ValueError(f'no images in {where}; they are expected in one folder per class, e.g. cat/1.jpg')
-    folders: list[Node] = [tuple(name.split('/')[:-1]) for name in names]
+        raise ValueError(f"no images in {where}; they are expected in one folder per class, e.g. cat/1.jpg")
+    folders: list[Node] = [tuple(name.split("/")[:-1]) for name in names]
     splits = None
     # Only if all top folders are splits: 'train' alone beside 'car' and 'bus' is a vehicle.
     if all(folder and folder[0].lower() in SPLITS for folder in folders):
@@ -190,7 +190,7 @@ def _from_names(names: Sequence[str], images: Any, where: str, taxonomy: Taxonom
         folders = [folder[1:] for folder in folders]
     for name, folder in zip(names, folders, strict=True):
         if not folder:
-            raise ValueError(f'{name} in {where} lies in no class folder; expected e.g. cat/{os.path.basename(name)}')
+            raise ValueError(f"{name} in {where} lies in no class folder; expected e.g. cat/{os.path.basename(name)}")
     # From all splits together, so that class 3 of 'train' is class 3 of 'test' although 'test' may lack a class.
     tree = _derive(folders) if taxonomy is None else taxonomy
     return Source(images, node_labels(folders, tree), tree, splits)
@@ -216,9 +216,9 @@ def read_folder(root: str, in_chans: int = 3, taxonomy: Taxonomy | None = None) 
 
     names = []
     for folder, below, files in os.walk(root, followlinks=True):
-        below[:] = [name for name in below if not name.startswith('.')]
-        rest = os.path.relpath(folder, root).replace(os.sep, '/')
-        names += [file if rest == '.' else f'{rest}/{file}' for file in files]
+        below[:] = [name for name in below if not name.startswith(".")]
+        rest = os.path.relpath(folder, root).replace(os.sep, "/")
+        names += [file if rest == "." else f"{rest}/{file}" for file in files]
     names = sorted(filter(is_image_name, names), key=natural_key)
     images = FileImages([os.path.join(root, name) for name in names], in_chans)
     return _from_names(names, images, root, taxonomy)
@@ -240,9 +240,9 @@ def read_tar(path: str, in_chans: int = 3, taxonomy: Taxonomy | None = None) -> 
     """
     names, images = open_tar(path, in_chans)
     # `tar -cf data.tar data` puts the folder itself on top of every path; as a class it would say nothing.
-    tops = {name.split('/')[0] for name in names}
-    if len(tops) == 1 and all(name.count('/') > 1 for name in names) and not tops & set(SPLITS):
-        names = [name.split('/', 1)[1] for name in names]
+    tops = {name.split("/")[0] for name in names}
+    if len(tops) == 1 and all(name.count("/") > 1 for name in names) and not tops & set(SPLITS):
+        names = [name.split("/", 1)[1] for name in names]
     return _from_names(names, images, path, taxonomy)
 
 
@@ -263,33 +263,33 @@ def read_csv(path: str, in_chans: int = 3, taxonomy: Taxonomy | None = None) -> 
     Raises:
         ValueError: If columns are missing, do not fit the taxonomy, or names are unknown or ambiguous in it.
     """
-    with open(path, newline='', encoding='utf-8-sig') as file:
+    with open(path, newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file, skipinitialspace=True)
         columns = list(reader.fieldnames or [])
-        rows = [{key: (value or '').strip() for key, value in row.items() if key} for row in reader]
+        rows = [{key: (value or "").strip() for key, value in row.items() if key} for row in reader]
     image_column = next((column for column in _PATH_COLUMNS if column in columns), None)
-    levels = [column for column in columns if column not in (image_column, 'split')]
+    levels = [column for column in columns if column not in (image_column, "split")]
     if image_column is None or not levels or not rows:
         raise ValueError(
             f"{path} has the columns {columns} and {len(rows)} rows; needed are a column 'path', then one column per "
             "level or one named 'label', and at least one row"
         )
-    if taxonomy is not None and levels != ['label']:
+    if taxonomy is not None and levels != ["label"]:
         if set(taxonomy.levels) <= set(levels):
             levels = list(taxonomy.levels)
         elif len(levels) != taxonomy.num_levels:
-            raise ValueError(f'{path} has the level columns {levels}, the taxonomy the levels {list(taxonomy.levels)}')
+            raise ValueError(f"{path} has the level columns {levels}, the taxonomy the levels {list(taxonomy.levels)}")
     cells = [tuple(row[level] for level in levels) for row in rows]
-    if levels == ['label']:
-        nodes = [tuple(cell.split('/')) if cell else () for (cell,) in cells]
+    if levels == ["label"]:
+        nodes = [tuple(cell.split("/")) if cell else () for (cell,) in cells]
         tree = _derive(nodes) if taxonomy is None else taxonomy
         labels = node_labels(nodes, tree)
     else:
         tree = _derive(map(_known_start, cells), levels) if taxonomy is None else taxonomy
         labels = _cell_labels(cells, tree, path)
     splits = None
-    if 'split' in columns:
-        given = [row['split'].lower() for row in rows]
+    if "split" in columns:
+        given = [row["split"].lower() for row in rows]
         if wrong := sorted(set(given) - set(SPLITS)):
             raise ValueError(f"{path} has the splits {_some(wrong)}; known are {_some(SPLITS)}")
         splits = np.array([SPLITS[name] for name in given])
@@ -298,7 +298,7 @@ def read_csv(path: str, in_chans: int = 3, taxonomy: Taxonomy | None = None) -> 
 
 
 def _known_start(cells: Node) -> Node:
-    return cells[: cells.index('')] if '' in cells else cells
+    return cells[: cells.index("")] if "" in cells else cells
 
 
 def _cell_labels(cells: Sequence[Node], tree: Taxonomy, where: str) -> torch.Tensor:
@@ -310,12 +310,12 @@ def _cell_labels(cells: Sequence[Node], tree: Taxonomy, where: str) -> torch.Ten
             resolved[row] = ()
             continue
         nodes = tree.nodes[depth - 1] if depth <= tree.num_levels else ()
-        fits = [node for node in nodes if all(name in ('', own) for name, own in zip(row[:depth], node, strict=True))]
+        fits = [node for node in nodes if all(name in ("", own) for name, own in zip(row[:depth], node, strict=True))]
         if len(fits) != 1:
-            what = f'{len(fits)} classes fit' if fits else 'no class fits'
+            what = f"{len(fits)} classes fit" if fits else "no class fits"
             raise ValueError(
-                f'{where}: {what} the row {dict(zip(tree.levels, row, strict=False))}, first in line '
-                f'{cells.index(row) + 2}; fill in more of its levels, or add it to the taxonomy'
+                f"{where}: {what} the row {dict(zip(tree.levels, row, strict=False))}, first in line "
+                f"{cells.index(row) + 2}; fill in more of its levels, or add it to the taxonomy"
             )
         resolved[row] = fits[0]
     labels = node_labels([resolved[row] for row in cells], tree)

@@ -14,16 +14,16 @@ import numpy as np
 import torch
 from timm.data.constants import DEFAULT_CROP_PCT, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-__all__ = ['SampleTransform', 'create_transform']
+__all__ = ["SampleTransform", "create_transform"]
 
-AUGMENTS = ('none', 'light', 'cifar', 'imagenet', 'auto')
+AUGMENTS = ("none", "light", "cifar", "imagenet", "auto")
 _SMALL = 64  # pixels; up to here images are shifted rather than cut out and enlarged, and not cropped in evaluation
-_INTERPOLATIONS = {'nearest': 0, 'bilinear': 1, 'bicubic': 2, 'area': 3, 'lanczos': 4}  # OpenCV's numbers
+_INTERPOLATIONS = {"nearest": 0, "bilinear": 1, "bicubic": 2, "area": 3, "lanczos": 4}  # OpenCV's numbers
 
 
 def _albumentations() -> Any:
     # Without this, importing albumentations asks the network whether there is a newer release.
-    os.environ['NO_ALBUMENTATIONS_UPDATE'] = '1'
+    os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
     import albumentations
 
     return albumentations
@@ -40,9 +40,9 @@ class _SampleRandom:
     def seed(self, key: Sequence[int]) -> None:
         # A cryptographic hash, because neighbouring keys (epoch 1, sample 2 and epoch 2, sample 1) must not be related.
         digest = hashlib.blake2b(repr(tuple(key)).encode(), digest_size=24).digest()
-        self._state['state']['state'] = int.from_bytes(digest[:16], 'little')
+        self._state["state"]["state"] = int.from_bytes(digest[:16], "little")
         self.numpy.bit_generator.state = self._state
-        self.python.seed(int.from_bytes(digest[16:], 'little'))
+        self.python.seed(int.from_bytes(digest[16:], "little"))
 
 
 class SampleTransform:
@@ -101,14 +101,14 @@ class SampleTransform:
         """
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != len(self.mean):
             raise ValueError(
-                f'expected an uint8 image (H, W, {len(self.mean)}), not {image.dtype} of shape {image.shape}; set '
-                'in_chans of the dataset and input_size=(channels, height, width) of the transform alike'
+                f"expected an uint8 image (H, W, {len(self.mean)}), not {image.dtype} of shape {image.shape}; set "
+                "in_chans of the dataset and input_size=(channels, height, width) of the transform alike"
             )
         if self.geometry is not None and not (self.keeps_exact and image.shape[:2] == self.size):
             image = self._resize(image)
         if self.compose is not None:
             self.random.seed((int(torch.randint(2**62, ())),) if key is None else key)
-            augmented = self.compose(image=image)['image']
+            augmented = self.compose(image=image)["image"]
         else:
             augmented = image
         if isinstance(augmented, torch.Tensor):  # the compose ends with ToTensorV2
@@ -117,8 +117,8 @@ class SampleTransform:
             tensor = torch.from_numpy(np.ascontiguousarray(augmented.transpose(2, 0, 1)))
         if tuple(tensor.shape[-2:]) != self.size:
             raise ValueError(
-                f'the augmentation returned an image of {tuple(tensor.shape[-2:])} pixels, but the model takes '
-                f'{self.size}; end it with a Resize or RandomCrop to that size'
+                f"the augmentation returned an image of {tuple(tensor.shape[-2:])} pixels, but the model takes "
+                f"{self.size}; end it with a Resize or RandomCrop to that size"
             )
         if tensor.dtype == torch.uint8:
             # In timm's order of operations, so that values agree to the last bit
@@ -133,7 +133,7 @@ class SampleTransform:
         return tensor.numpy().transpose(1, 2, 0)
 
     def __repr__(self) -> str:
-        return f'SampleTransform(size={self.size}, geometry={self.geometry}, compose={self.compose})'
+        return f"SampleTransform(size={self.size}, geometry={self.geometry}, compose={self.compose})"
 
 
 def _match_mean(values: Sequence[float], channels: int, name: str) -> tuple[float, ...]:
@@ -142,35 +142,35 @@ def _match_mean(values: Sequence[float], channels: int, name: str) -> tuple[floa
         return values
     if len(values) == 1 or channels == 1:  # timm averages RGB weights for grey input in the same way
         return (sum(values) / len(values),) * channels
-    raise ValueError(f'{name}={values} has {len(values)} values, but images have {channels} channels')
+    raise ValueError(f"{name}={values} has {len(values)} values, but images have {channels} channels")
 
 
 def _built_in(name: str, size: tuple[int, int], fill: Sequence[float], options: dict[str, Any]) -> Any:
     """The albumentations pipeline of a named augmentation; None for 'none'."""
-    if name == 'none':
+    if name == "none":
         return None
     A = _albumentations()
     height, width = size
-    flips = [A.HorizontalFlip(p=options['hflip']), A.VerticalFlip(p=options['vflip'])]
+    flips = [A.HorizontalFlip(p=options["hflip"]), A.VerticalFlip(p=options["vflip"])]
     flips = [flip for flip in flips if flip.p > 0]
-    if name == 'imagenet':
-        chosen = options['interpolation']
-        kinds = ('bilinear', 'bicubic') if chosen == 'random' else (chosen,)
+    if name == "imagenet":
+        chosen = options["interpolation"]
+        kinds = ("bilinear", "bicubic") if chosen == "random" else (chosen,)
         # OpenCV does not smooth what it shrinks, except by area
         crops = [
             A.RandomResizedCrop(
-                size, options['scale'], options['ratio'], _INTERPOLATIONS[kind], area_for_downscale='image'
+                size, options["scale"], options["ratio"], _INTERPOLATIONS[kind], area_for_downscale="image"
             )
             for kind in kinds
         ]
-        strength = options['color_jitter']
+        strength = options["color_jitter"]
         factors = (max(0.0, 1 - strength), 1 + strength)
         jitter = [A.ColorJitter(factors, factors, factors, hue=(0, 0), p=1)] if strength else []
         return A.Compose([crops[0] if len(crops) == 1 else A.OneOf(crops, p=1), *flips, *jitter])
     # 4 pixels at 32, as is usual for CIFAR
     pads = (max(1, width // 8), max(1, height // 8))
     steps = [A.Pad(padding=pads), A.RandomCrop(height, width), *flips]
-    if name == 'cifar':
+    if name == "cifar":
         hole = (0.25, 0.5)
         steps.append(A.CoarseDropout((1, 1), hole, hole, fill=tuple(255 * value for value in fill), p=0.5))
     return A.Compose(steps)
@@ -183,26 +183,26 @@ def _load_compose(augment: Any) -> Any:
         return augment
     if isinstance(augment, A.BasicTransform | A.BaseCompose):
         return A.Compose([augment])
-    path = os.fspath(augment) if isinstance(augment, str | os.PathLike) else ''
+    path = os.fspath(augment) if isinstance(augment, str | os.PathLike) else ""
     kind = os.path.splitext(path)[1].lower()
-    if kind not in ('.json', '.yaml', '.yml'):
+    if kind not in (".json", ".yaml", ".yml"):
         raise ValueError(
             f'no augmentation {augment!r}; it is one of {", ".join(AUGMENTS)}, an albumentations Compose, or a .json '
             'or .yaml file written by albumentations.save'
         )
     if not os.path.isfile(path):
-        raise ValueError(f'no augmentation file {path}; albumentations.save(compose, path) writes one')
-    compose = A.load(path, data_format='json' if kind == '.json' else 'yaml')
+        raise ValueError(f"no augmentation file {path}; albumentations.save(compose, path) writes one")
+    compose = A.load(path, data_format="json" if kind == ".json" else "yaml")
     return compose if isinstance(compose, A.Compose) else A.Compose([compose])
 
 
 def create_transform(
     input_size: int | Sequence[int] = 224,
     is_training: bool = False,
-    augment: Any = 'none',
+    augment: Any = "none",
     mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
     std: Sequence[float] = IMAGENET_DEFAULT_STD,
-    interpolation: str = 'bilinear',
+    interpolation: str = "bilinear",
     crop_pct: float | None = None,
     crop_mode: str | None = None,
     scale: tuple[float, float] = (0.08, 1.0),
@@ -249,11 +249,11 @@ def create_transform(
 
     sides = (input_size, input_size) if isinstance(input_size, int) else tuple(int(side) for side in input_size)
     if len(sides) not in (2, 3) or min(sides) < 1:
-        raise ValueError(f'input_size must be a side, (height, width) or (channels, height, width), not {input_size}')
+        raise ValueError(f"input_size must be a side, (height, width) or (channels, height, width), not {input_size}")
     size = (sides[-2], sides[-1])
     channels = sides[0] if len(sides) == 3 else len(tuple(mean))
-    mean, std = _match_mean(mean, channels, 'mean'), _match_mean(std, channels, 'std')
-    if interpolation not in _INTERPOLATIONS and interpolation != 'random':
+    mean, std = _match_mean(mean, channels, "mean"), _match_mean(std, channels, "std")
+    if interpolation not in _INTERPOLATIONS and interpolation != "random":
         raise ValueError(f'no interpolation {interpolation!r}; it is {", ".join(_INTERPOLATIONS)} or random')
     if crop_pct is None:
         crop_pct = 1.0 if max(size) <= _SMALL else DEFAULT_CROP_PCT
@@ -261,12 +261,12 @@ def create_transform(
     compose, resize = None, True
     if is_training:
         crop_pct, crop_mode = 1.0, None
-        if isinstance(augment, str) and augment == 'auto':
-            augment = 'light' if max(size) <= _SMALL else 'imagenet'
+        if isinstance(augment, str) and augment == "auto":
+            augment = "light" if max(size) <= _SMALL else "imagenet"
         if isinstance(augment, str) and augment in AUGMENTS:
-            options = {'scale': scale, 'ratio': ratio, 'hflip': hflip, 'vflip': vflip, 'color_jitter': color_jitter}
-            compose = _built_in(augment, size, mean, {**options, 'interpolation': interpolation})
-            resize = augment != 'imagenet'
+            options = {"scale": scale, "ratio": ratio, "hflip": hflip, "vflip": vflip, "color_jitter": color_jitter}
+            compose = _built_in(augment, size, mean, {**options, "interpolation": interpolation})
+            resize = augment != "imagenet"
         else:
             compose, resize = _load_compose(augment), False
     geometry = None
@@ -275,7 +275,7 @@ def create_transform(
         geometry = create_timm_transform(
             size,
             is_training=False,
-            interpolation='bilinear' if interpolation == 'random' else interpolation,
+            interpolation="bilinear" if interpolation == "random" else interpolation,
             mean=mean,
             std=std,
             crop_pct=crop_pct,

@@ -4,16 +4,16 @@ from .taxonomy import Taxonomy
 from .trees import TREES, cifar10, cifar100, digits, fashion_mnist, get_taxonomy, mnist
 
 __all__ = [
-    'TREES',
-    'Taxonomy',
-    'cifar10',
-    'cifar100',
-    'consistency',
-    'digits',
-    'fashion_mnist',
-    'full_path_accuracy',
-    'get_taxonomy',
-    'level_accuracy',
-    'mnist',
-    'sum_upwards',
+    "TREES",
+    "Taxonomy",
+    "cifar10",
+    "cifar100",
+    "consistency",
+    "digits",
+    "fashion_mnist",
+    "full_path_accuracy",
+    "get_taxonomy",
+    "level_accuracy",
+    "mnist",
+    "sum_upwards",
 ]

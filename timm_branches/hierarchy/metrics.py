@@ -9,19 +9,19 @@ from torch import Tensor
 
 from .taxonomy import Taxonomy
 
-__all__ = ['consistency', 'full_path_accuracy', 'level_accuracy', 'sum_upwards']
+__all__ = ["consistency", "full_path_accuracy", "level_accuracy", "sum_upwards"]
 
 
 def _check_pair(predictions: Tensor, labels: Tensor) -> None:
     if predictions.ndim != 2 or predictions.shape != labels.shape:
-        raise ValueError(f'predictions and labels must both have shape (N, L), one column per level, got '
-                         f'{tuple(predictions.shape)} and {tuple(labels.shape)}')
-    for name, tensor in (('predictions', predictions), ('labels', labels)):
+        raise ValueError(f"predictions and labels must both have shape (N, L), one column per level, got "
+                         f"{tuple(predictions.shape)} and {tuple(labels.shape)}")
+    for name, tensor in (("predictions", predictions), ("labels", labels)):
         if tensor.is_floating_point() or tensor.is_complex():
-            raise ValueError(f'{name} must be class indices (integers), got a tensor of {tensor.dtype}; take the '
-                             f'argmax of logits first')
+            raise ValueError(f"{name} must be class indices (integers), got a tensor of {tensor.dtype}; take the "
+                             f"argmax of logits first")
     if labels.numel() and int(labels.min()) < -1:
-        raise ValueError(f'labels must be class indices or -1 (unknown), got {int(labels.min())}')
+        raise ValueError(f"labels must be class indices or -1 (unknown), got {int(labels.min())}")
 
 
 def level_accuracy(predictions: Tensor, labels: Tensor) -> Tensor:
@@ -117,10 +117,10 @@ def sum_upwards(leaf_logits: Tensor, taxonomy: Taxonomy) -> list[Tensor]:
         [[0.5, 0.5], [0.25, 0.25, 0.5]]
     """
     if leaf_logits.ndim < 1 or leaf_logits.shape[-1] != taxonomy.num_leaves:
-        raise ValueError(f'leaf_logits must have one column per leaf, shape (..., {taxonomy.num_leaves}), got '
-                         f'{tuple(leaf_logits.shape)}')
+        raise ValueError(f"leaf_logits must have one column per leaf, shape (..., {taxonomy.num_leaves}), got "
+                         f"{tuple(leaf_logits.shape)}")
     if not leaf_logits.is_floating_point():
-        raise ValueError(f'leaf_logits must be floating point, got {leaf_logits.dtype}')
+        raise ValueError(f"leaf_logits must be floating point, got {leaf_logits.dtype}")
     # half precision would lose the small leaves of a large tree
     log_p = leaf_logits.to(torch.promote_types(leaf_logits.dtype, torch.float32)).log_softmax(-1)
     table = taxonomy.leaf_table.to(log_p.device)
@@ -131,7 +131,7 @@ def sum_upwards(leaf_logits: Tensor, taxonomy: Taxonomy) -> list[Tensor]:
         leaves = log_p[..., reaches]
         shape = (*leaves.shape[:-1], num_classes)
         # each class's own maximum is taken out before exp; a class without any probability (all -inf) takes out 0
-        top = leaves.new_full(shape, -torch.inf).scatter_reduce(-1, index.expand(leaves.shape), leaves.detach(), 'amax')
+        top = leaves.new_full(shape, -torch.inf).scatter_reduce(-1, index.expand(leaves.shape), leaves.detach(), "amax")
         top = top.where(top.isfinite(), 0)
         total = leaves.new_zeros(shape).index_add(-1, index, (leaves - top[..., index]).exp())
         # log(0) is -inf as it should be, but its gradient is nan: keep log away from zeros

@@ -8,33 +8,33 @@ import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-__all__ = ['NodePath', 'as_path', 'by_end', 'check_leaves', 'check_levels', 'check_order', 'display_names', 'draw',
-           'find', 'hint']
+__all__ = ["NodePath", "as_path", "by_end", "check_leaves", "check_levels", "check_order", "display_names", "draw",
+           "find", "hint"]
 
 NodePath = tuple[str, ...]
 
 
 def as_path(path: Any) -> NodePath:
     """A path given as 'a/b/c' or as a sequence of names; names in a sequence may contain slashes."""
-    names = path.split('/') if isinstance(path, str) else path
+    names = path.split("/") if isinstance(path, str) else path
     if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"a path is a text like 'animal/pet/cat' or a sequence of names, got {path!r}")
     if not names or not all(name.strip() for name in names):
-        raise ValueError(f'empty name in path {path!r}: each level of a path needs a name')
+        raise ValueError(f"empty name in path {path!r}: each level of a path needs a name")
     return tuple(names)
 
 
 def hint(word: str, known: Iterable[str]) -> str:
     """The end of an error message: what may have been meant."""
     close = difflib.get_close_matches(word, list(known), n=3)
-    return f'; did you mean {" or ".join(map(repr, close))}?' if close else ''
+    return f'; did you mean {" or ".join(map(repr, close))}?' if close else ""
 
 
 def check_leaves(leaves: Iterable[Any]) -> tuple[NodePath, ...]:
     """The leaves' paths, after making sure that each is one."""
     paths = tuple(as_path(path) for path in leaves)
     if not paths:
-        raise ValueError('a taxonomy needs at least one leaf, got none')
+        raise ValueError("a taxonomy needs at least one leaf, got none")
     first: dict[NodePath, int] = {}
     for i, path in enumerate(paths):
         if path in first:
@@ -51,17 +51,17 @@ def check_leaves(leaves: Iterable[Any]) -> tuple[NodePath, ...]:
 def check_levels(levels: Sequence[str] | None, depth: int) -> tuple[str, ...]:
     """The level names, or default ones, after making sure that they fit the depth."""
     if levels is None:
-        return tuple(f'level{i + 1}' for i in range(depth))
+        return tuple(f"level{i + 1}" for i in range(depth))
     if isinstance(levels, str) or not all(isinstance(name, str) and name.strip() for name in levels):
-        raise ValueError(f'levels must be a sequence of {depth} names that are not empty, got {levels!r}')
+        raise ValueError(f"levels must be a sequence of {depth} names that are not empty, got {levels!r}")
     if len(levels) > depth:
-        raise ValueError(f'level {levels[depth]!r} is empty: {len(levels)} level names are given, but the deepest '
-                         f'leaf lies on level {depth}; name {depth} levels')
+        raise ValueError(f"level {levels[depth]!r} is empty: {len(levels)} level names are given, but the deepest "
+                         f"leaf lies on level {depth}; name {depth} levels")
     if len(levels) < depth:
-        raise ValueError(f'{len(levels)} level names are given, but the deepest leaf lies on level {depth}; '
-                         f'name {depth} levels, coarsest first')
+        raise ValueError(f"{len(levels)} level names are given, but the deepest leaf lies on level {depth}; "
+                         f"name {depth} levels, coarsest first")
     if len(set(levels)) < depth:
-        raise ValueError(f'level names must differ from each other, got {list(levels)}')
+        raise ValueError(f"level names must differ from each other, got {list(levels)}")
     return tuple(levels)
 
 
@@ -70,14 +70,14 @@ def check_order(levels: Sequence[str], nodes: list[list[NodePath]], order: Any) 
     if order is None:
         return tuple(map(tuple, nodes))
     if len(order) != len(nodes):
-        raise ValueError(f'order needs one entry per level ({len(nodes)}), got {len(order)}')
+        raise ValueError(f"order needs one entry per level ({len(nodes)}), got {len(order)}")
     ordered = []
     for level, found, given in zip(levels, nodes, order, strict=True):
         paths = found if given is None else [as_path(path) for path in given]
         if len(paths) != len(found) or set(paths) != set(found):
-            odd = sorted('/'.join(path) for path in set(paths) ^ set(found)) or 'a node twice'
-            raise ValueError(f'order of level {level!r} must list each of its {len(found)} nodes once; it differs '
-                             f'in {odd}')
+            odd = sorted("/".join(path) for path in set(paths) ^ set(found)) or "a node twice"
+            raise ValueError(f"order of level {level!r} must list each of its {len(found)} nodes once; it differs "
+                             f"in {odd}")
         ordered.append(tuple(paths))
     return tuple(ordered)
 
@@ -87,7 +87,7 @@ def by_end(paths: Iterable[NodePath]) -> dict[str, list[NodePath]]:
     ends: dict[str, list[NodePath]] = {}
     for path in paths:
         for k in range(1, len(path) + 1):
-            ends.setdefault('/'.join(path[-k:]), []).append(path)
+            ends.setdefault("/".join(path[-k:]), []).append(path)
     return ends
 
 
@@ -95,7 +95,7 @@ def display_names(paths: Sequence[NodePath]) -> tuple[str, ...]:
     """Each path's shortest end that no other of the paths shares."""
     ends = by_end(paths)
     return tuple(
-        next((end for end in ('/'.join(path[-k:]) for k in range(1, len(path))) if len(ends[end]) == 1), '/'.join(path))
+        next((end for end in ("/".join(path[-k:]) for k in range(1, len(path))) if len(ends[end]) == 1), "/".join(path))
         for path in paths)
 
 
@@ -109,22 +109,22 @@ def find(name: Any, ends: Mapping[str, list[NodePath]], nodes: Sequence[NodePath
     """
     if not isinstance(name, str):
         name = as_path(name)
-        found = [path for path in ends.get('/'.join(name), ()) if path[-len(name):] == name]
+        found = [path for path in ends.get("/".join(name), ()) if path[-len(name):] == name]
         found = [path for path in found if path == name] or found
-        name = '/'.join(name)
+        name = "/".join(name)
     else:
         found = ends.get(name, [])
-        found = [path for path in found if '/'.join(path) == name] or found
+        found = [path for path in found if "/".join(path) == name] or found
     if len(found) == 1:
         return found[0]
     if found:
-        options = ', '.join(repr(path) for path in found[:5])
-        raise ValueError(f'{name!r} is ambiguous: it fits {len(found)} nodes, among them {options}; give the whole '
-                         f'path as a tuple')
-    if any(name in ('/'.join(path), path[-1]) for path in nodes):
-        raise ValueError(f'{name!r} is not a leaf but an inner node; encode_partial takes those')
+        options = ", ".join(repr(path) for path in found[:5])
+        raise ValueError(f"{name!r} is ambiguous: it fits {len(found)} nodes, among them {options}; give the whole "
+                         f"path as a tuple")
+    if any(name in ("/".join(path), path[-1]) for path in nodes):
+        raise ValueError(f"{name!r} is not a leaf but an inner node; encode_partial takes those")
     count = len({path for paths in ends.values() for path in paths})
-    raise ValueError(f'no class {name!r} among {count} in this taxonomy{hint(name, ends)}')
+    raise ValueError(f"no class {name!r} among {count} in this taxonomy{hint(name, ends)}")
 
 
 def draw(nodes: Iterable[NodePath], index: Mapping[NodePath, int]) -> str:
@@ -135,12 +135,12 @@ def draw(nodes: Iterable[NodePath], index: Mapping[NodePath, int]) -> str:
     lines: list[str] = []
 
     def draw_below(path: NodePath, prefix: str, tee: str, stem: str) -> None:
-        lines.append(prefix + tee + path[-1] + (f' [{index[path]}]' if path in index else ''))
+        lines.append(prefix + tee + path[-1] + (f" [{index[path]}]" if path in index else ""))
         below = children.get(path, [])
         for child in below:
             last = child is below[-1]
-            draw_below(child, prefix + stem, '└─ ' if last else '├─ ', '   ' if last else '│  ')
+            draw_below(child, prefix + stem, "└─ " if last else "├─ ", "   " if last else "│  ")
 
     for root in children[()]:
-        draw_below(root, '', '', '')
-    return '\n'.join(lines)
+        draw_below(root, "", "", "")
+    return "\n".join(lines)

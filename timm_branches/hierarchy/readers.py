@@ -14,54 +14,54 @@ from typing import Any
 
 from .paths import NodePath, hint
 
-__all__ = ['load_json', 'read_csv', 'read_folders', 'read_json', 'read_parents']
+__all__ = ["load_json", "read_csv", "read_folders", "read_json", "read_parents"]
 
 
 def read_csv(file: str | Path, columns: Sequence[str] | None = None) -> tuple[list[NodePath], list[str]]:
     """The leaves of a CSV file, one a row, and the columns they were read from."""
-    with open(file, newline='', encoding='utf-8-sig') as stream:
+    with open(file, newline="", encoding="utf-8-sig") as stream:
         reader = csv.reader(stream)
         rows = [(reader.line_num, [cell.strip() for cell in row]) for row in reader]
     rows = [(line, row) for line, row in rows if any(row)]
     if not rows:
-        raise ValueError(f'{file} is empty; its first row must name the levels, coarsest first')
+        raise ValueError(f"{file} is empty; its first row must name the levels, coarsest first")
     header = rows.pop(0)[1]
     wanted = header if columns is None else list(columns)
     if unknown := [name for name in wanted if name not in header]:
-        raise ValueError(f'{file} has no column {unknown[0]!r}; its columns are {header}')
+        raise ValueError(f"{file} has no column {unknown[0]!r}; its columns are {header}")
     if len(set(header)) < len(header) or not all(header):
-        raise ValueError(f'{file}: each column needs a name of its own, got {header}')
+        raise ValueError(f"{file}: each column needs a name of its own, got {header}")
     paths = []
     for line, row in rows:
         if len(row) > len(header):
-            raise ValueError(f'{file}, line {line}: {len(row)} cells, but the header names {len(header)}; quote '
-                             f'cells that contain a comma')
-        cells = dict(zip(header, row + [''] * (len(header) - len(row)), strict=True))
+            raise ValueError(f"{file}, line {line}: {len(row)} cells, but the header names {len(header)}; quote "
+                             f"cells that contain a comma")
+        cells = dict(zip(header, row + [""] * (len(header) - len(row)), strict=True))
         path = [cells[name] for name in wanted]
         names = [cell for cell in path if cell]
         if path[:len(names)] != names:
-            raise ValueError(f'{file}, line {line}: empty name above a class: {path}; only the last cells of a row '
-                             f'may be empty')
+            raise ValueError(f"{file}, line {line}: empty name above a class: {path}; only the last cells of a row "
+                             f"may be empty")
         paths.append(tuple(names))
     return paths, wanted
 
 
 def load_json(file: str | Path) -> Any:
     """The content of a JSON file, in which no object may give a key twice."""
-    return json.loads(Path(file).read_text(encoding='utf-8-sig'), object_pairs_hook=_no_doubles)
+    return json.loads(Path(file).read_text(encoding="utf-8-sig"), object_pairs_hook=_no_doubles)
 
 
 def _no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """JSON's last-one-wins would drop a whole branch without a word."""
     keys = [key for key, _ in pairs]
     if len(set(keys)) < len(keys):
-        raise ValueError(f'{next(key for key in keys if keys.count(key) > 1)!r} occurs twice in one JSON object')
+        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)!r} occurs twice in one JSON object")
     return dict(pairs)
 
 
 def read_json(node: Any, path: NodePath = ()) -> list[NodePath]:
     """The leaves of nested objects and lists below `path`."""
-    where = '/'.join(path) or 'the top level'
+    where = "/".join(path) or "the top level"
     if isinstance(node, Mapping):
         leaves: list[NodePath] = []
         for name, below in node.items():
@@ -70,15 +70,15 @@ def read_json(node: Any, path: NodePath = ()) -> list[NodePath]:
         return leaves
     if isinstance(node, Sequence) and not isinstance(node, str):
         if not node and path:
-            raise ValueError(f'{where} has an empty list of children; write null for a leaf')
+            raise ValueError(f"{where} has an empty list of children; write null for a leaf")
         return [leaf for item in node
                 for leaf in ([(*path, item)] if isinstance(item, str) else _walk_json_item(item, path, where))]
-    raise ValueError(f'{where} holds {node!r}; expected an object of children, a list of leaf names, or null')
+    raise ValueError(f"{where} holds {node!r}; expected an object of children, a list of leaf names, or null")
 
 
 def _walk_json_item(item: Any, path: NodePath, where: str) -> list[NodePath]:
     if not isinstance(item, Mapping):
-        raise ValueError(f'the list under {where} holds {item!r}; expected leaf names in quotes, or objects')
+        raise ValueError(f"the list under {where} holds {item!r}; expected leaf names in quotes, or objects")
     return read_json(item, path)
 
 
@@ -86,20 +86,20 @@ def read_folders(root: str | Path) -> list[NodePath]:
     """The leaves of nested class folders, sorted."""
     root = Path(root)
     if not root.is_dir():
-        raise ValueError(f'{root} is not a folder; give the folder that holds the class folders')
+        raise ValueError(f"{root} is not a folder; give the folder that holds the class folders")
     leaves = _walk_folders(root, (), (root.resolve(),))
     if leaves == [()]:
-        raise ValueError(f'{root} has no class folders')
+        raise ValueError(f"{root} has no class folders")
     return leaves
 
 
 def _walk_folders(folder: Path, path: NodePath, above: tuple[Path, ...]) -> list[NodePath]:
-    below = sorted(child for child in folder.iterdir() if child.is_dir() and not child.name.startswith('.'))
+    below = sorted(child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
     leaves = []
     for child in below:
         real = child.resolve()
         if real in above:
-            raise ValueError(f'{child} links back to {real}, which contains it: a cycle')
+            raise ValueError(f"{child} links back to {real}, which contains it: a cycle")
         leaves += _walk_folders(child, (*path, child.name), (*above, real))
     return leaves or [path]
 
@@ -118,22 +118,22 @@ def read_parents(
     classes = list(classes)
     if len(set(classes)) < len(classes):
         twice = next(name for name in classes if classes.count(name) > 1)
-        raise ValueError(f'class {twice!r} is listed twice')
+        raise ValueError(f"class {twice!r} is listed twice")
     if isinstance(maps, Mapping) or (maps and all(_is_pair(pair) for pair in maps)):
         edges = _as_map(maps)
         if not any(isinstance(key, Integral) for key in edges):
             if names is not None:
-                raise ValueError('names belong to a list of maps; a map of the whole forest names its parents')
+                raise ValueError("names belong to a list of maps; a map of the whole forest names its parents")
             return _climb(classes, edges), None
         maps = [maps]
     if names is not None and len(names) != len(maps):
-        raise ValueError(f'names needs one entry per map ({len(maps)}), got {len(names)}')
+        raise ValueError(f"names needs one entry per map ({len(maps)}), got {len(names)}")
     if levels is not None and len(levels) != len(maps) + 1:
-        raise ValueError(f'{len(maps)} maps make {len(maps) + 1} levels, got {len(levels)} level names')
+        raise ValueError(f"{len(maps)} maps make {len(maps) + 1} levels, got {len(levels)} level names")
     rows = [classes]  # names per level, finest first
     steps = []  # for each map, the parent's name of each name
     for i, given in enumerate(maps):
-        title = levels[len(maps) - 1 - i] if levels is not None else f'level{len(maps) - i}'
+        title = levels[len(maps) - 1 - i] if levels is not None else f"level{len(maps) - i}"
         parent, upper = _one_step(rows[-1], _as_map(given), names[i] if names else None, title)
         steps.append(parent)
         rows.append(upper)
@@ -152,18 +152,18 @@ def _is_pair(item: Any) -> bool:
 
 def _as_map(given: Any) -> dict[Any, Any]:
     """A child -> parent dict out of a dict, a list of pairs or a list of indices."""
-    given = given.tolist() if hasattr(given, 'tolist') else given
+    given = given.tolist() if hasattr(given, "tolist") else given
     if isinstance(given, Mapping):
         return dict(given)
     if isinstance(given, Sequence) and given and all(_is_pair(pair) for pair in given):
         edges: dict[Any, Any] = {}
         for child, parent in given:
             if edges.setdefault(child, parent) != parent:
-                raise ValueError(f'{child!r} has a second parent: {edges[child]!r} and {parent!r}')
+                raise ValueError(f"{child!r} has a second parent: {edges[child]!r} and {parent!r}")
         return edges
     if isinstance(given, Sequence) and given and all(isinstance(index, Integral) for index in given):
         return dict(enumerate(given))
-    raise ValueError(f'a map is a dict, a list of (child, parent) names, or a list of parent indices; got {given!r}')
+    raise ValueError(f"a map is a dict, a list of (child, parent) names, or a list of parent indices; got {given!r}")
 
 
 def _climb(classes: Sequence[str], edges: Mapping[str, str | None]) -> list[NodePath]:
@@ -177,7 +177,7 @@ def _climb(classes: Sequence[str], edges: Mapping[str, str | None]) -> list[Node
         paths.append(tuple(path))
     used = {name for path in paths for name in path}
     if unused := [name for name in edges if name not in used]:
-        raise ValueError(f'{unused[0]!r} has a parent but is neither a class nor above one{hint(unused[0], used)}')
+        raise ValueError(f"{unused[0]!r} has a parent but is neither a class nor above one{hint(unused[0], used)}")
     return paths
 
 
@@ -187,28 +187,28 @@ def _one_step(
     """One map from a level to the next: the parent's name of each name, and the parents in order of their indices."""
     by_index = any(isinstance(key, Integral) for key in edges)
     keys: Sequence[Any] = range(len(row)) if by_index else row
-    kind = 'index' if by_index else 'class'
+    kind = "index" if by_index else "class"
     for key in keys:
         if edges.get(key) is None:
-            raise ValueError(f'{kind} {key!r} has no parent on {title}')
+            raise ValueError(f"{kind} {key!r} has no parent on {title}")
     if unknown := [key for key in edges if key not in keys]:
-        raise ValueError(f'{kind} {unknown[0]!r} has a parent on {title}, but there is no such class'
-                         f'{hint(str(unknown[0]), row)}')
+        raise ValueError(f"{kind} {unknown[0]!r} has a parent on {title}, but there is no such class"
+                         f"{hint(str(unknown[0]), row)}")
     if not by_index:
         upper = list(names) if names is not None else list(dict.fromkeys(edges[key] for key in keys))
         if set(upper) != {edges[key] for key in keys} or len(set(upper)) < len(upper):
-            raise ValueError(f'names of {title} must list each parent once: '
-                             f'{sorted(map(str, {edges[key] for key in keys}))}, got {upper}')
+            raise ValueError(f"names of {title} must list each parent once: "
+                             f"{sorted(map(str, {edges[key] for key in keys}))}, got {upper}")
         return dict(edges), upper
     used = {edges[key] for key in keys}
     if not all(isinstance(index, Integral) and int(index) >= 0 for index in used):
-        raise ValueError(f'a map whose keys are indices must have indices from 0 as values too, got '
-                         f'{sorted(map(str, used))}')
+        raise ValueError(f"a map whose keys are indices must have indices from 0 as values too, got "
+                         f"{sorted(map(str, used))}")
     count = max(used) + 1 if names is None else len(names)
     if used != set(range(count)):
-        raise ValueError(f'{title} has {count} classes, so parents must be each of 0 to {count - 1}; got '
-                         f'{sorted(used)}: an index without children would be an empty class')
-    upper = list(names) if names is not None else [f'{title}_{i}' for i in range(count)]
+        raise ValueError(f"{title} has {count} classes, so parents must be each of 0 to {count - 1}; got "
+                         f"{sorted(used)}: an index without children would be an empty class")
+    upper = list(names) if names is not None else [f"{title}_{i}" for i in range(count)]
     if len(set(upper)) < len(upper):
-        raise ValueError(f'names of {title} must differ from each other, got {upper}')
+        raise ValueError(f"names of {title} must differ from each other, got {upper}")
     return {name: upper[edges[i]] for i, name in enumerate(row)}, upper

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .paths import NodePath
 
-__all__ = ['LevelTables', 'as_labels', 'build_tables']
+__all__ = ["LevelTables", "as_labels", "build_tables"]
 
 
 class LevelTables(NamedTuple):
@@ -28,22 +28,22 @@ def build_tables(leaves: Sequence[NodePath], nodes: Sequence[Sequence[NodePath]]
     def rows(paths: Sequence[NodePath]) -> Tensor:
         # device='cpu': a model built under torch.device('meta') must not take the tables along
         data = [[at[path[:d + 1]] if d < len(path) else -1 for d, at in enumerate(position)] for path in paths]
-        return torch.tensor([*data, [-1] * len(nodes)], dtype=torch.long, device='cpu')
+        return torch.tensor([*data, [-1] * len(nodes)], dtype=torch.long, device="cpu")
 
-    is_leaf = tuple(torch.tensor([path in leaf_index for path in level], device='cpu') for level in nodes)
+    is_leaf = tuple(torch.tensor([path in leaf_index for path in level], device="cpu") for level in nodes)
     return LevelTables(leaf_index, rows(leaves), tuple(map(rows, nodes)), is_leaf)
 
 
 def as_labels(labels: Any, count: int, what: str) -> Tensor:
     """Labels as a LongTensor, after making sure that all are in [-1, count)."""
-    labels = torch.as_tensor(labels, device='cpu') if not isinstance(labels, Tensor) else labels
+    labels = torch.as_tensor(labels, device="cpu") if not isinstance(labels, Tensor) else labels
     if labels.numel() == 0:  # an empty list has no integer type
         return labels.long()
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise ValueError(f'{what} must be an integer, got a tensor of {labels.dtype}')
+        raise ValueError(f"{what} must be an integer, got a tensor of {labels.dtype}")
     labels = labels.long()
     wrong = (labels < -1) | (labels >= count)
     if wrong.any():
-        raise ValueError(f'{what} {int(labels[wrong][0])} is out of range; legal are 0 to {count - 1}, and -1 for '
-                         f'unknown')
+        raise ValueError(f"{what} {int(labels[wrong][0])} is out of range; legal are 0 to {count - 1}, and -1 for "
+                         f"unknown")
     return labels

@@ -18,9 +18,9 @@ from . import readers
 from .paths import NodePath, by_end, check_leaves, check_levels, check_order, display_names, draw, find
 from .tables import LevelTables, as_labels, build_tables
 
-__all__ = ['Taxonomy']
+__all__ = ["Taxonomy"]
 
-_FORMAT = 'timm_branches.taxonomy'
+_FORMAT = "timm_branches.taxonomy"
 
 
 class Taxonomy:
@@ -54,7 +54,7 @@ class Taxonomy:
         >>> tree.expand([1, 2]).tolist()
         [[0, 0, 1], [1, 1, -1]]
     """
-    __slots__ = ('_tables', 'classes', 'leaves', 'levels', 'nodes')
+    __slots__ = ("_tables", "classes", "leaves", "levels", "nodes")
 
     classes: tuple[tuple[str, ...], ...]
     leaves: tuple[NodePath, ...]
@@ -68,11 +68,11 @@ class Taxonomy:
         depth = max(map(len, paths))
         nodes = [list(dict.fromkeys(path[:d + 1] for path in paths if len(path) > d)) for d in range(depth)]
         put = object.__setattr__  # __setattr__ refuses, see there
-        put(self, 'leaves', paths)
-        put(self, 'levels', check_levels(levels, depth))
-        put(self, 'nodes', check_order(self.levels, nodes, order))
-        put(self, 'classes', tuple(map(display_names, self.nodes)))
-        put(self, '_tables', build_tables(self.leaves, self.nodes))
+        put(self, "leaves", paths)
+        put(self, "levels", check_levels(levels, depth))
+        put(self, "nodes", check_order(self.levels, nodes, order))
+        put(self, "classes", tuple(map(display_names, self.nodes)))
+        put(self, "_tables", build_tables(self.leaves, self.nodes))
 
     # ---- what it is made of
 
@@ -101,7 +101,7 @@ class Taxonomy:
     @property
     def parents(self) -> tuple[Tensor, ...]:
         """For each level l, a LongTensor (num_classes[l],) of the parents' indices on level l - 1; -1 for roots."""
-        return (torch.full((self.num_classes[0],), -1, device='cpu'),
+        return (torch.full((self.num_classes[0],), -1, device="cpu"),
                 *(table[:-1, level].clone() for level, table in enumerate(self._tables.ancestors[1:])))
 
     @property
@@ -146,10 +146,10 @@ class Taxonomy:
             [1, -1]
         """
         if level is None:
-            table, what = self._tables.leaf, 'leaf label'
+            table, what = self._tables.leaf, "leaf label"
         else:
             depth = self.level_index(level)
-            table, what = self._tables.ancestors[depth], f'label of level {self.levels[depth]!r}'
+            table, what = self._tables.ancestors[depth], f"label of level {self.levels[depth]!r}"
         labels = as_labels(labels, len(table) - 1, what)
         return table.to(labels.device)[labels]
 
@@ -173,7 +173,7 @@ class Taxonomy:
         single = isinstance(names, str)
         ends, nodes = by_end(self.leaves), [path for level in self.nodes for path in level]
         indices = [self._tables.leaf_index[find(name, ends, nodes)] for name in ([names] if single else names)]
-        result = torch.tensor(indices, dtype=torch.long, device='cpu')
+        result = torch.tensor(indices, dtype=torch.long, device="cpu")
         return result[0] if single else result
 
     def encode_partial(self, paths: Iterable[str | Sequence[str]]) -> Tensor:
@@ -196,7 +196,7 @@ class Taxonomy:
         ends = by_end(nodes)
         found = [find(name, ends, nodes) for name in paths]
         rows = [self._tables.ancestors[len(p) - 1][self.nodes[len(p) - 1].index(p)] for p in found]
-        return torch.stack(rows) if rows else torch.empty(0, self.num_levels, dtype=torch.long, device='cpu')
+        return torch.stack(rows) if rows else torch.empty(0, self.num_levels, dtype=torch.long, device="cpu")
 
     # ---- between levels
 
@@ -211,7 +211,7 @@ class Taxonomy:
             A leaf that ends above the level has a row of zeros there, so on uneven trees they can sum to less than 1.
         """
         depth = self.level_index(level)
-        return (self._tables.leaf[:-1, depth, None] == torch.arange(self.num_classes[depth], device='cpu')).float()
+        return (self._tables.leaf[:-1, depth, None] == torch.arange(self.num_classes[depth], device="cpu")).float()
 
     def valid_paths(self, predictions: Tensor) -> Tensor:
         """Whether each sample's predictions form a path of the tree.
@@ -230,12 +230,12 @@ class Taxonomy:
             ValueError: if the shape is not (N, L) or an index is out of range.
         """
         if predictions.ndim != 2 or predictions.shape[1] != self.num_levels:
-            raise ValueError(f'predictions must have shape (N, {self.num_levels}), one column per level, got '
-                             f'{tuple(predictions.shape)}')
+            raise ValueError(f"predictions must have shape (N, {self.num_levels}), one column per level, got "
+                             f"{tuple(predictions.shape)}")
         valid = torch.ones(len(predictions), dtype=torch.bool, device=predictions.device)
         still_open = valid.clone()  # no leaf has been predicted so far
         for depth, level in enumerate(self.levels):
-            column = as_labels(predictions[:, depth], self.num_classes[depth], f'prediction of level {level!r}')
+            column = as_labels(predictions[:, depth], self.num_classes[depth], f"prediction of level {level!r}")
             ancestors = self._tables.ancestors[depth].to(column.device)[column]
             above = predictions[:, :depth]
             fits = ((ancestors[:, :depth] == above) | (above < 0)).all(1)
@@ -255,8 +255,8 @@ class Taxonomy:
         indices = self.encode(list(names)).tolist()
         if sorted(indices) != list(range(self.num_leaves)):
             missing = [name for i, name in enumerate(self.leaf_names) if i not in indices]
-            raise ValueError(f'names must list each of the {self.num_leaves} leaves once; got {len(indices)} names, '
-                             f'missing {missing}')
+            raise ValueError(f"names must list each of the {self.num_leaves} leaves once; got {len(indices)} names, "
+                             f"missing {missing}")
         return Taxonomy([self.leaves[i] for i in indices], self.levels)
 
     # ---- constructors
@@ -299,7 +299,7 @@ class Taxonomy:
         """
         if isinstance(source, (str, Path)):
             source = readers.load_json(source)
-        if isinstance(source, Mapping) and source.get('format') == _FORMAT:
+        if isinstance(source, Mapping) and source.get("format") == _FORMAT:
             return cls.from_dict(source)
         return cls(readers.read_json(source), levels)
 
@@ -348,8 +348,8 @@ class Taxonomy:
         plain = Taxonomy(self.leaves, self.levels)
         order = [None if mine == theirs else [list(path) for path in mine]
                  for mine, theirs in zip(self.nodes, plain.nodes, strict=True)]
-        data = {'format': _FORMAT, 'version': 1, 'levels': list(self.levels), 'leaves': [list(p) for p in self.leaves]}
-        return {**data, 'order': order} if any(order) else data
+        data = {"format": _FORMAT, "version": 1, "levels": list(self.levels), "leaves": [list(p) for p in self.leaves]}
+        return {**data, "order": order} if any(order) else data
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Taxonomy:
@@ -358,23 +358,23 @@ class Taxonomy:
         Raises:
             ValueError: if `data` is not what `to_dict` returns, or of a later version.
         """
-        if data.get('format') != _FORMAT or 'leaves' not in data:
-            raise ValueError(f'not a stored taxonomy: it needs format {_FORMAT!r} and leaves, got keys {list(data)}')
-        if data.get('version') != 1:
+        if data.get("format") != _FORMAT or "leaves" not in data:
+            raise ValueError(f"not a stored taxonomy: it needs format {_FORMAT!r} and leaves, got keys {list(data)}")
+        if data.get("version") != 1:
             raise ValueError(f'stored taxonomy of version {data.get("version")!r}; this release reads version 1')
-        return cls(data['leaves'], data.get('levels'), data.get('order'))
+        return cls(data["leaves"], data.get("levels"), data.get("order"))
 
     def save_json(self, file: str | Path) -> None:
         """Write :meth:`to_dict` to a file that :meth:`from_json` reads."""
-        Path(file).write_text(json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
+        Path(file).write_text(json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
     # ---- being an immutable value
 
     def __setattr__(self, name: str, value: Any) -> None:
-        raise AttributeError(f'a Taxonomy does not change; make a new one instead of setting {name!r}')
+        raise AttributeError(f"a Taxonomy does not change; make a new one instead of setting {name!r}")
 
     def __delattr__(self, name: str) -> None:
-        raise AttributeError(f'a Taxonomy does not change; {name!r} cannot be deleted')
+        raise AttributeError(f"a Taxonomy does not change; {name!r} cannot be deleted")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Taxonomy, (self.leaves, self.levels, self.nodes)  # pickle and deepcopy would set attributes
@@ -388,8 +388,8 @@ class Taxonomy:
         return hash((self.leaves, self.levels, self.nodes))
 
     def __repr__(self) -> str:
-        sizes = ', '.join(f'{name}: {n}' for name, n in zip(self.levels, self.num_classes, strict=True))
-        return f'Taxonomy({sizes}; {self.num_leaves} leaves)'
+        sizes = ", ".join(f"{name}: {n}" for name, n in zip(self.levels, self.num_classes, strict=True))
+        return f"Taxonomy({sizes}; {self.num_leaves} leaves)"
 
     def __str__(self) -> str:
         """The tree as text; leaves with their index."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .taxonomy import Taxonomy
 
-__all__ = ['TREES', 'cifar10', 'cifar100', 'digits', 'fashion_mnist', 'get_taxonomy', 'mnist']
+__all__ = ["TREES", "cifar10", "cifar100", "digits", "fashion_mnist", "get_taxonomy", "mnist"]
 
 
 def cifar10() -> Taxonomy:
@@ -24,39 +24,39 @@ def cifar10() -> Taxonomy:
         (2, 7, 10)
     """
     return Taxonomy.from_parents(
-        ['airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck'],
+        ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"],
         [[0, 2, 3, 5, 6, 5, 4, 6, 1, 2], [0, 0, 0, 1, 1, 1, 1]],
-        names=[['sky', 'water', 'road', 'bird', 'reptile', 'pet', 'medium animal'], ['transport', 'animal']],
-        levels=['coarse', 'middle', 'fine'])
+        names=[["sky", "water", "road", "bird", "reptile", "pet", "medium animal"], ["transport", "animal"]],
+        levels=["coarse", "middle", "fine"])
 
 
 # CIFAR-100's own 20 superclasses in the order of its coarse labels, each with its five classes (Krizhevsky 2009,
 # https://www.cs.toronto.edu/~kriz/cifar.html), and the one of B-CNN's 8 groups it belongs to
 _CIFAR100 = (
-    ('aquatic_mammals', 0, 'beaver dolphin otter seal whale'),
-    ('fish', 0, 'aquarium_fish flatfish ray shark trout'),
-    ('flowers', 1, 'orchid poppy rose sunflower tulip'),
-    ('food_containers', 2, 'bottle bowl can cup plate'),
-    ('fruit_and_vegetables', 1, 'apple mushroom orange pear sweet_pepper'),
-    ('household_electrical_devices', 2, 'clock keyboard lamp telephone television'),
-    ('household_furniture', 2, 'bed chair couch table wardrobe'),
-    ('insects', 3, 'bee beetle butterfly caterpillar cockroach'),
-    ('large_carnivores', 4, 'bear leopard lion tiger wolf'),
-    ('large_man-made_outdoor_things', 5, 'bridge castle house road skyscraper'),
-    ('large_natural_outdoor_scenes', 5, 'cloud forest mountain plain sea'),
-    ('large_omnivores_and_herbivores', 4, 'camel cattle chimpanzee elephant kangaroo'),
-    ('medium_mammals', 4, 'fox porcupine possum raccoon skunk'),
-    ('non-insect_invertebrates', 3, 'crab lobster snail spider worm'),
-    ('people', 6, 'baby boy girl man woman'),
-    ('reptiles', 4, 'crocodile dinosaur lizard snake turtle'),
-    ('small_mammals', 4, 'hamster mouse rabbit shrew squirrel'),
-    ('trees', 1, 'maple_tree oak_tree palm_tree pine_tree willow_tree'),
-    ('vehicles_1', 7, 'bicycle bus motorcycle pickup_truck train'),
-    ('vehicles_2', 7, 'lawn_mower rocket streetcar tank tractor'),
+    ("aquatic_mammals", 0, "beaver dolphin otter seal whale"),
+    ("fish", 0, "aquarium_fish flatfish ray shark trout"),
+    ("flowers", 1, "orchid poppy rose sunflower tulip"),
+    ("food_containers", 2, "bottle bowl can cup plate"),
+    ("fruit_and_vegetables", 1, "apple mushroom orange pear sweet_pepper"),
+    ("household_electrical_devices", 2, "clock keyboard lamp telephone television"),
+    ("household_furniture", 2, "bed chair couch table wardrobe"),
+    ("insects", 3, "bee beetle butterfly caterpillar cockroach"),
+    ("large_carnivores", 4, "bear leopard lion tiger wolf"),
+    ("large_man-made_outdoor_things", 5, "bridge castle house road skyscraper"),
+    ("large_natural_outdoor_scenes", 5, "cloud forest mountain plain sea"),
+    ("large_omnivores_and_herbivores", 4, "camel cattle chimpanzee elephant kangaroo"),
+    ("medium_mammals", 4, "fox porcupine possum raccoon skunk"),
+    ("non-insect_invertebrates", 3, "crab lobster snail spider worm"),
+    ("people", 6, "baby boy girl man woman"),
+    ("reptiles", 4, "crocodile dinosaur lizard snake turtle"),
+    ("small_mammals", 4, "hamster mouse rabbit shrew squirrel"),
+    ("trees", 1, "maple_tree oak_tree palm_tree pine_tree willow_tree"),
+    ("vehicles_1", 7, "bicycle bus motorcycle pickup_truck train"),
+    ("vehicles_2", 7, "lawn_mower rocket streetcar tank tractor"),
 )
 # the groups are numbers in B-CNN's code; these names describe what each holds
-_CIFAR100_GROUPS = ('water animals', 'plants', 'household objects', 'invertebrates', 'land animals', 'outdoor scenes',
-                    'people', 'vehicles')
+_CIFAR100_GROUPS = ("water animals", "plants", "household objects", "invertebrates", "land animals", "outdoor scenes",
+                    "people", "vehicles")
 
 
 def cifar100() -> Taxonomy:
@@ -74,7 +74,7 @@ def cifar100() -> Taxonomy:
         sorted(parent),  # CIFAR-100 numbers its classes alphabetically
         [parent, [group for _, group, _ in _CIFAR100]],
         names=[[superclass for superclass, _, _ in _CIFAR100], _CIFAR100_GROUPS],
-        levels=['coarse', 'middle', 'fine'])
+        levels=["coarse", "middle", "fine"])
 
 
 def fashion_mnist() -> Taxonomy:
@@ -88,10 +88,10 @@ def fashion_mnist() -> Taxonomy:
         [0, 8]
     """
     return Taxonomy.from_parents(
-        ['T-shirt/top', 'Trouser', 'Pullover', 'Dress', 'Coat', 'Sandal', 'Shirt', 'Sneaker', 'Bag', 'Ankle boot'],
+        ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"],
         [[0, 1, 0, 2, 3, 5, 0, 5, 4, 5], [0, 0, 0, 0, 1, 1]],
-        names=[['Tops', 'Bottoms', 'Dresses', 'Outers', 'Accessories', 'Shoes'], ['Clothes', 'Goods']],
-        levels=['coarse', 'middle', 'fine'])
+        names=[["Tops", "Bottoms", "Dresses", "Outers", "Accessories", "Shoes"], ["Clothes", "Goods"]],
+        levels=["coarse", "middle", "fine"])
 
 
 def mnist() -> Taxonomy:
@@ -107,11 +107,11 @@ def mnist() -> Taxonomy:
         [2, 7]
     """
     return Taxonomy.from_parents(
-        ['0 - zero', '1 - one', '2 - two', '3 - three', '4 - four', '5 - five', '6 - six', '7 - seven', '8 - eight',
-         '9 - nine'],
+        ["0 - zero", "1 - one", "2 - two", "3 - three", "4 - four", "5 - five", "6 - six", "7 - seven", "8 - eight",
+         "9 - nine"],
         [[0, 2, 1, 4, 3, 4, 0, 2, 1, 3]],
-        names=[['0 or 6', '2 or 8', '1 or 7', '4 or 9', '3 or 5']],
-        levels=['coarse', 'fine'])
+        names=[["0 or 6", "2 or 8", "1 or 7", "4 or 9", "3 or 5"]],
+        levels=["coarse", "fine"])
 
 
 def digits() -> Taxonomy:
@@ -124,17 +124,17 @@ def digits() -> Taxonomy:
         >>> digits().classes[0]
         ('loop', 'straight', 'curve')
     """
-    shape = {'0': 'loop', '1': 'straight', '2': 'curve', '3': 'curve', '4': 'straight', '5': 'curve', '6': 'loop',
-             '7': 'straight', '8': 'loop', '9': 'loop'}
-    return Taxonomy.from_parents(list(shape), [shape], levels=['shape', 'digit'])
+    shape = {"0": "loop", "1": "straight", "2": "curve", "3": "curve", "4": "straight", "5": "curve", "6": "loop",
+             "7": "straight", "8": "loop", "9": "loop"}
+    return Taxonomy.from_parents(list(shape), [shape], levels=["shape", "digit"])
 
 
 TREES: dict[str, Callable[[], Taxonomy]] = {
-    'cifar10': cifar10,
-    'cifar100': cifar100,
-    'digits': digits,
-    'fashion_mnist': fashion_mnist,
-    'mnist': mnist,
+    "cifar10": cifar10,
+    "cifar100": cifar100,
+    "digits": digits,
+    "fashion_mnist": fashion_mnist,
+    "mnist": mnist,
 }
 
 
@@ -154,16 +154,16 @@ def get_taxonomy(source: str | Path | Taxonomy) -> Taxonomy:
     """
     if isinstance(source, Taxonomy):
         return source
-    name = str(source).lower().replace('-', '_')
+    name = str(source).lower().replace("-", "_")
     if name in TREES:
         return TREES[name]()
     path = Path(source)
     if path.is_dir():
         return Taxonomy.from_folders(path)
-    readers: dict[str, Callable[[Path], Taxonomy]] = {'.csv': Taxonomy.from_csv, '.json': Taxonomy.from_json}
+    readers: dict[str, Callable[[Path], Taxonomy]] = {".csv": Taxonomy.from_csv, ".json": Taxonomy.from_json}
     reader = readers.get(path.suffix.lower())
     if reader is not None and path.is_file():
         return reader(path)
     close = difflib.get_close_matches(name, TREES, n=1)
     raise ValueError(f'no taxonomy {str(source)!r}: it is neither an existing .csv or .json file, nor a folder, nor '
-                     f'one of {", ".join(TREES)}' + (f'; did you mean {close[0]!r}?' if close else ''))
+                     f'one of {", ".join(TREES)}' + (f"; did you mean {close[0]!r}?" if close else ""))
