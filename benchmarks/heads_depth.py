@@ -95,17 +95,17 @@ def main() -> None:
                 torch.testing.assert_close(y, model(x)[key], rtol=1e-3, atol=1e-4)
         model.train(args.train)
 
-        def run(function: Callable[[], dict]) -> Callable[[], object]:
+        def run(function: Callable[..., dict], **kwargs) -> Callable[[], object]:
             def step() -> None:
                 with torch.set_grad_enabled(args.train):
-                    loss = sum(F.softmax(y, 1).square().sum() for y in function().values())
+                    logits = function(x, **kwargs)  # noqa: B023
+                    loss = torch.stack([F.softmax(y, 1).square().sum() for y in logits.values()]).sum()
                     if args.train:
                         loss.backward()
             return step
 
-        functions = {"whole timm model with hooks": run(lambda: baseline(x)), "all heads": run(lambda: model(x))}  # noqa: B023
-        for head in model.names:
-            functions[f"heads=['{head}']"] = run(lambda head=head: model(x, heads=[head]))  # noqa: B023
+        functions = {"whole timm model with hooks": run(baseline), "all heads": run(model)}
+        functions |= {f"heads=['{head}']": run(model, heads=[head]) for head in model.names}
         seconds = time_all(functions, args.repeats, device)
         first = next(iter(seconds.values()))
         for what, value in seconds.items():
