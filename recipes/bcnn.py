@@ -37,21 +37,21 @@ RECIPES: dict[str, dict] = {
     # B-CNN, CIFAR-10, model B
     "bcnn-b-cifar10": dict(
         _KERAS_SGD, data="cifar10", taxonomy="cifar10", model="bcnn_b", taps=["3", "4", "5"], hidden=[256, 512, 1024],
-        schedule="bcnn-cifar10", epochs=60, lr=3e-3, lr_steps="0:3e-3;41:5e-4;51:1e-4"),
+        schedule="bcnn-cifar10", epochs=60, lr_steps="0:3e-3;41:5e-4;51:1e-4"),
     # B-CNN, CIFAR-100, VGG16 whose convolutions start from ImageNet (pretrained, where weights can be downloaded)
     "bcnn-vgg16-cifar100": dict(
         _KERAS_SGD, data="cifar100", taxonomy="cifar100", model="bcnn_vgg16", pretrained=True, taps=["2", "3", "5"],
-        hidden=[256, 1024, 4096], schedule="bcnn-cifar100", epochs=80, lr=1e-3, lr_steps="0:1e-3;56:2e-4;71:5e-5"),
+        hidden=[256, 1024, 4096], schedule="bcnn-cifar100", epochs=80, lr_steps="0:1e-3;56:2e-4;71:5e-5"),
     # H-CNN (Seo and Shin 2019), Fashion-MNIST, 28 px grey, read off a public implementation
     "hcnn-fashion-mnist": dict(
         _KERAS_SGD, data="fashion_mnist", taxonomy="fashion_mnist", model="bcnn_vgg16", in_chans=1, img_size=28,
         mean=[0.0], std=[1 / 255], taps=["2", "3", "5"], hidden=[256, 1024, 4096],
         schedule="0:0.98,0.01,0.01;16:0.1,0.8,0.1;26:0.1,0.2,0.7;36:0,0,1",
-        epochs=60, lr=1e-3, lr_steps="0:1e-3;43:2e-4;53:5e-5"),
+        epochs=60, lr_steps="0:1e-3;43:2e-4;53:5e-5"),
     # MNIST: B-CNN's levels (5/10). Its model A and schedule are not in the authors' code: these are ours
     "bcnn-a-mnist": dict(
         _KERAS_SGD, data="mnist", taxonomy="mnist", model="bcnn_a", taps=["4", "5"], hidden=[64, 256],
-        schedule="0:0.98,0.02;6:0.5,0.5;12:0,1", epochs=20, lr=3e-3, lr_steps="0:3e-3;14:5e-4"),
+        schedule="0:0.98,0.02;6:0.5,0.5;12:0,1", epochs=20, lr_steps="0:3e-3;14:5e-4"),
     # Ours, from scratch at 32 px: a ResNet with a stem for small images, augmentation, moving average
     "modern-cifar10": {
         "data": "cifar10", "taxonomy": "cifar10", "model": "resnet18_cifar", "taps": ["3", "4", "5"], "head": "pool",
@@ -110,6 +110,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.set_defaults(**{"warmup_epochs": 0, **RECIPES[recipe]})
     args = parser.parse_args(argv)
     args.data = args.data or (RECIPES[recipe]["data"] if recipe else "digits")
+    if args.lr_steps:  # the rates are in there
+        if args.lr != parser.get_default("lr"):
+            parser.error("--lr has no effect beside --lr-steps: change the rates there, or give another --sched "
+                         "and --lr-steps ''")
+        args.lr = FitConfig.lr
+    if args.hflip is not None and args.augment == "none":
+        parser.error("--hflip has no effect with --augment none: choose another --augment")
     return args
 
 
@@ -193,8 +200,6 @@ def main(args: argparse.Namespace) -> None:
         folder = output / name.lower().replace("-", "")
         config.output = str(folder)
         run = fit(task, loader, val_loader, config, mixup, facts={"data": str(args.data), "seed": args.seed})
-        if dist.is_initialized():
-            dist.barrier()  # the first process has written the file that all read now
         best = make_task(load_model(run.model_path)).to(device)
         judged = test if test is not None else val
         judged.transform = val.transform

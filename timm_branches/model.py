@@ -108,11 +108,9 @@ class BranchModel(nn.Module):
             raise ValueError(f"expected images (B, {self.input_size[0]}, H, W), got {tuple(x.shape)}"
                              + (f"; in_chans={x.shape[1]} makes a model for these." if x.ndim == 4 else "."))
         if torch.compiler.is_compiling():
-            with torch.set_grad_enabled(torch.is_grad_enabled() and not self._frozen):
-                return self.reader.read(self.backbone, x, which)
+            return self._read(x, which)
         try:
-            with torch.set_grad_enabled(torch.is_grad_enabled() and not self._frozen):
-                return self.reader.read(self.backbone, x, which)
+            return self._read(x, which)
         except (RuntimeError, AssertionError, ValueError) as error:
             self.reader.captured = None
             # only a failed pass pays for finding out whether it was the size of the images
@@ -121,6 +119,10 @@ class BranchModel(nn.Module):
             if reason is None:
                 raise
             raise ValueError(reason) from error
+
+    def _read(self, x: torch.Tensor, which: Sequence[int]) -> list[torch.Tensor]:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self._frozen):
+            return self.reader.read(self.backbone, x, which)
 
     def _deepest(self) -> int:
         def depth(i: int) -> tuple[int, bool, int]:

@@ -64,7 +64,7 @@ class LossWeightSchedule(ABC):
     """The weights of the levels' losses as a function of the epoch.
 
     A subclass with a class attribute `kind` enters the registry that :meth:`from_dict` reads. It implements
-    `__call__`, `num_levels`, `to_dict` and, if `from_dict` shall rebuild it, `_from_dict`.
+    `__call__`, `num_levels`, `to_dict` and `_from_dict`; a checkpoint needs the last two.
     """
     kind: ClassVar[str] = ""
 
@@ -98,8 +98,9 @@ class LossWeightSchedule(ABC):
         """The whole definition as JSON-safe data; :meth:`from_dict` is its inverse."""
 
     @classmethod
+    @abstractmethod
     def _from_dict(cls, data: Mapping[str, Any]) -> LossWeightSchedule:
-        raise NotImplementedError(f"{cls.__name__} cannot be rebuilt from a dict")
+        """The inverse of :meth:`to_dict` for this kind."""
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> LossWeightSchedule:

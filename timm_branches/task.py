@@ -143,9 +143,8 @@ class BranchTask(TrainingTask):
 
     def _turns_levels_off(self) -> bool:
         points = getattr(self.schedule, "points", None)
-        if points is not None:  # between its points a schedule interpolates, so a 0 between them is a 0 at one
-            return any(0 in weights for weights in points.values())
-        return not isinstance(self.schedule, ConstantSchedule) or 0 in self.weights
+        # between its points a schedule interpolates, so a 0 between them is a 0 at one; others may do anything
+        return points is None or any(0 in weights for weights in points.values())
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> dict[str, Any]:
         """Forward pass and loss.

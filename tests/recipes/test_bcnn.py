@@ -354,3 +354,12 @@ def test_learns_the_digits(tmp_path):
     """A few epochs are enough to see that both networks are trained at all."""
     rows = table_rows(start("--epochs", "4", "--no-plots", cwd=tmp_path).stdout)
     assert min(rows["B-CNN"][1], rows["flat"][1]) > 70
+
+
+@pytest.mark.parametrize("args", [["--recipe", "bcnn-b-cifar10", "--lr", "0.1"],
+                                  ["--recipe", "bcnn-b-cifar10", "--hflip", "0.5"]])
+def test_a_flag_without_effect_is_refused(recipe, capsys, args):
+    with pytest.raises(SystemExit) as stopped:
+        recipe.parse_args(args)
+    assert stopped.value.code == 2
+    assert f"{args[2]} has no effect" in capsys.readouterr().err

@@ -324,7 +324,7 @@ def test_piecewise_rates_are_exactly_the_papers():
 def test_piecewise_rates_in_a_run(tmp_path):
     steps = "0:0.007;1:0.0013;3:0.00037"
     result = fit(make_task(), loader_of(make_data(8)), None,
-                 settings(tmp_path, epochs=4, lr=0.5, sched="piecewise", lr_steps=steps, opt="adamw"))
+                 settings(tmp_path, epochs=4, lr=0.007, sched="piecewise", lr_steps=steps, opt="adamw"))
     assert [row["lr"] for row in result.history] == [0.007, 0.0013, 0.0013, 0.00037]
 
 
@@ -723,3 +723,20 @@ def test_command_line_round_trip():
     with pytest.raises(SystemExit):
         parser.parse_args(["--clip-mode", "nom"])
     assert "(default: 0.05)" in parser.format_help()
+
+
+@pytest.mark.parametrize(("kwargs", "needed"), [
+    ({"amp_dtype": "float16"}, "--amp"),
+    ({"model_ema_decay": 0.9}, "--model-ema"),
+    ({"clip_mode": "agc"}, "--clip-grad"),
+    ({"lr": 0.3, "sched": "piecewise", "lr_steps": "0:0.1"}, "--lr-steps"),
+])
+def test_a_setting_without_effect_is_warned_about(kwargs, needed):
+    with pytest.warns(UserWarning, match=f"no effect .*{needed}"):
+        FitConfig(**kwargs)
+
+
+def test_settings_with_effect_are_not_warned_about(recwarn):
+    FitConfig(amp=True, amp_dtype="float16", model_ema=True, model_ema_decay=0.9, clip_grad=1.0, clip_mode="agc")
+    FitConfig(lr=0.1, sched="piecewise", lr_steps="0:0.1")
+    assert not recwarn.list

@@ -1,6 +1,7 @@
 """Settings of a training run, with timm's names, and their command line."""
 
 import argparse
+import warnings
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
@@ -87,7 +88,12 @@ class FitConfig:
             choices = next(f for f in fields(self) if f.name == name).metadata["choices"]
             if getattr(self, name) not in choices:
                 raise ValueError(f"{_flag(name)} must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
-        self.lr_at()
+        steps = self.lr_at()
+        if steps and self.lr not in (FitConfig.lr, steps[0]):
+            warnings.warn(f"--lr {self.lr} has no effect beside --lr-steps {self.lr_steps!r}.", stacklevel=3)
+        for name, needed in _NEEDS.items():
+            if getattr(self, name) != getattr(FitConfig, name) and not getattr(self, needed):
+                warnings.warn(f"{_flag(name)} has no effect without {_flag(needed)}.", stacklevel=3)
 
     def lr_at(self) -> dict[int, float]:
         """``--lr-steps`` as {first epoch: learning rate}."""
@@ -107,6 +113,11 @@ class FitConfig:
     def from_args(cls, args: argparse.Namespace) -> "FitConfig":
         """The settings out of parsed arguments."""
         return cls(**{f.name: getattr(args, f.name) for f in fields(cls)})
+
+
+# settings that do nothing unless another is on
+_NEEDS = {"amp_dtype": "amp", "model_ema_decay": "model_ema", "model_ema_warmup": "model_ema", "clip_mode": "clip_grad",
+          "warmup_lr": "warmup_epochs"}
 
 
 def _flag(name: str) -> str:
