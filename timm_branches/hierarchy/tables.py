@@ -18,6 +18,7 @@ class LevelTables(NamedTuple):
     leaf: Tensor  # (leaves + 1, L)
     ancestors: tuple[Tensor, ...]  # per level (nodes + 1, L): each node's own and ancestors' indices
     is_leaf: tuple[Tensor, ...]  # per level (nodes,) bool
+    heights: tuple[Tensor, ...]  # per level (nodes,): steps down to the deepest leaf
 
 
 def build_tables(leaves: Sequence[NodePath], nodes: Sequence[Sequence[NodePath]]) -> LevelTables:
@@ -31,7 +32,14 @@ def build_tables(leaves: Sequence[NodePath], nodes: Sequence[Sequence[NodePath]]
         return torch.tensor([*data, [-1] * len(nodes)], dtype=torch.long, device="cpu")
 
     is_leaf = tuple(torch.tensor([path in leaf_index for path in level], device="cpu") for level in nodes)
-    return LevelTables(leaf_index, rows(leaves), tuple(map(rows, nodes)), is_leaf)
+    leaf = rows(leaves)
+    depth = (leaf >= 0).sum(1)
+    heights = []
+    for level, paths in enumerate(nodes):
+        below = leaf[:, level] >= 0
+        deepest = torch.zeros(len(paths), dtype=torch.long, device="cpu")
+        heights.append(deepest.scatter_reduce(0, leaf[below, level], depth[below], "amax") - level - 1)
+    return LevelTables(leaf_index, leaf, tuple(map(rows, nodes)), is_leaf, tuple(heights))
 
 
 def as_labels(labels: Any, count: int, what: str) -> Tensor:

@@ -109,6 +109,14 @@ class Taxonomy:
         """LongTensor (num_leaves, L): each leaf's class index on each level, -1 below a shallow leaf's own level."""
         return self._tables.leaf[:-1].clone()
 
+    @property
+    def heights(self) -> tuple[Tensor, ...]:
+        """For each level a LongTensor (num_classes[l],): each node's steps down to its deepest leaf, 0 for a leaf.
+
+        The root above all, which joins the trees of the forest, has height L.
+        """
+        return tuple(height.clone() for height in self._tables.heights)
+
     def level_index(self, level: str | int) -> int:
         """The index of a level given by name or index.
 
@@ -242,6 +250,45 @@ class Taxonomy:
             valid &= fits | (column < 0) | ~still_open
             still_open &= (column < 0) | ~self._tables.is_leaf[depth].to(column.device)[column]
         return valid
+
+    def common_depth(self, a: Tensor, b: Tensor) -> Tensor:
+        """On how many levels two label rows share their path: the depth of their lowest common ancestor (LCA).
+
+        Args:
+            a: LongTensor (..., L) of label rows, as :meth:`expand` gives them.
+            b: another, of a shape that broadcasts with `a`'s.
+
+        Returns:
+            LongTensor (...): 0 if they share nothing but the root above all, L if they are the same deepest leaf.
+
+        Example:
+            >>> tree = Taxonomy(['animal/cat', 'animal/dog', 'transport/ship'])
+            >>> tree.common_depth(tree.expand(0), tree.expand([0, 1, 2])).tolist()
+            [2, 1, 0]
+        """
+        return ((a == b) & (a >= 0)).long().cumprod(-1).sum(-1)
+
+    def lca_height(self, a: Tensor, b: Tensor) -> Tensor:
+        """The height of the lowest common ancestor of two nodes, the hierarchical distance of Bertinetto et al. 2020.
+
+        Args:
+            a: LongTensor (..., L) of label rows, as :meth:`expand` gives them.
+            b: another, of a shape that broadcasts with `a`'s.
+
+        Returns:
+            LongTensor (...): 0 for the same leaf, L for leaves of different trees of the forest.
+
+        Example:
+            >>> tree = Taxonomy(['animal/cat', 'animal/dog', 'transport/ship'])
+            >>> tree.lca_height(tree.expand(0), tree.expand([0, 1, 2])).tolist()
+            [0, 1, 2]
+        """
+        depth = self.common_depth(a, b)
+        starts = torch.tensor([0, 1, *self.num_classes], device=depth.device).cumsum(0)[:-1]  # the root comes first
+        above = a.expand(*depth.shape, self.num_levels).gather(-1, (depth - 1).clamp(min=0)[..., None])[..., 0]
+        root = torch.tensor([self.num_levels], device="cpu")
+        heights = torch.cat([root, *self._tables.heights]).to(depth.device)
+        return heights[torch.where(depth > 0, starts[depth] + above, 0)]
 
     def reorder(self, names: Sequence[str | Sequence[str]]) -> Taxonomy:
         """The same forest with its leaves in another order, such as a dataset's own class order.
