@@ -500,3 +500,25 @@ class TestSources:
     def test_tag(self):
         model = create_branch_model("resnet18.a1_in1k", taps=[3], num_classes=2)
         assert model.pretrained_cfg["tag"] == "a1_in1k"
+
+
+class TestHeadsBesideTheLevels:
+    """A taxonomy names the first heads; those after them are free."""
+
+    def make(self, **kwargs):
+        tree = Taxonomy(["a/x", "a/y", "b/z"], levels=["coarse", "fine"])
+        return create_branch_model("test_resnet", taps=[3, 5, 5], taxonomy=tree, **kwargs)
+
+    def test_free_head(self):
+        model = self.make(num_classes=[None, None, 7])
+        assert {k: v.shape[1] for k, v in model(torch.randn(1, 3, 64, 64)).items()} == \
+            {"coarse": 2, "fine": 3, "stage5": 7}
+
+    @pytest.mark.parametrize(("kwargs", "message"), [
+        ({}, r"not of \['stage5'\].*num_classes=\[None, None, '...'\]"),
+        ({"num_classes": [2, 4, 7]}, r"does not fit the taxonomy's \[2, 3\]"),
+        ({"num_classes": [None, None, None]}, "takes whole numbers"),
+    ])
+    def test_classes_that_do_not_fit(self, kwargs, message):
+        with pytest.raises(ValueError, match=message):
+            self.make(**kwargs)

@@ -31,8 +31,8 @@ _SOURCES = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source
 
 def create_branch_model(
         model_name: str,
-        taps: "Sequence[int | str | Tap] | int | str | Tap" = (5,),
-        num_classes: "int | Sequence[int] | None" = None,
+        taps: "Sequence[int | str | Tap | Sequence[int | str | Tap]] | int | str | Tap" = (5,),
+        num_classes: "int | Sequence[int | None] | None" = None,
         head: "str | Head | Sequence[str | Head]" = "pool",
         names: Sequence[str] | None = None,
         taxonomy: Taxonomy | None = None,
@@ -47,11 +47,13 @@ def create_branch_model(
 
     Args:
         model_name: Any name that ``timm.create_model`` takes, weight tags and ``hf-hub:`` included.
-        taps: Where the heads listen: stage numbers (5 is the last), ``'conv3'``, module paths, ``Tap(...)``.
+        taps: Where the heads listen: stage numbers (5 is the last), ``'conv3'``, module paths, ``Tap(...)``. One per
+            head; a head that reads several (a decoder) takes a tuple of them, or, if it is the only head, all.
         num_classes: Classes of each head, or one number for all. None: the taxonomy's, else the backbone's own.
-        head: ``'pool'`` or ``'flatten'``, a Head object, or one of these per tap.
-        names: Names of the heads. By default the taxonomy's levels, else ``stageK``.
-        taxonomy: Label hierarchy, one level a tap from coarse to fine; saved with the model.
+        head: A kind (``'pool'``, ``'flatten'``), a Head object, or one of these per tap.
+        names: Names of the heads. By default the taxonomy's levels, else ``stageK``, a decoder's kind.
+        taxonomy: Label hierarchy, one level a head from coarse to fine; saved with the model. Heads after those of
+            the levels are free.
         pretrained: Load timm's weights into the backbone.
         in_chans: Channels of the images, by default the backbone's own.
         img_size: Height and width of the images. Backbones bound to one size are built for it; for others it
@@ -75,20 +77,23 @@ def create_branch_model(
     for key, why in _REFUSED.items():
         if kwargs.get(key) is not None and kwargs[key] is not False:
             raise ValueError(f"create_branch_model does not take {key}=: {why}.")
-    parsed = [Tap.parse(t) for t in ([taps] if isinstance(taps, (int, str, Tap, dict)) else taps)]
-    if not parsed:
-        raise ValueError("taps= is empty: name at least one, such as taps=[3, 4, 5].")
-    specs = _one_per_tap(head, len(parsed), "head")
-    heads = [parse_head(spec) for spec in specs]
-    head_names = _names(names, taxonomy, parsed)
+    groups = _parse_taps(taps)
+    given: Any = list(head) if isinstance(head, (list, tuple)) else head
+    if not isinstance(given, list) and parse_head(given).multi_tap and all(len(g) == 1 for g in groups):
+        groups = [[tap for group in groups for tap in group]]  # the only head reads all taps
+    heads = [parse_head(spec) for spec in _one_per_head(given, len(groups), "head")]
+    for spec, group in zip(heads, groups, strict=True):
+        if len(group) > 1 and not spec.multi_tap:
+            raise ValueError(f"head {spec.kind!r} reads one tap, got {[tap.name for tap in group]}: give it one.")
+    head_names = _names(names, taxonomy, groups, heads)
 
     size = (img_size, img_size) if isinstance(img_size, int) else img_size
     backbone = _create_backbone(model_name, pretrained, in_chans, size, drop_rate, kwargs)
-    classes = _classes(num_classes, taxonomy, backbone, len(parsed))
+    classes = _classes(num_classes, taxonomy, backbone, head_names)
     nominal = _input_size(backbone, size, in_chans)
     ours = _is_ours(checkpoint_path)
     loaded = _load_backbone(backbone, os.fspath(checkpoint_path)) if checkpoint_path and not ours else None
-    model = BranchModel(backbone, parsed, heads, classes, head_names, nominal, drop_rate, taxonomy)
+    model = BranchModel(backbone, groups, heads, classes, head_names, nominal, drop_rate, taxonomy)
     missing = [] if loaded is None else [key for key in backbone.state_dict() if key not in loaded]
     if missing:  # of what the taps need; a checkpoint of a branch model has no more
         raise ValueError(f"{checkpoint_path} does not fit {type(backbone).__name__}: {len(missing)} tensors missing "
@@ -96,7 +101,7 @@ def create_branch_model(
     model_name, kwargs = _without_source(model_name, kwargs)
     size = kwargs.pop("img_size", None) if size is None else size
     model.config = dict(
-        model_name=model_name, taps=[t.to_dict() for t in parsed], num_classes=list(classes),
+        model_name=model_name, taps=[_group_to_dict(group) for group in groups], num_classes=list(classes),
         head=[head_to_dict(h) for h in heads], names=list(head_names), taxonomy=taxonomy, in_chans=nominal[0],
         img_size=list(size) if isinstance(size, (list, tuple)) else size, drop_rate=drop_rate, **kwargs)
     if ours:
@@ -105,40 +110,62 @@ def create_branch_model(
     return model
 
 
-def _one_per_tap(value: Any, count: int, what: str) -> list:
+def _parse_taps(taps: Any) -> list[list[Tap]]:
+    """For each head its taps."""
+    single = (int, str, Tap, dict)
+    groups = [[Tap.parse(entry)] if isinstance(entry, single) else [Tap.parse(tap) for tap in entry]
+              for entry in ([taps] if isinstance(taps, single) else taps)]
+    if not groups or not all(groups):
+        raise ValueError("taps= is empty: name at least one, such as taps=[3, 4, 5].")
+    return groups
+
+
+def _group_to_dict(group: Sequence[Tap]) -> Any:
+    """JSON-safe form of a head's taps, as ``taps=`` takes it; always a list when there are several."""
+    return group[0].to_dict() if len(group) == 1 else [tap.to_dict() for tap in group]
+
+
+def _one_per_head(value: Any, count: int, what: str) -> list:
     values = list(value) if isinstance(value, (list, tuple)) else [value] * count
     if len(values) != count:
         raise ValueError(f"{len(values)} entries in {what}= for {count} taps: give one for all or one per tap.")
     return values
 
 
-def _names(names: Sequence[str] | None, taxonomy: Taxonomy | None, taps: Sequence[Tap]) -> list[str]:
-    if taxonomy is not None and len(taxonomy.levels) != len(taps):
-        raise ValueError(f"the taxonomy has {len(taxonomy.levels)} levels {list(taxonomy.levels)} for {len(taps)} "
+def _names(names: Sequence[str] | None, taxonomy: Taxonomy | None, groups: Sequence[Sequence[Tap]],
+           heads: Sequence[Head]) -> list[str]:
+    if taxonomy is not None and len(taxonomy.levels) > len(groups):
+        raise ValueError(f"the taxonomy has {len(taxonomy.levels)} levels {list(taxonomy.levels)} for {len(groups)} "
                          "taps: give one tap per level, from coarse to fine.")
-    result = list(names) if names is not None else list(taxonomy.levels) if taxonomy else [t.name for t in taps]
-    if len(result) != len(taps):
-        raise ValueError(f"{len(result)} names {result} for {len(taps)} taps.")
+    own = [head.kind if head.multi_tap else group[0].name for head, group in zip(heads, groups, strict=True)]
+    levels = list(taxonomy.levels) if taxonomy else []
+    result = list(names) if names is not None else levels + own[len(levels):]
+    if len(result) != len(groups):
+        raise ValueError(f"{len(result)} names {result} for {len(groups)} taps.")
     if len({module_key(n) for n in result}) != len(result) or not all(result):
         raise ValueError(f"the heads' names must differ and not be empty, got {result}: give names=[...].")
     return result
 
 
-def _classes(num_classes: Any, taxonomy: Taxonomy | None, backbone: nn.Module, count: int) -> list[int]:
+def _classes(num_classes: Any, taxonomy: Taxonomy | None, backbone: nn.Module, names: Sequence[str]) -> list[int]:
+    of_levels = list(taxonomy.num_classes) if taxonomy is not None else []
+    free = names[len(of_levels):]
     if num_classes is None:
-        if taxonomy is not None:
-            return list(taxonomy.num_classes)
+        if taxonomy is not None and free:
+            raise ValueError(f"the taxonomy names the classes of {len(of_levels)} heads, but not of {list(free)}: give "
+                             f"num_classes={[None] * len(of_levels) + ['...'] * len(free)} with theirs.")
         own = int(getattr(backbone, "pretrained_cfg", {}).get("num_classes") or 0)
-        if own < 1:
+        if free and own < 1:
             raise ValueError("this backbone has no classes of its own (it was trained for features): "
                              "give num_classes=.")
-        return [own] * count
-    classes = _one_per_tap(num_classes, count, "num_classes")
+        return of_levels or [own] * len(names)
+    classes = _one_per_head(num_classes, len(names), "num_classes")
+    classes = [level if given is None else given for given, level in zip(classes, of_levels, strict=False)] \
+        + classes[len(of_levels):]
     if any(isinstance(c, bool) or not isinstance(c, int) or c < 0 for c in classes):
         raise ValueError(f"num_classes= takes whole numbers from 0, got {num_classes!r}.")
-    if taxonomy is not None and tuple(classes) != tuple(taxonomy.num_classes):
-        raise ValueError(f"num_classes={classes} does not fit the taxonomy's {list(taxonomy.num_classes)}: "
-                         "leave num_classes out.")
+    if classes[:len(of_levels)] != of_levels:
+        raise ValueError(f"num_classes={classes} does not fit the taxonomy's {of_levels}: leave num_classes out.")
     return classes
 
 

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -21,10 +22,10 @@ class BranchModel(nn.Module):
 
     Args:
         backbone: Unpruned timm model; it is pruned in place to what the taps need.
-        taps: One tap a head.
-        heads: One head a tap.
+        taps: For each head the taps it reads: one, but for heads that read several.
+        heads: The heads.
         num_classes: Classes of each head.
-        names: Name of each head, in tap order.
+        names: Name of each head.
         input_size: Nominal input (C, H, W).
         drop_rate: Dropout of heads that do not set their own.
         taxonomy: The label hierarchy of the heads, if there is one.
@@ -33,17 +34,20 @@ class BranchModel(nn.Module):
 
     Attributes:
         names: Names of the heads in tap order.
-        taps: Resolved taps (module, channels, size, stride).
-        taxonomy: The label hierarchy or None.
+        taps: Resolved taps (module, channels, size, stride) of all heads, one after the other.
+        head_taps: For each head its taps, as positions in ``taps``.
+        taxonomy: The label hierarchy or None; the first heads are its levels.
         config: What rebuilds the model, as ``create_branch_model`` takes it.
         pretrained_cfg: The backbone's, with names of layers prefixed by ``backbone.``.
     """
 
-    def __init__(self, backbone: nn.Module, taps: Sequence[Tap], heads: Sequence[Head], num_classes: Sequence[int],
-                 names: Sequence[str], input_size: tuple[int, int, int], drop_rate: float | None = None,
-                 taxonomy: Taxonomy | None = None):
+    def __init__(self, backbone: nn.Module, taps: Sequence[Sequence[Tap]], heads: Sequence[Head],
+                 num_classes: Sequence[int], names: Sequence[str], input_size: tuple[int, int, int],
+                 drop_rate: float | None = None, taxonomy: Taxonomy | None = None):
         super().__init__()
-        self.reader = TapReader(backbone, taps, input_size)
+        self.reader = TapReader(backbone, [tap for group in taps for tap in group], input_size)
+        starts = [0, *accumulate(map(len, taps))]
+        self.head_taps = tuple(tuple(range(a, b)) for a, b in pairwise(starts))
         self.backbone = backbone
         self.names = tuple(names)
         self.taxonomy = taxonomy
@@ -52,8 +56,8 @@ class BranchModel(nn.Module):
         self.config: dict[str, Any] = {}
         self._keys = {name: module_key(name) for name in self.names}
         self.heads = nn.ModuleDict({
-            self._keys[name]: head.build(info, classes, drop_rate)
-            for name, head, info, classes in zip(self.names, heads, self.taps, num_classes, strict=True)})
+            self._keys[name]: head.build([self.taps[i] for i in which], classes, drop_rate)
+            for name, head, which, classes in zip(self.names, heads, self.head_taps, num_classes, strict=True)})
         self.head_specs = tuple(heads)
         self._frozen = False
         self.pretrained_cfg = self._prefixed_cfg()
@@ -77,13 +81,12 @@ class BranchModel(nn.Module):
         Raises:
             ValueError: Images that the backbone cannot take, or an unknown head.
         """
-        which = self._select(heads)
-        maps = self._maps(x, which)
-        return {self.names[i]: self.head(self.names[i])(y) for i, y in zip(which, maps, strict=True)}
+        return {name: self.head(name)(*maps) for name, maps in self._head_maps(x, self._select(heads)).items()}
 
-    def forward_taps(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Feature maps ``{name: (B, C, H, W)}`` at the taps, in tap order."""
-        return dict(zip(self.names, self._maps(x, range(len(self.names))), strict=True))
+    def forward_taps(self, x: torch.Tensor) -> dict[str, torch.Tensor | list[torch.Tensor]]:
+        """Feature maps ``{name: (B, C, H, W)}`` at the taps; a list of maps for a head that reads several taps."""
+        maps = self._head_maps(x, range(len(self.names)))
+        return {name: ys if self.head_specs[i].multi_tap else ys[0] for i, (name, ys) in enumerate(maps.items())}
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """The map (B, C, H, W) at the deepest tap, what a timm backbone's ``forward_features`` is to it."""
@@ -102,6 +105,12 @@ class BranchModel(nn.Module):
         if unknown or not wanted:
             raise ValueError(f"heads={wanted!r}: the model's heads are {list(self.names)}.")
         return [i for i, name in enumerate(self.names) if name in wanted]
+
+    def _head_maps(self, x: torch.Tensor, which: Sequence[int]) -> dict[str, list[torch.Tensor]]:
+        """The maps that each of these heads reads, by its name, from one pass."""
+        taps = [tap for i in which for tap in self.head_taps[i]]
+        maps = iter(self._maps(x, taps))
+        return {self.names[i]: [next(maps) for _ in self.head_taps[i]] for i in which}
 
     def _maps(self, x: torch.Tensor, which: Sequence[int]) -> list[torch.Tensor]:
         if x.ndim != 4 or x.shape[1] != self.input_size[0]:
@@ -205,7 +214,7 @@ class BranchModel(nn.Module):
             classes = [num_classes] * len(self.names) if isinstance(num_classes, int) else list(num_classes)
         if len(classes) != len(self.names):
             raise ValueError(f"{len(classes)} class counts for {len(self.names)} heads {list(self.names)}.")
-        if taxonomy is not None and tuple(classes) != tuple(taxonomy.num_classes):
+        if taxonomy is not None and tuple(classes[:taxonomy.num_levels]) != taxonomy.num_classes:
             raise ValueError(f"classes {classes} do not fit the taxonomy's {list(taxonomy.num_classes)}.")
         for name, count in zip(self.names, classes, strict=True):
             if count != self.num_classes[name] or not isinstance(num_classes, dict) or name in num_classes:

@@ -1,7 +1,8 @@
 """Heads: what is attached at a tap. A head is described by a small frozen object that builds the module."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Protocol, cast
+from typing import ClassVar, Protocol, cast
 
 from torch import nn
 
@@ -12,12 +13,18 @@ __all__ = ["HEADS", "BranchClassifier", "FlattenHead", "Head", "PoolHead", "head
 
 
 class Head(Protocol):
-    """What describes a head: a dataclass with a ``kind`` that can build the module for a tap."""
+    """What describes a head: a frozen dataclass with a ``kind`` that builds the module for its taps.
 
-    kind: str
+    Attributes:
+        kind: Its name in ``head=`` and in files.
+        multi_tap: Whether it reads several taps (a decoder) or exactly one (a classifier).
+    """
 
-    def build(self, tap: TapInfo, num_classes: int, drop_rate: float | None = None) -> nn.Module:
-        """The module (B, C, H, W) -> logits for the map at ``tap``."""
+    kind: ClassVar[str]
+    multi_tap: ClassVar[bool]
+
+    def build(self, taps: Sequence[TapInfo], num_classes: int, drop_rate: float | None = None) -> nn.Module:
+        """The module that takes the taps' maps (B, C, H, W) as its arguments and returns logits."""
         ...
 
 

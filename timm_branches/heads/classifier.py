@@ -38,6 +38,7 @@ class PoolHead:
     """
 
     kind: ClassVar[str] = "pool"
+    multi_tap: ClassVar[bool] = False
     hidden: tuple[int, ...] = ()
     pool_type: str = "avg"
     drop_rate: float | None = None
@@ -48,8 +49,9 @@ class PoolHead:
         if self.pool_type not in ("avg", "max", "avgmax", "catavgmax"):
             raise ValueError(f"pool_type= must be 'avg', 'max', 'avgmax' or 'catavgmax', got {self.pool_type!r}.")
 
-    def build(self, tap: TapInfo, num_classes: int, drop_rate: float | None = None) -> "BranchClassifier":
-        """The head for the map at ``tap``."""
+    def build(self, taps: Sequence[TapInfo], num_classes: int, drop_rate: float | None = None) -> "BranchClassifier":
+        """The head for the map at its one tap."""
+        tap, = taps
         pool = SelectAdaptivePool2d(pool_type=self.pool_type, flatten=True)
         rate = self.drop_rate if self.drop_rate is not None else drop_rate or 0.0
         return BranchClassifier(pool, tap.channels * pool.feat_mult(), self.hidden, num_classes, rate,
@@ -76,6 +78,7 @@ class FlattenHead:
     """
 
     kind: ClassVar[str] = "flatten"
+    multi_tap: ClassVar[bool] = False
     hidden: tuple[int, ...] | None = None
     drop_rate: float | None = None
 
@@ -84,8 +87,9 @@ class FlattenHead:
             object.__setattr__(self, "hidden", tuple(self.hidden))
         _check(self.hidden, self.drop_rate)
 
-    def build(self, tap: TapInfo, num_classes: int, drop_rate: float | None = None) -> "BranchClassifier":
-        """The head for the map at ``tap``, whose size fixes the first Linear."""
+    def build(self, taps: Sequence[TapInfo], num_classes: int, drop_rate: float | None = None) -> "BranchClassifier":
+        """The head for the map at its one tap, whose size fixes the first Linear."""
+        tap, = taps
         hidden = self.hidden if self.hidden is not None else (2 * tap.channels, 2 * tap.channels)
         rate = self.drop_rate if self.drop_rate is not None else 0.5 if drop_rate is None else drop_rate
         return BranchClassifier(_FixedFlatten(tap), tap.channels * tap.size[0] * tap.size[1], hidden, num_classes, rate)
