@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from timm_branches.data import (
     HierarchicalDataset,
     Subset,
+    coarsen_labels,
     create_dataset,
     create_splits,
     create_transform,
@@ -405,3 +406,33 @@ def test_importing_is_light():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+class TestCoarsenLabels:
+    def data(self):
+        labels = [[i % 2, i % 4] for i in range(40)]
+        whole = HierarchicalDataset(np.arange(40 * 4, dtype=np.uint8).reshape(40, 2, 2), labels)
+        return Subset(whole, range(39, -1, -1))  # positions differ from sample ids
+
+    @pytest.mark.parametrize("fraction", [0.5, 0.9])
+    def test_a_stratified_share_keeps_the_coarse_label_alone(self, fraction):
+        data = self.data()
+        some, full = coarsen_labels(data, fraction, seed=3)
+        hidden = some.labels[:, 1] < 0
+        assert hidden.sum() == 40 * fraction
+        assert torch.equal(some.labels[:, 0], data.labels[:, 0])
+        assert torch.equal(some.labels[~hidden], data.labels[~hidden])
+        assert torch.equal(full.sample_ids, data.sample_ids[~hidden])
+        assert torch.equal(full.labels, data.labels[~hidden])
+        assert data.labels[hidden, 1].bincount().tolist() == [10 * fraction] * 4
+        assert (data.labels >= 0).all()
+
+    def test_seed(self):
+        masks = [coarsen_labels(self.data(), 0.5, seed=seed)[0].labels[:, 1] < 0 for seed in (0, 0, 1)]
+        assert torch.equal(masks[0], masks[1])
+        assert not torch.equal(masks[0], masks[2])
+
+    @pytest.mark.parametrize(("fraction", "levels"), [(0, 1), (1, 1), (0.5, 0), (0.5, 2)])
+    def test_refuses(self, fraction, levels):
+        with pytest.raises(ValueError, match="fraction|levels"):
+            coarsen_labels(self.data(), fraction, levels)

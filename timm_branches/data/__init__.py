@@ -8,7 +8,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from timm_branches.data.datasets import HierarchicalDataset, Subset, create_dataset, create_splits, split_dataset
+    from timm_branches.data.datasets import (
+        HierarchicalDataset,
+        Subset,
+        coarsen_labels,
+        create_dataset,
+        create_splits,
+        split_dataset,
+    )
     from timm_branches.data.loader import EpochSampler, Loader, create_loader
     from timm_branches.data.mixup import HierarchicalMixup, split_levels
     from timm_branches.data.transforms import SampleTransform, create_transform
@@ -20,6 +27,7 @@ __all__ = [
     "Loader",
     "SampleTransform",
     "Subset",
+    "coarsen_labels",
     "create_dataset",
     "create_loader",
     "create_splits",
@@ -29,7 +37,8 @@ __all__ = [
 ]
 
 _HOMES = {
-    "datasets": ("HierarchicalDataset", "Subset", "create_dataset", "create_splits", "split_dataset"),
+    "datasets": ("HierarchicalDataset", "Subset", "coarsen_labels", "create_dataset", "create_splits",
+                 "split_dataset"),
     "loader": ("EpochSampler", "Loader", "create_loader"),
     "mixup": ("HierarchicalMixup", "split_levels"),
     "transforms": ("SampleTransform", "create_transform"),

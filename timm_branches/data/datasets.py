@@ -23,7 +23,7 @@ from timm_branches.data.stratify import stratified_indices
 from timm_branches.hierarchy.taxonomy import Taxonomy
 from timm_branches.hierarchy.trees import get_taxonomy
 
-__all__ = ["HierarchicalDataset", "Subset", "create_dataset", "create_splits", "split_dataset"]
+__all__ = ["HierarchicalDataset", "Subset", "coarsen_labels", "create_dataset", "create_splits", "split_dataset"]
 
 
 class HierarchicalDataset(Dataset):
@@ -194,6 +194,38 @@ def split_dataset(dataset: HierarchicalDataset, fraction: float = 0.1, seed: int
     mask = torch.zeros(len(dataset), dtype=torch.bool)
     mask[held_out] = True
     return Subset(dataset, (~mask).nonzero()[:, 0]), Subset(dataset, mask.nonzero()[:, 0])
+
+
+def coarsen_labels(dataset: HierarchicalDataset, fraction: float, levels: int = 1, seed: int = 0
+                   ) -> tuple[Subset, Subset]:
+    """Hide the fine labels of a part of the data, to learn what coarsely labelled images are worth.
+
+    Args:
+        dataset: Data that is labelled on all levels.
+        fraction: The share of samples that keep the labels of the coarsest levels only, drawn stratified.
+        levels: How many levels these keep.
+        seed: Which samples.
+
+    Returns:
+        All samples, -1 standing for what is hidden; and those alone that kept all their labels.
+
+    Raises:
+        ValueError: If the fraction is not in (0, 1) or leaves no sample on either side, or no level is kept or hidden.
+
+    Example:
+        >>> data = HierarchicalDataset(np.zeros((4, 8, 8), np.uint8), [[0, 0], [0, 0], [1, 1], [1, 1]])
+        >>> some, full = coarsen_labels(data, 0.5)
+        >>> sorted(some.labels.tolist()), full.labels.tolist()
+        ([[0, -1], [0, 0], [1, -1], [1, 1]], [[0, 0], [1, 1]])
+    """
+    depth = dataset.labels.shape[1]
+    if not 1 <= levels < depth:
+        raise ValueError(f"levels={levels} of {depth}: at least one must be kept and one be hidden")
+    full, hidden = split_dataset(dataset, fraction, seed)
+    everything = Subset(dataset, range(len(dataset)))
+    everything.labels = everything.labels.clone()
+    everything.labels[torch.isin(everything.sample_ids, hidden.sample_ids), levels:] = -1
+    return everything, full
 
 
 def _read(name_or_path: str, split: str, taxonomy: Any, download: bool, root: str, in_chans: int) -> Source:
