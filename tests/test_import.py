@@ -16,8 +16,8 @@ import timm_branches
 MODULES = [info.name for info in pkgutil.walk_packages(timm_branches.__path__, "timm_branches.")
            if not info.name.endswith("__main__")]  # to import that is to run it
 # needed by some jobs only, and slow to import or not always installed
-UNWANTED = ("albumentations", "cv2", "matplotlib", "sklearn", "skimage", "tensorboard", "torch.utils.tensorboard",
-            "torchvision.datasets", "wandb")
+UNWANTED = ("albumentations", "av", "cv2", "matplotlib", "nltk", "onnx", "pandas", "scipy", "sklearn", "skimage",
+            "tensorboard", "torch.utils.tensorboard", "torchmetrics", "torchvision.datasets", "wandb")
 
 
 def modules_after(code):

@@ -24,7 +24,8 @@ from timm_branches import (
     save_model,
     save_pretrained,
 )
-from timm_branches.weights import read_metadata, replace_file
+from timm_branches.files import replace_file
+from timm_branches.weights import read_metadata
 
 TREE = Taxonomy.from_paths(["a/x", "a/y", "b/z"], levels=["coarse", "fine"])
 

@@ -1,73 +1,55 @@
-"""Training tasks in timm's sense: a model with its loss, usable from anyone's own loop, and their evaluator."""
+"""Training tasks in timm's sense: a model with its loss, usable from anyone's own loop."""
 
-from collections import OrderedDict
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from timm.task import TrainingTask
 from timm.utils import unwrap_model
 from torch import nn
 
-from timm_branches.hierarchy import Taxonomy, sum_upwards
+from timm_branches.hierarchy import HierarchyEvaluator, Taxonomy, sum_upwards
+from timm_branches.hierarchy.losses import (
+    consistency_loss,
+    hxe_loss,
+    level_cross_entropy,
+    marginal_loss,
+    soft_label_loss,
+    tree_path_kl,
+)
 from timm_branches.model import BranchModel
 from timm_branches.schedules import ConstantSchedule, LossWeightSchedule, get_schedule
+from timm_branches.uncertainty import UncertaintyWeighting
 
-__all__ = ["BranchTask", "FlatTask", "HierarchyEvaluator", "base_model", "level_cross_entropy"]
-
-
-def level_cross_entropy(logits: torch.Tensor, target: torch.Tensor, label_smoothing: float = 0.0,
-                        share: bool = False) -> torch.Tensor:
-    """Cross-entropy of one level, averaged over the samples whose label is known.
-
-    Args:
-        logits: (B, K).
-        target: (B,) class indices with -1 for unknown, or (B, K) soft labels whose row sums are the known mass.
-        label_smoothing: For class indices; soft labels carry theirs.
-        share: Average over the known samples of all processes, so that DDP's mean over processes is the
-            mean over the global batch.
-
-    Returns:
-        A scalar; 0, with zero gradients, when no label is known.
-    """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    soft = target.is_floating_point()
-    labelled = (target > 0).any(1) if soft else target >= 0
-    # rows without a label leave the computation before the softmax: even an infinite logit there is harmless
-    safe = torch.where(labelled[:, None], logits, torch.zeros_like(logits))
-    if soft:
-        total = -(target * F.log_softmax(safe, dim=-1)).sum()
-        known = target.sum()
-    else:
-        known = labelled.sum().to(logits.dtype)
-        losses = F.cross_entropy(safe, target.clamp(min=0), reduction="none", label_smoothing=label_smoothing)
-        total = (losses * labelled).sum()
-    if share and dist.is_available() and dist.is_initialized():
-        known = known.detach().clone()
-        dist.all_reduce(known)
-        known = known / dist.get_world_size()
-    return total / torch.where(known > 0, known, torch.ones_like(known))
+__all__ = ["BranchTask", "FlatTask", "base_model"]
 
 
 class BranchTask(TrainingTask):
     """Weighted sum of per-level cross-entropies, with weights that change by epoch (B-CNN's training strategy).
 
-    L = sum over levels k of w_k(epoch) * CE_k, equation (1) of Zhu and Bain 2017 (arXiv 1709.09890). A level of
-    weight 0 is off: its head is not computed in training, so no gradient, weight decay or BatchNorm update moves
-    it and no infinite loss there can poison the sum.
+    L = sum over levels k of w_k(epoch) * CE_k, equation (1) of Zhu and Bain 2017 (arXiv 1709.09890), plus the terms
+    below where they are asked for. A level of weight 0 is off: its head is not computed in training, so no gradient,
+    weight decay or BatchNorm update moves it and no infinite loss there can poison the sum. (`consistency` and
+    `tree_path` read all levels, so with them every head is computed.)
 
     Args:
         model: Branch model with one head a level, from coarse to fine.
         schedule: Loss weights by epoch: a schedule, a preset's name, or None for equal weights.
-        label_smoothing: Of every level's cross-entropy.
+        label_smoothing: Of every level's cross-entropy, or one for each level.
+        class_weights: Weight of each class, by level: ``{'fine': tensor (K,)}``; torch's weighted mean.
+        marginal: An image that is labelled on a coarser level only trains the finer heads, too: the probability of
+            the classes below its label is raised as a whole (:func:`marginal_loss` on each level).
+        consistency: Weight of :func:`consistency_loss` between neighbouring levels.
+        tree_path: Weight of :func:`tree_path_kl`.
+        uncertainty: Learn the levels' weights (:class:`UncertaintyWeighting`) instead of scheduling them.
         device: Where the task lives.
         dtype: As in timm.
         verbose: As in timm.
 
     Raises:
-        ValueError: The schedule is for another number of levels than the model has heads.
+        ValueError: The schedule is for another number of levels than the model has heads, a setting is out of its
+            range, a class weight fits no level, or a loss needs a taxonomy that the model does not have.
 
     Example:
         >>> task = BranchTask(model, schedule='bcnn-cifar10')            # doctest: +SKIP
@@ -75,12 +57,12 @@ class BranchTask(TrainingTask):
         >>> task(images, labels)['loss'].backward()                      # doctest: +SKIP
     """
 
-    def __init__(self, model: BranchModel, schedule: "LossWeightSchedule | str | dict | None" = None,
-                 label_smoothing: float = 0.0, device: torch.device | None = None,
-                 dtype: torch.dtype | None = None, verbose: bool = True):
+    def __init__(self, model: BranchModel, schedule: "LossWeightSchedule | str | dict | Sequence[float] | None" = None,
+                 label_smoothing: float | Sequence[float] = 0.0,
+                 class_weights: Mapping[str, torch.Tensor | Sequence[float]] | None = None, *, marginal: bool = False,
+                 consistency: float = 0.0, tree_path: float = 0.0, uncertainty: bool = False,
+                 device: torch.device | None = None, dtype: torch.dtype | None = None, verbose: bool = True):
         super().__init__(device=device, dtype=dtype, verbose=verbose)
-        if not 0 <= label_smoothing < 1:
-            raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}.")
         self.trainable_module: Any = model
         self.names = tuple(model.names)
         self.level_names = self.names
@@ -89,9 +71,38 @@ class BranchTask(TrainingTask):
         count = len(self.names)
         self.schedule = ConstantSchedule((1.0,) * count) if schedule is None else \
             get_schedule(schedule, num_levels=count)
-        self.label_smoothing = label_smoothing
+        smoothing = [label_smoothing] * count if isinstance(label_smoothing, (int, float)) else list(label_smoothing)
+        if len(smoothing) != count or not all(0 <= s < 1 for s in smoothing):
+            raise ValueError(f"label_smoothing must be in [0, 1), one number or one for each of {list(self.names)}, "
+                             f"got {label_smoothing}.")
+        self.label_smoothing = dict(zip(self.names, smoothing, strict=True))
+        for name, value in (("consistency", consistency), ("tree_path", tree_path)):
+            if not 0 <= value < float("inf"):
+                raise ValueError(f"{name} must be a finite weight from 0 upwards, got {value}.")
+        self.extras = {name: value for name, value in (("consistency", consistency), ("tree_path", tree_path)) if value}
+        if (self.extras or marginal) and self.taxonomy is None:
+            raise ValueError(f"{', '.join([*self.extras, *(['marginal'] if marginal else [])])} needs a taxonomy: make "
+                             "the model with taxonomy=.")
+        self._weigh_classes(class_weights or {}, model)
+        self.marginal = marginal
+        self.below = nn.ModuleList([_Below(model.taxonomy, level) for level in range(count)]
+                                   if marginal and model.taxonomy else [])
+        if uncertainty and schedule is not None:
+            raise ValueError("a schedule has no effect beside learned weights: give schedule= or uncertainty=True.")
+        if uncertainty and marginal:
+            raise ValueError("uncertainty= does not go with marginal=.")
+        self.uncertainty = UncertaintyWeighting(self.names) if uncertainty else None
         self.distributed = False
+        self.to(next(model.parameters()).device if device is None else device)
         self.set_epoch(0)
+
+    def _weigh_classes(self, class_weights: Mapping[str, Any], model: BranchModel) -> None:
+        for name, given in class_weights.items():
+            weights = torch.as_tensor(given, dtype=torch.float32)
+            if name not in self.names or weights.shape != (model.num_classes[name],) or not (weights >= 0).all():
+                raise ValueError(f"class_weights[{name!r}] of shape {tuple(weights.shape)}: give one weight from 0 "
+                                 f"upwards for each class of one of the heads {model.num_classes}.")
+            self.register_buffer(f"class_weights_{self.names.index(name)}", weights, persistent=False)
 
     # -- the schedule ----------------------------------------------------------------------------------------
 
@@ -101,9 +112,14 @@ class BranchTask(TrainingTask):
         self.weights = tuple(self.schedule(epoch))
         self.active = tuple(name for name, w in zip(self.names, self.weights, strict=True) if w > 0)
 
+    def parameters_of_loss(self) -> list[nn.Parameter]:
+        """Parameters of the loss itself, for the optimizer, without weight decay: the learned uncertainties."""
+        return list(self.uncertainty.parameters()) if self.uncertainty else []
+
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
-        """The schedule and the epoch, for checkpoints."""
-        return {"schedule": self.schedule.to_dict(), "epoch": self.epoch}
+        """The schedule, the epoch and what the loss has learned, for checkpoints."""
+        learned = {"uncertainty": self.uncertainty.state_dict()} if self.uncertainty else {}
+        return {"schedule": self.schedule.to_dict(), "epoch": self.epoch, **learned}
 
     def load_task_state(self, state: dict[str, Any] | None, strict: bool = True, module: nn.Module | None = None,
                         ema: bool = False) -> None:
@@ -114,6 +130,8 @@ class BranchTask(TrainingTask):
         """
         if state:
             self.schedule = get_schedule(state["schedule"], num_levels=len(self.names))
+            if self.uncertainty:
+                self.uncertainty.load_state_dict(state["uncertainty"])
             self.set_epoch(int(state["epoch"]))
 
     # -- timm's task -----------------------------------------------------------------------------------------
@@ -123,6 +141,8 @@ class BranchTask(TrainingTask):
         from torch.nn.parallel import DistributedDataParallel
 
         self.distributed = True
+        for parameter in self.parameters_of_loss():  # they stand outside of DDP
+            parameter.register_hook(_mean_over_processes)
         cut = any(info.tap.detach for info in base_model(self).taps)
         ddp_kwargs.setdefault("find_unused_parameters", cut or self._turns_levels_off())
         self.eval_model = getattr(self, "eval_model", self.trainable_module)
@@ -142,6 +162,8 @@ class BranchTask(TrainingTask):
         return list((model.backbone if exclude_head else model).parameters())
 
     def _turns_levels_off(self) -> bool:
+        if self.extras:
+            return False
         points = getattr(self.schedule, "points", None)
         # between its points a schedule interpolates, so a 0 between them is a 0 at one; others may do anything
         return points is None or any(0 in weights for weights in points.values())
@@ -157,14 +179,49 @@ class BranchTask(TrainingTask):
             ``loss``, ``output`` (logits by level, of the levels that are on) and ``losses`` by level, unweighted.
         """
         targets = self._targets(target)
-        only = None if len(self.active) == len(self.names) else self.active
+        only = None if self.extras or len(self.active) == len(self.names) else self.active
         output = self.trainable_module(input, heads=only)
-        losses = {name: level_cross_entropy(output[name], targets[name], self.label_smoothing,
-                                            share=self.distributed and self.training)
-                  for name in self.active}
-        loss = torch.stack([w * losses[name] for name, w in zip(self.names, self.weights, strict=True)
-                            if name in losses]).sum()
+        share = self.distributed and self.training
+        losses = {name: self._level_loss(name, output[name], targets[name], target, share) for name in self.active}
+        weights = dict(zip(self.names, self.weights, strict=True))
+        if self.uncertainty:
+            loss = self.uncertainty(losses, self._known(targets, share))
+        else:
+            loss = torch.stack([weights[name] * losses[name] for name in losses]).sum()
+        for name, weight in self.extras.items():
+            losses[name] = self._extra_loss(name, output, target, share)
+            loss = loss + weight * losses[name]
         return {"loss": loss, "output": output, "losses": losses}
+
+    def _known(self, targets: dict[str, torch.Tensor], share: bool) -> dict[str, torch.Tensor]:
+        """Of each level, whether any process has a label for it."""
+        known = torch.stack([(y > 0 if y.is_floating_point() else y >= 0).any() for y in targets.values()])
+        if share:
+            known = known.int()
+            dist.all_reduce(known, op=dist.ReduceOp.MAX)
+            known = known.bool()
+        return dict(zip(targets, known.unbind(), strict=True))
+
+    def _level_loss(self, name: str, logits: torch.Tensor, level_target: torch.Tensor, target: torch.Tensor,
+                    share: bool) -> torch.Tensor:
+        """Cross-entropy of one level, which images with a coarser label may join."""
+        index = self.names.index(name)
+        settings: dict[str, Any] = {"label_smoothing": self.label_smoothing[name],
+                                    "class_weights": getattr(self, f"class_weights_{index}", None)}
+        if not self.marginal or target.is_floating_point():
+            return level_cross_entropy(logits, level_target, **settings, share=share)
+        below: Any = self.below[index]
+        return _with_coarse(logits, level_target, below(target), below.taxonomy, settings, share)
+
+    def _extra_loss(self, name: str, output: dict[str, torch.Tensor], target: torch.Tensor,
+                    share: bool) -> torch.Tensor:
+        assert self.taxonomy is not None
+        logits = self.level_logits(output)
+        if name == "consistency":
+            return consistency_loss(logits, self.taxonomy, share)
+        if target.is_floating_point():
+            raise ValueError("tree_path= needs class indices: it does not go with mixup or CutMix.")
+        return tree_path_kl(logits, target, self.taxonomy, share)
 
     def _targets(self, target: torch.Tensor) -> dict[str, torch.Tensor]:
         if target.is_floating_point():
@@ -193,19 +250,32 @@ class FlatTask(BranchTask):
     Args:
         model: Branch model with a single head of ``taxonomy.num_leaves`` classes.
         taxonomy: The hierarchy whose levels are reported.
-        label_smoothing: As in :class:`BranchTask`.
+        label_smoothing: Of the marginal loss, for images whose leaf is known.
+        loss: ``'marginal'``, cross-entropy on the deepest class that is known; ``'hxe'`` or ``'soft'``, the
+            hierarchical losses of Bertinetto et al. 2020.
+        strength: alpha of ``'hxe'`` (default 0.1) or beta of ``'soft'`` (default 10).
         device: Where the task lives.
 
     Raises:
-        ValueError: The model has several heads, or another number of classes than leaves.
+        ValueError: The model has several heads, or another number of classes than leaves, the loss is unknown, or a
+            setting has no effect with it.
     """
 
-    def __init__(self, model: BranchModel, taxonomy: Taxonomy, label_smoothing: float = 0.0,
-                 device: torch.device | None = None):
-        super().__init__(model, None, label_smoothing, device)
+    losses: ClassVar[tuple[str, ...]] = ("marginal", "hxe", "soft")
+
+    def __init__(self, model: BranchModel, taxonomy: Taxonomy, label_smoothing: float = 0.0, loss: str = "marginal",
+                 strength: float | None = None, device: torch.device | None = None):
+        super().__init__(model, None, label_smoothing, device=device)
         if len(self.names) != 1 or model.num_classes[self.names[0]] != taxonomy.num_leaves:
             raise ValueError(f"a flat baseline has one head of the taxonomy's {taxonomy.num_leaves} leaves, "
                              f"got {model.num_classes}.")
+        if loss not in self.losses:
+            raise ValueError(f"loss={loss!r}: choose one of {', '.join(self.losses)}.")
+        if loss != "marginal" and label_smoothing:
+            raise ValueError(f"label_smoothing has no effect with loss={loss!r}.")
+        if loss == "marginal" and strength is not None:
+            raise ValueError("strength= has no effect with loss='marginal'.")
+        self.loss, self.strength = loss, {"hxe": 0.1, "soft": 10.0}.get(loss) if strength is None else strength
         self.taxonomy = taxonomy
         self.level_names = tuple(taxonomy.levels)
         self.level_classes = tuple(taxonomy.num_classes)
@@ -214,7 +284,21 @@ class FlatTask(BranchTask):
         depth = (table >= 0).sum(1) - 1
         starts = torch.tensor([0, *self.level_classes[:-1]]).cumsum(0)
         self.register_buffer("leaf_column", starts[depth] + table.gather(1, depth[:, None])[:, 0], persistent=False)
-        self.to(self.device)
+        self.to(next(model.parameters()).device if device is None else device)
+
+    def _level_loss(self, name: str, logits: torch.Tensor, level_target: torch.Tensor, target: torch.Tensor,
+                    share: bool) -> torch.Tensor:
+        assert self.taxonomy is not None
+        settings = {"label_smoothing": self.label_smoothing[name]}
+        if target.is_floating_point():
+            if self.loss != "marginal":
+                raise ValueError(f"loss={self.loss!r} needs class indices: it does not go with mixup or CutMix.")
+            return level_cross_entropy(logits, level_target, share=share)
+        if self.loss == "marginal":
+            return _with_coarse(logits, level_target, target, self.taxonomy, settings, share)
+        assert self.strength is not None
+        which = hxe_loss if self.loss == "hxe" else soft_label_loss
+        return which(logits, target, self.taxonomy, self.strength, share)
 
     def _targets(self, target: torch.Tensor) -> dict[str, torch.Tensor]:
         super()._targets(target)
@@ -237,108 +321,45 @@ class FlatTask(BranchTask):
         return sum_upwards(output[self.names[0]].float(), self.taxonomy)
 
 
-class HierarchyEvaluator:
-    """Accumulates per-level accuracy, full-path accuracy and consistency exactly, over batches and processes.
+class _Below(nn.Module):
+    """Labels of all levels as labels of the forest that ends at one level, for the marginal loss of that level's head.
 
-    Args:
-        levels: Names of the levels.
-        num_classes: Classes of each level.
-        taxonomy: The hierarchy, for consistency.
-        device: Where totals are kept.
-        max_samples: Ignore what comes after this many samples (padding of a distributed sampler).
-        to_levels: Turns a model's output into the levels' logits; by default a dict by level name is expected.
+    A leaf above that level has no class there, so its images are unknown to it.
     """
 
-    default_metric = "full_path"
+    def __init__(self, taxonomy: Taxonomy, level: int):
+        super().__init__()
+        self.taxonomy = Taxonomy(taxonomy.nodes[level], taxonomy.levels[:level + 1])
+        for depth in range(level + 1):
+            here = {path: i for i, path in enumerate(self.taxonomy.nodes[depth])}
+            table = torch.tensor([*(here.get(path, -1) for path in taxonomy.nodes[depth]), -1])  # the last: unknown
+            self.register_buffer(f"table{depth}", table, persistent=False)
 
-    def __init__(self, levels: Sequence[str], num_classes: Sequence[int], taxonomy: Taxonomy | None = None,
-                 device: "torch.device | str | None" = None, *, max_samples: int | None = None, to_levels: Any = None):
-        self.levels, self.num_classes = tuple(levels), tuple(num_classes)
-        self.taxonomy = taxonomy
-        self.device = torch.device(device or "cpu")
-        self.max_samples = max_samples
-        self.to_levels = to_levels or (lambda output: [output[name] for name in self.levels])
-        self.metrics: dict[str, float] = {}
-        self.metric_names = ("loss", *(f"{name}_top1" for name in self.levels), "full_path",
-                             *(("consistency",) if taxonomy is not None else ()))
-        self.reset()
-
-    def reset(self) -> None:
-        self.num_samples = 0
-        self.confusion = [torch.zeros(k * k, dtype=torch.int64, device=self.device) for k in self.num_classes]
-        # full paths right, of how many; consistent predictions, of how many
-        self.counts = torch.zeros(4, dtype=torch.int64, device=self.device)
-        # Apple's GPUs have no float64
-        exact = torch.float32 if self.device.type == "mps" else torch.float64
-        self.loss_sum = torch.zeros(2, dtype=exact, device=self.device)
-        self._joined: list[torch.Tensor] | None = None
-
-    @torch.no_grad()
-    def update(self, output: Any, target: torch.Tensor) -> None:
-        """Take one batch: the model's output and labels (B, L) with -1 for unknown."""
-        logits = self.to_levels(output)
-        if target.ndim != 2 or target.shape[1] != len(self.levels) or target.is_floating_point():
-            raise ValueError(f"evaluation takes labels (B, {len(self.levels)}), got {tuple(target.shape)}.")
-        if self.max_samples is not None:
-            keep = max(0, self.max_samples - self.num_samples)
-            logits, target = [y[:keep] for y in logits], target[:keep]
-        count = target.shape[0]
-        self.num_samples += count
-        self._joined = None
-        if not count:
-            return
-        predictions = torch.stack([y.argmax(-1) for y in logits], 1)
-        for level, (y, classes) in enumerate(zip(logits, self.num_classes, strict=True)):
-            label = target[:, level]
-            known = label >= 0
-            cell = torch.where(known, label * classes + predictions[:, level], 0)
-            self.confusion[level].scatter_add_(0, cell, known.long())
-            losses = F.cross_entropy(y.float(), label.clamp(min=0), reduction="none").to(self.loss_sum)
-            self.loss_sum[0] += torch.where(known, losses, 0).sum()
-            self.loss_sum[1] += known.sum()
-        known = target >= 0
-        right = ((predictions == target) | ~known).all(1) & known.any(1)
-        self.counts[0] += right.sum()
-        self.counts[1] += known.any(1).sum()
-        if self.taxonomy is not None:
-            self.counts[2] += int(self.taxonomy.valid_paths(predictions.cpu()).sum())
-            self.counts[3] += count
-
-    def compute(self, distributed: bool = False) -> "OrderedDict[str, float]":
-        """Metrics in percent, and the mean cross-entropy over levels and samples as ``loss``.
-
-        Args:
-            distributed: Join the counts of all processes. This process's own stay, so that it may go on counting.
-        """
-        if distributed:
-            self._joined = [total.clone() for total in (*self.confusion, self.counts, self.loss_sum)]
-            for total in self._joined:
-                dist.all_reduce(total)
-            return self._metrics(*self._joined)
-        return self._metrics(*self.confusion, self.counts, self.loss_sum)
-
-    def summary(self) -> "OrderedDict[str, float]":
-        """Metrics of this process so far, as timm's training loop shows them while it runs."""
-        return self.compute()
-
-    def confusion_matrices(self) -> list[torch.Tensor]:
-        """Per level counts (K, K), rows are labels and columns predictions; of all processes once these are joined."""
-        flat = self.confusion if self._joined is None else self._joined[:len(self.levels)]
-        return [c.view(k, k).cpu().clone() for c, k in zip(flat, self.num_classes, strict=True)]
-
-    def _metrics(self, *totals: torch.Tensor) -> "OrderedDict[str, float]":
-        *confusion, counts, loss_sum = totals
-        result = OrderedDict(loss=_ratio(loss_sum[0], loss_sum[1]))
-        for name, flat, classes in zip(self.levels, confusion, self.num_classes, strict=True):
-            result[f"{name}_top1"] = 100 * _ratio(flat.view(classes, classes).diagonal().sum(), flat.sum())
-        result["full_path"] = 100 * _ratio(counts[0], counts[1])
-        if self.taxonomy is not None:
-            result["consistency"] = 100 * _ratio(counts[2], counts[3])
-        return result
+    def forward(self, labels: torch.Tensor) -> torch.Tensor:
+        labels = labels[:, :self.taxonomy.num_levels]
+        here = torch.stack([getattr(self, f"table{depth}")[column] for depth, column in enumerate(labels.unbind(1))], 1)
+        ends_above = ((labels >= 0) & (here < 0)).any(1)
+        return here.masked_fill(ends_above[:, None], -1)
 
 
-def _ratio(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float(a) / float(b) if float(b) else float("nan")
+def _with_coarse(logits: torch.Tensor, target: torch.Tensor, labels: torch.Tensor, taxonomy: Taxonomy,
+                 settings: dict[str, Any], share: bool) -> torch.Tensor:
+    """Mean over samples: cross-entropy where the class is known, the marginal loss where only a coarser one is."""
+    fine = target >= 0
+    coarse = ~fine & (labels >= 0).any(1)
+    total = level_cross_entropy(logits, target, **settings) * fine.sum() \
+        + marginal_loss(logits, labels.masked_fill(fine[:, None], -1), taxonomy) * coarse.sum()
+    known = (fine | coarse).sum().to(total.dtype)
+    if share:
+        dist.all_reduce(known)
+        known = known / dist.get_world_size()
+    return total / torch.where(known > 0, known, 1)
+
+
+def _mean_over_processes(gradient: torch.Tensor) -> torch.Tensor:
+    gradient = gradient.clone()
+    dist.all_reduce(gradient)
+    return gradient / dist.get_world_size()
 
 
 def base_model(task: TrainingTask, ema: bool = False) -> BranchModel:

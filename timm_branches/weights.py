@@ -6,18 +6,17 @@ No pickle is ever read for weights. Writes are atomic: a kill at any moment leav
 import hashlib
 import json
 import os
-import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from timm_branches.files import replace_file
 from timm_branches.hierarchy import Taxonomy
 from timm_branches.model import BranchModel
 
-__all__ = ["load_model", "load_weights", "read_metadata", "replace_file", "save_model", "save_pretrained"]
+__all__ = ["load_model", "load_weights", "read_metadata", "save_model", "save_pretrained"]
 
 _FORMAT = "timm_branches"
 _VERSION = 1
@@ -178,25 +177,6 @@ def _open(path: "str | os.PathLike", with_tensors: bool) -> tuple[dict[str, str]
 def _identity(path: "str | os.PathLike") -> tuple[int, int, int]:
     stat = os.stat(path)
     return stat.st_ino, stat.st_mtime_ns, stat.st_size
-
-
-def replace_file(path: "str | os.PathLike", write: Any) -> None:
-    """Call ``write(temporary)``, then put that file in the place of ``path`` at once, with ordinary permissions."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
-    try:
-        write(temporary)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())  # the data must be on the disk before the name points to it
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def _tensors(model: BranchModel) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

@@ -1,11 +1,24 @@
-"""Hierarchical accuracies, against counting by hand and sums of plain probabilities."""
+"""Accuracies and calibration, against counting by hand, torchmetrics and sums of plain probabilities."""
 import math
 import random
 
 import pytest
 import torch
+from torchmetrics.functional.classification import (
+    multiclass_accuracy,
+    multiclass_calibration_error,
+    multiclass_f1_score,
+    multiclass_precision,
+    multiclass_recall,
+)
 
 from timm_branches.hierarchy import Taxonomy, cifar10, consistency, full_path_accuracy, level_accuracy, sum_upwards
+from timm_branches.hierarchy.metrics import (
+    class_scores,
+    expected_calibration_error,
+    top_k_accuracy,
+    tree_inconsistency_error,
+)
 
 UNEVEN = Taxonomy(["animal/pet/cat", "animal/pet/dog", "plant", "animal/bird", "transport/sea/ship"])
 
@@ -43,6 +56,9 @@ def test_no_samples():
     assert level_accuracy(nothing, nothing).isnan().tolist() == [True, True]
     assert full_path_accuracy(nothing, nothing).isnan()
     assert consistency(nothing, Taxonomy(["a/b"])).isnan()
+    assert tree_inconsistency_error(nothing, Taxonomy(["a/b"])).isnan()
+    assert top_k_accuracy(torch.empty(0, 3), nothing[:, 0], 2).isnan()
+    assert expected_calibration_error(torch.empty(0), torch.empty(0, dtype=torch.bool)).isnan()
 
 
 @pytest.mark.parametrize("metric", [level_accuracy, full_path_accuracy])
@@ -63,8 +79,77 @@ def test_consistency():
     assert consistency(rows, tree) == 1
     rows[:3, 0] = 1 - rows[:3, 0]
     assert consistency(rows, tree).item() == pytest.approx(0.7)
+    assert tree_inconsistency_error(rows, tree).item() == pytest.approx(0.3)
     shallow = torch.tensor([[1, 2, 2], [0, 2, 2]])  # plant is a leaf, animal is not
     assert consistency(shallow, UNEVEN) == 0.5
+
+
+def random_level(size=200, classes=7):
+    torch.manual_seed(0)
+    labels = torch.randint(-1, classes, (size,))
+    logits = torch.randn(size, classes, dtype=torch.double)
+    logits[torch.arange(size), labels.clamp(min=0)] += 2 * (torch.rand(size) < 0.6)
+    return logits, labels
+
+
+@pytest.mark.parametrize("k", [1, 2, 5, 7])
+def test_top_k_is_torchmetrics(k):
+    logits, labels = random_level()
+    want = multiclass_accuracy(logits, labels, 7, top_k=k, average="micro", ignore_index=-1)
+    assert top_k_accuracy(logits, labels, k).item() == pytest.approx(want.item(), rel=1e-6)
+    assert (want == 1) == (k == 7)
+
+
+@pytest.mark.parametrize("k", [0, 8])
+def test_top_k_beyond_the_classes(k):
+    with pytest.raises(ValueError, match=f"between 1 and the 7 classes, got {k}"):
+        top_k_accuracy(*random_level(), k)
+    with pytest.raises(ValueError, match=r"got \(200, 7\) and \(199,\)"):
+        top_k_accuracy(random_level()[0], random_level()[1][1:], 5)
+
+
+def test_class_scores_are_torchmetrics():
+    logits, labels = random_level()
+    labels[labels == 3] = 4  # nobody is 3
+    predictions = logits.argmax(1)
+    predictions[predictions == 5] = 0  # and nothing is taken for 5
+    known = labels >= 0
+    counts = [(labels[known & (labels == predictions)]), predictions[known], labels[known]]
+    scores = class_scores(*(count.bincount(minlength=7) for count in counts))
+    for got, metric, undefined in zip(scores, (multiclass_precision, multiclass_recall, multiclass_f1_score),
+                                      ([5], [3], []), strict=True):
+        want = metric(predictions, labels, 7, average=None, ignore_index=-1)
+        assert got.isnan().nonzero()[:, 0].tolist() == undefined
+        torch.testing.assert_close(got.nan_to_num(0.0), want.double(), rtol=1e-6, atol=0)
+    assert class_scores(*torch.zeros(3, 1, dtype=torch.long))[2].isnan().all()
+
+
+@pytest.mark.parametrize("num_bins", [1, 4, 15])
+def test_calibration_error_is_torchmetrics(num_bins):
+    logits, labels = random_level()
+    known = labels >= 0
+    confidences, predictions = logits.softmax(1).max(1)
+    want = multiclass_calibration_error(logits, labels, 7, n_bins=num_bins, ignore_index=-1)
+    got = expected_calibration_error(confidences[known], (predictions == labels)[known], num_bins)
+    assert want > 0.05
+    assert got.item() == pytest.approx(want.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize(("confidences", "right", "num_bins", "expected"), [
+    ([1.0, 0.95], [False, True], 15, (1.95 - 1) / 2),  # 1 belongs to the last bin
+    ([0.5, 0.4], [True, False], 2, (1 - 0.9) / 2),  # an upper edge belongs to its bin
+    ([0.0, 0.5], [False, False], 2, 0.25),  # 0 to the first
+    ([0.25, 0.75], [True, False], 2, 0.75),  # bins do not cancel each other out
+    ([0.9, math.nan], [True, True], 15, math.nan),
+])
+def test_calibration_error_by_hand(confidences, right, num_bins, expected):
+    got = expected_calibration_error(torch.tensor(confidences, dtype=torch.double), torch.tensor(right), num_bins)
+    assert got.item() == pytest.approx(expected, nan_ok=True)
+
+
+def test_calibration_error_of_other_shapes():
+    with pytest.raises(ValueError, match=r"got \(3,\) and \(2,\)"):
+        expected_calibration_error(torch.rand(3), torch.ones(2, dtype=torch.bool))
 
 
 class TestSumUpwards:

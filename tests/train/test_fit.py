@@ -618,10 +618,12 @@ def test_files_of_a_run(tmp_path, capsys):
     with open(tmp_path / "log.csv", newline="") as file:
         table = list(csv.DictReader(file))
     assert [int(row["epoch"]) for row in table] == [0, 1, 2]
-    want = {"epoch", "lr", "train_loss", "train_loss_coarse", "train_loss_fine", "eval_loss", "eval_coarse_top1",
-            "eval_fine_top1", "eval_full_path", "eval_consistency", "weight_coarse", "weight_fine", "seconds",
-            "images_per_second"}
-    assert set(table[0]) == want
+    own = {"epoch", "lr", "train_loss", "train_loss_coarse", "train_loss_fine", "weight_coarse", "weight_fine",
+           "seconds", "images_per_second"}
+    metrics = {f"eval_{name}" for name in make_task().create_evaluator().metric_names}
+    assert {"eval_fine_top1", "eval_full_path", "eval_severity"} < metrics
+    assert set(table[0]) == own | metrics
+    assert table[-1]["eval_severity"] == ""  # there is no mistake left whose severity could be told
     assert float(table[-1]["eval_fine_top1"]) == result.history[-1]["eval_fine_top1"]
     for name in ("history.png", "confusion_fine.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
@@ -740,3 +742,33 @@ def test_settings_with_effect_are_not_warned_about(recwarn):
     FitConfig(amp=True, amp_dtype="float16", model_ema=True, model_ema_decay=0.9, clip_grad=1.0, clip_mode="agc")
     FitConfig(lr=0.1, sched="piecewise", lr_steps="0:0.1")
     assert not recwarn.list
+
+
+def test_dynamic_weights_follow_the_accuracies_and_survive_a_resume(tmp_path):
+    data = loader_of(make_data(8))
+
+    def run(folder, epochs, **kwargs):
+        return fit(make_task(schedule="dynamic"), data, data, settings(tmp_path / folder, epochs=epochs, **kwargs))
+
+    whole = run("whole", 3).history
+    assert [row["weight_coarse"] for row in whole][0] == 0.5
+    for last, row in zip(whole, whole[1:], strict=False):
+        errors = [max(1 - last[f"eval_{name}_top1"] / 100, 0.01) for name in ("coarse", "fine")]
+        assert row["weight_coarse"] == pytest.approx(errors[0] / sum(errors))
+    run("cut", 2)
+    assert [row["weight_coarse"] for row in run("cut", 3, resume="auto").history] == \
+        [row["weight_coarse"] for row in whole]
+
+
+def test_learned_weights_are_trained_and_survive_a_resume(tmp_path):
+    data = loader_of(make_data(8))
+
+    def run(folder, epochs, **kwargs):
+        task = BranchTask(base_model(make_task()), uncertainty=True)
+        fit(task, data, None, settings(tmp_path / folder, epochs=epochs, sched="constant", **kwargs))
+        return task.uncertainty.log_var.detach()
+
+    whole = run("whole", 2)
+    assert (whole != 0).all()
+    run("cut", 1)
+    assert torch.equal(run("cut", 2, resume="auto"), whole)

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from timm_branches.train.log import CsvLog, MissingPackageError, Trackers, atomic_write, open_trackers
+from timm_branches.figures import MissingPackageError
+from timm_branches.files import atomic_write
+from timm_branches.train.log import CsvLog, Trackers, open_trackers
 
 
 def test_rows_come_back_with_their_types(tmp_path):

@@ -9,8 +9,9 @@ import torch
 from matplotlib.colors import same_color
 from PIL import Image
 
-from timm_branches.train.log import CsvLog, MissingPackageError
-from timm_branches.train.plots import confusion_figure, history_figure, plot_confusion, plot_history
+from timm_branches.figures import MissingPackageError
+from timm_branches.train.log import CsvLog
+from timm_branches.train.plots import collapse_figure, confusion_figure, history_figure, plot_confusion, plot_history
 
 WEIGHTS = [(0.98, 0.01, 0.01), (0.1, 0.8, 0.1), (0.1, 0.2, 0.7), (0.0, 0.0, 1.0)]
 
@@ -136,3 +137,16 @@ def test_without_matplotlib_says_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     with pytest.raises(MissingPackageError, match="pip install"):
         history_figure(rows())
+
+
+def test_collapse_shows_each_schedule_and_shades_what_is_off():
+    off = [rows(), [dict(row, eval_coarse_top1=row["eval_coarse_top1"] - 10) for row in rows()]]
+    figure = collapse_figure({"B-CNN": off, "kept": [rows()]}, ["coarse", "medium", "fine"])
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["coarse", "medium", "fine"]
+    coarse, _, fine = figure.axes
+    assert {line.get_label() for line in coarse.lines} >= {"B-CNN", "kept"}
+    mean = next(line for line in coarse.lines if line.get_label() == "B-CNN")
+    assert mean.get_ydata() == pytest.approx([75, 76, 77, 78])
+    shaded = [patch.get_x() for patch in coarse.patches]
+    assert shaded == [2.5]  # the last epoch alone
+    assert not fine.patches

@@ -4,12 +4,25 @@
 """
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .taxonomy import Taxonomy
 
-__all__ = ["consistency", "full_path_accuracy", "level_accuracy", "sum_upwards"]
+__all__ = [
+    "class_scores",
+    "consistency",
+    "expected_calibration_error",
+    "format_class_report",
+    "full_path_accuracy",
+    "level_accuracy",
+    "sum_upwards",
+    "top_k_accuracy",
+    "tree_inconsistency_error",
+]
 
 
 def _check_pair(predictions: Tensor, labels: Tensor) -> None:
@@ -48,8 +61,36 @@ def level_accuracy(predictions: Tensor, labels: Tensor) -> Tensor:
     return right.sum(0).double() / known.sum(0)  # 0 / 0 is nan; double counts exactly beyond 2 ** 24 samples
 
 
+def top_k_accuracy(logits: Tensor, labels: Tensor, k: int = 5) -> Tensor:
+    """Share of one level's samples whose class is among the k with the largest logits.
+
+    Args:
+        logits: float tensor (N, K).
+        labels: LongTensor (N,), -1 where unknown.
+        k: 1 to K.
+
+    Returns:
+        Double tensor (), a fraction in [0, 1]; nan if no label is known.
+
+    Raises:
+        ValueError: if there are fewer than `k` classes, or the shapes are others.
+
+    Example:
+        >>> float(top_k_accuracy(torch.tensor([[3., 2., 1.], [3., 2., 1.]]), torch.tensor([1, 2]), k=2))
+        0.5
+    """
+    if logits.ndim != 2 or labels.shape != logits.shape[:1]:
+        raise ValueError(f"logits must be (N, K) and labels (N,), got {tuple(logits.shape)} and {tuple(labels.shape)}")
+    if not 1 <= k <= logits.shape[1]:
+        raise ValueError(f"k must be between 1 and the {logits.shape[1]} classes, got {k}")
+    right = (logits.topk(k).indices == labels[:, None]).any(1)
+    return right.sum().double() / (labels >= 0).sum()
+
+
 def full_path_accuracy(predictions: Tensor, labels: Tensor) -> Tensor:
     """Share of samples that are right on every level that is known (FPA, exact match).
+
+    Source: Park et al., "Visually Consistent Hierarchical Image Classification", ICLR 2025 (arXiv 2406.11608).
 
     Args:
         predictions: LongTensor (N, L), class indices per level.
@@ -94,6 +135,116 @@ def consistency(predictions: Tensor, taxonomy: Taxonomy) -> Tensor:
     return taxonomy.valid_paths(predictions).double().mean()
 
 
+def tree_inconsistency_error(predictions: Tensor, taxonomy: Taxonomy) -> Tensor:
+    """Share of samples whose predictions form no path of the tree (TICE): 1 - :func:`consistency`.
+
+    Source: Park et al., "Visually Consistent Hierarchical Image Classification", ICLR 2025 (arXiv 2406.11608), where
+    it is the tree-based inconsistency error rate.
+
+    Args:
+        predictions: LongTensor (N, L), class indices per level.
+        taxonomy: the tree.
+
+    Returns:
+        Double tensor (), a fraction in [0, 1]; nan if there are no samples.
+
+    Raises:
+        ValueError: as for :func:`consistency`.
+
+    Example:
+        >>> tree = Taxonomy(['animal/cat', 'animal/dog', 'transport/ship'])
+        >>> float(tree_inconsistency_error(torch.tensor([[0, 1], [1, 1], [1, 2], [0, 0]]), tree))
+        0.25
+    """
+    return 1 - consistency(predictions, taxonomy)
+
+
+def class_scores(right: Tensor, predicted: Tensor, labelled: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Precision, recall and F1 of each class, from counts.
+
+    Args:
+        right: (K,) how many samples of the class were found: the diagonal of a confusion matrix.
+        predicted: (K,) how often the class was predicted: the matrix' column sums.
+        labelled: (K,) how many samples have the class (support): the matrix' row sums.
+
+    Returns:
+        Three double tensors (K,), fractions in [0, 1]. Precision is nan for a class that was never predicted, recall
+        for one without samples, F1 = 2 right / (predicted + labelled) for one that has neither.
+
+    Example:
+        >>> [y.tolist() for y in class_scores(torch.tensor([1, 0]), torch.tensor([2, 0]), torch.tensor([1, 1]))]
+        [[0.5, nan], [1.0, 0.0], [0.6666666666666666, 0.0]]
+    """
+    right = right.double()
+    return right / predicted, right / labelled, 2 * right / (predicted + labelled)
+
+
+def format_class_report(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows that :meth:`HierarchyEvaluator.class_report` gives as a table.
+
+    Args:
+        rows: dicts with ``level``, ``class``, ``precision``, ``recall`` and ``f1`` in percent, and ``support``.
+
+    Example:
+        >>> print(format_class_report([{'level': 'fine', 'class': 'cat', 'precision': 50.0, 'recall': 100.0,
+        ...                             'f1': 66.667, 'support': 1}]))
+        level  class  precision   recall       f1  support
+        fine   cat        50.00   100.00    66.67        1
+    """
+    wide = [max(len(str(row[key])) for row in ({key: key}, *rows)) for key in ("level", "class")]
+    lines = [f"{'level':<{wide[0]}}  {'class':<{wide[1]}}  precision   recall       f1  support"]
+    lines += [f"{row['level']:<{wide[0]}}  {row['class']:<{wide[1]}}  {row['precision']:9.2f}  {row['recall']:7.2f}  "
+              f"{row['f1']:7.2f}  {row['support']:7d}" for row in rows]
+    return "\n".join(lines)
+
+
+def expected_calibration_error(confidences: Tensor, right: Tensor, num_bins: int = 15) -> Tensor:
+    """Expected calibration error (ECE) with bins of equal width: how far confidence is from accuracy.
+
+    ECE = sum over bins B of |B| / n * |accuracy(B) - mean confidence(B)|, equation (3) of Guo et al., "On Calibration
+    of Modern Neural Networks", ICML 2017 (arXiv 1706.04599). Bin m holds the confidences in ((m - 1) / M, m / M], as
+    there; torchmetrics closes its bins on the other side and gives 1.0 a bin of its own.
+
+    Args:
+        confidences: float tensor (N,), the probability of the predicted class.
+        right: bool tensor (N,), whether it is the label. Samples without a label are to be left out of both.
+        num_bins: M.
+
+    Returns:
+        Double tensor (), a fraction in [0, 1]; nan if there are no samples or a confidence is nan.
+
+    Raises:
+        ValueError: if the shapes differ or are not (N,).
+
+    Example:
+        >>> float(expected_calibration_error(torch.tensor([0.75, 0.75]), torch.tensor([True, False])))
+        0.25
+    """
+    if confidences.ndim != 1 or confidences.shape != right.shape:
+        raise ValueError(f"confidences and right must both be (N,), got {tuple(confidences.shape)} and "
+                         f"{tuple(right.shape)}")
+    counted = torch.ones_like(right, dtype=torch.bool)
+    return calibration_error(*calibration_bins(confidences, right.bool(), counted, num_bins, torch.float64))
+
+
+def calibration_bins(confidences: Tensor, right: Tensor, counted: Tensor, num_bins: int,
+                     dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """How many samples (N, ...) are in each bin, how many of them right, and the sum of their confidences (..., M).
+
+    These sums are all that ECE needs: batches and processes add up exactly, in memory that does not grow with N.
+    """
+    edges = torch.linspace(0, 1, num_bins + 1, device=confidences.device, dtype=confidences.dtype)[1:-1]
+    bins = torch.bucketize(confidences.contiguous(), edges)[..., None]
+    inside = (bins == torch.arange(num_bins, device=confidences.device)) & counted[..., None]
+    sums = torch.where(inside, confidences[..., None].to(dtype), 0).sum(0)
+    return inside.sum(0), (inside & right[..., None]).sum(0), sums
+
+
+def calibration_error(count: Tensor, right: Tensor, confidence: Tensor) -> Tensor:
+    """ECE from the sums over each bin (..., M)."""
+    return (right - confidence).abs().sum(-1) / count.sum(-1)
+
+
 def sum_upwards(leaf_logits: Tensor, taxonomy: Taxonomy) -> list[Tensor]:
     """Every level's log-probabilities from a flat classifier: leaf probabilities are summed up the tree.
 
@@ -123,18 +274,30 @@ def sum_upwards(leaf_logits: Tensor, taxonomy: Taxonomy) -> list[Tensor]:
         raise ValueError(f"leaf_logits must be floating point, got {leaf_logits.dtype}")
     # half precision would lose the small leaves of a large tree
     log_p = leaf_logits.to(torch.promote_types(leaf_logits.dtype, torch.float32)).log_softmax(-1)
-    table = taxonomy.leaf_table.to(log_p.device)
-    levels = []
-    for depth, num_classes in enumerate(taxonomy.num_classes):
-        reaches = table[:, depth] >= 0
-        index = table[reaches, depth]
-        leaves = log_p[..., reaches]
-        shape = (*leaves.shape[:-1], num_classes)
-        # each class's own maximum is taken out before exp; a class without any probability (all -inf) takes out 0
-        top = leaves.new_full(shape, -torch.inf).scatter_reduce(-1, index.expand(leaves.shape), leaves.detach(), "amax")
-        top = top.where(top.isfinite(), 0)
-        total = leaves.new_zeros(shape).index_add(-1, index, (leaves - top[..., index]).exp())
-        # log(0) is -inf as it should be, but its gradient is nan: keep log away from zeros
-        some = total > 0
-        levels.append((total.where(some, 1).log() + top).where(some, -torch.inf))
+    # from the deepest level up: a class is the sum of its children, so the leaves themselves are read only once
+    table = taxonomy.leaf_table
+    depths = (table >= 0).sum(1)
+    levels: list[Tensor] = []
+    for depth in reversed(range(taxonomy.num_levels)):
+        leaves = (depths == depth + 1).nonzero()[:, 0]  # those that end here
+        here = log_p.index_select(-1, leaves.to(log_p.device))
+        index = table[leaves, depth]
+        if levels:
+            here = torch.cat([here, levels[0]], -1)
+            index = torch.cat([index, taxonomy.parents[depth + 1]])
+        levels.insert(0, _log_sum_exp(here, index.to(log_p.device), taxonomy.num_classes[depth]))
     return levels
+
+
+def _log_sum_exp(values: Tensor, index: Tensor, size: int) -> Tensor:
+    """Log of the sums of exp(values) (..., K) that have the same index (K,) in 0 ... size - 1; (..., size)."""
+    if size == len(index):  # no two of them: a permutation
+        return values.index_select(-1, index.argsort())
+    shape = (*values.shape[:-1], size)
+    # each class's own maximum is taken out before exp; a class without any probability (all -inf) takes out 0
+    top = values.new_full(shape, -torch.inf).scatter_reduce(-1, index.expand(values.shape), values.detach(), "amax")
+    top = top.where(top.isfinite(), 0)
+    total = values.new_zeros(shape).index_add(-1, index, (values - top.index_select(-1, index)).exp())
+    # log(0) is -inf as it should be, but its gradient is nan: keep log away from zeros
+    some = total > 0
+    return (total.where(some, 1).log() + top).where(some, -torch.inf)

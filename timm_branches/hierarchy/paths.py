@@ -99,7 +99,7 @@ def display_names(paths: Sequence[NodePath]) -> tuple[str, ...]:
         for path in paths)
 
 
-def find(name: Any, ends: Mapping[str, list[NodePath]], nodes: Sequence[NodePath]) -> NodePath:
+def find(name: Any, ends: Mapping[str, list[NodePath]], nodes: Iterable[NodePath]) -> NodePath:
     """The path that a user means by `name`, a whole path or the end of one.
 
     Args:

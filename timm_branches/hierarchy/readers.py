@@ -1,4 +1,4 @@
-"""What the constructors of a :class:`Taxonomy` read: CSV, nested JSON, class folders, maps from child to parent.
+"""What the constructors of a :class:`Taxonomy` read: tables, nested JSON, class folders, maps from child to parent.
 
 Plain functions that return one path per leaf, in class order, and the level names or the order of inner nodes where
 the source has them. They are documented at `Taxonomy.from_csv` and its neighbours, which call them.
@@ -14,7 +14,7 @@ from typing import Any
 
 from .paths import NodePath, hint
 
-__all__ = ["load_json", "read_csv", "read_folders", "read_json", "read_parents"]
+__all__ = ["load_json", "read_csv", "read_dataframe", "read_folders", "read_json", "read_parents"]
 
 
 def read_csv(file: str | Path, columns: Sequence[str] | None = None) -> tuple[list[NodePath], list[str]]:
@@ -26,24 +26,55 @@ def read_csv(file: str | Path, columns: Sequence[str] | None = None) -> tuple[li
     if not rows:
         raise ValueError(f"{file} is empty; its first row must name the levels, coarsest first")
     header = rows.pop(0)[1]
-    wanted = header if columns is None else list(columns)
-    if unknown := [name for name in wanted if name not in header]:
-        raise ValueError(f"{file} has no column {unknown[0]!r}; its columns are {header}")
-    if len(set(header)) < len(header) or not all(header):
-        raise ValueError(f"{file}: each column needs a name of its own, got {header}")
+    wanted = _pick_columns(header, columns, str(file))
     paths = []
     for line, row in rows:
         if len(row) > len(header):
             raise ValueError(f"{file}, line {line}: {len(row)} cells, but the header names {len(header)}; quote "
                              f"cells that contain a comma")
         cells = dict(zip(header, row + [""] * (len(header) - len(row)), strict=True))
-        path = [cells[name] for name in wanted]
-        names = [cell for cell in path if cell]
-        if path[:len(names)] != names:
-            raise ValueError(f"{file}, line {line}: empty name above a class: {path}; only the last cells of a row "
-                             f"may be empty")
-        paths.append(tuple(names))
+        paths.append(_row_path([cells[name] for name in wanted], f"{file}, line {line}"))
     return paths, wanted
+
+
+def read_dataframe(frame: Any, columns: Sequence[Any] | None = None) -> tuple[list[NodePath], list[str]]:
+    """The leaves of a data frame, each once in order of appearance, and the columns they were read from."""
+    if not hasattr(frame, "columns"):
+        raise TypeError(f"a data frame has columns, as pandas' does; got {type(frame).__name__}")
+    wanted = _pick_columns(list(frame.columns), columns, "the data frame")
+    rows = zip(*([_cell(value) for value in frame[name]] for name in wanted), strict=True)
+    paths = [_row_path(row, f"row {i} of the data frame") for i, row in enumerate(rows) if any(row)]
+    return list(dict.fromkeys(paths)), [str(name) for name in wanted]
+
+
+def _cell(value: Any) -> str:
+    """A data frame's cell as text, '' if it is missing (None, NaN, NaT, NA)."""
+    if isinstance(value, str):
+        return value.strip()
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))  # pandas turns a column of integers to floats as soon as one is missing
+    text = str(value)
+    return "" if text in ("None", "nan", "NaT", "<NA>") else text
+
+
+def _pick_columns(header: Sequence[Any], columns: Sequence[Any] | None, source: str) -> list[Any]:
+    """The columns asked for, all by default, after making sure that each is there once."""
+    wanted = list(header) if columns is None else list(columns)
+    if unknown := [name for name in wanted if name not in header]:
+        raise ValueError(f"{source} has no column {unknown[0]!r}; its columns are {header}")
+    if len(set(header)) < len(header) or not all(str(name).strip() for name in header):
+        raise ValueError(f"{source}: each column needs a name of its own, got {header}")
+    if not wanted:
+        raise ValueError(f"{source} needs at least one column for a level, got none; its columns are {header}")
+    return wanted
+
+
+def _row_path(cells: Sequence[str], where: str) -> NodePath:
+    """A row's path: its cells up to the first empty one, after which there may be no other."""
+    names = tuple(cell for cell in cells if cell)
+    if tuple(cells[:len(names)]) != names:
+        raise ValueError(f"{where}: empty name above a class: {list(cells)}; only the last cells of a row may be empty")
+    return names
 
 
 def load_json(file: str | Path) -> Any:
@@ -191,7 +222,8 @@ def _one_step(
     for key in keys:
         if edges.get(key) is None:
             raise ValueError(f"{kind} {key!r} has no parent on {title}")
-    if unknown := [key for key in edges if key not in keys]:
+    known = set(keys)
+    if unknown := [key for key in edges if key not in known]:
         raise ValueError(f"{kind} {unknown[0]!r} has a parent on {title}, but there is no such class"
                          f"{hint(str(unknown[0]), row)}")
     if not by_index:

@@ -15,6 +15,7 @@ __all__ = ["LevelTables", "as_labels", "build_tables"]
 class LevelTables(NamedTuple):
     """Tensors that labels index. An extra last row makes index -1, "unknown", read as all -1."""
     leaf_index: dict[NodePath, int]  # leaf -> its index
+    node_index: dict[NodePath, int]  # node -> its class index on its level
     leaf: Tensor  # (leaves + 1, L)
     ancestors: tuple[Tensor, ...]  # per level (nodes + 1, L): each node's own and ancestors' indices
     is_leaf: tuple[Tensor, ...]  # per level (nodes,) bool
@@ -23,12 +24,12 @@ class LevelTables(NamedTuple):
 
 def build_tables(leaves: Sequence[NodePath], nodes: Sequence[Sequence[NodePath]]) -> LevelTables:
     """The tables of a forest with these leaves, and these nodes on each level."""
-    position = [{path: i for i, path in enumerate(level)} for level in nodes]
+    node_index = {path: i for level in nodes for i, path in enumerate(level)}
     leaf_index = {path: i for i, path in enumerate(leaves)}
 
     def rows(paths: Sequence[NodePath]) -> Tensor:
         # device='cpu': a model built under torch.device('meta') must not take the tables along
-        data = [[at[path[:d + 1]] if d < len(path) else -1 for d, at in enumerate(position)] for path in paths]
+        data = [[node_index[path[:d + 1]] if d < len(path) else -1 for d in range(len(nodes))] for path in paths]
         return torch.tensor([*data, [-1] * len(nodes)], dtype=torch.long, device="cpu")
 
     is_leaf = tuple(torch.tensor([path in leaf_index for path in level], device="cpu") for level in nodes)
@@ -39,7 +40,7 @@ def build_tables(leaves: Sequence[NodePath], nodes: Sequence[Sequence[NodePath]]
         below = leaf[:, level] >= 0
         deepest = torch.zeros(len(paths), dtype=torch.long, device="cpu")
         heights.append(deepest.scatter_reduce(0, leaf[below, level], depth[below], "amax") - level - 1)
-    return LevelTables(leaf_index, leaf, tuple(map(rows, nodes)), is_leaf, tuple(heights))
+    return LevelTables(leaf_index, node_index, leaf, tuple(map(rows, nodes)), is_leaf, tuple(heights))
 
 
 def as_labels(labels: Any, count: int, what: str) -> Tensor:

@@ -1,29 +1,29 @@
-"""The label hierarchy: which class lies under which, and every level's label of a sample.
+"""The label hierarchy: which class lies under which. Where one comes from, how it is changed and stored.
 
-A :class:`Taxonomy` is a forest. It knows nothing of networks or images; it turns leaf labels into one label per level,
-names into indices and leaf probabilities into level probabilities, all by looking up precomputed tables.
+What a :class:`Taxonomy` answers about labels is in `forest.py`, which it extends.
 """
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from . import readers
-from .paths import NodePath, by_end, check_leaves, check_levels, check_order, display_names, draw, find
-from .tables import LevelTables, as_labels, build_tables
+from ..files import replace_file
+from . import derive, readers
+from .edit import merge_forests
+from .forest import Forest
+from .tables import as_labels
+from .wordnet import read_wordnet
 
 __all__ = ["Taxonomy"]
 
 _FORMAT = "timm_branches.taxonomy"
 
 
-class Taxonomy:
+class Taxonomy(Forest):
     """An immutable forest of classes.
 
     A node is identified by its *path*, the names from the root down to it, so the same name may occur under two
@@ -54,257 +54,7 @@ class Taxonomy:
         >>> tree.expand([1, 2]).tolist()
         [[0, 0, 1], [1, 1, -1]]
     """
-    __slots__ = ("_tables", "classes", "leaves", "levels", "nodes")
-
-    classes: tuple[tuple[str, ...], ...]
-    leaves: tuple[NodePath, ...]
-    levels: tuple[str, ...]
-    nodes: tuple[tuple[NodePath, ...], ...]
-    _tables: LevelTables
-
-    def __init__(self, leaves: Iterable[str | Sequence[str]], levels: Sequence[str] | None = None,
-                 order: Sequence[Sequence[str | Sequence[str]] | None] | None = None) -> None:
-        paths = check_leaves(leaves)
-        depth = max(map(len, paths))
-        nodes = [list(dict.fromkeys(path[:d + 1] for path in paths if len(path) > d)) for d in range(depth)]
-        put = object.__setattr__  # __setattr__ refuses, see there
-        put(self, "leaves", paths)
-        put(self, "levels", check_levels(levels, depth))
-        put(self, "nodes", check_order(self.levels, nodes, order))
-        put(self, "classes", tuple(map(display_names, self.nodes)))
-        put(self, "_tables", build_tables(self.leaves, self.nodes))
-
-    # ---- what it is made of
-
-    @property
-    def num_levels(self) -> int:
-        """Number of levels, L."""
-        return len(self.levels)
-
-    depth = num_levels
-
-    @property
-    def num_classes(self) -> tuple[int, ...]:
-        """Number of nodes on each level: the sizes of the branch classifiers."""
-        return tuple(map(len, self.nodes))
-
-    @property
-    def num_leaves(self) -> int:
-        """Number of leaves: the number of the dataset's classes."""
-        return len(self.leaves)
-
-    @property
-    def leaf_names(self) -> tuple[str, ...]:
-        """The leaves' display names, told apart from each other across all levels."""
-        return display_names(self.leaves)
-
-    @property
-    def parents(self) -> tuple[Tensor, ...]:
-        """For each level l, a LongTensor (num_classes[l],) of the parents' indices on level l - 1; -1 for roots."""
-        return (torch.full((self.num_classes[0],), -1, device="cpu"),
-                *(table[:-1, level].clone() for level, table in enumerate(self._tables.ancestors[1:])))
-
-    @property
-    def leaf_table(self) -> Tensor:
-        """LongTensor (num_leaves, L): each leaf's class index on each level, -1 below a shallow leaf's own level."""
-        return self._tables.leaf[:-1].clone()
-
-    @property
-    def heights(self) -> tuple[Tensor, ...]:
-        """For each level a LongTensor (num_classes[l],): each node's steps down to its deepest leaf, 0 for a leaf.
-
-        The root above all, which joins the trees of the forest, has height L.
-        """
-        return tuple(height.clone() for height in self._tables.heights)
-
-    def level_index(self, level: str | int) -> int:
-        """The index of a level given by name or index.
-
-        Raises:
-            ValueError: if there is no such level; the message lists the levels.
-        """
-        if isinstance(level, str) and level in self.levels:
-            return self.levels.index(level)
-        if isinstance(level, Integral) and not isinstance(level, bool) and 0 <= level < self.num_levels:
-            return int(level)
-        raise ValueError(f'no level {level!r}; the levels are {", ".join(map(repr, self.levels))} '
-                         f'(indices 0 to {self.num_levels - 1})')
-
-    # ---- labels
-
-    def expand(self, labels: Tensor | Sequence[Any] | int, level: str | int | None = None) -> Tensor:
-        """The labels of all levels.
-
-        Args:
-            labels: integers of any shape: leaf indices, or class indices on `level`. -1 is "unknown".
-            level: name or index of the level that `labels` belong to; None if they are leaf indices.
-
-        Returns:
-            LongTensor (..., L) on the labels' device. -1 on levels below the label (below a shallow leaf, or below
-            `level`), and everywhere where the label is -1.
-
-        Raises:
-            ValueError: if a label is not an integer or out of range, or there is no such level.
-
-        Example:
-            >>> tree = Taxonomy(['animal/cat', 'animal/dog', 'transport/ship'])
-            >>> tree.expand([[0, 2], [1, -1]]).tolist()
-            [[[0, 0], [1, 2]], [[0, 1], [-1, -1]]]
-            >>> tree.expand(1, level=0).tolist()
-            [1, -1]
-        """
-        if level is None:
-            table, what = self._tables.leaf, "leaf label"
-        else:
-            depth = self.level_index(level)
-            table, what = self._tables.ancestors[depth], f"label of level {self.levels[depth]!r}"
-        labels = as_labels(labels, len(table) - 1, what)
-        return table.to(labels.device)[labels]
-
-    def encode(self, names: str | Iterable[str | Sequence[str]]) -> Tensor:
-        """Leaf indices of names.
-
-        Args:
-            names: leaves, each a path as a tuple of names or as 'a/b/c', or the end of a path ('c', 'b/c') that fits
-                one leaf only. A text that is some leaf's whole path means that leaf. A single text gives one index.
-
-        Returns:
-            LongTensor (N,), or () for a single text.
-
-        Raises:
-            ValueError: if a name is unknown, ambiguous or not a leaf; the message names what comes close.
-
-        Example:
-            >>> Taxonomy(['animal/cat', 'animal/dog', 'transport/ship']).encode(['ship', 'animal/cat'])
-            tensor([2, 0])
-        """
-        single = isinstance(names, str)
-        ends, nodes = by_end(self.leaves), [path for level in self.nodes for path in level]
-        indices = [self._tables.leaf_index[find(name, ends, nodes)] for name in ([names] if single else names)]
-        result = torch.tensor(indices, dtype=torch.long, device="cpu")
-        return result[0] if single else result
-
-    def encode_partial(self, paths: Iterable[str | Sequence[str]]) -> Tensor:
-        """Label rows of nodes on any level, for samples whose label is only known coarsely.
-
-        Args:
-            paths: nodes, written as for :meth:`encode`; inner nodes are welcome.
-
-        Returns:
-            LongTensor (N, L): the class index on each level down to the node's own, -1 below.
-
-        Raises:
-            ValueError: if a name is unknown or ambiguous.
-
-        Example:
-            >>> Taxonomy(['animal/cat', 'animal/dog', 'transport/ship']).encode_partial(['animal', 'ship']).tolist()
-            [[0, -1], [1, 2]]
-        """
-        nodes = [path for level in self.nodes for path in level]
-        ends = by_end(nodes)
-        found = [find(name, ends, nodes) for name in paths]
-        rows = [self._tables.ancestors[len(p) - 1][self.nodes[len(p) - 1].index(p)] for p in found]
-        return torch.stack(rows) if rows else torch.empty(0, self.num_levels, dtype=torch.long, device="cpu")
-
-    # ---- between levels
-
-    def leaf_to_level(self, level: str | int) -> Tensor:
-        """The 0/1 matrix that sums leaf probabilities up to a level.
-
-        Args:
-            level: name or index.
-
-        Returns:
-            Float tensor (num_leaves, num_classes[level]): `leaf_probabilities @ matrix` are the level's probabilities.
-            A leaf that ends above the level has a row of zeros there, so on uneven trees they can sum to less than 1.
-        """
-        depth = self.level_index(level)
-        return (self._tables.leaf[:-1, depth, None] == torch.arange(self.num_classes[depth], device="cpu")).float()
-
-    def valid_paths(self, predictions: Tensor) -> Tensor:
-        """Whether each sample's predictions form a path of the tree.
-
-        A prediction must have all the classes predicted above it as its ancestors. -1 is "no prediction", and binds
-        nobody. Where branches end early: once a *leaf* is predicted the path is complete, so the predictions on the
-        levels below it (which every branch classifier makes, having no class "none") are ignored.
-
-        Args:
-            predictions: LongTensor (N, L) of class indices per level, as the argmax of each level's logits.
-
-        Returns:
-            Bool tensor (N,).
-
-        Raises:
-            ValueError: if the shape is not (N, L) or an index is out of range.
-        """
-        if predictions.ndim != 2 or predictions.shape[1] != self.num_levels:
-            raise ValueError(f"predictions must have shape (N, {self.num_levels}), one column per level, got "
-                             f"{tuple(predictions.shape)}")
-        valid = torch.ones(len(predictions), dtype=torch.bool, device=predictions.device)
-        still_open = valid.clone()  # no leaf has been predicted so far
-        for depth, level in enumerate(self.levels):
-            column = as_labels(predictions[:, depth], self.num_classes[depth], f"prediction of level {level!r}")
-            ancestors = self._tables.ancestors[depth].to(column.device)[column]
-            above = predictions[:, :depth]
-            fits = ((ancestors[:, :depth] == above) | (above < 0)).all(1)
-            valid &= fits | (column < 0) | ~still_open
-            still_open &= (column < 0) | ~self._tables.is_leaf[depth].to(column.device)[column]
-        return valid
-
-    def common_depth(self, a: Tensor, b: Tensor) -> Tensor:
-        """On how many levels two label rows share their path: the depth of their lowest common ancestor (LCA).
-
-        Args:
-            a: LongTensor (..., L) of label rows, as :meth:`expand` gives them.
-            b: another, of a shape that broadcasts with `a`'s.
-
-        Returns:
-            LongTensor (...): 0 if they share nothing but the root above all, L if they are the same deepest leaf.
-
-        Example:
-            >>> tree = Taxonomy(['animal/cat', 'animal/dog', 'transport/ship'])
-            >>> tree.common_depth(tree.expand(0), tree.expand([0, 1, 2])).tolist()
-            [2, 1, 0]
-        """
-        return ((a == b) & (a >= 0)).long().cumprod(-1).sum(-1)
-
-    def lca_height(self, a: Tensor, b: Tensor) -> Tensor:
-        """The height of the lowest common ancestor of two nodes, the hierarchical distance of Bertinetto et al. 2020.
-
-        Args:
-            a: LongTensor (..., L) of label rows, as :meth:`expand` gives them.
-            b: another, of a shape that broadcasts with `a`'s.
-
-        Returns:
-            LongTensor (...): 0 for the same leaf, L for leaves of different trees of the forest.
-
-        Example:
-            >>> tree = Taxonomy(['animal/cat', 'animal/dog', 'transport/ship'])
-            >>> tree.lca_height(tree.expand(0), tree.expand([0, 1, 2])).tolist()
-            [0, 1, 2]
-        """
-        depth = self.common_depth(a, b)
-        starts = torch.tensor([0, 1, *self.num_classes], device=depth.device).cumsum(0)[:-1]  # the root comes first
-        above = a.expand(*depth.shape, self.num_levels).gather(-1, (depth - 1).clamp(min=0)[..., None])[..., 0]
-        root = torch.tensor([self.num_levels], device="cpu")
-        heights = torch.cat([root, *self._tables.heights]).to(depth.device)
-        return heights[torch.where(depth > 0, starts[depth] + above, 0)]
-
-    def reorder(self, names: Sequence[str | Sequence[str]]) -> Taxonomy:
-        """The same forest with its leaves in another order, such as a dataset's own class order.
-
-        Args:
-            names: all leaves, written as for :meth:`encode`, in the order wanted.
-
-        Raises:
-            ValueError: if `names` is not each leaf once.
-        """
-        indices = self.encode(list(names)).tolist()
-        if sorted(indices) != list(range(self.num_leaves)):
-            missing = [name for i, name in enumerate(self.leaf_names) if i not in indices]
-            raise ValueError(f"names must list each of the {self.num_leaves} leaves once; got {len(indices)} names, "
-                             f"missing {missing}")
-        return Taxonomy([self.leaves[i] for i in indices], self.levels)
+    __slots__ = ()
 
     # ---- constructors
 
@@ -326,6 +76,28 @@ class Taxonomy:
             ValueError: if a column is missing or doubled, or a row has a gap or more cells than the header.
         """
         return cls(*readers.read_csv(file, columns))
+
+    @classmethod
+    def from_dataframe(cls, frame: Any, columns: Sequence[Any] | None = None) -> Taxonomy:
+        """From a pandas data frame with one row per leaf, or one per sample: equal rows are one leaf.
+
+        Args:
+            frame: a column per level, a row per leaf or sample. A missing value (NaN, None, '') ends a shallower leaf;
+                rows without any value are left out. Leaves are numbered in order of first appearance. Numbers become
+                text, whole ones without '.0'.
+            columns: the columns to use, coarsest first; default all.
+
+        Raises:
+            TypeError: if it is no data frame.
+            ValueError: if a column is missing or doubled, a row has a gap, or a row names only an inner node of
+                another (samples with a coarse label only: drop these rows, and encode_partial encodes them).
+
+        Example:
+            >>> frame = pandas.DataFrame({'kind': ['a', 'p', 'a'], 'name': ['cat', None, 'cat']})  # doctest: +SKIP
+            >>> Taxonomy.from_dataframe(frame).leaves  # doctest: +SKIP
+            (('a', 'cat'), ('p',))
+        """
+        return cls(*readers.read_dataframe(frame, columns))
 
     @classmethod
     def from_json(cls, source: str | Path | Mapping[str, Any] | Sequence[Any],
@@ -388,6 +160,101 @@ class Taxonomy:
         leaves, order = readers.read_parents(classes, maps, names, levels)
         return cls(leaves, levels, order)
 
+    @classmethod
+    def from_wordnet(cls, classes: Iterable[Any], levels: Sequence[str] | None = None) -> Taxonomy:
+        """From the hypernyms of words in WordNet, read with nltk and its data.
+
+        Each class hangs below its shortest chain of hypernyms; nodes with a single child, the roots among them, are
+        left out. Depths are uneven. Inner nodes are called by their first lemma, by their synset where siblings would
+        share it. A class that is also above another is a leaf beside it, below the node of its own: 'dog' and
+        'poodle' are 'dog/dog' and 'dog/poodle'.
+
+        Args:
+            classes: in class order, each a word (its most frequent *noun* sense, so mind ambiguous ones: 'crane' is a
+                person), a synset's name ('crane.n.04'), an ImageNet id ('n02084071', of WordNet 3.0), or a synset of
+                nltk. A text is the leaf's name as it stands.
+            levels: level names, coarsest first.
+
+        Raises:
+            ImportError: if nltk is not installed.
+            LookupError: if WordNet's data is not there; `python -m nltk.downloader wordnet` gets it.
+            ValueError: if WordNet does not have a class, or two classes are one synset.
+        """
+        return cls(read_wordnet(classes), levels)
+
+    @classmethod
+    def from_linkage(cls, linkage: Any, classes: Sequence[str], num_classes: Sequence[int],
+                     levels: Sequence[str] | None = None) -> Taxonomy:
+        """From an agglomerative clustering of the classes, cut into levels. All leaves lie on the last level.
+
+        Args:
+            linkage: (K - 1, 4), from `linkage_from_confusion`, `linkage_from_embeddings` or SciPy;
+                `plots.plot_dendrogram` draws it.
+            classes: the K leaves' names in class order.
+            num_classes: number of classes of each level above the leaves, coarsest first: increasing, from 2 to K - 1.
+                Exactly as many are made, also where merges are equally near.
+            levels: names of these levels and of the leaves' own.
+
+        Raises:
+            ValueError: if there are not K different names, or two levels would be the same.
+
+        Warns:
+            UserWarning: if a cut falls between merges at the same distance, so that its grouping is arbitrary.
+
+        Example:
+            >>> linkage = [[0, 1, 0.2, 2], [3, 4, 0.3, 2], [2, 6, 0.5, 3], [5, 7, 0.9, 5]]
+            >>> print(Taxonomy.from_linkage(linkage, ['cat', 'dog', 'bus', 'car', 'van'], [2, 3]))
+            cat+dog
+            └─ cat+dog
+               ├─ cat [0]
+               └─ dog [1]
+            bus+car+van
+            ├─ bus
+            │  └─ bus [2]
+            └─ car+van
+               ├─ car [3]
+               └─ van [4]
+        """
+        return cls(derive.linkage_paths(linkage, classes, num_classes), levels)
+
+    @classmethod
+    def from_confusion(cls, matrix: Any, classes: Sequence[str], num_classes: Sequence[int],
+                       levels: Sequence[str] | None = None, method: str = "average") -> Taxonomy:
+        """From a model's confusion matrix: classes that it confuses come together.
+
+        Args:
+            matrix: counts (K, K), rows labels, columns predictions; see `linkage_from_confusion`.
+            classes, num_classes, levels: see :meth:`from_linkage`.
+            method: 'average', 'complete', 'single' or 'weighted' linkage.
+
+        Raises:
+            ValueError: as `linkage_from_confusion` and :meth:`from_linkage` do.
+
+        Example:
+            >>> matrix = [[6, 4, 0, 0], [3, 7, 0, 0], [0, 1, 8, 1], [0, 0, 2, 8]]
+            >>> Taxonomy.from_confusion(matrix, ['cat', 'dog', 'car', 'van'], [2]).classes[0]
+            ('cat+dog', 'car+van')
+        """
+        return cls.from_linkage(derive.linkage_from_confusion(matrix, method), classes, num_classes, levels)
+
+    @classmethod
+    def from_embeddings(cls, embeddings: Any, classes: Sequence[str], num_classes: Sequence[int],
+                        levels: Sequence[str] | None = None, metric: str = "cosine",
+                        method: str = "average") -> Taxonomy:
+        """From an embedding of each class: near classes come together.
+
+        Args:
+            embeddings: (K, D), such as `class_prototypes` of samples; see `linkage_from_embeddings`.
+            classes, num_classes, levels: see :meth:`from_linkage`.
+            metric: 'cosine' or 'euclidean'.
+            method: 'average', 'complete', 'single', 'weighted', or with euclidean distance 'ward'.
+
+        Raises:
+            ValueError: as `linkage_from_embeddings` and :meth:`from_linkage` do.
+        """
+        return cls.from_linkage(derive.linkage_from_embeddings(embeddings, metric, method), classes, num_classes,
+                                levels)
+
     # ---- storing
 
     def to_dict(self) -> dict[str, Any]:
@@ -413,31 +280,75 @@ class Taxonomy:
 
     def save_json(self, file: str | Path) -> None:
         """Write :meth:`to_dict` to a file that :meth:`from_json` reads."""
-        Path(file).write_text(json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
-    # ---- being an immutable value
+        text = json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n"
+        replace_file(file, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        raise AttributeError(f"a Taxonomy does not change; make a new one instead of setting {name!r}")
+    # ---- other trees made of this one
 
-    def __delattr__(self, name: str) -> None:
-        raise AttributeError(f"a Taxonomy does not change; {name!r} cannot be deleted")
+    def reorder(self, names: Sequence[str | Sequence[str]]) -> Taxonomy:
+        """The same forest with its leaves in another order, such as a dataset's own class order.
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Taxonomy, (self.leaves, self.levels, self.nodes)  # pickle and deepcopy would set attributes
+        Args:
+            names: all leaves, written as for :meth:`encode`, in the order wanted.
 
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Taxonomy):
-            return NotImplemented
-        return (self.leaves, self.levels, self.nodes) == (other.leaves, other.levels, other.nodes)
+        Raises:
+            ValueError: if `names` is not each leaf once.
+        """
+        indices = self.encode(list(names)).tolist()
+        if sorted(indices) != list(range(self.num_leaves)):
+            missing = [self.leaf_names[i] for i in sorted(set(range(self.num_leaves)) - set(indices))]
+            raise ValueError(f"names must list each of the {self.num_leaves} leaves once; got {len(indices)} names, "
+                             f"missing {missing}")
+        return Taxonomy([self.leaves[i] for i in indices], self.levels)
 
-    def __hash__(self) -> int:
-        return hash((self.leaves, self.levels, self.nodes))
+    def prune(self, classes: Tensor | str | Iterable[Any]) -> Taxonomy:
+        """The tree of only some leaves, such as those present in a dataset.
 
-    def __repr__(self) -> str:
-        sizes = ", ".join(f"{name}: {n}" for name, n in zip(self.levels, self.num_classes, strict=True))
-        return f"Taxonomy({sizes}; {self.num_leaves} leaves)"
+        Leaves and the classes of each level keep their order; nodes, and last levels, without leaves left go. Use
+        :meth:`translate` to turn old leaf labels into the new tree's.
 
-    def __str__(self) -> str:
-        """The tree as text; leaves with their index."""
-        return draw([path for level in self.nodes for path in level], self._tables.leaf_index)
+        Args:
+            classes: the leaves to keep, in any order, repeated or not: names as for :meth:`encode`, or leaf indices,
+                even all labels of a dataset (-1, "unknown", is none).
+
+        Raises:
+            ValueError: if a name or index is not that of a leaf, or no leaf is left.
+
+        Example:
+            >>> tree = Taxonomy(['animal/cat', 'animal/dog', 'transport/ship'])
+            >>> small = tree.prune(['ship', 'dog'])
+            >>> small.leaves, tree.translate([0, 1, 2], small).tolist()
+            ((('animal', 'dog'), ('transport', 'ship')), [-1, 0, 1])
+        """
+        if not isinstance(classes, Tensor):
+            classes = [classes] if isinstance(classes, str) else list(classes)
+            if any(isinstance(item, (str, Sequence)) for item in classes):
+                classes = self.encode(classes)
+        kept = as_labels(classes, self.num_leaves, "leaf label").unique().tolist()
+        leaves = [self.leaves[i] for i in kept if i >= 0]
+        if not leaves:
+            raise ValueError(f"pruning would leave none of the {self.num_leaves} leaves; name those to keep")
+        used = {path[:d + 1] for path in leaves for d in range(len(path))}
+        order = [[node for node in level if node in used] for level in self.nodes[:max(map(len, leaves))]]
+        return Taxonomy(leaves, self.levels[:len(order)], order)
+
+    def merge(self, other: Taxonomy, same_names: bool = False) -> Taxonomy:
+        """The union of two trees. Leaves and classes of this one keep their indices, those of the other follow.
+
+        A level's default name ('level2') gives way to a name of the other tree's.
+
+        Args:
+            other: the other tree.
+            same_names: whether a leaf's name may stand at different paths in the two. By default that is refused: a
+                'cat' under 'pet' here and under 'mammal' there is nearly always one class, which would become two.
+
+        Raises:
+            ValueError: if a node is a leaf of one and has children in the other, level names differ, or a leaf name
+                stands at different paths and `same_names` is not set.
+
+        Example:
+            >>> Taxonomy(['animal/cat', 'transport/ship']).merge(Taxonomy(['animal/dog', 'animal/cat'])).leaves
+            (('animal', 'cat'), ('transport', 'ship'), ('animal', 'dog'))
+        """
+        return Taxonomy(*merge_forests(self, other, same_names))

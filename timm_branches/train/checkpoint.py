@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from timm_branches.weights import replace_file
+from timm_branches.files import replace_file
 
 __all__ = ["load_state", "save_state"]
 

@@ -16,38 +16,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["CsvLog", "MissingPackageError", "Trackers", "atomic_write", "open_trackers"]
+from timm_branches.figures import MissingPackageError
+from timm_branches.files import atomic_write
+
+__all__ = ["CsvLog", "Trackers", "open_trackers"]
 
 _WHOLE = re.compile(r"[+-]?\d+")
-
-
-class MissingPackageError(ValueError, ImportError):
-    """An optional package was asked for and is not installed; the message says what to install."""
-
-
-def atomic_write(path: str | os.PathLike, data: bytes) -> Path:
-    """Write a file so that a kill at any moment leaves either the old file or the new one, whole.
-
-    Args:
-        path: Where to; missing folders are made.
-        data: All of the file.
-
-    Returns:
-        The path.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # in the same folder, because a rename is only atomic within one file system
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
 
 
 class CsvLog:

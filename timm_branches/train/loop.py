@@ -18,6 +18,8 @@ from timm.task import evaluation_sample_limit
 from timm.utils import NativeScaler, dispatch_clip_grad, distribute_bn
 from tqdm import tqdm
 
+from timm_branches.files import replace_file
+from timm_branches.hierarchy.evaluator import HierarchyEvaluator
 from timm_branches.task import BranchTask, base_model
 from timm_branches.train.checkpoint import load_state, save_state
 from timm_branches.train.checks import check_losses, check_weights
@@ -25,7 +27,7 @@ from timm_branches.train.config import FitConfig
 from timm_branches.train.log import CsvLog, open_trackers
 from timm_branches.train.lr import create_scheduler
 from timm_branches.train.process import current_device, is_distributed, is_primary, seed_everything
-from timm_branches.weights import replace_file, save_model
+from timm_branches.weights import save_model
 
 __all__ = ["FitResult", "evaluate", "fit"]
 
@@ -38,14 +40,14 @@ class FitResult:
         output: Folder of the run: ``model.safetensors`` (the best), ``last.safetensors`` (to resume), ``log.csv``.
         history: One dict per epoch, as in ``log.csv``.
         best_epoch: 0-based epoch of ``model.safetensors``.
-        best: Its metrics.
+        best: Its metrics; None where nothing could be measured (the severity of no mistakes).
         seconds: Time spent in this call.
     """
 
     output: Path
     history: list[dict] = field(default_factory=list)
     best_epoch: int = -1
-    best: dict[str, float] = field(default_factory=dict)
+    best: dict[str, float | None] = field(default_factory=dict)
     seconds: float = 0.0
 
     @property
@@ -55,8 +57,16 @@ class FitResult:
 
 
 @torch.no_grad()
-def evaluate(task: BranchTask, loader: Iterable, ema: bool = False, amp: Any = nullcontext):
+def evaluate(task: BranchTask, loader: Iterable, ema: bool = False, amp: Any = nullcontext,
+             **options: Any) -> HierarchyEvaluator:
     """Run a task's evaluator over a loader of (images, labels (N, L)), exactly, over all processes.
+
+    Args:
+        task: The task.
+        loader: Batches, as for :func:`fit`.
+        ema: Judge the moving average of the weights.
+        amp: Makes the context of the forward pass.
+        **options: What the evaluator takes, such as ``decoder``.
 
     Returns:
         The evaluator; ``compute()`` has been called with the processes joined, see ``evaluator.metrics``.
@@ -64,7 +74,7 @@ def evaluate(task: BranchTask, loader: Iterable, ema: bool = False, amp: Any = n
     model: Any = task.get_eval_model(ema=ema)
     was_training = model.training
     model.eval()
-    evaluator = task.create_evaluator(max_samples=evaluation_sample_limit(loader))
+    evaluator = task.create_evaluator(max_samples=evaluation_sample_limit(loader), **options)
     for images, labels in loader:
         with amp():
             output = model(_to(images, task.device, None))
@@ -167,6 +177,8 @@ class _Run:
         self.optimizer = create_optimizer_v2(
             model, opt=config.opt, lr=config.lr_at().get(0, config.lr), weight_decay=config.weight_decay,
             momentum=config.momentum, layer_decay=config.layer_decay)
+        if own := list(task.parameters_of_loss()):
+            self.optimizer.add_param_group({"params": own, "weight_decay": 0.0})
         self.scaler = NativeScaler(device=self.device.type) if config.amp and config.amp_dtype == "float16" else None
         if config.model_ema:
             task.setup_ema(decay=config.model_ema_decay, use_warmup=config.model_ema_warmup)
@@ -207,7 +219,7 @@ class _Run:
             self.optimizer.load_state_dict(state["optimizer"])
         except (RuntimeError, ValueError, KeyError) as error:
             raise ValueError(f"--resume {path} is of another model or optimizer: {error}") from error
-        if self.task.schedule != asked and self.primary:
+        if str(self.task.schedule) != str(asked) and self.primary:  # what a dynamic one has learned does not count
             tqdm.write(f"The checkpoint's loss-weight schedule is used, not the one asked for:\n{self.task.schedule}")
         if self.scaler and "scaler" in state:
             self.scaler.load_state_dict(state["scaler"])
@@ -259,10 +271,15 @@ class _Run:
         if is_distributed():
             for ema in (False, True) if self.task.has_ema() else (False,):
                 distribute_bn(self.task.get_trainable_module(ema=ema), dist.get_world_size(), reduce=True)
-        metrics: dict[str, float] = {}
+        metrics: dict[str, float | None] = {}
         if self.eval_loader is not None:
             self.evaluator = evaluate(self.task, self.eval_loader, ema=self.task.has_ema(), amp=self.amp)
-            metrics = dict(self.evaluator.metrics)
+            # a metric without a sample (severity without a mistake) is None in logs and files: JSON knows no NaN
+            metrics = {k: None if math.isnan(v) else v for k, v in self.evaluator.metrics.items()}
+            if len(self.task.level_names) == self.task.schedule.num_levels:
+                # what the schedule learns from this epoch acts from the next one on
+                top1 = [self.evaluator.metrics[f"{name}_top1"] / 100 for name in self.task.level_names]
+                self.task.schedule.update(top1, epoch)
         row |= {f"eval_{key}": value for key, value in metrics.items()}
         row |= {f"weight_{name}": w for name, w in zip(self.task.names, self.task.weights, strict=True)}
         row |= {"seconds": round(seconds, 3), "images_per_second": round(count / seconds, 1)}
@@ -279,15 +296,15 @@ class _Run:
             self.trackers.log(row, epoch)
             self._save(epoch)
             if self.config.progress:
-                tqdm.write(_line(row, self.config.epochs))
+                tqdm.write(_line(row, self.config.epochs, self.evaluator.headline if metrics else ()))
                 sys.stdout.flush()
         self.result.history.append(row)
 
-    def _is_better(self, value: float) -> bool:
-        best = self.result.best.get(self.metric, math.nan)
-        if math.isnan(best):
-            return True
-        return value < best if self.metric == "loss" else value > best
+    def _is_better(self, value: float | None) -> bool:
+        best = self.result.best.get(self.metric)
+        if best is None or value is None:
+            return best is None
+        return value < best if HierarchyEvaluator.lower_is_better(self.metric) else value > best
 
     def _train(self, epoch: int) -> tuple[dict[str, float], int]:
         config, task = self.config, self.task
@@ -373,6 +390,8 @@ class _Run:
             [[str(i) for i in range(k)] for k in self.task.level_classes]
         matrices = self.evaluator.confusion_matrices()
         for level, matrix, classes in zip(self.task.level_names, matrices, names, strict=True):
+            if matrix is None:  # of more classes than a picture can show
+                continue
             safe = "".join(c if c.isalnum() or c in "-_" else "_" for c in level)
             plot_confusion(matrix, list(classes), self.result.output / f"confusion_{safe}.png",
                            title=f"{level}: last epoch, validation")
@@ -388,8 +407,8 @@ def _to(images: torch.Tensor, device: torch.device, memory_format: Any) -> torch
     return images.to(device, non_blocking=True, memory_format=memory_format)
 
 
-def _line(row: dict, epochs: int) -> str:
+def _line(row: dict, epochs: int, headline: Iterable[str]) -> str:
     parts = [f"epoch {row['epoch'] + 1}/{epochs}", f"loss {row['train_loss']:.4f}"]
-    parts += [f"{k.removeprefix('eval_').removesuffix('_top1')} {v:.2f}" for k, v in row.items()
-              if k.startswith("eval_") and k != "eval_loss"]
+    parts += [f"{name.removesuffix('_top1')} {row[f'eval_{name}']:.2f}" for name in headline
+              if row[f"eval_{name}"] is not None]
     return "  ".join([*parts, f"lr {row['lr']:.2g}", f"{row['images_per_second']:.0f} img/s"])

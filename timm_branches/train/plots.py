@@ -1,27 +1,19 @@
 """Pictures of a run: accuracy per level over the loss-weight schedule, and confusion matrices.
-
-Figures are built on matplotlib's objects with an Agg canvas of their own, so drawing one neither needs a display nor
-touches the backend, the style or the open figures of the program that asks for it.
 """
 
-import io
 import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .log import MissingPackageError, atomic_write
+from timm_branches.figures import COLOURS, FAINT, INK, new_figure, restrain, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["confusion_figure", "history_figure", "plot_confusion", "plot_history"]
-
-# Okabe & Ito's colours (https://jfly.uni-koeln.de/color/), told apart with every kind of colour vision
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
-INK, FAINT = "#333333", "#DDDDDD"
+__all__ = ["collapse_figure", "confusion_figure", "history_figure", "plot_collapse", "plot_confusion", "plot_history"]
 
 
 def plot_history(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> Path:
@@ -37,7 +29,7 @@ def plot_history(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> 
     Raises:
         ValueError: The rows name no level.
     """
-    return _save(history_figure(rows), path)
+    return save_figure(history_figure(rows), path)
 
 
 def history_figure(rows: Sequence[Mapping[str, Any]]) -> "Figure":
@@ -72,7 +64,7 @@ def history_figure(rows: Sequence[Mapping[str, Any]]) -> "Figure":
     if not epochs:
         raise ValueError("There is nothing to plot: no row has an epoch.")
 
-    figure = _figure(7.2, 5.0 if weighted else 3.8)
+    figure = new_figure(7.2, 5.0 if weighted else 3.8)
     if weighted:
         top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1.1])
         _draw_weights(bottom, epochs, {lv: _column(by_epoch, f"weight_{lv}") for lv in weighted}, levels)
@@ -87,8 +79,61 @@ def history_figure(rows: Sequence[Mapping[str, Any]]) -> "Figure":
     return figure
 
 
+def plot_collapse(histories: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], levels: Sequence[str],
+                  path: str | os.PathLike) -> Path:
+    """Draw :func:`collapse_figure` into a PNG, atomically.
+
+    Args:
+        histories: For each of a few schedules the rows of each seed's run.
+        levels: The levels, coarse to fine.
+        path: The PNG; missing folders are made.
+
+    Returns:
+        The path.
+    """
+    return save_figure(collapse_figure(histories, levels), path)
+
+
+def collapse_figure(histories: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], levels: Sequence[str]) -> "Figure":
+    """Accuracy by epoch under several loss-weight schedules, a panel a level: what happens to heads turned off.
+
+    Args:
+        histories: For each schedule the rows (``epoch``, ``eval_<level>_top1`` in percent, ``weight_<level>``) of each
+            seed's run. The first schedule's epochs in which a level's weight is 0 are shaded in its panel.
+        levels: The levels, coarse to fine.
+
+    Returns:
+        A matplotlib Figure with one axes a level; thin lines are seeds, the thick one is their mean.
+    """
+    figure = new_figure(3.1 * len(levels) + 0.6, 3.4)
+    panels = figure.subplots(1, len(levels), squeeze=False)[0]
+    names = list(histories)
+    for axes, level in zip(panels, levels, strict=True):
+        restrain(axes)
+        axes.set_title(level, fontsize=11, color=INK, loc="left")
+        axes.grid(axis="y", color=FAINT, linewidth=0.8)
+        axes.set_xlabel("epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+        for row in next(iter(histories.values()))[0]:
+            if row[f"weight_{level}"] == 0:
+                axes.axvspan(row["epoch"] - 0.5, row["epoch"] + 0.5, color="#EEEEEE", linewidth=0, zorder=0)
+        for name, runs in histories.items():
+            colour = _colour(name, names)
+            curves = [[_value(row[f"eval_{level}_top1"]) for row in run] for run in runs]
+            epochs = [row["epoch"] for row in runs[0]]
+            for curve in curves if len(curves) > 1 else ():
+                axes.plot(epochs, curve, color=colour, linewidth=0.7, alpha=0.4)
+            mean = [sum(values) / len(values) for values in zip(*curves, strict=True)]
+            axes.plot(epochs, mean, color=colour, linewidth=2, label=name)
+    panels[0].set_ylabel("top-1 accuracy (%)")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(names), frameon=False,
+                  fontsize=9, labelcolor=INK)
+    figure.suptitle("shaded: the level's weight is 0", fontsize=8, color="#777777", x=0.995, ha="right")
+    return figure
+
+
 def _draw_accuracy(axes: "Axes", epochs: list[float], values: dict[str, list[float]], levels: list[str]) -> None:
-    _restrain(axes)
+    restrain(axes)
     axes.set_ylabel("top-1 accuracy (%)")
     axes.grid(axis="y", color=FAINT, linewidth=0.8)
     seen = [v for column in values.values() for v in column if math.isfinite(v)]
@@ -112,7 +157,7 @@ def _draw_accuracy(axes: "Axes", epochs: list[float], values: dict[str, list[flo
 
 
 def _draw_weights(axes: "Axes", epochs: list[float], values: dict[str, list[float]], levels: list[str]) -> None:
-    _restrain(axes)
+    restrain(axes)
     axes.set_ylabel("loss weight")
     # the weights of epoch e hold for all of it: a band from e - 1/2 to e + 1/2, under the point of its accuracy
     edges = [e - 0.5 for e in epochs] + [epochs[-1] + 0.5]
@@ -152,7 +197,7 @@ def plot_confusion(matrix: Any, class_names: Sequence[str], path: str | os.PathL
     Raises:
         ValueError: The matrix is not square, or has another size than there are names.
     """
-    return _save(confusion_figure(matrix, class_names, title), path)
+    return save_figure(confusion_figure(matrix, class_names, title), path)
 
 
 def confusion_figure(matrix: Any, class_names: Sequence[str], title: str = "") -> "Figure":
@@ -183,7 +228,7 @@ def confusion_figure(matrix: Any, class_names: Sequence[str], title: str = "") -
     side = min(max(0.62 * n, 2.6), 8.5)
     names = [name if len(name) <= 22 else name[:21] + "…" for name in map(str, class_names)]
     longest = max(map(len, names)) * 0.075
-    figure = _figure(side + longest + 1.4, side + min(longest, 1.6) + 0.9)
+    figure = new_figure(side + longest + 1.4, side + min(longest, 1.6) + 0.9)
     axes = figure.subplots()
     from matplotlib.colors import PowerNorm
 
@@ -219,35 +264,6 @@ def confusion_figure(matrix: Any, class_names: Sequence[str], title: str = "") -
         bar.ax.tick_params(length=0)
         bar.outline.set_visible(False)
     return figure
-
-
-def _figure(width: float, height: float) -> "Figure":
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingPackageError(f"Plots need matplotlib, which is not installed ({error}). "
-                                  "Install it with: pip install 'timm_branches[recipes]'") from error
-    figure = Figure(figsize=(width, height), dpi=150, facecolor="white")
-    figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.1)
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _save(figure: "Figure", path: str | os.PathLike) -> Path:
-    out = io.BytesIO()
-    figure.savefig(out, format="png")
-    return atomic_write(path, out.getvalue())
-
-
-def _restrain(axes: "Axes") -> None:
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color("#999999")
-    axes.tick_params(length=0, colors=INK, labelsize=9)
-    axes.yaxis.label.set(color=INK, fontsize=10)
-    axes.xaxis.label.set(color=INK, fontsize=10)
-    axes.set_axisbelow(True)
 
 
 def _colour(level: str, levels: list[str]) -> str:

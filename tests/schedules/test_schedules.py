@@ -11,6 +11,7 @@ from timm_branches.schedules import (
     PRESETS,
     ConstantSchedule,
     CosineSchedule,
+    DynamicSchedule,
     LinearSchedule,
     LossWeightSchedule,
     StepSchedule,
@@ -23,7 +24,15 @@ ALL = [
     LinearSchedule({0: (1, 0), 2.5: (0.5, 0.25), 10: (0, 1)}),
     CosineSchedule({0: (1, 0), 4: (0, 1e-7)}),
     ConstantSchedule((0.2, 0.3, 0.5)),
+    DynamicSchedule((0.5, 0.3, 0.2)),
+    DynamicSchedule((1, 1), floor=0.05),
 ]
+EPOCHS = 20
+
+
+def table(schedule):
+    """The weights of many epochs, of a dynamic schedule too."""
+    return [schedule(epoch) for epoch in range(EPOCHS)]
 
 
 def keras_weights(epochs, switches):
@@ -65,9 +74,18 @@ class TestPresets:
     def test_vgg16_bn(self):
         assert get_schedule("bcnn-vgg16-bn").table(80) == [seed_weights(epoch) for epoch in range(80)]
 
-    @pytest.mark.parametrize("name", ["equal", "constant"])
+    @pytest.mark.parametrize(("name", "last"), [("bcnn-cifar10", 29), ("bcnn-cifar100", 34), ("bcnn-vgg16-bn", 33)])
+    def test_keep(self, name, last):
+        """The same, but for the last phase, in which all levels go on."""
+        plain, keep = get_schedule(name), get_schedule(f"{name}-keep", num_levels=3)
+        assert keep.table(last) == plain.table(last)
+        assert keep(last) == keep(1000) == (0.05, 0.15, 0.8)
+
+    @pytest.mark.parametrize("name", ["equal", "constant", "dynamic"])
     def test_equal(self, name):
-        assert get_schedule(name, num_levels=4).table(2) == [(0.25,) * 4] * 2
+        schedule = get_schedule(name, num_levels=4)
+        assert schedule.kind == ("dynamic" if name == "dynamic" else "constant")
+        assert [schedule(0), schedule(1)] == [(0.25,) * 4] * 2
         with pytest.raises(ValueError, match="needs num_levels"):
             get_schedule(name)
 
@@ -116,12 +134,17 @@ class TestShapes:
             assert [sum(schedule(e / 7)) for e in range(300)] == pytest.approx([1] * 300)
 
 
-@pytest.mark.parametrize("schedule", ALL, ids=lambda s: s.kind)
+def like(schedule, weights):
+    """Another schedule of the same kind."""
+    return type(schedule)(weights if schedule.kind in ("constant", "dynamic") else {0: weights})
+
+
+@pytest.mark.parametrize("schedule", ALL, ids=str)
 class TestEveryKind:
     def test_dict(self, schedule):
         again = LossWeightSchedule.from_dict(json.loads(json.dumps(schedule.to_dict())))
         assert again == schedule
-        assert again.table(20) == schedule.table(20)
+        assert table(again) == table(schedule)
         assert get_schedule(schedule.to_dict(), num_levels=schedule.num_levels) == schedule
 
     def test_text(self, schedule):
@@ -132,19 +155,17 @@ class TestEveryKind:
         assert eval(repr(schedule)) == schedule
 
     def test_state(self, schedule):
-        equal = [1.0] * schedule.num_levels
-        other = type(schedule)(equal if schedule.kind == "constant" else {0: equal})
+        other = like(schedule, [3.0] * schedule.num_levels)
         assert other != schedule
         other.load_state_dict(json.loads(json.dumps(schedule.state_dict())))
         assert other == schedule
-        assert other.table(12) == schedule.table(12)
+        assert table(other) == table(schedule)
 
     def test_state_of_another(self, schedule):
         before = schedule.to_dict()
         with pytest.raises(ValueError, match="checkpoint holds"):
             schedule.load_state_dict(next(s for s in ALL if s.kind != schedule.kind).state_dict())
-        wider = [1] * (schedule.num_levels + 1)
-        wider = ConstantSchedule(wider) if schedule.kind == "constant" else type(schedule)({0: wider})
+        wider = like(schedule, [1] * (schedule.num_levels + 1))
         with pytest.raises(ValueError, match=f"{wider.num_levels} levels, but there are {schedule.num_levels}"):
             schedule.load_state_dict(wider.state_dict())
         assert schedule.to_dict() == before
@@ -155,11 +176,20 @@ class TestEveryKind:
             schedule(epoch)
 
     def test_table(self, schedule):
-        assert schedule.table(3) == [schedule(0), schedule(1), schedule(2)]
+        if schedule.kind != "dynamic":
+            assert schedule.table(3) == [schedule(0), schedule(1), schedule(2)]
         assert schedule.table(0) == []
         for epochs in (-1, 2.0):
             with pytest.raises(ValueError, match="whole number"):
                 schedule.table(epochs)
+
+
+    def test_update(self, schedule):
+        schedule = LossWeightSchedule.from_dict(schedule.to_dict())
+        before = table(schedule)
+        changed = schedule.update([0.9, *[0.3] * (schedule.num_levels - 1)], epoch=3)
+        assert changed == (schedule.kind == "dynamic")
+        assert (table(schedule) != before) == changed
 
 
 @pytest.mark.parametrize("kind", [StepSchedule, LinearSchedule, CosineSchedule])
@@ -204,6 +234,8 @@ class TestReading:
         ("Cosine:0:1,0;3:0,1", CosineSchedule({0: (1, 0), 3: (0, 1)})),
         ("0.5,0.5", ConstantSchedule((0.5, 0.5))),
         ("constant:1", ConstantSchedule((1,))),
+        ("dynamic:0.5,0.3,0.2", DynamicSchedule((0.5, 0.3, 0.2))),
+        (" Dynamic: 1, 2; floor = 0.1", DynamicSchedule((1, 2), floor=0.1)),
     ])
     def test_text(self, text, expected):
         assert get_schedule(text) == expected
@@ -218,6 +250,12 @@ class TestReading:
         ("3:1,0", "no weights for epoch 0"),
         ("step:", "no weights for epoch 0"),
         ("1,,2", "must be numbers"),
+        ("dynamic:1,x", "must be numbers"),
+        ("dynamic:", "'dynamic:' does not say for how many levels"),
+        ("dynamic:1,1;flor=0.1", "cannot read 'flor=0.1' in .*floor=0.01"),
+        ("dynamic:1,1;floor=x", "cannot read 'floor=x'"),
+        ("dynamic:1,1;", "cannot read ''"),
+        ("dynamic:1,1;floor=0", "floor must be a number above 0"),
     ])
     def test_wrong_text(self, text, message):
         with pytest.raises(ValueError, match=message):
