@@ -1,9 +1,10 @@
 """Branch classifiers, temporal heads and skip decoders on any timm backbone."""
 
 from timm_branches.factory import create_branch_model
-from timm_branches.heads import BranchClassifier, FlattenHead, PoolHead
+from timm_branches.heads import BranchClassifier, FlattenHead, GRUHead, LSTMHead, PoolHead, RedNetHead, UNetHead
 from timm_branches.hierarchy import Taxonomy
 from timm_branches.model import BranchModel
+from timm_branches.streaming import StreamingClassifier, StreamingStep, detach_state
 from timm_branches.taps import Tap, list_taps
 from timm_branches.weights import load_model, load_weights, save_model, save_pretrained
 
@@ -13,10 +14,17 @@ __all__ = [
     "BranchClassifier",
     "BranchModel",
     "FlattenHead",
+    "GRUHead",
+    "LSTMHead",
     "PoolHead",
+    "RedNetHead",
+    "StreamingClassifier",
+    "StreamingStep",
     "Tap",
     "Taxonomy",
+    "UNetHead",
     "create_branch_model",
+    "detach_state",
     "list_taps",
     "load_model",
     "load_weights",

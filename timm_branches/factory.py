@@ -50,7 +50,8 @@ def create_branch_model(
         taps: Where the heads listen: stage numbers (5 is the last), ``'conv3'``, module paths, ``Tap(...)``. One per
             head; a head that reads several (a decoder) takes a tuple of them, or, if it is the only head, all.
         num_classes: Classes of each head, or one number for all. None: the taxonomy's, else the backbone's own.
-        head: A kind (``'pool'``, ``'flatten'``), a Head object, or one of these per tap.
+        head: A kind (``'pool'``, ``'flatten'``; ``'lstm'``, ``'gru'`` for clips), a Head object, or one of these per
+            tap.
         names: Names of the heads. By default the taxonomy's levels, else ``stageK``, a decoder's kind.
         taxonomy: Label hierarchy, one level a head from coarse to fine; saved with the model. Heads after those of
             the levels are free.

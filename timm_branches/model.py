@@ -9,7 +9,10 @@ import torch
 from timm.models import group_modules, group_parameters
 from torch import nn
 
+from timm_branches.clips import read_clips, warn_of_batch_statistics
+from timm_branches.freezing import FreezableBackbone
 from timm_branches.heads import Head
+from timm_branches.heads.temporal import State
 from timm_branches.hierarchy import Taxonomy
 from timm_branches.reader import TapReader
 from timm_branches.taps import Tap
@@ -17,7 +20,7 @@ from timm_branches.taps import Tap
 __all__ = ["BranchModel"]
 
 
-class BranchModel(nn.Module):
+class BranchModel(FreezableBackbone):
     """Heads at taps of a timm backbone, all fed by one pass of it. Made by ``create_branch_model``.
 
     Args:
@@ -30,7 +33,8 @@ class BranchModel(nn.Module):
         drop_rate: Dropout of heads that do not set their own.
         taxonomy: The label hierarchy of the heads, if there is one.
 
-    Shapes: images (B, C, H, W) -> ``{name: (B, K)}`` in tap order.
+    Shapes: images (B, C, H, W) -> ``{name: (B, K)}`` in tap order. Clips (B, T, C, H, W) -> what temporal heads say,
+    (B, K) or (B, T, K), and (B, T, K) for the others.
 
     Attributes:
         names: Names of the heads in tap order.
@@ -38,6 +42,8 @@ class BranchModel(nn.Module):
         head_taps: For each head its taps, as positions in ``taps``.
         taxonomy: The label hierarchy or None; the first heads are its levels.
         config: What rebuilds the model, as ``create_branch_model`` takes it.
+        frames_per_pass: Frames of a clip that go through the backbone at once; None, the default, takes all. It
+            bounds memory and changes results only where BatchNorm takes its statistics from a batch.
         pretrained_cfg: The backbone's, with names of layers prefixed by ``backbone.``.
     """
 
@@ -55,11 +61,15 @@ class BranchModel(nn.Module):
         self.drop_rate = drop_rate
         self.config: dict[str, Any] = {}
         self._keys = {name: module_key(name) for name in self.names}
-        self.heads = nn.ModuleDict({
-            self._keys[name]: head.build([self.taps[i] for i in which], classes, drop_rate)
-            for name, head, which, classes in zip(self.names, heads, self.head_taps, num_classes, strict=True)})
+        self.heads = nn.ModuleDict()
+        for name, head, which, classes in zip(self.names, heads, self.head_taps, num_classes, strict=True):
+            of_images = {"in_chans": self.input_size[0]} if head.dense else {}
+            self.heads[self._keys[name]] = head.build([self.taps[i] for i in which], classes, drop_rate, **of_images)
         self.head_specs = tuple(heads)
-        self._frozen = False
+        self._temporal = {name for name, head in zip(self.names, heads, strict=True) if head.temporal}
+        self._dense = {name for name, head in zip(self.names, heads, strict=True) if head.dense}
+        self.frames_per_pass: int | None = None
+        self._init_freezing()
         self.pretrained_cfg = self._prefixed_cfg()
 
     # -- forward ---------------------------------------------------------------------------------------------
@@ -68,20 +78,90 @@ class BranchModel(nn.Module):
     def taps(self):
         return tuple(self.reader.taps)
 
-    def forward(self, x: torch.Tensor, heads: Sequence[str] | None = None) -> dict[str, torch.Tensor]:
+    def forward(self, x: torch.Tensor, heads: Sequence[str] | None = None,
+                lengths: "torch.Tensor | Sequence[int] | None" = None) -> dict[str, torch.Tensor]:
         """Logits of the heads.
 
         Args:
-            x: Images (B, C, H, W).
+            x: Images (B, C, H, W), or clips (B, T, C, H, W), which temporal heads need.
             heads: Names of the heads to compute, all by default. The backbone runs only as deep as they need.
+            lengths: Valid frames of each clip, (B,) whole numbers from 1 to T, or a mask (B, T) that is true for them.
+                What is behind them changes nothing: it does not go through the backbone.
 
         Returns:
-            ``{name: logits (B, K)}`` in tap order.
+            ``{name: logits}`` in tap order. Logits are (B, K); for clips (B, T, K), or (B, K) from a temporal head with
+            ``output='clip'``. Frames behind a clip's length have zeros. Decoders give maps (B, K, H, W) of the images'
+            size, with deep supervision in training those of their other stages too, as ``name_aux1`` and so on.
 
         Raises:
-            ValueError: Images that the backbone cannot take, or an unknown head.
+            ValueError: Images that the backbone or a head cannot take, lengths that do not fit, or an unknown head.
         """
-        return {name: self.head(name)(*maps) for name, maps in self._head_maps(x, self._select(heads)).items()}
+        return self._compute(x, self._select(heads), lengths)[0]
+
+    def forward_stream(self, clips: torch.Tensor, state: dict[str, State] | None = None,
+                       heads: Sequence[str] | None = None) -> tuple[dict[str, torch.Tensor], dict[str, State]]:
+        """Logits of the heads for the next frames of a video, and the state to go on from.
+
+        Frame by frame, in chunks or at once: the results are the same up to rounding. Answers of ``output='clip'`` are
+        those for all frames so far.
+
+        Args:
+            clips: The next frames (B, T, C, H, W).
+            state: What the call before returned; None at the beginning.
+            heads: As in :meth:`forward`.
+
+        Returns:
+            The logits as :meth:`forward` gives them, and for each temporal head its state: hidden state
+            (layers, B, hidden_size), for an LSTM the cell state beside it.
+
+        Raises:
+            ValueError: A head that cannot go on from a state, a state of other heads or another batch.
+
+        Example: truncated backpropagation through time, over a video that is too long for one graph
+
+            >>> from timm_branches import create_branch_model
+            >>> from timm_branches.streaming import detach_state
+            >>> model = create_branch_model('test_resnet', head={'kind': 'lstm', 'output': 'frame'}, num_classes=3)
+            >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+            >>> video, labels = torch.randn(2, 6, 3, 32, 32), torch.randint(3, (2, 6))
+            >>> state = None
+            >>> for chunk, target in zip(video.split(3, dim=1), labels.split(3, dim=1)):
+            ...     outputs, state = model.forward_stream(chunk, state)
+            ...     loss = torch.nn.functional.cross_entropy(outputs['stage5'].flatten(0, 1), target.flatten())
+            ...     optimizer.zero_grad()
+            ...     loss.backward()
+            ...     optimizer.step()
+            ...     state = detach_state(state)       # the values go on, the graph ends here
+        """
+        which = self._select(heads)
+        temporal = [self.names[i] for i in which if self.names[i] in self._temporal]
+        if clips.ndim != 5 or not temporal:
+            raise ValueError(f"forward_stream takes clips (B, T, C, H, W) and needs a temporal head; got "
+                             f"{tuple(clips.shape)} for the heads {[self.names[i] for i in which]}.")
+        if state is not None and set(state) != set(temporal):
+            raise ValueError(f"the state is that of the heads {sorted(state)}, these are {sorted(temporal)}.")
+        for name in temporal:
+            self.head(name).check_stream(name, clips.shape[0], state and state[name])  # type: ignore[operator]
+        return self._compute(clips, which, state=state)
+
+    def _compute(self, x: torch.Tensor, which: Sequence[int], lengths: Any = None,
+                 state: dict[str, State] | None = None) -> tuple[dict[str, torch.Tensor], dict[str, State]]:
+        """Outputs of these heads for images or clips, and the new states of the temporal ones."""
+        clips = read_clips(x, lengths, self.input_size[0], self._temporal & {self.names[i] for i in which})
+        frames = x if clips is None else clips.fold(x)
+        outputs: dict[str, torch.Tensor] = {}
+        states: dict[str, State] = {}
+        for name, maps in self._head_maps(frames, which, None if clips is None else self.frames_per_pass).items():
+            head = self.head(name)
+            if name in self._temporal:
+                outputs[name], states[name] = head(*maps, clips, state and state[name])
+            else:
+                y = head(*maps, image=frames) if name in self._dense else head(*maps)
+                # a decoder with deep supervision answers with several maps in training
+                several = {name if k == "main" else f"{name}_{k}": v for k, v in y.items()} if isinstance(y, dict) \
+                    else {name: y}
+                outputs |= several if clips is None else {k: clips.unfold(v) for k, v in several.items()}
+        return outputs, states
 
     def forward_taps(self, x: torch.Tensor) -> dict[str, torch.Tensor | list[torch.Tensor]]:
         """Feature maps ``{name: (B, C, H, W)}`` at the taps; a list of maps for a head that reads several taps."""
@@ -106,10 +186,15 @@ class BranchModel(nn.Module):
             raise ValueError(f"heads={wanted!r}: the model's heads are {list(self.names)}.")
         return [i for i, name in enumerate(self.names) if name in wanted]
 
-    def _head_maps(self, x: torch.Tensor, which: Sequence[int]) -> dict[str, list[torch.Tensor]]:
-        """The maps that each of these heads reads, by its name, from one pass."""
+    def _head_maps(self, x: torch.Tensor, which: Sequence[int],
+                   per_pass: int | None = None) -> dict[str, list[torch.Tensor]]:
+        """The maps that each of these heads reads, by its name, from one pass, or one for ``per_pass`` images each."""
         taps = [tap for i in which for tap in self.head_taps[i]]
-        maps = iter(self._maps(x, taps))
+        if per_pass is None or len(x) <= per_pass:
+            maps = iter(self._maps(x, taps))
+        else:
+            warn_of_batch_statistics(self.backbone)
+            maps = map(torch.cat, zip(*(self._maps(part, taps) for part in x.split(per_pass)), strict=True))
         return {self.names[i]: [next(maps) for _ in self.head_taps[i]] for i in which}
 
     def _maps(self, x: torch.Tensor, which: Sequence[int]) -> list[torch.Tensor]:
@@ -133,6 +218,16 @@ class BranchModel(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self._frozen):
             return self.reader.read(self.backbone, x, which)
 
+    @property
+    def frames_per_pass(self) -> int | None:
+        return self._frames_per_pass
+
+    @frames_per_pass.setter
+    def frames_per_pass(self, value: int | None) -> None:
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ValueError(f"frames_per_pass takes a whole number from 1, or None for all frames, got {value!r}.")
+        self._frames_per_pass = value
+
     def _deepest(self) -> int:
         def depth(i: int) -> tuple[int, bool, int]:
             info, reader = self.taps[i], self.reader
@@ -141,26 +236,6 @@ class BranchModel(nn.Module):
             return reader.within[info.module], True, reader.order[info.module]
 
         return max(range(len(self.taps)), key=depth)
-
-    # -- freezing --------------------------------------------------------------------------------------------
-
-    def freeze(self) -> "BranchModel":
-        """Freeze the backbone: no gradients, BatchNorm and dropout in eval through ``train()``, no autograd in it."""
-        self._frozen = True
-        self.backbone.requires_grad_(False)
-        self.backbone.eval()
-        return self
-
-    def train(self, mode: bool = True) -> "BranchModel":
-        super().train(mode)
-        if self._frozen:
-            self.backbone.eval()
-        return self
-
-    @property
-    def frozen(self) -> bool:
-        """Whether the backbone is frozen."""
-        return self._frozen
 
     # -- timm's contract -------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""The papers' own networks and ResNets for 32 px; importing this package registers them with timm.
+"""The papers' own networks and others for small images; importing this package registers them with timm.
 
 Example:
     >>> import timm, timm_branches.backbones
@@ -8,7 +8,9 @@ Example:
 
 from .bcnn import BCNN, BlockCfg, bcnn_a, bcnn_b, bcnn_vgg16
 from .cifar_resnet import resnet18_cifar, resnet34_cifar
+from .clip_cnn import ClipCNN, conv2_24x48
 from .fine_head import FlattenMlpHead
+from .rednet import RedNetEncoder, rednet_small
 
-__all__ = ["BCNN", "BlockCfg", "FlattenMlpHead", "bcnn_a", "bcnn_b", "bcnn_vgg16", "resnet18_cifar",
-           "resnet34_cifar"]
+__all__ = ["BCNN", "BlockCfg", "ClipCNN", "FlattenMlpHead", "RedNetEncoder", "bcnn_a", "bcnn_b", "bcnn_vgg16",
+           "conv2_24x48", "rednet_small", "resnet18_cifar", "resnet34_cifar"]

@@ -39,6 +39,8 @@ class PoolHead:
 
     kind: ClassVar[str] = "pool"
     multi_tap: ClassVar[bool] = False
+    dense: ClassVar[bool] = False
+    temporal: ClassVar[bool] = False
     hidden: tuple[int, ...] = ()
     pool_type: str = "avg"
     drop_rate: float | None = None
@@ -79,6 +81,8 @@ class FlattenHead:
 
     kind: ClassVar[str] = "flatten"
     multi_tap: ClassVar[bool] = False
+    dense: ClassVar[bool] = False
+    temporal: ClassVar[bool] = False
     hidden: tuple[int, ...] | None = None
     drop_rate: float | None = None
 
@@ -106,7 +110,7 @@ class _FixedFlatten(nn.Flatten):
         if x.shape[2:] != self.size:
             raise ValueError(f"the 'flatten' head at tap {self.tap_name!r} was made for a map of "
                              f"{self.size[0]}x{self.size[1]}, got {x.shape[2]}x{x.shape[3]}: give images of the size "
-                             "that the model was made for, set img_size=, or use head='pool'.")
+                             "that the model was made for, set img_size=, or pool instead of flattening.")
         return super().forward(x)
 
 

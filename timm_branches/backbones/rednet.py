@@ -1,0 +1,148 @@
+"""A small strided RED-Net encoder, as a timm model: three 3x3 convolutions of stride 2, each followed by LeakyReLU.
+
+RED-Net (Mao et al. 2016, arXiv 1603.09056) keeps the size of the image; small autoencoders after it halve the image at
+each convolution and end in a linear bottleneck. This is the encoder of such a one. Its widths are 16, 32 and 64, so
+that a 512 px image becomes a map of 64x64x64, from which one linear layer makes the code and another the map again.
+
+Stages 3, 4 and 5 are the three convolutions with their activations, at strides 2, 4 and 8. The whole autoencoder:
+
+Example:
+    >>> from timm_branches import create_branch_model
+    >>> from timm_branches.heads import RedNetHead
+    >>> head = RedNetHead(bottleneck=128, act='leaky_relu', out_act=('leaky_relu', 'sigmoid'))
+    >>> model = create_branch_model('rednet_small', taps=[3, 4, 5], head=head, num_classes=3, img_size=64)
+    >>> model(torch.rand(2, 3, 64, 64))['rednet'].shape
+    torch.Size([2, 3, 64, 64])
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from timm.layers import ClassifierHead
+from timm.models import build_model_with_cfg, checkpoint, checkpoint_seq, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from torch import nn
+
+__all__ = ["RedNetEncoder", "rednet_small"]
+
+
+class RedNetEncoder(nn.Module):
+    """Strided convolutions, each with LeakyReLU (slope 0.01), then pooling and a Linear where there are classes.
+
+    Args:
+        widths: Channels of each convolution.
+        num_classes: Outputs; 0 for pooled features.
+        in_chans: Channels of the image.
+        global_pool: timm's pooling of the classifier; '' for bare maps.
+        drop_rate: Dropout before the classifier.
+        device: Where the parameters are made.
+        dtype: Of the parameters.
+
+    Shape:
+        - Input: (B, in_chans, H, W)
+        - Output: (B, num_classes)
+
+    Example:
+        >>> model = RedNetEncoder([8, 16], num_classes=5)
+        >>> [tuple(y.shape) for y in model.forward_intermediates(torch.rand(1, 3, 33, 17), intermediates_only=True)]
+        [(1, 8, 17, 9), (1, 16, 9, 5)]
+    """
+
+    def __init__(self, widths: Sequence[int] = (16, 32, 64), num_classes: int = 0, in_chans: int = 3,
+                 global_pool: str = "avg", drop_rate: float = 0.0, device=None, dtype=None):
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.num_classes, self.in_chans, self.drop_rate = num_classes, in_chans, drop_rate
+        self.grad_checkpointing = False
+        self.feature_info = [{"num_chs": width, "reduction": 2 ** i, "module": f"blocks.{i - 1}"}
+                             for i, width in enumerate(widths, start=1)]
+        self.blocks = nn.Sequential(*(
+            nn.Sequential(OrderedDict(conv=nn.Conv2d(chs, width, 3, stride=2, padding=1, **dd), act=nn.LeakyReLU()))
+            for chs, width in zip((in_chans, *widths), widths, strict=False)))
+        self.num_features = self.head_hidden_size = widths[-1]
+        self.head = ClassifierHead(self.num_features, num_classes, global_pool, drop_rate, **dd)
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Layer groups for layer decay: each convolution is one."""
+        return {"stem": r"^blocks\.0", "blocks": r"^blocks\.(\d+)"}
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep only the blocks' outputs for the backward pass and compute the rest again."""
+        self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """The Linear, or Identity without classes."""
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new Linear for ``num_classes``, 0 for pooled features; None keeps the pooling there is."""
+        self.num_classes = num_classes
+        self.head.reset(num_classes, global_pool)
+
+    def forward_intermediates(
+        self,
+        x: torch.Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
+        """Maps of several blocks; the arguments are those of :meth:`BCNN.forward_intermediates`.
+
+        Raises:
+            ValueError: ``output_fmt`` is not 'NCHW'.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}.")
+        take, deepest = feature_take_indices(len(self.feature_info), indices)
+        intermediates = []
+        for index, block in enumerate(self.blocks[:deepest + 1] if stop_early else self.blocks):
+            x = checkpoint(block, x) if self.grad_checkpointing and torch.is_grad_enabled() else block(x)
+            if index in take:
+                intermediates.append(x)
+        return intermediates if intermediates_only else (x, intermediates)
+
+    def prune_intermediate_layers(self, indices: int | list[int] = 1, prune_norm: bool = False,
+                                  prune_head: bool = True) -> list[int]:
+        """Drop the blocks below the deepest one asked for, and the classifier, which goes if its input does."""
+        take, deepest = feature_take_indices(len(self.feature_info), indices)
+        shortened = deepest + 1 < len(self.blocks)
+        self.blocks = self.blocks[:deepest + 1]
+        self.num_features = self.head_hidden_size = int(self.feature_info[deepest]["num_chs"])
+        if prune_head or shortened:
+            self.reset_classifier(0, "")
+        return take
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) -> the last block's map."""
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return checkpoint_seq(self.blocks, x)
+        return self.blocks(x)
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """The last block's map -> (B, num_classes), or what goes into the Linear if ``pre_logits``."""
+        return self.head(x, pre_logits=pre_logits)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) -> (B, num_classes)."""
+        return self.forward_head(self.forward_features(x))
+
+
+default_cfgs = generate_default_cfgs({"rednet_small.untrained": {
+    "url": "", "num_classes": 0, "input_size": (3, 512, 512), "pool_size": (64, 64), "crop_pct": 1.0,
+    "interpolation": "bilinear", "mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0), "first_conv": "blocks.0.conv",
+    "classifier": "head.fc", "paper_ids": "arXiv:1603.09056"}})
+
+
+@register_model
+def rednet_small(pretrained: bool = False, **kwargs: Any) -> RedNetEncoder:
+    """Three strided convolutions of 16, 32 and 64 channels: stages 3, 4 and 5. Images are left in [0, 1]."""
+    return build_model_with_cfg(RedNetEncoder, "rednet_small", pretrained,
+                                feature_cfg={"flatten_sequential": True, "out_indices": kwargs.pop(
+                                    "out_indices", (0, 1, 2))}, **kwargs)
