@@ -8,6 +8,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from timm_branches.data.clip_loader import ClipBatch, collate_clips, create_clip_loader
+    from timm_branches.data.clip_sampling import FrameSampler
+    from timm_branches.data.clips import (
+        ClipDataset,
+        ClipSubset,
+        create_clip_dataset,
+        create_clip_splits,
+        split_clips,
+    )
     from timm_branches.data.datasets import (
         HierarchicalDataset,
         Subset,
@@ -16,31 +25,55 @@ if TYPE_CHECKING:
         create_splits,
         split_dataset,
     )
+    from timm_branches.data.feature_heads import HeadsOnly
+    from timm_branches.data.features import FeatureDataset, cache_features
     from timm_branches.data.loader import EpochSampler, Loader, create_loader
     from timm_branches.data.mixup import HierarchicalMixup, split_levels
+    from timm_branches.data.pairs import DenoisingDataset, PairTransform, SegmentationDataset
     from timm_branches.data.transforms import SampleTransform, create_transform
 
 __all__ = [
+    "ClipBatch",
+    "ClipDataset",
+    "ClipSubset",
+    "DenoisingDataset",
     "EpochSampler",
+    "FeatureDataset",
+    "FrameSampler",
+    "HeadsOnly",
     "HierarchicalDataset",
     "HierarchicalMixup",
     "Loader",
+    "PairTransform",
     "SampleTransform",
+    "SegmentationDataset",
     "Subset",
+    "cache_features",
     "coarsen_labels",
+    "collate_clips",
+    "create_clip_dataset",
+    "create_clip_loader",
+    "create_clip_splits",
     "create_dataset",
     "create_loader",
     "create_splits",
     "create_transform",
+    "split_clips",
     "split_dataset",
     "split_levels",
 ]
 
 _HOMES = {
+    "clip_loader": ("ClipBatch", "collate_clips", "create_clip_loader"),
+    "clip_sampling": ("FrameSampler",),
+    "clips": ("ClipDataset", "ClipSubset", "create_clip_dataset", "create_clip_splits", "split_clips"),
     "datasets": ("HierarchicalDataset", "Subset", "coarsen_labels", "create_dataset", "create_splits",
                  "split_dataset"),
+    "feature_heads": ("HeadsOnly",),
+    "features": ("FeatureDataset", "cache_features"),
     "loader": ("EpochSampler", "Loader", "create_loader"),
     "mixup": ("HierarchicalMixup", "split_levels"),
+    "pairs": ("DenoisingDataset", "PairTransform", "SegmentationDataset"),
     "transforms": ("SampleTransform", "create_transform"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}

@@ -1,0 +1,149 @@
+"""Frames of video files, decoded with PyAV."""
+
+import contextlib
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from timm_branches.data.images import match_channels
+
+__all__ = ["VIDEO_EXTENSIONS", "ClipEndsEarly", "ClipError", "count_frames", "is_video_name", "read_frames"]
+
+VIDEO_EXTENSIONS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".gif")
+
+
+class ClipError(ValueError):
+    """A clip cannot be read: its file is missing, damaged or empty. The message names the file and the frame."""
+
+
+class ClipEndsEarly(ClipError):
+    """A video has fewer frames than were asked for.
+
+    Args:
+        path: The video.
+        count: Frames that it has.
+    """
+
+    def __init__(self, path: str, count: int) -> None:
+        super().__init__(f"cannot read frame {count} of {path}: it has only {count} frames")
+        self.count = count
+
+
+def _import_av() -> Any:
+    try:
+        import av
+    except ImportError as error:
+        raise ImportError("video files are decoded with PyAV: pip install 'timm_branches[video]'") from error
+    return av
+
+
+def is_video_name(path: str) -> bool:
+    """Whether a path names a video by its extension; hidden files and folders do not.
+
+    Example:
+        >>> is_video_name('jump/1.MP4'), is_video_name('jump/._1.mp4'), is_video_name('jump/1.jpg')
+        (True, False, False)
+    """
+    parts = path.split("/")
+    hidden = any(part.startswith(".") or part == "__MACOSX" for part in parts)
+    return not hidden and os.path.splitext(path)[1].lower() in VIDEO_EXTENSIONS
+
+
+@contextlib.contextmanager
+def _open_video(path: str) -> Iterator[tuple[Any, Any]]:
+    """A video's container and its (main) video stream; errors of PyAV become a ClipError."""
+    av = _import_av()
+    try:
+        container = av.open(path, metadata_errors="ignore")
+    except (av.FFmpegError, OSError) as error:  # e.g. no such file
+        raise ClipError(f"cannot open the video {path}: {error.strerror or error}") from error
+    with container:
+        stream = container.streams.best("video")
+        if stream is None:
+            raise ClipError(f"{path} has no pictures, only {', '.join(s.type for s in container.streams) or 'nothing'}")
+        stream.codec_context.thread_count = 1  # loaders have worker processes for what runs in parallel
+        yield container, stream
+
+
+def _decode(path: str, container: Any, stream: Any) -> Iterator[Any]:
+    """All frames in presentation order, which is the order that decoders give them out in."""
+    av = _import_av()
+    number = 0
+    try:
+        for frame in container.decode(stream):
+            yield frame
+            number += 1
+    except av.FFmpegError as error:
+        raise ClipError(f"cannot decode frame {number} of {path}: {error.strerror or error}") from error
+
+
+def count_frames(path: str) -> int:
+    """The number of frames of a video: what the header says, or all of them decoded if it does not (mkv, webm).
+
+    Args:
+        path: The video.
+
+    Returns:
+        The number. A header's may be a little too high: it counts packets, and decoders make no picture of a few of
+        them (edit lists, packed B-frames).
+
+    Raises:
+        ClipError: If the file cannot be decoded or holds no frame.
+        ImportError: If PyAV is not installed.
+    """
+    with _open_video(path) as (container, stream):
+        if stream.frames > 0:
+            return stream.frames
+        count, end = 0, 0.0
+        for frame in _decode(path, container, stream):
+            count += 1
+            end = frame.time or 0.0
+        if not count:
+            raise ClipError(f"{path} holds no frame")
+        duration = (container.duration or 0) / 1e6
+        if end + end / max(1, count - 1) < 0.9 * duration:  # no error: the last frame may be meant to stand for long
+            warnings.warn(
+                f"the last of {count} frames of {path} stands at {end:.2f} s, but its header says that it lasts "
+                f"{duration:.2f} s; is the file complete?",
+                stacklevel=2,
+            )
+        return count
+
+
+def read_frames(path: str, indices: Sequence[int], in_chans: int = 3) -> list[np.ndarray]:
+    """Frames of a video by their position in presentation order, also where the frame rate varies.
+
+    Everything up to the last one is decoded, because compressed frames build on each other and few formats tell
+    which one a seek arrives at; only the wanted ones are converted to RGB. A rotation that the file asks for (upright
+    phone videos) is applied.
+
+    Args:
+        path: The video.
+        indices: Positions from 0, ascending.
+        in_chans: 3 for RGB, 1 for grey.
+
+    Returns:
+        uint8 arrays (H, W, in_chans).
+
+    Raises:
+        ClipError: If the file or a frame cannot be decoded.
+        ClipEndsEarly: If there are fewer frames.
+        ImportError: If PyAV is not installed.
+    """
+    images: list[np.ndarray] = []
+    with _open_video(path) as (container, stream):
+        count = 0
+        for number, frame in enumerate(_decode(path, container, stream)):
+            count = number + 1
+            if number != indices[len(images)]:
+                continue
+            if frame.is_corrupt:
+                raise ClipError(f"frame {number} of {path} is damaged")
+            image = np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
+            images.append(match_channels(np.ascontiguousarray(image), in_chans))
+            if len(images) == len(indices):
+                return images
+    raise ClipEndsEarly(path, count)
