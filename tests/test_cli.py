@@ -1,14 +1,21 @@
 """``timm-branches``: what it prints, and one line for what a person got wrong."""
 
+import csv
+import io
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from timm_branches import create_branch_model, save_model
+from timm_branches import Taxonomy, create_branch_model, save_model
 from timm_branches.cli import main
+from timm_branches.predict import predict
 
 
 @pytest.fixture(scope="module")
@@ -75,3 +82,194 @@ def test_usage(args, capsys):
         main(args)
     assert stopped.value.code == 2
     assert "usage: timm-branches" in capsys.readouterr().err
+
+
+NAMES = ['a,"b"\n.png', "\u732b \u00e9.png", "plain.png"]
+TREE = Taxonomy([("animal, living", "\u732b"), ("animal, living", 'the "dog"'), ("thing\nor so", "van")],
+                levels=["coarse", "fine"])
+
+
+@pytest.fixture(scope="module")
+def tree_file(tmp_path_factory):
+    torch.manual_seed(0)
+    model = create_branch_model("test_resnet", taps=[4, 5], taxonomy=TREE, img_size=32)
+    for name in model.names:
+        model.head(name).fc.weight.data *= 12
+    return save_model(model, tmp_path_factory.mktemp("tree") / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    root = tmp_path_factory.mktemp("photos")
+    for i, name in enumerate(NAMES):
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(root / name)
+    return root
+
+
+def _parse(kind, text, levels):
+    """(file, [(name, probability), ...]) of every image, read back from a file's text."""
+    if kind == "json":
+        return [(r["file"], [(x["name"], x["probability"]) for x in r["levels"]]) for r in json.loads(text)]
+    rows = list(csv.DictReader(io.StringIO(text)))
+    return [(row["file"], [(row[level], float(row[f"{level}_probability"])) for level in levels if row[level]])
+            for row in rows]
+
+
+@pytest.mark.parametrize("kind", ["json", "csv"])
+@pytest.mark.parametrize("threshold", [None, "0.6"])
+@pytest.mark.parametrize("where", ["stdout", "file", "by its ending"])
+def test_predict_formats(tree_file, photos, tmp_path, capsys, kind, threshold, where):
+    limit = ["--threshold", threshold] if threshold else []
+    output = {"stdout": [], "file": ["--output", str(tmp_path / "out")],
+              "by its ending": ["--output", str(tmp_path / f"out.{kind.upper()}")]}[where]
+    wanted = [] if where == "by its ending" else ["--format", kind]
+    assert main(["predict", str(tree_file), str(photos), *wanted, *output, *limit]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    text = Path(output[1]).read_bytes().decode() if output else out
+    assert bool(out) != bool(output)
+    expected = list(predict(tree_file, photos, threshold=float(threshold) if threshold else None))
+    parsed = _parse(kind, text, TREE.levels)
+    assert sorted(os.path.basename(file) for file, _ in parsed) == sorted(NAMES)
+    assert [file for file, _ in parsed] == [r.file for r in expected]
+    for (_, levels), record in zip(parsed, expected, strict=True):
+        assert tuple(name for name, _ in levels) == record.path
+        assert [p for _, p in levels] == pytest.approx(record.probabilities, abs=1e-5)
+    if kind == "json":
+        assert [r["stopped"] for r in json.loads(text)] == [r.stopped for r in expected]
+
+
+def test_predict_text(tree_file, photos, capsys):
+    expected = list(predict(tree_file, photos, threshold=0.6))
+    assert main(["predict", str(tree_file), str(photos), "--threshold", "0.6"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(expected) == 3
+    for line, record in zip(lines, expected, strict=True):
+        steps = [f"{name} {p:.2f}".replace("\n", "\\n") for name, p in zip(record.path, record.probabilities,
+                                                                            strict=True)]
+        file = record.file.replace("\n", "\\n")
+        assert line == f"{file}  {' > '.join(steps + ['(stopped)'] * record.stopped)}"
+
+
+def test_predict_without_a_tree(model_file, photos, tmp_path, capsys):
+    args = ["predict", str(model_file), str(photos / "plain.png")]
+    (record,) = predict(model_file, photos / "plain.png")
+    assert main(args) == 0
+    (coarse, fine), (p, q) = record.labels, record.probabilities
+    assert capsys.readouterr().out == f"{photos}/plain.png  coarse {coarse} {p:.2f}, fine {fine} {q:.2f}\n"
+    assert main([*args, "--format", "json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert [level["class"] for level in found["levels"]] == [coarse, fine]
+    assert [level["name"] for level in found["levels"]] == [None, None]
+    assert main([*args, "--format", "csv"]) == 0
+    (row,) = csv.DictReader(io.StringIO(capsys.readouterr().out))
+    assert (row["coarse"], row["fine"]) == (str(coarse), str(fine))
+
+
+def test_predict_flat_model_with_a_tree(photos, tmp_path, capsys):
+    model = create_branch_model("test_resnet", taps=[5], num_classes=3, names=["leaf"], img_size=32)
+    save_model(model, tmp_path / "flat.safetensors")
+    TREE.save_json(tmp_path / "tree.json")
+    assert main(["predict", str(tmp_path / "flat.safetensors"), str(photos), "--taxonomy", str(tmp_path / "tree.json"),
+                 "--format", "json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [tuple(r["path"]) for r in found] == [r.path for r in predict(model, photos, taxonomy=TREE)]
+    assert all(tuple(r["path"]) in TREE.leaves for r in found)
+
+
+@pytest.mark.parametrize("kind", ["text", "json", "csv"])
+@pytest.mark.parametrize("good", [True, False])
+def test_predict_unreadable(tree_file, photos, tmp_path, capsys, kind, good):
+    if good:
+        (tmp_path / "1.png").write_bytes((photos / "plain.png").read_bytes())
+    (tmp_path / "2.png").write_bytes(b"no image")
+    output = tmp_path / "out"
+    output.write_text("earlier")
+    args = ["predict", str(tree_file), str(tmp_path), "--format", kind, "--output", str(output)]
+    assert main([*args, "--strict"]) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("timm-branches: ")
+    assert "2.png" in err
+    assert err.count("\n") == 1
+    assert output.read_text() == "earlier"
+    assert main(args) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "2.png" in err.splitlines()[0]
+    assert err.splitlines()[1] == f"timm-branches: 1 of {1 + good} images could not be read"
+    text = output.read_text()
+    files = [line.split("  ")[0] for line in text.splitlines()] if kind == "text" else \
+        [file for file, _ in _parse(kind, text, TREE.levels)]
+    assert files == [str(tmp_path / "1.png")] * good
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_predict_names_that_are_not_unicode(tree_file, photos, tmp_path, capsys):
+    name = os.fsdecode(b"\xff.png")
+    try:
+        (tmp_path / name).write_bytes((photos / "plain.png").read_bytes())
+    except OSError:
+        pytest.skip("this file system takes Unicode only")
+    for kind in ("text", "json", "csv"):
+        assert main(["predict", str(tree_file), str(tmp_path), "--format", kind]) == 0
+        out, err = capsys.readouterr()
+        assert "\\udcff.png" in out
+        assert err == ""
+    output = tmp_path / "out.csv"
+    assert main(["predict", str(tree_file), str(tmp_path), "--output", str(output)]) == 0
+    assert os.fsencode(tmp_path / name) in output.read_bytes()
+
+
+def test_predict_pictures(tree_file, photos, tmp_path, capsys):
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "plain.png").write_bytes((photos / "plain.png").read_bytes())
+    images = [str(photos), str(tmp_path / "more")]
+    pictures = tmp_path / "pictures"
+    assert main(["predict", str(tree_file), *images, "--picture", str(pictures)]) == 0
+    names = sorted(p.name for p in pictures.iterdir())
+    assert names == sorted([*(f"{name}.branch.png" for name in NAMES), "plain.png.2.branch.png"])
+    one = tmp_path / "one.png"
+    assert main(["predict", str(tree_file), str(photos / "plain.png"), "--picture", str(one)]) == 0
+    assert one.read_bytes() == (pictures / "plain.png.branch.png").read_bytes()
+    for path in [one, *pictures.iterdir()]:
+        assert Image.open(path).size[0] > 500
+    assert main(["predict", str(tree_file), *images, "--picture", str(one)]) == 2
+    assert "give a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("args", "message"), [
+    (["{model}", "{photos}/none.png"], "none.png"),
+    (["{model}", "{tmp}"], "no images"),
+    (["{photos}/plain.png", "{photos}"], "safetensors"),
+    (["{model}", "{photos}", "--decoder", "greedy"], "best-path"),
+    (["{model}", "{photos}", "--threshold", "2"], "from 0 to 1"),
+    (["{model}", "{photos}", "--taxonomy", "cifar10"], "of its own"),
+    (["{model}", "{photos}", "--taxonomy", "none.json"], "none.json"),
+    (["{model}", "{photos}", "--device", "gpu"], "gpu"),
+    (["{model}", "{photos}", "-b", "0"], "batch_size"),
+    (["{model}", "{photos}", "--output", "{tmp}"], "is a folder"),
+    (["{model}", "{photos}", "--output", "{model}"], "among what is read"),
+    (["{model}", "{photos}", "--output", "{photos}/plain.png"], "among what is read"),
+    (["{model}", "{photos}/plain.png", "--picture", "{photos}/plain.png"], "among what is read"),
+    (["{model}", "{photos}", "--picture", "{model}"], ".png"),
+])
+def test_predict_mistakes(tree_file, photos, tmp_path, capsys, args, message):
+    before = {p: p.read_bytes() for p in [tree_file, *photos.iterdir()]}
+    places = {"model": tree_file, "photos": photos, "tmp": tmp_path}
+    assert main(["predict", *(a.format(**places) for a in args)]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("timm-branches: ")
+    assert err.count("\n") == 1, err
+    assert message in err
+    assert {p: p.read_bytes() for p in [tree_file, *photos.iterdir()]} == before
+
+
+def test_predict_into_a_closed_pipe(tree_file, photos):
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run([sys.executable, "-m", "timm_branches", "predict", str(tree_file), str(photos)],
+                          stdout=writing, stderr=subprocess.PIPE, check=False)
+    os.close(writing)
+    assert done.stderr == b""
+    assert done.returncode == 1
