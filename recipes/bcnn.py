@@ -4,6 +4,8 @@
     python recipes/bcnn.py --recipe bcnn-b-cifar10 --download  # Zhu and Bain 2017 (arXiv 1709.09890), CIFAR-10
     python recipes/bcnn.py photos/ --model convnext_tiny --pretrained --taps 3 4 5 --amp
     torchrun --nproc-per-node 4 recipes/bcnn.py photos/ --model resnet50 -b 64
+    python recipes/bcnn.py --compare --seeds 3                 # is it worth it? six methods at equal budget
+    python recipes/bcnn.py --partial 0.5 0.9                   # what are coarsely labelled images worth?
 
 The flat twin has the same backbone, budget and seed, but leaf labels only; its answers on the coarser levels are its
 leaf probabilities summed upwards. A hierarchy that does not beat it does not help.
@@ -12,22 +14,38 @@ leaf probabilities summed upwards. A hierarchy that does not beat it does not he
 import argparse
 import json
 import platform
+import re
 import shlex
 import sys
 import time
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from timm.data import resolve_model_data_config
+from timm.task import evaluation_sample_limit
 from timm.utils import get_outdir
 
-from timm_branches import FlattenHead, PoolHead, Tap, Taxonomy, create_branch_model, load_model
-from timm_branches.data import HierarchicalMixup, create_loader, create_splits, create_transform
-from timm_branches.schedules import get_schedule
-from timm_branches.task import BranchTask, FlatTask
-from timm_branches.train import FitConfig, add_fit_arguments, evaluate, fit, is_primary, setup_device
+from timm_branches import BranchModel, FlattenHead, PoolHead, Tap, Taxonomy, create_branch_model, load_model
+from timm_branches.data import (
+    HierarchicalDataset,
+    HierarchicalMixup,
+    Subset,
+    coarsen_labels,
+    create_loader,
+    create_splits,
+    create_transform,
+)
+from timm_branches.files import replace_file
+from timm_branches.hierarchy import HierarchyEvaluator
+from timm_branches.schedules import LossWeightSchedule, StepSchedule, get_schedule
+from timm_branches.task import BranchTask, FlatTask, base_model
+from timm_branches.train import FitConfig, FitResult, add_fit_arguments, evaluate, fit, is_primary, setup_device
+from timm_branches.train.compare import comparison_table, verdict
 
 # Published settings, in one word. Sources: the papers and, for what they leave out, the authors' code
 # (github.com/zhuxinqimac/B-CNN). Epochs are 0-based, "from epoch".
@@ -102,6 +120,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--schedule", help="loss weights: a preset's name or '0:0.9,0.1;5:0,1', with linear: or cosine: "
                                           "before it for gradual change (default: from coarse to fine)")
     group.add_argument("--flat", action=argparse.BooleanOptionalAction, default=True, help="also train the flat twin")
+    group.add_argument("--consistency", type=float, default=0.0, help="weight of the parent/child divergence (JSD)")
+    group.add_argument("--tree-path", type=float, default=0.0, help="weight of the tree-path KL divergence")
+    group.add_argument("--marginal", action="store_true",
+                       help="coarsely labelled images teach the finer heads, too, by the classes below their label")
+    group.add_argument("--uncertainty", action="store_true", help="learn the levels' weights (Kendall et al. 2018)")
+    group.add_argument("--flat-loss", choices=FlatTask.losses, default="marginal",
+                       help="of the flat twin: marginal (cross-entropy), hxe or soft (Bertinetto et al. 2020)")
+    group = parser.add_argument_group("studies")
+    group.add_argument("--compare", action="store_true",
+                       help="train six methods at equal budget over several seeds: is the hierarchy worth it?")
+    group.add_argument("--partial", type=float, nargs="+", metavar="SHARE",
+                       help="hide the finer labels of this share of the images; learn from these images or drop them")
+    group.add_argument("--seeds", type=int, help="how many seeds a study trains (default: 3 to compare, 1 for partial)")
     add_fit_arguments(parser)
     # the job without arguments: small, and good enough on digits
     parser.set_defaults(output="output/bcnn", epochs=15, lr=0.02, weight_decay=1e-4, warmup_epochs=1)
@@ -115,106 +146,276 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error("--lr has no effect beside --lr-steps: change the rates there, or give another --sched "
                          "and --lr-steps ''")
         args.lr = FitConfig.lr
+    if args.compare and args.partial:
+        parser.error("--compare and --partial are two studies: choose one")
+    if args.seeds is None:
+        args.seeds = 3 if args.compare else 1
+    elif not (args.compare or args.partial):
+        parser.error("--seeds has no effect without --compare or --partial; --seed is the seed of a single run")
+    elif args.seeds < 1:
+        parser.error(f"--seeds must be above 0, got {args.seeds}")
+    if (args.compare or args.partial) and not args.flat:
+        parser.error("--no-flat has no effect in a study: the flat twin is what the hierarchy is held against")
     if args.hflip is not None and args.augment == "none":
         parser.error("--hflip has no effect with --augment none: choose another --augment")
     return args
 
 
-def main(args: argparse.Namespace) -> None:
-    """Data, model, task, fit: once for the B-CNN and once for its flat twin; then one table."""
-    began = time.monotonic()
-    config = FitConfig.from_args(args)
-    device = setup_device(args.device)
-    config.device = str(device)
-    if args.limit is not None and args.limit < 1:
-        raise ValueError(f"--limit must be above 0, got {args.limit}: leave it out to train on all images.")
-    if args.resume not in ("", "auto"):
-        raise ValueError(f"--resume {args.resume}: this recipe trains two models; give --output and --resume auto.")
-    output = new_output(args)
+@dataclass
+class Trial:
+    """One training: what is trained, on which images, for how long."""
 
-    # data
-    grey = args.data in ("digits", "mnist", "fashion_mnist")
-    in_chans = args.in_chans or (1 if grey else 3)
-    for name in ("mean", "std"):
-        if (values := getattr(args, name)) and len(values) not in (1, in_chans):
-            raise ValueError(f"--{name} has {len(values)} values, but images have {in_chans} channels.")
-    train, val, test = create_splits(args.data, args.val_fraction, seed=0, taxonomy=args.taxonomy, root=args.data_dir,
-                                     download=args.download, in_chans=in_chans)
-    if args.limit is not None:
-        train = train.limit(args.limit, seed=args.seed)
-    tree = train.taxonomy
-    if tree is None or tree.num_levels < 2:
-        raise ValueError(f"{args.data} has one level of labels only: give its hierarchy with --taxonomy (a ready-made "
-                         "tree, a CSV, JSON or nested class folders).")
+    make_model: Callable[[], BranchModel]
+    make_task: Callable[[BranchModel], BranchTask]
+    train: HierarchicalDataset
+    val: HierarchicalDataset
+    epochs: int
 
-    # models
-    levels = tree.num_levels
-    taps = args.taps or [str(stage) for stage in range(6 - levels, 6)]
-    if len(taps) != levels:
-        raise ValueError(f"--taps {' '.join(taps)}: the tree has {levels} levels {list(tree.levels)}; "
-                         "give one tap each.")
-    heads = make_heads(args, levels)
-    options = {"pretrained": args.pretrained, "checkpoint_path": args.checkpoint_path, "in_chans": in_chans,
-               "img_size": args.img_size, "drop_rate": args.drop}
-    if args.drop_path is not None:
-        options["drop_path_rate"] = args.drop_path
 
-    def bcnn():
-        where = [Tap.parse(tap) for tap in taps]
-        if args.detach:
-            where[:-1] = [replace(tap, detach=True) for tap in where[:-1]]
-        return create_branch_model(args.model, taps=where, head=heads, taxonomy=tree, **options)
+class Bench:
+    """Data, models and settings that all trainings of one call share."""
 
-    def flat():
-        return create_branch_model(args.model, taps=taps[-1:], head=heads[-1:], num_classes=tree.num_leaves,
-                                   names=["leaf"], **options)
+    def __init__(self, args: argparse.Namespace):
+        self.args = args
+        self.config = FitConfig.from_args(args)
+        self.device = setup_device(args.device)
+        self.config.device = str(self.device)
+        if args.limit is not None and args.limit < 1:
+            raise ValueError(f"--limit must be above 0, got {args.limit}: leave it out to train on all images.")
+        if args.resume not in ("", "auto"):
+            raise ValueError(f"--resume {args.resume}: this recipe trains several models; give --output and "
+                             "--resume auto.")
+        self.output = new_output(args)
+        grey = args.data in ("digits", "mnist", "fashion_mnist")
+        in_chans = args.in_chans or (1 if grey else 3)
+        for name in ("mean", "std"):
+            if (values := getattr(args, name)) and len(values) not in (1, in_chans):
+                raise ValueError(f"--{name} has {len(values)} values, but images have {in_chans} channels.")
+        self.train, self.val, self.test = create_splits(
+            args.data, args.val_fraction, seed=0, taxonomy=args.taxonomy, root=args.data_dir, download=args.download,
+            in_chans=in_chans)
+        if args.limit is not None:
+            self.train = self.train.limit(args.limit, seed=args.seed)
+        tree = self.train.taxonomy
+        if tree is None or tree.num_levels < 2:
+            raise ValueError(f"{args.data} has one level of labels only: give its hierarchy with --taxonomy (a "
+                             "ready-made tree, a CSV, JSON or nested class folders).")
+        self.tree: Taxonomy = tree
+        self.taps = args.taps or [str(stage) for stage in range(6 - tree.num_levels, 6)]
+        if len(self.taps) != tree.num_levels:
+            raise ValueError(f"--taps {' '.join(self.taps)}: the tree has {tree.num_levels} levels "
+                             f"{list(tree.levels)}; give one tap each.")
+        self.heads = make_heads(args, tree.num_levels)
+        self.options = {"pretrained": args.pretrained, "checkpoint_path": args.checkpoint_path, "in_chans": in_chans,
+                        "img_size": args.img_size, "drop_rate": args.drop}
+        if args.drop_path is not None:
+            self.options["drop_path_rate"] = args.drop_path
 
-    schedule = get_schedule(args.schedule or default_schedule(levels, args.epochs), num_levels=levels)
-    runs = {"B-CNN": (bcnn, lambda m: BranchTask(m, schedule, args.smoothing))}
-    if args.flat:
-        runs["flat"] = (flat, lambda m: FlatTask(m, tree, args.smoothing))
+    # -- what can be trained
 
-    # train and judge each
-    results: dict[str, dict] = {}
-    for name, (make_model, make_task) in runs.items():
-        torch.manual_seed(args.seed)
-        model = make_model()
+    def bcnn(self, schedule: Any, train: HierarchicalDataset | None = None, epochs: int | None = None,
+             detach: bool = False) -> Trial:
+        """A head a level at its own depth, all trained together."""
+        def make_model():
+            taps = [Tap.parse(tap) for tap in self.taps]
+            if detach or self.args.detach:
+                taps[:-1] = [replace(tap, detach=True) for tap in taps[:-1]]
+            return create_branch_model(self.args.model, taps=taps, head=self.heads, taxonomy=self.tree, **self.options)
+
+        args = self.args
+        return Trial(make_model, lambda model: BranchTask(
+            model, schedule, args.smoothing, marginal=args.marginal, consistency=args.consistency,
+            tree_path=args.tree_path, uncertainty=args.uncertainty),
+            train or self.train, self.val, epochs or args.epochs)
+
+    def flat(self, train: HierarchicalDataset | None = None, epochs: int | None = None) -> Trial:
+        """One head of leaves at the deepest tap."""
+        args, tree = self.args, self.tree
+        return Trial(lambda: create_branch_model(args.model, taps=self.taps[-1:], head=self.heads[-1:],
+                                                 num_classes=tree.num_leaves, names=["leaf"], **self.options),
+                     lambda model: FlatTask(model, tree, args.smoothing, loss=args.flat_loss),
+                     train or self.train, self.val, epochs or args.epochs)
+
+    def alone(self, level: int) -> Trial:
+        """One level by itself: a network that ends at its tap and has an equal part of the epochs."""
+        args, tree = self.args, self.tree
+        share = args.epochs // tree.num_levels + (level < args.epochs % tree.num_levels)
+        return Trial(lambda: create_branch_model(args.model, taps=[self.taps[level]], head=[self.heads[level]],
+                                                 num_classes=tree.num_classes[level], names=[tree.levels[level]],
+                                                 **self.options),
+                     lambda model: BranchTask(model, None, args.smoothing),
+                     one_level(self.train, level), one_level(self.val, level), max(1, share))
+
+    # -- training and judging
+
+    def fit(self, name: str, trial: Trial, seed: int, folder: Path) -> tuple[BranchTask, FitResult]:
+        """Train; the model that comes back is that of the best epoch on validation."""
+        args, device = self.args, self.device
+        torch.manual_seed(seed)
+        model = trial.make_model()
         cfg = resolve_model_data_config(model, {k: v for k in ("mean", "std") if (v := getattr(args, k))})
         hflip = args.hflip if args.hflip is not None else 0.0 if args.data in ("digits", "mnist") else 0.5
         look = {k: cfg[k] for k in ("input_size", "mean", "std", "interpolation")}
-        train.transform = create_transform(**look, is_training=True, augment=args.augment, hflip=hflip)
-        val.transform = create_transform(**look)
-        loader = create_loader(train, args.batch_size, is_training=True, num_workers=args.workers, seed=args.seed,
+        # small images are not cropped: there is nothing to spare
+        crop: dict[str, Any] = {"crop_pct": 1.0 if max(cfg["input_size"][-2:]) <= 64 else cfg["crop_pct"], "crop_mode": "center"}
+        trial.train.transform = create_transform(**look, is_training=True, augment=args.augment, hflip=hflip)
+        self.transform = trial.val.transform = create_transform(**look, **crop)
+        batch = min(args.batch_size, len(trial.train)) if args.partial else args.batch_size  # what is left may be few
+        loader = create_loader(trial.train, batch, is_training=True, num_workers=args.workers, seed=seed,
                                pin_memory=device.type == "cuda")
-        val_loader = create_loader(val, args.batch_size, num_workers=args.workers)
-        model.pretrained_cfg.update(mean=tuple(look["mean"]), std=tuple(look["std"]), crop_pct=1.0)
-        task = make_task(model)
+        val_loader = create_loader(trial.val, args.batch_size, num_workers=args.workers)
+        model.pretrained_cfg.update(mean=tuple(look["mean"]), std=tuple(look["std"]), **crop)
+        task = trial.make_task(model)
         mixup = None
         if args.mixup or args.cutmix:
             mixup = HierarchicalMixup(args.mixup, args.cutmix, label_smoothing=args.smoothing,
-                                      num_classes=tree.num_classes)
+                                      num_classes=task.level_classes)
         if is_primary():
             parameters = sum(p.numel() for p in model.parameters()) / 1e6
-            print(f"\n{name}: {args.model}, {parameters:.1f} M parameters, {len(train)} images to train on, "
-                  f"{len(val)} to validate", flush=True)
-        folder = output / name.lower().replace("-", "")
-        config.output = str(folder)
-        run = fit(task, loader, val_loader, config, mixup, facts={"data": str(args.data), "seed": args.seed})
-        best = make_task(load_model(run.model_path)).to(device)
-        judged = test if test is not None else val
-        judged.transform = val.transform
-        metrics = evaluate(best, create_loader(judged, args.batch_size, num_workers=args.workers)).metrics
-        results[name] = dict(metrics, best_epoch=run.best_epoch, seconds=round(run.seconds, 1))
+            print(f"\n{name}, seed {seed}: {args.model}, {parameters:.1f} M parameters, {len(trial.train)} images to "
+                  f"train on, {len(trial.val)} to validate", flush=True)
+        config = replace(self.config, output=str(folder), seed=seed, epochs=trial.epochs,
+                         lr_steps=stretched(self.config.lr_steps, trial.epochs / args.epochs))
+        run = fit(task, loader, val_loader, config, mixup, facts={"data": str(args.data), "seed": seed})
+        return trial.make_task(load_model(run.model_path)).to(device), run
 
-    if is_primary():
-        facts = {"command": shlex.join(["python", *sys.argv]), "seed": args.seed, "epochs": args.epochs,
-                 "train_images": len(train), "hardware": hardware(device), "images": len(judged),
-                 "judged": "test" if test is not None else "validation (there is no test split)",
-                 "schedule": str(schedule)}
-        (output / "results.json").write_text(json.dumps({**facts, "results": results}, indent=2) + "\n")
-        print(f"\n{table(results, tree)}\n")
-        print(f"Percent on the {len(judged)} {facts['judged']} images, model of the best epoch on validation. "
-              f"Seed {args.seed}, {facts['hardware']}, {time.monotonic() - began:.0f} s. Files: {output}")
+    def judged(self) -> HierarchicalDataset:
+        """The images that decide: test if there are any."""
+        return self.test if self.test is not None else self.val
+
+    def judge(self, tasks: Sequence[BranchTask], decoder: str) -> dict[str, float]:
+        """Metrics of a model, or of several with a level each, on the images that decide."""
+        data = self.judged()
+        data.transform = self.transform
+        loader = create_loader(data, self.args.batch_size, num_workers=self.args.workers)
+        if len(tasks) == 1:
+            return dict(evaluate(tasks[0], loader, decoder=decoder).metrics)
+        evaluator = HierarchyEvaluator(self.tree.levels, self.tree.num_classes, self.tree, self.device,
+                                       max_samples=evaluation_sample_limit(loader), decoder=decoder)
+        models = [base_model(task).eval() for task in tasks]
+        with torch.no_grad():
+            for images, labels in loader:
+                images = images.to(self.device)
+                output = {name: y for model in models for name, y in model(images).items()}
+                evaluator.update(output, labels.to(self.device))
+        return dict(evaluator.compute(distributed=dist.is_initialized()))
+
+
+def main(args: argparse.Namespace) -> None:
+    """The study that was asked for, its table and its files."""
+    began = time.monotonic()
+    bench = Bench(args)
+    study = compare if args.compare else partial_labels if args.partial else with_and_without
+    results, closing = study(bench)
+    if not is_primary():
+        return
+    count = len(bench.judged())
+    which = "test" if bench.test is not None else "validation (there is no test split)"
+    facts = {"command": shlex.join(["python", *sys.argv]), "seed": args.seed, "epochs": args.epochs,
+             "train_images": len(bench.train), "hardware": hardware(bench.device), "images": count, "judged": which}
+    # JSON knows no NaN: what could not be measured (the severity of no mistakes) is null
+    plain = {name: [{k: None if v != v else v for k, v in run.items()} for run in runs]
+             for name, runs in results.items()}
+    text = json.dumps({**facts, "results": plain}, indent=2) + "\n"
+    replace_file(bench.output / "results.json", lambda path: Path(path).write_text(text))
+    print(f"\n{comparison_table(results, columns(bench.tree))}\n\n{closing}")
+    seeds = f"Seed {args.seed}" if not args.compare else f"Seeds {args.seed} to {args.seed + args.seeds - 1}"
+    print(f"Percent, distances in levels, on the {count} {which} images, models of the best epoch on validation. "
+          f"{seeds}, {facts['hardware']}, {time.monotonic() - began:.0f} s. Files: {bench.output}")
+
+
+Study = tuple[dict[str, list[dict[str, float]]], str]  # metrics of each method, one dict a seed; closing words
+
+
+def with_and_without(bench: Bench) -> Study:
+    """A B-CNN and its flat twin, once."""
+    args, levels = bench.args, bench.tree.num_levels
+    schedule = get_schedule(args.schedule or default_schedule(levels, args.epochs), num_levels=levels)
+    task, run = bench.fit("B-CNN", bench.bcnn(schedule), args.seed, bench.output / "bcnn")
+    facts = {"best_epoch": run.best_epoch, "seconds": round(run.seconds, 1)}
+    results = {"B-CNN": [bench.judge([task], "independent") | facts],
+               "B-CNN, best path": [bench.judge([task], "best-path") | facts]}
+    if not args.flat:
+        return results, f"Loss weights: {schedule}."
+    task, run = bench.fit("flat", bench.flat(), args.seed, bench.output / "flat")
+    facts = {"best_epoch": run.best_epoch, "seconds": round(run.seconds, 1)}
+    results["flat"] = [bench.judge([task], "leaf-marginal") | facts]
+    gain = results["B-CNN, best path"][0]["full_path"] - results["flat"][0]["full_path"]
+    return results, (f"The hierarchy changes full-path accuracy by {gain:+.2f} points in this one run (best path "
+                     "against flat). One seed is no proof either way: --compare trains several.")
+
+
+def compare(bench: Bench) -> Study:
+    """Is it worth it? Every method at equal budget, over several seeds; and what a weight of 0 does to coarse heads."""
+    args, tree = bench.args, bench.tree
+    paper = get_schedule(args.schedule or paper_schedule(tree.num_levels, args.epochs), num_levels=tree.num_levels)
+    kept = without_zeros(paper)
+    equal = get_schedule("equal", num_levels=tree.num_levels)
+    results: dict[str, list[dict[str, float]]] = {}
+    histories: dict[str, list[list[dict]]] = {}
+    for seed in range(args.seed, args.seed + args.seeds):
+        folder = bench.output / f"seed{seed}"
+        methods = {"flat": bench.flat(), "B-CNN": bench.bcnn(paper), "B-CNN, no level off": bench.bcnn(kept),
+                   "constant weights": bench.bcnn(equal), "detached branches": bench.bcnn(paper, detach=True)}
+        if kept == paper:
+            del methods["B-CNN, no level off"]
+        trained = {}
+        for name, trial in methods.items():
+            task, run = bench.fit(name, trial, seed, folder / slug(name))
+            trained[name] = [task]
+            histories.setdefault(name, []).append(run.history)
+        trained["independent branches"] = [
+            bench.fit(f"independent branch {name!r}", bench.alone(level), seed, folder / f"alone_{slug(name)}")[0]
+            for level, name in enumerate(tree.levels)]
+        for name, tasks in trained.items():
+            decoders = {"leaf-marginal": "flat, leaf-marginal", "crm": "flat, CRM"} if name == "flat" else \
+                {"independent": name, "best-path": f"{name}, best path"}
+            for decoder, title in decoders.items():
+                results.setdefault(title, []).append(bench.judge(tasks, decoder))
+    lines = [verdict(results, "B-CNN, best path", "flat, leaf-marginal", "full_path", "full-path accuracy")]
+    if kept != paper:
+        lines.append(collapse(tree.levels[0], paper, histories))
+        if is_primary() and args.plots:
+            from timm_branches.train.plots import plot_collapse
+            plot_collapse({name: histories[name] for name in ("B-CNN", "B-CNN, no level off")}, tree.levels,
+                          bench.output / "collapse.png")
+    lines.append(f"Loss weights of the B-CNN: {paper}.")
+    return results, "\n".join(lines)
+
+
+def collapse(level: str, schedule: LossWeightSchedule, histories: dict[str, list[list[dict]]]) -> str:
+    """What became of the coarsest head after its weight went to 0, in words."""
+    def change(name: str) -> float:
+        last = max(row["epoch"] for row in histories[name][0] if schedule(row["epoch"])[0] > 0)
+        return fmean(run[-1][f"eval_{level}_top1"] - run[last][f"eval_{level}_top1"] for run in histories[name])
+
+    return (f"From the epoch before the weight of {level!r} becomes 0 to the last, its accuracy on validation changes "
+            f"by {change('B-CNN'):+.2f} points; with a little weight left by {change('B-CNN, no level off'):+.2f}.")
+
+
+def partial_labels(bench: Bench) -> Study:
+    """What images are worth that carry their coarsest label only: learned from, and dropped, at equal budget.
+
+    Dropping leaves fewer images an epoch, so it gets more epochs: both see the same number of images.
+    """
+    args, levels = bench.args, bench.tree.num_levels
+    results: dict[str, list[dict[str, float]]] = {}
+    for fraction in args.partial:
+        some, full = coarsen_labels(bench.train, fraction, seed=args.seed)
+        longer = round(args.epochs * len(some) / len(full))
+        trials = {}
+        for what, data, epochs in (("learned from", some, args.epochs), ("dropped", full, longer)):
+            schedule = args.schedule or default_schedule(levels, epochs)
+            trials[f"B-CNN, {fraction:.0%} coarse, {what}"] = bench.bcnn(schedule, data, epochs)
+            trials[f"flat, {fraction:.0%} coarse, {what}"] = bench.flat(data, epochs)
+        for seed in range(args.seed, args.seed + args.seeds):
+            for name, trial in trials.items():
+                task, _ = bench.fit(name, trial, seed, bench.output / f"seed{seed}" / slug(name))
+                decoder = "leaf-marginal" if isinstance(task, FlatTask) else "best-path"
+                results.setdefault(name, []).append(bench.judge([task], decoder))
+    lines = [verdict(results, f"{net}, {f:.0%} coarse, learned from", f"{net}, {f:.0%} coarse, dropped", "full_path",
+                     "full-path accuracy") for f in args.partial for net in ("B-CNN", "flat")]
+    return results, "\n".join(lines)
 
 
 def make_heads(args: argparse.Namespace, levels: int) -> list:
@@ -235,6 +436,42 @@ def default_schedule(levels: int, epochs: int) -> str:
     return f"linear:{text}"
 
 
+def paper_schedule(levels: int, epochs: int) -> str:
+    """B-CNN's four phases on CIFAR-10 (9, 10, 10 and 31 of 60 epochs), for any number of levels and epochs."""
+    rows = [[0.98 if i == 0 else 0.02 / (levels - 1) for i in range(levels)]]
+    rows += [[0.8 if i == focus else 0.2 / (levels - 1) for i in range(levels)] for focus in range(1, levels)]
+    rows += [[float(i == levels - 1) for i in range(levels)]]
+    starts = [round(epochs * (9 + 20 * k / (levels - 1)) / 60) for k in range(levels)]
+    return ";".join(f"{epoch}:" + ",".join(f"{w:.6g}" for w in row)
+                    for epoch, row in dict(zip([0, *starts], rows, strict=True)).items())
+
+
+def without_zeros(schedule: LossWeightSchedule, least: float = 0.05) -> LossWeightSchedule:
+    """The same schedule with a little weight left on every level, so that no head goes stale."""
+    if not isinstance(schedule, StepSchedule):
+        return schedule
+    return StepSchedule({epoch: [max(w, least) for w in weights] if 0 in weights else weights
+                         for epoch, weights in schedule.points.items()})
+
+
+def stretched(lr_steps: str, factor: float) -> str:
+    """Learning rates by epoch for a run of another length."""
+    pairs = [part.split(":") for part in lr_steps.split(";") if part.strip()]
+    return ";".join(f"{round(int(epoch) * factor)}:{rate}" for epoch, rate in pairs)
+
+
+def one_level(data: HierarchicalDataset, level: int) -> Subset:
+    """The same images with the labels of one level alone."""
+    subset = Subset(data, range(len(data)))
+    subset.labels, subset.taxonomy = subset.labels[:, level:level + 1], None
+    return subset
+
+
+def slug(name: str) -> str:
+    """A folder's name of a method's."""
+    return "_".join(re.findall(r"\w+", name.lower()))
+
+
 def new_output(args: argparse.Namespace) -> Path:
     """The folder of this run: a new one beside an older run's, which stays as it is."""
     holder = [args.output]
@@ -247,21 +484,11 @@ def new_output(args: argparse.Namespace) -> Path:
     return Path(holder[0])
 
 
-def table(results: dict[str, dict], tree: Taxonomy) -> str:
-    """Accuracy per level, full path and consistency of every run, side by side."""
-    columns = [*(f"{level}_top1" for level in tree.levels), "full_path", "consistency"]
-    titles = ["", *(f"{level} ({k})" for level, k in zip(tree.levels, tree.num_classes, strict=True)),
-              "full path", "consistency"]
-    rows = [titles] + [[name, *(f"{metrics[c]:.2f}" for c in columns)] for name, metrics in results.items()]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(titles))]
-    lines = ["  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in
-                       enumerate(zip(row, widths, strict=True))) for row in rows]
-    lines.insert(1, "-" * len(lines[0]))
-    if len(results) > 1:
-        gain = results["B-CNN"]["full_path"] - results["flat"]["full_path"]
-        lines.append(f"The hierarchy changes full-path accuracy by {gain:+.2f} points in this one run. "
-                     "One seed is no proof either way.")
-    return "\n".join(lines)
+def columns(tree: Taxonomy) -> dict[str, str]:
+    """Which metrics the table shows, and their titles."""
+    levels = {f"{level}_top1": f"{level} ({k})" for level, k in zip(tree.levels, tree.num_classes, strict=True)}
+    return {**levels, "full_path": "full path", "consistency": "consistency", "hf": "hF", "distance": "distance",
+            "severity": "severity"}
 
 
 def hardware(device: torch.device) -> str:

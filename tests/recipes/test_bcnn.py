@@ -4,6 +4,7 @@ import csv
 import importlib.util
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -59,10 +60,18 @@ def here(tmp_path, monkeypatch, capsys):
 
 
 def table_rows(text):
-    """The printed table as {name: numbers}."""
-    lines = [line.split() for line in text.splitlines()]
-    return {line[0]: [float(cell) for cell in line[1:]] for line in lines
-            if line and line[0] in ("B-CNN", "flat") and len(line) > 2}
+    """The printed table as {name: means}."""
+    lines = text.splitlines()
+    rules = [i for i, line in enumerate(lines) if line and set(line) == {"-"}]
+    if not rules:
+        return {}
+    rows = {}
+    for line in lines[rules[-1] + 1:]:
+        name, *cells = re.split(r"\s{2,}", line.strip())
+        if not name:
+            break
+        rows[name] = [float(cell.split(" ± ")[0]) for cell in cells]
+    return rows
 
 
 def epochs_logged(folder):
@@ -113,8 +122,10 @@ def digits_run(tmp_path_factory):
 class TestWithoutArguments:
     def test_table(self, digits_run):
         rows = table_rows(digits_run[1].stdout)
-        assert list(rows) == ["B-CNN", "flat"]
-        assert all(len(numbers) == 4 and all(0 <= x <= 100 for x in numbers) for numbers in rows.values())
+        assert list(rows) == ["B-CNN", "B-CNN, best path", "flat"]
+        assert all(len(numbers) == 7 and all(0 <= x <= 100 for x in numbers) for numbers in rows.values())
+        consistency = [numbers[3] for numbers in rows.values()]
+        assert consistency[0] < consistency[1] == consistency[2] == 100
         assert "360 test images" in digits_run[1].stdout
 
     def test_files(self, digits_run):
@@ -124,9 +135,9 @@ class TestWithoutArguments:
                     "confusion_digit.png"} <= {path.name for path in (output / part).iterdir()}
         facts = json.loads((output / "results.json").read_text())
         rows = table_rows(digits_run[1].stdout)
-        for name in ("B-CNN", "flat"):
-            found = facts["results"][name]
-            columns = ("shape_top1", "digit_top1", "full_path", "consistency")
+        columns = ("shape_top1", "digit_top1", "full_path", "consistency", "hf", "distance", "severity")
+        assert list(facts["results"]) == list(rows)
+        for name, (found,) in facts["results"].items():
             assert [found[key] for key in columns] == pytest.approx(rows[name], abs=0.006)
         assert facts["train_images"] == 200
         assert facts["images"] == 360
@@ -170,7 +181,7 @@ class TestOwnData:
     def check(self, result, folder, levels=("level1", "level2")):
         status, out, err = result
         assert status == 0, err
-        assert list(table_rows(out)) == ["B-CNN", "flat"]
+        assert list(table_rows(out)) == ["B-CNN", "B-CNN, best path", "flat"]
         model = load_model(folder / "output" / "bcnn" / "bcnn" / "model.safetensors")
         assert model.taxonomy.levels == levels
         assert model.taxonomy.leaves == tuple(tuple(leaf.split("/")) for leaf in LEAVES)
@@ -212,6 +223,86 @@ def recipe():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+class TestStudies:
+    METHODS = ("B-CNN", "B-CNN, no level off", "constant weights", "detached branches", "independent branches")
+
+    @pytest.fixture(scope="class")
+    def compared(self, tmp_path_factory):
+        folder = tmp_path_factory.mktemp("compare")
+        args = (*TINY, "--compare", "--seeds", "2", "--epochs", "4", "--limit", "96", "--plots", "--output", "out")
+        return folder / "out", start(*args, cwd=folder).stdout
+
+    def test_every_method_is_judged_over_the_seeds(self, compared):
+        folder, out = compared
+        rows = table_rows(out)
+        decoded = [title for name in self.METHODS for title in (name, f"{name}, best path")]
+        assert set(rows) == {"flat, leaf-marginal", "flat, CRM", *decoded}
+        results = json.loads((folder / "results.json").read_text())["results"]
+        for name, runs in results.items():
+            assert len(runs) == 2
+            assert np.mean([run["full_path"] for run in runs]) == pytest.approx(rows[name][2], abs=0.006)
+            if name not in self.METHODS:  # all but the heads that answer for themselves promise a path of the tree
+                assert rows[name][3] == 100, name
+        verdict = r"^(No measurable gain|A measurable \w+)\. B-CNN, best path against flat, leaf-marginal"
+        assert re.search(verdict, out, re.MULTILINE)
+        assert "Seeds 0 to 1" in out
+
+    def test_budget_is_equal(self, compared):
+        for seed in ("seed0", "seed1"):
+            for name in ("flat", "b_cnn", "b_cnn_no_level_off", "constant_weights", "detached_branches"):
+                assert epochs_logged(compared[0] / seed / name) == [0, 1, 2, 3]
+            assert sum(len(epochs_logged(compared[0] / seed / f"alone_{level}")) for level in ("shape", "digit")) == 4
+
+    def test_schedules_and_detached_branches_are_what_they_say(self, compared):
+        def column(name, key):
+            with open(compared[0] / "seed0" / name / "log.csv", newline="") as stream:
+                return [float(row[key]) for row in csv.DictReader(stream)]
+
+        assert column("b_cnn", "weight_shape")[-1] == 0
+        assert min(column("b_cnn_no_level_off", "weight_shape")) > 0
+        assert set(column("constant_weights", "weight_shape")) == {0.5}
+        detached = load_model(compared[0] / "seed0" / "detached_branches" / "model.safetensors")
+        assert [info.tap.detach for info in detached.taps] == [True, False]
+        assert (compared[0] / "collapse.png").read_bytes().startswith(b"\x89PNG")
+        assert "becomes 0" in compared[1]
+
+    def test_partial_labels(self, tmp_path, here):
+        status, out, err = here(*TINY, "--partial", "0.5", "--epochs", "2", "--limit", "96", "--output", "out")
+        assert status == 0, err
+        names = [f"{net}, 50% coarse, {what}" for what in ("learned from", "dropped") for net in ("B-CNN", "flat")]
+        assert list(table_rows(out)) == names
+        folder = tmp_path / "out" / "seed0"
+        assert epochs_logged(folder / "b_cnn_50_coarse_learned_from") == [0, 1]
+        assert epochs_logged(folder / "b_cnn_50_coarse_dropped") == [0, 1, 2, 3]  # as many images in all
+        assert out.count("No verdict from a single seed") == 2
+
+    @pytest.mark.parametrize(("args", "message"), [
+        (["--seeds", "2"], "--seeds has no effect"),
+        (["--compare", "--seeds", "0"], "--seeds must be above 0"),
+        (["--compare", "--partial", "0.5"], "choose one"),
+        (["--compare", "--no-flat"], "--no-flat has no effect"),
+    ])
+    def test_flags_that_do_not_go_together(self, recipe, capsys, args, message):
+        with pytest.raises(SystemExit) as stopped:
+            recipe.parse_args(args)
+        assert stopped.value.code == 2
+        assert message in capsys.readouterr().err
+
+    def test_paper_schedule_is_the_papers_on_its_own_epochs(self, recipe):
+        schedule = get_schedule(recipe.paper_schedule(3, 60))
+        assert list(schedule.points) == [0, 9, 19, 29]
+        assert schedule(0) == pytest.approx((0.98, 0.01, 0.01))
+        assert schedule(9) == pytest.approx((0.1, 0.8, 0.1))
+        assert schedule(29) == (0, 0, 1)
+        assert recipe.without_zeros(schedule)(59) == (0.05, 0.05, 1)
+        for levels in (2, 4):
+            assert get_schedule(recipe.paper_schedule(levels, 15)).num_levels == levels
+
+    def test_rates_are_stretched_with_the_epochs(self, recipe):
+        assert recipe.stretched("0:3e-3;41:5e-4;51:1e-4", 2) == "0:3e-3;82:5e-4;102:1e-4"
+        assert recipe.stretched("", 2) == ""
 
 
 class TestPublishedSettings:
@@ -302,6 +393,7 @@ MISTAKES = {
     "output": (["--output", "{photos}/tree.csv"], "tree.csv"),
     "broken image": (["{photos}/broken.csv", "-b", "2", "--img-size", "32"], "broken.png"),
     "mean": (["--mean", "0.5", "0.5"], "mean"),
+    "partial": (["--partial", "1.5"], "fraction=1.5"),
     "mixup": (["--mixup", "-1"], "mixup"),
     "smoothing": (["--smoothing", "2"], "smoothing"),
 }
@@ -344,7 +436,7 @@ class TestMistakes:
 def test_two_processes(tmp_path):
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     done = start("--epochs", "1", "--limit", "128", "-b", "32", "--device", "cpu", cwd=tmp_path, launcher=launcher)
-    assert list(table_rows(done.stdout)) == ["B-CNN", "flat"]
+    assert list(table_rows(done.stdout)) == ["B-CNN", "B-CNN, best path", "flat"]
     assert done.stdout.count("full path") == 1
     assert epochs_logged(tmp_path / "output" / "bcnn" / "bcnn") == [0]
 
@@ -353,7 +445,7 @@ def test_two_processes(tmp_path):
 def test_learns_the_digits(tmp_path):
     """A few epochs are enough to see that both networks are trained at all."""
     rows = table_rows(start("--epochs", "4", "--no-plots", cwd=tmp_path).stdout)
-    assert min(rows["B-CNN"][1], rows["flat"][1]) > 70
+    assert min(numbers[1] for numbers in rows.values()) > 70
 
 
 @pytest.mark.parametrize("args", [["--recipe", "bcnn-b-cifar10", "--lr", "0.1"],
