@@ -239,7 +239,7 @@ def test_coarse_labels_train_finer_heads(tree, smoothing):
                 losses.append(F.cross_entropy(y, torch.tensor(row[level]), label_smoothing=smoothing).item())
             elif known:  # classes of this level below the deepest label; there are none below a shallow leaf
                 node = tree.nodes[known[-1]][row[known[-1]]]
-                p = [float(q) for q, path in zip(y.double().softmax(0), tree.nodes[level], strict=True)
+                p = [q.item() for q, path in zip(y.double().softmax(0), tree.nodes[level], strict=True)
                      if path[:len(node)] == node]
                 losses += [-math.log(sum(p))] if p else []
         assert task(images, labels)["losses"][name].item() == pytest.approx(np.mean(losses), rel=1e-5), name

@@ -66,7 +66,7 @@ class BranchTask(TrainingTask):
         self.trainable_module: Any = model
         self.names = tuple(model.names)
         self.level_names = self.names
-        self.level_classes = tuple(model.num_classes.values())
+        self.level_classes = tuple(max(2, count) for count in model.num_classes.values())  # one logit: yes or no
         self.taxonomy: Taxonomy | None = model.taxonomy
         count = len(self.names)
         self.schedule = ConstantSchedule((1.0,) * count) if schedule is None else \
@@ -172,17 +172,22 @@ class BranchTask(TrainingTask):
         """Forward pass and loss.
 
         Args:
-            input: Images (B, C, H, W).
-            target: Labels (B, L) with -1 for unknown, or soft labels (B, sum of classes) as mixup makes them.
+            input: Images (B, C, H, W) or clips (B, T, C, H, W), or a pair of clips and their lengths (B,).
+            target: Labels (B, L) with -1 for unknown, or soft labels (B, sum of classes) as mixup makes them. Heads
+                that answer for each frame are held to the clip's labels in each of its frames, or to labels (B, T, L).
 
         Returns:
             ``loss``, ``output`` (logits by level, of the levels that are on) and ``losses`` by level, unweighted.
         """
         targets = self._targets(target)
         only = None if self.extras or len(self.active) == len(self.names) else self.active
-        output = self.trainable_module(input, heads=only)
+        images, lengths = input if isinstance(input, tuple) else (input, None)
+        output = self.trainable_module(images, heads=only, **({} if lengths is None else {"lengths": lengths}))
         share = self.distributed and self.training
-        losses = {name: self._level_loss(name, output[name], targets[name], target, share) for name in self.active}
+        losses = {}
+        for name in self.active:
+            logits, rows = _by_sample(name, two_classes(output[name]), target, lengths)
+            losses[name] = self._level_loss(name, logits, self._targets(rows)[name], rows, share)
         weights = dict(zip(self.names, self.weights, strict=True))
         if self.uncertainty:
             loss = self.uncertainty(losses, self._known(targets, share))
@@ -217,6 +222,8 @@ class BranchTask(TrainingTask):
                     share: bool) -> torch.Tensor:
         assert self.taxonomy is not None
         logits = self.level_logits(output)
+        if any(y.ndim != 2 for y in logits):
+            raise ValueError(f"{name}= compares answers for images or whole clips: give the heads output='clip'.")
         if name == "consistency":
             return consistency_loss(logits, self.taxonomy, share)
         if target.is_floating_point():
@@ -229,14 +236,21 @@ class BranchTask(TrainingTask):
                 raise ValueError(f"soft labels must be (B, {sum(self.level_classes)}), the levels' classes "
                                  f"{list(self.level_classes)} side by side, got {tuple(target.shape)}.")
             return dict(zip(self.level_names, target.split(list(self.level_classes), dim=1), strict=True))
-        if target.ndim != 2 or target.shape[1] != len(self.level_names):
+        if target.ndim not in (2, 3) or target.shape[-1] != len(self.level_names):
             raise ValueError(f"labels must be (B, {len(self.level_names)}), one column per level "
                              f"{list(self.level_names)}, got {tuple(target.shape)}.")
-        return dict(zip(self.level_names, target.unbind(1), strict=True))
+        return dict(zip(self.level_names, target.unbind(-1), strict=True))
 
     def level_logits(self, output: dict[str, torch.Tensor]) -> list[torch.Tensor]:
         """Logits (B, K) of every level from the model's output."""
-        return [output[name] for name in self.names]
+        return [two_classes(output[name]) for name in self.names]
+
+    def answer(self, model: nn.Module, input: Any) -> dict[str, torch.Tensor]:
+        """What a model says of a batch: logits (B, K) by head, those of frames averaged over each clip's frames."""
+        images, lengths = input if isinstance(input, tuple) else (input, None)
+        output = model(images) if lengths is None else model(images, lengths=lengths)
+        frames = images.shape[1] if lengths is None else lengths[:, None].to(images.device)
+        return {name: y.sum(1) / frames if y.ndim == 3 else y for name, y in output.items()}  # 0 behind the lengths
 
     def create_evaluator(self, **kwargs: Any) -> "HierarchyEvaluator":
         """A fresh evaluator that takes the model's whole output and labels (B, L)."""
@@ -319,6 +333,27 @@ class FlatTask(BranchTask):
         """Log-probabilities (B, K) of every level: the leaves' probabilities, summed upwards."""
         assert self.taxonomy is not None
         return sum_upwards(output[self.names[0]].float(), self.taxonomy)
+
+
+def two_classes(logits: torch.Tensor) -> torch.Tensor:
+    """A single logit z (..., 1) as the logits (0, z) of no and yes, whose cross-entropy is the binary one."""
+    return torch.cat([torch.zeros_like(logits), logits], -1) if logits.shape[-1] == 1 else logits
+
+
+def _by_sample(name: str, logits: torch.Tensor, target: torch.Tensor,
+               lengths: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits (N, K) and labels (N, L) of a head: of images or clips as they are, of frames one by one."""
+    if logits.ndim == 2 and target.ndim == 2:
+        return logits, target
+    if logits.ndim == 2 or target.is_floating_point():
+        raise ValueError(f"head {name!r} with logits {tuple(logits.shape)} cannot be held to labels "
+                         f"{tuple(target.shape)}: labels of frames need a head with output='frame', class indices.")
+    batch, time = logits.shape[:2]
+    rows = target if target.ndim == 3 else target[:, None].expand(batch, time, target.shape[1])
+    if lengths is not None:
+        behind = torch.arange(time, device=rows.device) >= lengths.to(rows.device)[:, None]
+        rows = rows.masked_fill(behind[..., None], -1)
+    return logits.flatten(0, 1), rows.flatten(0, 1)
 
 
 class _Below(nn.Module):

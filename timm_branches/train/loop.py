@@ -77,7 +77,7 @@ def evaluate(task: BranchTask, loader: Iterable, ema: bool = False, amp: Any = n
     evaluator = task.create_evaluator(max_samples=evaluation_sample_limit(loader), **options)
     for images, labels in loader:
         with amp():
-            output = model(_to(images, task.device, None))
+            output = task.answer(model, _to(images, task.device, None))
         evaluator.update(output, labels.to(task.device))
     model.train(was_training)
     evaluator.metrics = evaluator.compute(distributed=is_distributed())
@@ -320,8 +320,10 @@ class _Run:
         for index, (images, labels) in enumerate(self.loader):
             images = _to(images, self.device, self.memory_format)
             labels = labels.to(self.device, non_blocking=True)
-            count += images.shape[0] * (dist.get_world_size() if is_distributed() else 1)
+            count += len(labels) * (dist.get_world_size() if is_distributed() else 1)
             if self.mixup is not None:
+                if isinstance(images, tuple):
+                    raise ValueError("mixup and CutMix mix images, not clips: leave them out.")
                 images, labels = self.mixup(images, labels)
             last_of_group = (index + 1) % accumulate == 0 or index + 1 == batches
             group = accumulate if index < batches - batches % accumulate else batches % accumulate
@@ -401,8 +403,12 @@ def _same_file(path: str, other: Path) -> bool:
     return bool(path) and Path(path).resolve() == other.resolve()
 
 
-def _to(images: torch.Tensor, device: torch.device, memory_format: Any) -> torch.Tensor:
-    if memory_format is None:
+def _to(images: Any, device: torch.device, memory_format: Any) -> Any:
+    """Images, or clips beside their lengths, which the host reads, on a device."""
+    if isinstance(images, tuple):
+        clips, lengths = images
+        return clips.to(device, non_blocking=True), lengths
+    if memory_format is None or images.ndim != 4:
         return images.to(device, non_blocking=True)
     return images.to(device, non_blocking=True, memory_format=memory_format)
 
