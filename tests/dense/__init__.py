@@ -1,0 +1,1 @@
+"""A package, because names of its files occur in other folders, too."""
