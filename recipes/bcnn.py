@@ -214,7 +214,7 @@ class Bench:
     # -- what can be trained
 
     def bcnn(self, schedule: Any, train: HierarchicalDataset | None = None, epochs: int | None = None,
-             detach: bool = False) -> Trial:
+             detach: bool = False, marginal: bool = False) -> Trial:
         """A head a level at its own depth, all trained together."""
         def make_model():
             taps = [Tap.parse(tap) for tap in self.taps]
@@ -224,7 +224,7 @@ class Bench:
 
         args = self.args
         return Trial(make_model, lambda model: BranchTask(
-            model, schedule, args.smoothing, marginal=args.marginal, consistency=args.consistency,
+            model, schedule, args.smoothing, marginal=marginal or args.marginal, consistency=args.consistency,
             tree_path=args.tree_path, uncertainty=args.uncertainty),
             train or self.train, self.val, epochs or args.epochs)
 
@@ -396,7 +396,8 @@ def collapse(level: str, schedule: LossWeightSchedule, histories: dict[str, list
 def partial_labels(bench: Bench) -> Study:
     """What images are worth that carry their coarsest label only: learned from, and dropped, at equal budget.
 
-    Dropping leaves fewer images an epoch, so it gets more epochs: both see the same number of images.
+    Dropping leaves fewer images an epoch, so it gets more epochs: both see the same number of images. Coarse labels
+    teach all heads (the marginal loss): with the coarse head alone, the fine one would see few labels a batch.
     """
     args, levels = bench.args, bench.tree.num_levels
     results: dict[str, list[dict[str, float]]] = {}
@@ -406,7 +407,7 @@ def partial_labels(bench: Bench) -> Study:
         trials = {}
         for what, data, epochs in (("learned from", some, args.epochs), ("dropped", full, longer)):
             schedule = args.schedule or default_schedule(levels, epochs)
-            trials[f"B-CNN, {fraction:.0%} coarse, {what}"] = bench.bcnn(schedule, data, epochs)
+            trials[f"B-CNN, {fraction:.0%} coarse, {what}"] = bench.bcnn(schedule, data, epochs, marginal=True)
             trials[f"flat, {fraction:.0%} coarse, {what}"] = bench.flat(data, epochs)
         for seed in range(args.seed, args.seed + args.seeds):
             for name, trial in trials.items():

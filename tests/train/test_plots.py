@@ -150,3 +150,10 @@ def test_collapse_shows_each_schedule_and_shades_what_is_off():
     shaded = [patch.get_x() for patch in coarse.patches]
     assert shaded == [2.5]  # the last epoch alone
     assert not fine.patches
+
+
+def test_history_of_a_metric_without_levels():
+    found = [{"epoch": e, "eval_psnr": 25.0 + e, "eval_ssim": 0.5, "weight_image": 1.0} for e in range(3)]
+    axes, = history_figure(found, "psnr").axes
+    assert axes.get_ylabel() == "psnr"
+    assert axes.lines[0].get_ydata().tolist() == [25, 26, 27]

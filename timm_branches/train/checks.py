@@ -2,7 +2,7 @@
 
 import torch
 
-from timm_branches.task import BranchTask, base_model
+from timm_branches.task import HeadsTask, base_model
 
 __all__ = ["check_losses", "check_weights"]
 
@@ -25,14 +25,14 @@ def check_losses(pending: list[tuple[int, dict[str, torch.Tensor]]], epoch: int)
             "or --amp-dtype bfloat16 instead of float16 help most often.")
 
 
-def check_weights(task: BranchTask, epoch: int) -> None:
+def check_weights(task: HeadsTask, epoch: int) -> None:
     """Raise a FloatingPointError if a weight is not finite.
 
     The loss shows the update before; what the last one of an epoch did must not get into its
     checkpoint unseen.
     """
     model = base_model(task)
-    parts = {"backbone": model.backbone, **{f"head {name!r}": model.head(name) for name in task.active}}
+    parts = {"backbone": model.backbone, **{f"head {name!r}": model.head(name) for name in task.needed_heads()}}
     parameters = [(part, name, p) for part, module in parts.items() for name, p in module.named_parameters()]
     finite = torch.stack([p.detach().isfinite().all() for *_, p in parameters]).tolist()
     bad = [f"{name} of {part}" for (part, name, _), ok in zip(parameters, finite, strict=True) if not ok]

@@ -19,8 +19,7 @@ from timm.utils import NativeScaler, dispatch_clip_grad, distribute_bn
 from tqdm import tqdm
 
 from timm_branches.files import replace_file
-from timm_branches.hierarchy.evaluator import HierarchyEvaluator
-from timm_branches.task import BranchTask, base_model
+from timm_branches.task import HeadsTask, base_model
 from timm_branches.train.checkpoint import load_state, save_state
 from timm_branches.train.checks import check_losses, check_weights
 from timm_branches.train.config import FitConfig
@@ -57,8 +56,8 @@ class FitResult:
 
 
 @torch.no_grad()
-def evaluate(task: BranchTask, loader: Iterable, ema: bool = False, amp: Any = nullcontext,
-             **options: Any) -> HierarchyEvaluator:
+def evaluate(task: HeadsTask, loader: Iterable, ema: bool = False, amp: Any = nullcontext,
+             **options: Any) -> Any:
     """Run a task's evaluator over a loader of (images, labels (N, L)), exactly, over all processes.
 
     Args:
@@ -78,19 +77,20 @@ def evaluate(task: BranchTask, loader: Iterable, ema: bool = False, amp: Any = n
     for images, labels in loader:
         with amp():
             output = task.answer(model, _to(images, task.device, None))
-        evaluator.update(output, labels.to(task.device))
+        evaluator.update(output, _move(labels, task.device))
     model.train(was_training)
     evaluator.metrics = evaluator.compute(distributed=is_distributed())
     return evaluator
 
 
-def fit(task: BranchTask, train_loader: Any, eval_loader: Any = None, config: FitConfig | None = None,
+def fit(task: HeadsTask, train_loader: Any, eval_loader: Any = None, config: FitConfig | None = None,
         mixup: Callable | None = None, facts: dict | None = None) -> FitResult:
     """Train a task.
 
     Args:
-        task: A :class:`BranchTask` or :class:`FlatTask` on the CPU or on its device.
-        train_loader: Loader of (images (B, C, H, W), labels (B, L)); ``set_epoch`` is called if it has one.
+        task: A task of ``timm_branches.task`` on the CPU or on its device.
+        train_loader: Loader of (images (B, C, H, W), targets), or of (clips with their lengths, labels), with the
+            targets that the task takes: labels (B, L) for a :class:`BranchTask`; ``set_epoch`` is called if it has one.
         eval_loader: The same for validation. Without it the last epoch counts as the best.
         config: Settings.
         mixup: Mixes a batch, as ``timm_branches.data.HierarchicalMixup``.
@@ -120,7 +120,7 @@ def fit(task: BranchTask, train_loader: Any, eval_loader: Any = None, config: Fi
 class _Run:
     """State of one call of ``fit``."""
 
-    def __init__(self, task: BranchTask, train_loader: Any, eval_loader: Any, config: FitConfig,
+    def __init__(self, task: HeadsTask, train_loader: Any, eval_loader: Any, config: FitConfig,
                  mixup: Callable | None, facts: dict):
         self.task, self.loader, self.eval_loader = task, train_loader, eval_loader
         self.config, self.mixup, self.facts = config, mixup, facts
@@ -133,10 +133,11 @@ class _Run:
         self._prepare()
         self.updates_per_epoch = math.ceil(len(train_loader) / config.grad_accum_steps)
         self.scheduler = create_scheduler(self.optimizer, config, self.updates_per_epoch)
-        self.metric = config.eval_metric or f"{task.level_names[-1]}_top1"
-        names = task.create_evaluator().metric_names
-        if self.metric not in names:
-            raise ValueError(f"--eval-metric {self.metric!r}: choose one of {', '.join(names)}.")
+        self.metric = config.eval_metric or task.default_metric
+        judge = task.create_evaluator()
+        if self.metric not in judge.metric_names:
+            raise ValueError(f"--eval-metric {self.metric!r}: choose one of {', '.join(judge.metric_names)}.")
+        self.lower_is_better = judge.lower_is_better(self.metric)
         if config.eval_metric and eval_loader is None:
             raise ValueError("--eval-metric has no effect without evaluation data.")
         self.result = FitResult(Path(config.output))
@@ -204,7 +205,7 @@ class _Run:
         if not path:
             return
         state = load_state(path)
-        asked = self.task.schedule
+        asked = self.task.describe_schedule()
         missing = [key for key in ("state_dict", "optimizer", "epoch") if key not in state]
         if missing or (self.config.model_ema and "state_dict_ema" not in state):
             raise ValueError(f"--resume {path}: the checkpoint lacks {', '.join(missing or ['the moving average'])}.")
@@ -219,8 +220,9 @@ class _Run:
             self.optimizer.load_state_dict(state["optimizer"])
         except (RuntimeError, ValueError, KeyError) as error:
             raise ValueError(f"--resume {path} is of another model or optimizer: {error}") from error
-        if str(self.task.schedule) != str(asked) and self.primary:  # what a dynamic one has learned does not count
-            tqdm.write(f"The checkpoint's loss-weight schedule is used, not the one asked for:\n{self.task.schedule}")
+        if self.task.describe_schedule() != asked and self.primary:
+            tqdm.write("The checkpoint's loss-weight schedule is used, not the one asked for:\n"
+                       f"{self.task.describe_schedule()}")
         if self.scaler and "scaler" in state:
             self.scaler.load_state_dict(state["scaler"])
         self.start_epoch, self.updates = state["epoch"] + 1, state["updates"]
@@ -276,10 +278,7 @@ class _Run:
             self.evaluator = evaluate(self.task, self.eval_loader, ema=self.task.has_ema(), amp=self.amp)
             # a metric without a sample (severity without a mistake) is None in logs and files: JSON knows no NaN
             metrics = {k: None if math.isnan(v) else v for k, v in self.evaluator.metrics.items()}
-            if len(self.task.level_names) == self.task.schedule.num_levels:
-                # what the schedule learns from this epoch acts from the next one on
-                top1 = [self.evaluator.metrics[f"{name}_top1"] / 100 for name in self.task.level_names]
-                self.task.schedule.update(top1, epoch)
+            self.task.end_epoch(self.evaluator.metrics, epoch)
         row |= {f"eval_{key}": value for key, value in metrics.items()}
         row |= {f"weight_{name}": w for name, w in zip(self.task.names, self.task.weights, strict=True)}
         row |= {"seconds": round(seconds, 3), "images_per_second": round(count / seconds, 1)}
@@ -304,7 +303,7 @@ class _Run:
         best = self.result.best.get(self.metric)
         if best is None or value is None:
             return best is None
-        return value < best if HierarchyEvaluator.lower_is_better(self.metric) else value > best
+        return value < best if self.lower_is_better else value > best
 
     def _train(self, epoch: int) -> tuple[dict[str, float], int]:
         config, task = self.config, self.task
@@ -319,8 +318,8 @@ class _Run:
         self.bar.set_description(f"epoch {epoch + 1}/{config.epochs}")
         for index, (images, labels) in enumerate(self.loader):
             images = _to(images, self.device, self.memory_format)
-            labels = labels.to(self.device, non_blocking=True)
-            count += len(labels) * (dist.get_world_size() if is_distributed() else 1)
+            labels = _move(labels, self.device)
+            count += len(images[0] if isinstance(images, tuple) else images)
             if self.mixup is not None:
                 if isinstance(images, tuple):
                     raise ValueError("mixup and CutMix mix images, not clips: leave them out.")
@@ -347,11 +346,11 @@ class _Run:
                     self.scheduler.step_update(self.updates)
             self.bar.update()
         totals = {name: total.double() / batches for name, total in sums.items()}
+        world = dist.get_world_size() if is_distributed() else 1
         if is_distributed():
             for total in totals.values():
                 dist.all_reduce(total)
-        world = dist.get_world_size() if is_distributed() else 1
-        return {name: float(total) / world for name, total in totals.items()}, count
+        return {name: float(total) / world for name, total in totals.items()}, count * world
 
     def _backward(self, loss: torch.Tensor, step: bool) -> None:
         config = self.config
@@ -382,20 +381,15 @@ class _Run:
             return
         try:
             from timm_branches.train.plots import plot_confusion, plot_history
-            plot_history(self.result.history, self.result.output / "history.png")
+            plot_history(self.result.history, self.result.output / "history.png", self.metric)
         except ImportError:
             tqdm.write("No plots: matplotlib is not installed (pip install 'timm_branches[recipes]').")
             return
         if self.eval_loader is None:
             return
-        names = self.task.taxonomy.classes if self.task.taxonomy else \
-            [[str(i) for i in range(k)] for k in self.task.level_classes]
-        matrices = self.evaluator.confusion_matrices()
-        for level, matrix, classes in zip(self.task.level_names, matrices, names, strict=True):
-            if matrix is None:  # of more classes than a picture can show
-                continue
+        for level, matrix, classes in self.task.confusions(self.evaluator):
             safe = "".join(c if c.isalnum() or c in "-_" else "_" for c in level)
-            plot_confusion(matrix, list(classes), self.result.output / f"confusion_{safe}.png",
+            plot_confusion(matrix, classes, self.result.output / f"confusion_{safe}.png",
                            title=f"{level}: last epoch, validation")
 
 
@@ -411,6 +405,13 @@ def _to(images: Any, device: torch.device, memory_format: Any) -> Any:
     if memory_format is None or images.ndim != 4:
         return images.to(device, non_blocking=True)
     return images.to(device, non_blocking=True, memory_format=memory_format)
+
+
+def _move(targets: Any, device: torch.device) -> Any:
+    """Targets, or a dict of them, on a device."""
+    if isinstance(targets, dict):
+        return {name: _move(target, device) for name, target in targets.items()}
+    return targets.to(device, non_blocking=True)
 
 
 def _line(row: dict, epochs: int, headline: Iterable[str]) -> str:

@@ -16,12 +16,13 @@ if TYPE_CHECKING:
 __all__ = ["collapse_figure", "confusion_figure", "history_figure", "plot_collapse", "plot_confusion", "plot_history"]
 
 
-def plot_history(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> Path:
+def plot_history(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike, metric: str = "") -> Path:
     """Draw :func:`history_figure` into a PNG, atomically.
 
     Args:
         rows: One mapping an epoch, as ``CsvLog.read()`` returns them.
         path: The PNG; missing folders are made.
+        metric: As in :func:`history_figure`.
 
     Returns:
         The path.
@@ -29,15 +30,16 @@ def plot_history(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> 
     Raises:
         ValueError: The rows name no level.
     """
-    return save_figure(history_figure(rows), path)
+    return save_figure(history_figure(rows, metric), path)
 
 
-def history_figure(rows: Sequence[Mapping[str, Any]]) -> "Figure":
+def history_figure(rows: Sequence[Mapping[str, Any]], metric: str = "") -> "Figure":
     """Accuracy of each level by epoch, and below it, on the same axis, how the loss was weighted.
 
     Args:
         rows: One mapping an epoch with ``epoch``, ``eval_<level>_top1`` (percent) and ``weight_<level>``. Missing
             values are None, NaN or absent. Of two rows of one epoch the later counts, as after a resume.
+        metric: What to show where no level has an accuracy, such as ``'psnr'`` (the key ``eval_psnr``).
 
     Returns:
         A matplotlib Figure with one axes, or two where there are weights. Levels are those of ``weight_<level>`` in
@@ -53,7 +55,12 @@ def history_figure(rows: Sequence[Mapping[str, Any]]) -> "Figure":
     """
     keys = list(dict.fromkeys(key for row in rows for key in row))
     weighted = [key.removeprefix("weight_") for key in keys if key.startswith("weight_")]
-    measured = [key[5:-5] for key in keys if key.startswith("eval_") and key.endswith("_top1")]
+    if metric and f"eval_{metric}" in keys and not any(key.endswith("_top1") for key in keys):
+        measured, weighted = [metric], []
+        column, title = "eval_{}", metric
+    else:
+        measured = [key[5:-5] for key in keys if key.startswith("eval_") and key.endswith("_top1")]
+        column, title = "eval_{}_top1", "top-1 accuracy (%)"
     levels = list(dict.fromkeys(weighted + [level for level in measured if level]))
     if not levels:
         raise ValueError("There is nothing to plot: no row has a key weight_<level> or eval_<level>_top1. "
@@ -71,7 +78,7 @@ def history_figure(rows: Sequence[Mapping[str, Any]]) -> "Figure":
         lowest = bottom
     else:
         top = lowest = figure.subplots()
-    _draw_accuracy(top, epochs, {lv: _column(by_epoch, f"eval_{lv}_top1") for lv in levels}, levels)
+    _draw_accuracy(top, epochs, {lv: _column(by_epoch, column.format(lv)) for lv in levels}, levels, title)
     lowest.set_xlabel("epoch")
     lowest.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     top.set_xlim(epochs[0] - 0.5, epochs[-1] + 0.5)
@@ -132,9 +139,10 @@ def collapse_figure(histories: Mapping[str, Sequence[Sequence[Mapping[str, Any]]
     return figure
 
 
-def _draw_accuracy(axes: "Axes", epochs: list[float], values: dict[str, list[float]], levels: list[str]) -> None:
+def _draw_accuracy(axes: "Axes", epochs: list[float], values: dict[str, list[float]], levels: list[str],
+                   title: str) -> None:
     restrain(axes)
-    axes.set_ylabel("top-1 accuracy (%)")
+    axes.set_ylabel(title)
     axes.grid(axis="y", color=FAINT, linewidth=0.8)
     seen = [v for column in values.values() for v in column if math.isfinite(v)]
     low, high = (min(seen), max(seen)) if seen else (0.0, 100.0)

@@ -1,12 +1,10 @@
-"""Training tasks in timm's sense: a model with its loss, usable from anyone's own loop."""
+"""Losses of label hierarchies: a head a level, weighted by epoch; and the flat baseline."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
-from timm.task import TrainingTask
-from timm.utils import unwrap_model
 from torch import nn
 
 from timm_branches.hierarchy import HierarchyEvaluator, Taxonomy, sum_upwards
@@ -19,13 +17,13 @@ from timm_branches.hierarchy.losses import (
     tree_path_kl,
 )
 from timm_branches.model import BranchModel
-from timm_branches.schedules import ConstantSchedule, LossWeightSchedule, get_schedule
+from timm_branches.task.base import HeadsTask, Schedule
 from timm_branches.uncertainty import UncertaintyWeighting
 
-__all__ = ["BranchTask", "FlatTask", "base_model"]
+__all__ = ["BranchTask", "FlatTask", "two_classes"]
 
 
-class BranchTask(TrainingTask):
+class BranchTask(HeadsTask):
     """Weighted sum of per-level cross-entropies, with weights that change by epoch (B-CNN's training strategy).
 
     L = sum over levels k of w_k(epoch) * CE_k, equation (1) of Zhu and Bain 2017 (arXiv 1709.09890), plus the terms
@@ -34,7 +32,8 @@ class BranchTask(TrainingTask):
     `tree_path` read all levels, so with them every head is computed.)
 
     Args:
-        model: Branch model with one head a level, from coarse to fine.
+        model: Branch model with one head a level, from coarse to fine. Other heads (decoders, and what stands behind
+            the levels of its taxonomy) are left alone.
         schedule: Loss weights by epoch: a schedule, a preset's name, or None for equal weights.
         label_smoothing: Of every level's cross-entropy, or one for each level.
         class_weights: Weight of each class, by level: ``{'fine': tensor (K,)}``; torch's weighted mean.
@@ -57,20 +56,21 @@ class BranchTask(TrainingTask):
         >>> task(images, labels)['loss'].backward()                      # doctest: +SKIP
     """
 
-    def __init__(self, model: BranchModel, schedule: "LossWeightSchedule | str | dict | Sequence[float] | None" = None,
+    def __init__(self, model: BranchModel, schedule: Schedule = None,
                  label_smoothing: float | Sequence[float] = 0.0,
                  class_weights: Mapping[str, torch.Tensor | Sequence[float]] | None = None, *, marginal: bool = False,
                  consistency: float = 0.0, tree_path: float = 0.0, uncertainty: bool = False,
                  device: torch.device | None = None, dtype: torch.dtype | None = None, verbose: bool = True):
-        super().__init__(device=device, dtype=dtype, verbose=verbose)
-        self.trainable_module: Any = model
-        self.names = tuple(model.names)
+        names = model.names[:model.taxonomy.num_levels] if model.taxonomy else \
+            [name for name, head in zip(model.names, model.head_specs, strict=True) if not head.dense]
+        if not names:
+            raise ValueError(f"the heads {list(model.names)} are decoders, without classes of whole images: a "
+                             "DenseTask trains them.")
+        super().__init__(model, names, schedule, device, dtype, verbose)
         self.level_names = self.names
-        self.level_classes = tuple(max(2, count) for count in model.num_classes.values())  # one logit: yes or no
+        self.level_classes = tuple(max(2, model.num_classes[name]) for name in names)  # one logit: yes or no
         self.taxonomy: Taxonomy | None = model.taxonomy
-        count = len(self.names)
-        self.schedule = ConstantSchedule((1.0,) * count) if schedule is None else \
-            get_schedule(schedule, num_levels=count)
+        count = len(names)
         smoothing = [label_smoothing] * count if isinstance(label_smoothing, (int, float)) else list(label_smoothing)
         if len(smoothing) != count or not all(0 <= s < 1 for s in smoothing):
             raise ValueError(f"label_smoothing must be in [0, 1), one number or one for each of {list(self.names)}, "
@@ -92,9 +92,8 @@ class BranchTask(TrainingTask):
         if uncertainty and marginal:
             raise ValueError("uncertainty= does not go with marginal=.")
         self.uncertainty = UncertaintyWeighting(self.names) if uncertainty else None
-        self.distributed = False
+        self.heads_can_be_off = not self.extras
         self.to(next(model.parameters()).device if device is None else device)
-        self.set_epoch(0)
 
     def _weigh_classes(self, class_weights: Mapping[str, Any], model: BranchModel) -> None:
         for name, given in class_weights.items():
@@ -104,86 +103,44 @@ class BranchTask(TrainingTask):
                                  f"upwards for each class of one of the heads {model.num_classes}.")
             self.register_buffer(f"class_weights_{self.names.index(name)}", weights, persistent=False)
 
-    # -- the schedule ----------------------------------------------------------------------------------------
-
-    def set_epoch(self, epoch: int) -> None:
-        """Take the loss weights of a 0-based epoch; call it when the epoch begins."""
-        self.epoch = epoch
-        self.weights = tuple(self.schedule(epoch))
-        self.active = tuple(name for name, w in zip(self.names, self.weights, strict=True) if w > 0)
+    def end_epoch(self, metrics: Mapping[str, float], epoch: int) -> None:
+        """Tell the schedule the levels' accuracies."""
+        if len(self.level_names) == self.schedule.num_levels:
+            self.schedule.update([metrics[f"{name}_top1"] / 100 for name in self.level_names], epoch)
 
     def parameters_of_loss(self) -> list[nn.Parameter]:
-        """Parameters of the loss itself, for the optimizer, without weight decay: the learned uncertainties."""
+        """The learned uncertainties."""
         return list(self.uncertainty.parameters()) if self.uncertainty else []
 
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
         """The schedule, the epoch and what the loss has learned, for checkpoints."""
         learned = {"uncertainty": self.uncertainty.state_dict()} if self.uncertainty else {}
-        return {"schedule": self.schedule.to_dict(), "epoch": self.epoch, **learned}
+        return {**super().get_task_state(module, ema), **learned}
 
     def load_task_state(self, state: dict[str, Any] | None, strict: bool = True, module: nn.Module | None = None,
                         ema: bool = False) -> None:
-        """Continue with the checkpoint's schedule.
+        """Continue with the checkpoint's schedule and what the loss has learned."""
+        super().load_task_state(state, strict, module, ema)
+        if state and self.uncertainty:
+            self.uncertainty.load_state_dict(state["uncertainty"])
 
-        Raises:
-            ValueError: The checkpoint's schedule is for another number of levels.
-        """
-        if state:
-            self.schedule = get_schedule(state["schedule"], num_levels=len(self.names))
-            if self.uncertainty:
-                self.uncertainty.load_state_dict(state["uncertainty"])
-            self.set_epoch(int(state["epoch"]))
+    # -- losses ----------------------------------------------------------------------------------------------
 
-    # -- timm's task -----------------------------------------------------------------------------------------
+    def needed_heads(self) -> tuple[str, ...]:
+        return self.names if self.extras else self.active
 
-    def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs: Any) -> "BranchTask":
-        """Wrap the model in DDP, which is told to look for parts without gradient if there can be any."""
-        from torch.nn.parallel import DistributedDataParallel
-
-        self.distributed = True
-        for parameter in self.parameters_of_loss():  # they stand outside of DDP
-            parameter.register_hook(_mean_over_processes)
-        cut = any(info.tap.detach for info in base_model(self).taps)
-        ddp_kwargs.setdefault("find_unused_parameters", cut or self._turns_levels_off())
-        self.eval_model = getattr(self, "eval_model", self.trainable_module)
-        self.trainable_module = DistributedDataParallel(self.trainable_module, device_ids=device_ids, **ddp_kwargs)
-        return self
-
-    def compile(  # type: ignore[override]  # nn.Module has another method of this name; timm's is meant
-            self, backend: str = "inductor", mode: str | None = None, **compile_kwargs: Any) -> nn.Module:
-        """Compile the model; it is compiled anew for each set of levels that the schedule turns on."""
-        self.trainable_module = torch.compile(self.trainable_module, backend=backend, mode=mode, **compile_kwargs)
-        self.eval_model = self.trainable_module
-        return self.trainable_module
-
-    def get_clip_parameters(self, exclude_head: bool = False) -> list[nn.Parameter]:
-        """Parameters to clip; adaptive clipping leaves the heads out, as timm does with classifiers."""
-        model = base_model(self)
-        return list((model.backbone if exclude_head else model).parameters())
-
-    def _turns_levels_off(self) -> bool:
-        if self.extras:
-            return False
-        points = getattr(self.schedule, "points", None)
-        # between its points a schedule interpolates, so a 0 between them is a 0 at one; others may do anything
-        return points is None or any(0 in weights for weights in points.values())
-
-    def forward(self, input: torch.Tensor, target: torch.Tensor) -> dict[str, Any]:
-        """Forward pass and loss.
+    def compare(self, output: dict[str, torch.Tensor], target: torch.Tensor, lengths: torch.Tensor | None = None,
+                share: bool = False) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The weighted sum, and the losses by level.
 
         Args:
-            input: Images (B, C, H, W) or clips (B, T, C, H, W), or a pair of clips and their lengths (B,).
+            output: Logits by level, of the levels that are on.
             target: Labels (B, L) with -1 for unknown, or soft labels (B, sum of classes) as mixup makes them. Heads
                 that answer for each frame are held to the clip's labels in each of its frames, or to labels (B, T, L).
-
-        Returns:
-            ``loss``, ``output`` (logits by level, of the levels that are on) and ``losses`` by level, unweighted.
+            lengths: Valid frames of each clip.
+            share: Average over the samples of all processes.
         """
         targets = self._targets(target)
-        only = None if self.extras or len(self.active) == len(self.names) else self.active
-        images, lengths = input if isinstance(input, tuple) else (input, None)
-        output = self.trainable_module(images, heads=only, **({} if lengths is None else {"lengths": lengths}))
-        share = self.distributed and self.training
         losses = {}
         for name in self.active:
             logits, rows = _by_sample(name, two_classes(output[name]), target, lengths)
@@ -196,7 +153,7 @@ class BranchTask(TrainingTask):
         for name, weight in self.extras.items():
             losses[name] = self._extra_loss(name, output, target, share)
             loss = loss + weight * losses[name]
-        return {"loss": loss, "output": output, "losses": losses}
+        return loss, losses
 
     def _known(self, targets: dict[str, torch.Tensor], share: bool) -> dict[str, torch.Tensor]:
         """Of each level, whether any process has a label for it."""
@@ -245,17 +202,21 @@ class BranchTask(TrainingTask):
         """Logits (B, K) of every level from the model's output."""
         return [two_classes(output[name]) for name in self.names]
 
-    def answer(self, model: nn.Module, input: Any) -> dict[str, torch.Tensor]:
-        """What a model says of a batch: logits (B, K) by head, those of frames averaged over each clip's frames."""
-        images, lengths = input if isinstance(input, tuple) else (input, None)
-        output = model(images) if lengths is None else model(images, lengths=lengths)
-        frames = images.shape[1] if lengths is None else lengths[:, None].to(images.device)
-        return {name: y.sum(1) / frames if y.ndim == 3 else y for name, y in output.items()}  # 0 behind the lengths
+    # -- judging ---------------------------------------------------------------------------------------------
 
-    def create_evaluator(self, **kwargs: Any) -> "HierarchyEvaluator":
+    @property
+    def default_metric(self) -> str:
+        return f"{self.level_names[-1]}_top1"
+
+    def create_evaluator(self, **kwargs: Any) -> HierarchyEvaluator:
         """A fresh evaluator that takes the model's whole output and labels (B, L)."""
         return HierarchyEvaluator(self.level_names, self.level_classes, self.taxonomy, device=self.device,
                                   to_levels=self.level_logits, **kwargs)
+
+    def confusions(self, evaluator: HierarchyEvaluator) -> list[tuple[str, torch.Tensor, list[str]]]:
+        names = self.taxonomy.classes if self.taxonomy else [map(str, range(k)) for k in self.level_classes]
+        matrices = zip(self.level_names, evaluator.confusion_matrices(), names, strict=True)
+        return [(level, matrix, list(classes)) for level, matrix, classes in matrices if matrix is not None]
 
 
 class FlatTask(BranchTask):
@@ -389,14 +350,3 @@ def _with_coarse(logits: torch.Tensor, target: torch.Tensor, labels: torch.Tenso
         dist.all_reduce(known)
         known = known / dist.get_world_size()
     return total / torch.where(known > 0, known, 1)
-
-
-def _mean_over_processes(gradient: torch.Tensor) -> torch.Tensor:
-    gradient = gradient.clone()
-    dist.all_reduce(gradient)
-    return gradient / dist.get_world_size()
-
-
-def base_model(task: TrainingTask, ema: bool = False) -> BranchModel:
-    """The plain branch model inside a task, free of DDP, compile and EMA wrappers."""
-    return unwrap_model(task.get_eval_model(ema=ema))

@@ -1,0 +1,186 @@
+"""What all tasks share: a branch model, the weights of its losses by epoch, and how processes train it together."""
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from timm.task import TrainingTask
+from timm.utils import unwrap_model
+from torch import nn
+
+from timm_branches.model import BranchModel
+from timm_branches.schedules import ConstantSchedule, LossWeightSchedule, get_schedule
+
+__all__ = ["HeadsTask", "Schedule", "base_model"]
+
+Schedule = LossWeightSchedule | str | dict | Sequence[float] | None
+
+
+class HeadsTask(TrainingTask):
+    """Training task in timm's sense on the heads of a branch model; subclasses bring the losses.
+
+    Args:
+        model: The branch model.
+        names: Names of the losses that the schedule weighs.
+        schedule: Loss weights by epoch: a schedule, a preset's name, or None for equal weights.
+        device: Where the task lives; None leaves the model where it is.
+        dtype: As in timm.
+        verbose: As in timm.
+
+    Attributes:
+        names: Names of the losses that the schedule weighs.
+        weights: Their weights in this epoch.
+        active: Names of those whose weight is not 0.
+
+    Raises:
+        ValueError: The schedule is for another number of losses.
+    """
+
+    heads_can_be_off = True  # whether a head may go without gradient because its weight is 0
+
+    def __init__(self, model: BranchModel, names: Sequence[str], schedule: Schedule = None,
+                 device: torch.device | None = None, dtype: torch.dtype | None = None, verbose: bool = True):
+        super().__init__(device=device, dtype=dtype, verbose=verbose)
+        self.trainable_module: Any = model
+        self.names = tuple(names)
+        self.schedule: LossWeightSchedule = ConstantSchedule((1.0,) * len(names)) if schedule is None else \
+            get_schedule(schedule, num_levels=len(names))
+        self.distributed = False
+        self.to(next(model.parameters()).device if device is None else device)
+        self.set_epoch(0)
+
+    # -- the schedule ----------------------------------------------------------------------------------------
+
+    def set_epoch(self, epoch: int) -> None:
+        """Take the loss weights of a 0-based epoch; call it when the epoch begins."""
+        self.epoch = epoch
+        self.weights = tuple(self.schedule(epoch))
+        self.active = tuple(name for name, w in zip(self.names, self.weights, strict=True) if w > 0)
+
+    def end_epoch(self, metrics: Mapping[str, float], epoch: int) -> None:
+        """Take note of what an evaluation said; weights that follow it act from the next epoch on."""
+
+    def describe_schedule(self) -> str:
+        """The loss weights as a person would write them."""
+        return str(self.schedule)
+
+    def parameters_of_loss(self) -> list[nn.Parameter]:
+        """Parameters of the loss itself, for the optimizer, without weight decay."""
+        return []
+
+    def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
+        """The schedule and the epoch, for checkpoints."""
+        return {"schedule": self.schedule.to_dict(), "epoch": self.epoch}
+
+    def load_task_state(self, state: dict[str, Any] | None, strict: bool = True, module: nn.Module | None = None,
+                        ema: bool = False) -> None:
+        """Continue with the checkpoint's schedule.
+
+        Raises:
+            ValueError: The checkpoint's schedule is for another number of losses.
+        """
+        if state:
+            self.schedule = get_schedule(state["schedule"], num_levels=len(self.names))
+            self.set_epoch(int(state["epoch"]))
+
+    # -- timm's task -----------------------------------------------------------------------------------------
+
+    def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs: Any) -> "HeadsTask":
+        """Wrap the model in DDP, which is told to look for parts without gradient if there can be any."""
+        from torch.nn.parallel import DistributedDataParallel
+
+        self.distributed = True
+        for parameter in self.parameters_of_loss():  # they stand outside of DDP
+            parameter.register_hook(_mean_over_processes)
+        cut = any(info.tap.detach for info in base_model(self).taps)
+        ddp_kwargs.setdefault("find_unused_parameters", cut or self._turns_levels_off())
+        self.eval_model = getattr(self, "eval_model", self.trainable_module)
+        self.trainable_module = DistributedDataParallel(self.trainable_module, device_ids=device_ids, **ddp_kwargs)
+        return self
+
+    def compile(  # type: ignore[override]  # nn.Module has another method of this name; timm's is meant
+            self, backend: str = "inductor", mode: str | None = None, **compile_kwargs: Any) -> nn.Module:
+        """Compile the model; it is compiled anew for each set of levels that the schedule turns on."""
+        self.trainable_module = torch.compile(self.trainable_module, backend=backend, mode=mode, **compile_kwargs)
+        self.eval_model = self.trainable_module
+        return self.trainable_module
+
+    def get_clip_parameters(self, exclude_head: bool = False) -> list[nn.Parameter]:
+        """Parameters to clip; adaptive clipping leaves the heads out, as timm does with classifiers."""
+        model = base_model(self)
+        return list((model.backbone if exclude_head else model).parameters())
+
+    def _turns_levels_off(self) -> bool:
+        if not self.heads_can_be_off:
+            return False
+        points = getattr(self.schedule, "points", None)
+        # between its points a schedule interpolates, so a 0 between them is a 0 at one; others may do anything
+        return points is None or any(0 in weights for weights in points.values())
+
+    def forward(self, input: Any, target: Any) -> dict[str, Any]:
+        """Forward pass and loss.
+
+        Args:
+            input: Images (B, C, H, W) or clips (B, T, C, H, W), or a pair of clips and their lengths (B,).
+            target: What the losses compare with.
+
+        Returns:
+            ``loss``, ``output`` of the heads that were needed, and ``losses`` by name, unweighted.
+        """
+        images, lengths = input if isinstance(input, tuple) else (input, None)
+        heads = self.needed_heads()
+        output = self.trainable_module(images, heads=None if set(heads) == set(base_model(self).names) else heads,
+                                       **({} if lengths is None else {"lengths": lengths}))
+        loss, losses = self.compare(output, target, lengths, share=self.distributed and self.training)
+        return {"loss": loss, "output": output, "losses": losses}
+
+    @abstractmethod
+    def needed_heads(self) -> tuple[str, ...]:
+        """The model's heads that are computed in training."""
+
+    @abstractmethod
+    def compare(self, output: dict[str, torch.Tensor], target: Any, lengths: torch.Tensor | None = None,
+                share: bool = False) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The total loss, and the losses by name, unweighted.
+
+        Args:
+            output: Of the heads that are needed.
+            target: What they are compared with.
+            lengths: Valid frames of each clip.
+            share: Average over the samples of all processes.
+        """
+
+    def answer(self, model: nn.Module, input: Any) -> dict[str, torch.Tensor]:
+        """What a model says of a batch: logits (B, K) by head, those of frames averaged over each clip's frames."""
+        images, lengths = input if isinstance(input, tuple) else (input, None)
+        output = model(images) if lengths is None else model(images, lengths=lengths)
+        frames = images.shape[1] if lengths is None else lengths[:, None].to(images.device)
+        return {name: y.sum(1) / frames if y.ndim == 3 else y for name, y in output.items()}  # 0 behind the lengths
+
+    # -- judging ---------------------------------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def default_metric(self) -> str:
+        """What the best epoch is chosen by."""
+
+    @abstractmethod
+    def create_evaluator(self, **kwargs: Any) -> Any:
+        """A fresh evaluator that takes the model's whole output and the targets."""
+
+    def confusions(self, evaluator: Any) -> list[tuple[str, torch.Tensor, list[str]]]:
+        """Confusion matrices to draw: title, counts (K, K), names of the classes."""
+        return []
+
+
+def _mean_over_processes(gradient: torch.Tensor) -> torch.Tensor:
+    gradient = gradient.clone()
+    dist.all_reduce(gradient)
+    return gradient / dist.get_world_size()
+
+
+def base_model(task: TrainingTask, ema: bool = False) -> BranchModel:
+    """The plain branch model inside a task, free of DDP, compile and EMA wrappers."""
+    return unwrap_model(task.get_eval_model(ema=ema))
