@@ -1,0 +1,79 @@
+"""Watching one forward pass: which ReLU is dead, and where the first number that is not finite appears."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+__all__ = ["Watch", "watch"]
+
+_aten = torch.ops.aten
+_RELUS = {_aten.relu, _aten.relu_, _aten.hardtanh, _aten.hardtanh_, _aten.threshold, _aten.threshold_}
+
+
+class Watch(TorchDispatchMode):
+    """Sees each operation below autograd, so that layers, functions and in-place forms all count.
+
+    Attributes:
+        failed: Path of the innermost module that an exception went through, if one went through all of them.
+        dead: Paths of the modules in which a ReLU (or ReLU6) gave zeros only, over the whole batch.
+        not_finite: Path of the module, and the operation, that first made NaN, or else infinity.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack: list[str] = []  # the modules that are being run, the innermost last
+        self.dead: list[str] = []
+        self.failed: str | None = None
+        self.nan: tuple[str, str] | None = None
+        self.infinity: tuple[str, str] | None = None
+
+    @property
+    def not_finite(self) -> tuple[str, str] | None:
+        return self.nan or self.infinity  # a mask of -inf is common and harms nobody as long as it makes no NaN
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        relu = func.overloadpacket in _RELUS and len(args) and isinstance(args[0], Tensor)
+        alive_before = relu and bool((args[0] != 0).any())
+        out = func(*args, **(kwargs or {}))
+        first = out[0] if isinstance(out, (tuple, list)) and out else out
+        if not self.stack or not isinstance(first, Tensor) or not first.is_floating_point() or not first.numel():
+            return out
+        # zeros that stay zeros are not the ReLU's doing
+        if relu and alive_before and not first.any() and self.stack[-1] not in self.dead:
+            self.dead.append(self.stack[-1])
+        name = func.overloadpacket.__name__
+        if self.nan is None and not name.startswith(("empty", "new_empty")):  # uninitialised memory
+            here = (self.stack[-1], name.strip("_"))
+            if first.isnan().any():
+                self.nan = here
+            elif self.infinity is None and first.isinf().any():
+                self.infinity = here
+        return out
+
+
+@contextmanager
+def watch(model: nn.Module) -> Iterator[Watch]:
+    """Watch what the modules of a model compute inside."""
+    seen = Watch()
+    names = {module: name or "the model's own forward" for name, module in model.named_modules()}
+    handles = []
+    for module in names:
+        handles.append(module.register_forward_pre_hook(lambda m, args: seen.stack.append(names[m])))
+        handles.append(module.register_forward_hook(lambda m, args, out: _leave(seen, names[m], out), always_call=True))
+    try:
+        with seen:
+            yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _leave(seen: Watch, name: str, out: Any) -> None:
+    if seen.stack:
+        seen.stack.pop()
+    # an exception leaves the modules from the innermost on, all without an output
+    seen.failed = None if out is not None else seen.failed or name
