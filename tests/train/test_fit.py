@@ -709,7 +709,7 @@ def test_command_line_round_trip():
             "eval_metric": "loss", "wandb": "w"}
     numbers = {"epochs": 3, "seed": 4, "lr": 0.1, "weight_decay": 0.2, "momentum": 0.3, "layer_decay": 0.4,
                "min_lr": 0.01, "warmup_epochs": 2, "warmup_lr": 0.02, "decay_rate": 0.5, "grad_accum_steps": 4,
-               "clip_grad": 1.5, "model_ema_decay": 0.5, "log_interval": 7}
+               "conflicts": 2, "clip_grad": 1.5, "model_ema_decay": 0.5, "log_interval": 7}
     switched = {f.name: not f.default for f in fields(FitConfig) if isinstance(f.default, bool)}
     other = {**text, **numbers, **switched}
     assert set(other) == {f.name for f in fields(FitConfig)}
@@ -772,3 +772,48 @@ def test_learned_weights_are_trained_and_survive_a_resume(tmp_path):
     assert (whole != 0).all()
     run("cut", 1)
     assert torch.equal(run("cut", 2, resume="auto"), whole)
+
+
+def test_check_stops_before_training(tmp_path):
+    task, data = make_task(), make_data(8)
+    with torch.no_grad():
+        task.trainable_module.head("fine").fc.weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match="--check found: .*(NaN|finite)"):
+        fit(task, loader_of(data), None, settings(tmp_path, check=True))
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_check_changes_nothing_in_a_healthy_run(tmp_path):
+    weights = []
+    for check in (False, True):
+        task = make_task()
+        torch.manual_seed(3)
+        fit(task, loader_of(make_data(8)), None, settings(tmp_path / str(check), epochs=1, check=check))
+        weights.append(weights_of(task))
+    assert_equal(*weights)
+
+
+def test_conflicts_are_logged_and_change_nothing(tmp_path):
+    from timm_branches.gradients import branch_cosines
+
+    weights, data = [], loader_of(make_data(16), 4)
+    for conflicts in (0, 2):
+        task = make_task()
+        torch.manual_seed(3)
+        config = settings(tmp_path / str(conflicts), epochs=2, conflicts=conflicts, plots=conflicts > 0)
+        result = fit(task, data, None, config)
+        weights.append(weights_of(task))
+    assert_equal(*weights)
+    assert all(-1 <= row["cosine_coarse_fine"] <= 1 for row in result.history)
+    assert (tmp_path / "2" / "conflicts.png").exists()
+    task = make_task()
+    result = fit(task, data, None, settings(tmp_path / "first", epochs=1, lr=1e-30, conflicts=1))
+    images, labels = next(iter(data))
+    want = branch_cosines(make_task(), (images, labels))["coarse", "fine"]
+    assert result.history[0]["cosine_coarse_fine"] == pytest.approx(want, abs=1e-4)
+
+
+def test_conflicts_of_a_single_loss(tmp_path):
+    model = create_branch_model("test_resnet", taps=[5], num_classes=4, in_chans=1, img_size=16, names=["leaf"])
+    with pytest.raises(ValueError, match="--conflicts has no effect"):
+        fit(FlatTask(model, TREE), loader_of(make_data(8)), None, settings(tmp_path, conflicts=1))

@@ -58,6 +58,8 @@ class FitConfig:
     model_ema_decay: float = _setting(0.9998, "decay of the moving average")
     model_ema_warmup: bool = _setting(False, "smaller decay at the start")
 
+    check: bool = _setting(False, "look for common faults in model and labels on one batch before training")
+    conflicts: int = _setting(0, "times an epoch at which the cosines between the branches' gradients are logged")
     eval_metric: str = _setting("", "metric of the best model; by default the accuracy of the finest level")
     tensorboard: bool = _setting(False, "log to TensorBoard")
     wandb: str = _setting("", "log to this wandb project")
@@ -70,7 +72,7 @@ class FitConfig:
         for name in positive:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{_flag(name)} must be above 0, got {getattr(self, name)!r}.")
-        for name in ("weight_decay", "min_lr", "warmup_epochs"):
+        for name in ("weight_decay", "min_lr", "warmup_epochs", "conflicts"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{_flag(name)} must not be negative, got {getattr(self, name)!r}.")
         if self.clip_grad is not None and not self.clip_grad > 0:

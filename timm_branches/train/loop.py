@@ -108,6 +108,8 @@ def fit(task: HeadsTask, train_loader: Any, eval_loader: Any = None, config: Fit
     began = time.monotonic()
     run = _Run(task, train_loader, eval_loader, config, mixup, facts or {})
     try:
+        if config.check:
+            run.check()
         for epoch in range(run.start_epoch, config.epochs):
             run.epoch(epoch)
     finally:
@@ -138,6 +140,8 @@ class _Run:
         if self.metric not in judge.metric_names:
             raise ValueError(f"--eval-metric {self.metric!r}: choose one of {', '.join(judge.metric_names)}.")
         self.lower_is_better = judge.lower_is_better(self.metric)
+        if config.conflicts and len(task.names) < 2:
+            raise ValueError(f"--conflicts has no effect: {list(task.names)} is a single loss.")
         if config.eval_metric and eval_loader is None:
             raise ValueError("--eval-metric has no effect without evaluation data.")
         self.result = FitResult(Path(config.output))
@@ -253,6 +257,20 @@ class _Run:
 
     # -- one epoch -------------------------------------------------------------------------------------------
 
+    def check(self) -> None:
+        """Ask the doctor before a long training.
+
+        Raises:
+            ValueError: It found something; the message says what, and what to do.
+        """
+        from timm_branches.gradients import check_model
+        images, labels = next(iter(self.loader))
+        diagnosis = check_model(self.task, (_to(images, self.device, None), _move(labels, self.device)))
+        if not diagnosis.ok:
+            raise ValueError("--check found: " + " ".join(diagnosis.problems))
+        if self.primary:
+            tqdm.write(f"--check: {len(diagnosis.passed)} checks passed.")
+
     def epoch(self, epoch: int) -> None:
         """Train, evaluate, log and save one epoch."""
         began = time.monotonic()
@@ -282,6 +300,8 @@ class _Run:
         row |= {f"eval_{key}": value for key, value in metrics.items()}
         row |= {f"weight_{name}": w for name, w in zip(self.task.names, self.task.weights, strict=True)}
         row |= {"seconds": round(seconds, 3), "images_per_second": round(count / seconds, 1)}
+        if self.config.conflicts:
+            row |= self._conflicts
         better = not metrics or self._is_better(metrics[self.metric])
         if better:
             self.result.best_epoch, self.result.best = epoch, metrics
@@ -311,6 +331,8 @@ class _Run:
         batches = len(self.loader)
         accumulate = config.grad_accum_steps
         check_every = 1 if self.device.type == "cpu" else config.log_interval
+        cosines: dict[str, list[float]] = {}
+        every = max(1, batches // config.conflicts) if config.conflicts else 0
         sums: dict[str, torch.Tensor] = {}
         pending: list[tuple[int, dict[str, torch.Tensor]]] = []
         count = 0
@@ -324,6 +346,11 @@ class _Run:
                 if isinstance(images, tuple):
                     raise ValueError("mixup and CutMix mix images, not clips: leave them out.")
                 images, labels = self.mixup(images, labels)
+            if every and index % every == 0:
+                from timm_branches.gradients import branch_cosines
+                with self.amp():
+                    for (a, b), value in branch_cosines(task, (images, labels)).items():
+                        cosines.setdefault(f"cosine_{a}_{b}", []).append(value)
             last_of_group = (index + 1) % accumulate == 0 or index + 1 == batches
             group = accumulate if index < batches - batches % accumulate else batches % accumulate
             with nullcontext() if last_of_group else task.no_sync():
@@ -345,6 +372,7 @@ class _Run:
                 if self.scheduler:
                     self.scheduler.step_update(self.updates)
             self.bar.update()
+        self._conflicts = {name: sum(values) / len(values) for name, values in cosines.items()}
         totals = {name: total.double() / batches for name, total in sums.items()}
         world = dist.get_world_size() if is_distributed() else 1
         if is_distributed():
@@ -381,6 +409,9 @@ class _Run:
             return
         try:
             from timm_branches.train.plots import plot_confusion, plot_history
+            if any(key.startswith("cosine_") for row in self.result.history for key in row):
+                from timm_branches.gradients import plot_conflicts
+                plot_conflicts(self.result.history, self.result.output / "conflicts.png")
             plot_history(self.result.history, self.result.output / "history.png", self.metric)
         except ImportError:
             tqdm.write("No plots: matplotlib is not installed (pip install 'timm_branches[recipes]').")
