@@ -1,4 +1,4 @@
-"""What a label hierarchy costs beside the network: the decoders and the tables, on a tree of 10,000 leaves.
+"""What a label hierarchy costs beside the network: decoders, losses and tables, on a tree of 10,000 leaves.
 
     python benchmarks/hierarchy.py
     python benchmarks/hierarchy.py --leaves 1000 --levels 4 -b 256 --device cuda
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from timm_branches.hierarchy import Taxonomy, sum_upwards
 from timm_branches.hierarchy.decode import DECODERS, back_off, decode, depth_accuracy_curve, leaf_log_probs
+from timm_branches.hierarchy.losses import consistency_loss, hxe_loss, marginal_loss, soft_label_loss, tree_path_kl
 
 
 def random_paths(leaves: int, levels: int, early: float, rng: random.Random) -> list[tuple[str, ...]]:
@@ -92,6 +93,21 @@ def functions(taxonomy: Taxonomy, paths: list, batch: int, loop: int, device: to
     }
     for method in DECODERS:
         timed[f"decode, {method}"] = (lambda method=method: decode(logits, taxonomy, method), 1)
+
+    def and_backward(loss: Callable[[], Tensor]) -> Callable[[], object]:
+        for tensor in (leaf_logits, *logits):
+            tensor.requires_grad_()
+        return lambda: torch.autograd.grad(loss(), [leaf_logits, *logits], allow_unused=True)
+
+    losses = {
+        "cross-entropy of the leaves": lambda: torch.nn.functional.cross_entropy(leaf_logits, labels),
+        "marginal_loss": lambda: marginal_loss(leaf_logits, rows, taxonomy),
+        "hxe_loss": lambda: hxe_loss(leaf_logits, rows, taxonomy),
+        "soft_label_loss": lambda: soft_label_loss(leaf_logits, rows, taxonomy),
+        "tree_path_kl": lambda: tree_path_kl(logits, rows, taxonomy),
+        "consistency_loss": lambda: consistency_loss(logits, taxonomy),
+    }
+    timed |= {f"{name} and backward": (and_backward(loss), 1) for name, loss in losses.items()}
     return timed | {
         "leaf_log_probs": (lambda: leaf_log_probs(logits, taxonomy), 1),
         "sum_upwards": (lambda: sum_upwards(leaf_logits, taxonomy), 1),

@@ -394,10 +394,11 @@ def collapse(level: str, schedule: LossWeightSchedule, histories: dict[str, list
 
 
 def partial_labels(bench: Bench) -> Study:
-    """What images are worth that carry their coarsest label only: learned from, and dropped, at equal budget.
+    """What images are worth that carry their coarsest label only: learned from, or dropped.
 
-    Dropping leaves fewer images an epoch, so it gets more epochs: both see the same number of images. Coarse labels
-    teach all heads (the marginal loss): with the coarse head alone, the fine one would see few labels a batch.
+    Dropping leaves fewer images an epoch. It is tried with as many epochs (a labelled image is seen as often, in less
+    time) and with as many images in all (more epochs, the same time). Coarse labels teach all heads (the marginal
+    loss): with the coarse head alone, the fine one would see few labels a batch.
     """
     args, levels = bench.args, bench.tree.num_levels
     results: dict[str, list[dict[str, float]]] = {}
@@ -405,7 +406,8 @@ def partial_labels(bench: Bench) -> Study:
         some, full = coarsen_labels(bench.train, fraction, seed=args.seed)
         longer = round(args.epochs * len(some) / len(full))
         trials = {}
-        for what, data, epochs in (("learned from", some, args.epochs), ("dropped", full, longer)):
+        for what, data, epochs in (("learned from", some, args.epochs), ("dropped", full, args.epochs),
+                                   ("dropped, as many images", full, longer)):
             schedule = args.schedule or default_schedule(levels, epochs)
             trials[f"B-CNN, {fraction:.0%} coarse, {what}"] = bench.bcnn(schedule, data, epochs, marginal=True)
             trials[f"flat, {fraction:.0%} coarse, {what}"] = bench.flat(data, epochs)
@@ -414,8 +416,9 @@ def partial_labels(bench: Bench) -> Study:
                 task, _ = bench.fit(name, trial, seed, bench.output / f"seed{seed}" / slug(name))
                 decoder = "leaf-marginal" if isinstance(task, FlatTask) else "best-path"
                 results.setdefault(name, []).append(bench.judge([task], decoder))
-    lines = [verdict(results, f"{net}, {f:.0%} coarse, learned from", f"{net}, {f:.0%} coarse, dropped", "full_path",
-                     "full-path accuracy") for f in args.partial for net in ("B-CNN", "flat")]
+    lines = [verdict(results, f"{net}, {f:.0%} coarse, learned from", f"{net}, {f:.0%} coarse, {what}", "full_path",
+                     "full-path accuracy")
+             for f in args.partial for net in ("B-CNN", "flat") for what in ("dropped", "dropped, as many images")]
     return results, "\n".join(lines)
 
 

@@ -271,12 +271,14 @@ class TestStudies:
     def test_partial_labels(self, tmp_path, here):
         status, out, err = here(*TINY, "--partial", "0.5", "--epochs", "2", "--limit", "96", "--output", "out")
         assert status == 0, err
-        names = [f"{net}, 50% coarse, {what}" for what in ("learned from", "dropped") for net in ("B-CNN", "flat")]
+        names = [f"{net}, 50% coarse, {what}" for what in ("learned from", "dropped", "dropped, as many images")
+                 for net in ("B-CNN", "flat")]
         assert list(table_rows(out)) == names
         folder = tmp_path / "out" / "seed0"
         assert epochs_logged(folder / "b_cnn_50_coarse_learned_from") == [0, 1]
-        assert epochs_logged(folder / "b_cnn_50_coarse_dropped") == [0, 1, 2, 3]  # as many images in all
-        assert out.count("No verdict from a single seed") == 2
+        assert epochs_logged(folder / "b_cnn_50_coarse_dropped") == [0, 1]
+        assert epochs_logged(folder / "b_cnn_50_coarse_dropped_as_many_images") == [0, 1, 2, 3]
+        assert out.count("No verdict from a single seed") == 4
 
     @pytest.mark.parametrize(("args", "message"), [
         (["--seeds", "2"], "--seeds has no effect"),
