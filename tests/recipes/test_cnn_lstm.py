@@ -1,0 +1,323 @@
+"""``recipes/cnn_lstm.py`` as a user runs it: a script, started from some other folder."""
+
+import importlib.util
+import json
+import os
+import re
+import runpy
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from timm_branches import load_model
+
+RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "cnn_lstm.py"
+CLASSES = ("jump", "walk")
+TINY = ("--model", "test_resnet", "--img-size", "32", "--hidden-size", "8", "--frames", "3", "--epochs", "1", "-b", "4",
+        "--val-fraction", "0.25", "--no-plots")
+
+
+def run(*args, cwd, launcher=()):
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "MPLBACKEND": "agg"}
+    command = [sys.executable, *launcher, str(RECIPE), *map(str, args)]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, capsys):
+    """Run the script in this process and in `tmp_path`: (exit status, stdout, stderr)."""
+    def start(*args):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+        monkeypatch.setattr(sys, "argv", [str(RECIPE), *map(str, args)])
+        threads = torch.get_num_threads()
+        try:
+            runpy.run_path(str(RECIPE), run_name="__main__")
+            status = 0
+        except SystemExit as error:
+            status = error.code
+        finally:
+            torch.set_num_threads(threads)
+        return (status, *capsys.readouterr())
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    """The script as a module."""
+    spec = importlib.util.spec_from_file_location("cnn_lstm_recipe", RECIPE)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def table_rows(text):
+    """The printed table as {name: accuracies}."""
+    lines = text.splitlines()
+    rules = [i for i, line in enumerate(lines) if line and set(line) == {"-"}]
+    rows = {}
+    for line in lines[rules[-1] + 1:] if rules else []:
+        name, *cells = re.split(r"\s{2,}", line.strip())
+        if not name:
+            break
+        rows[name] = [float(cell) for cell in cells]
+    return rows
+
+
+def moving_square(kind, start, count=5, size=32):
+    """Frames of a square that goes up and down (jump) or to the right (walk)."""
+    frames = np.zeros((count, size, size, 3), np.uint8)
+    for t, frame in enumerate(frames):
+        x, y = (start, 12 + 6 * (t % 2)) if kind == "jump" else (start + 3 * t, 12)
+        frame[y:y + 8, x:x + 8] = 255
+    return frames
+
+
+def write_video(path, frames):
+    import av
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=5)
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame)))
+        container.mux(stream.encode())
+
+
+def write_frames(folder, frames):
+    folder.mkdir(parents=True)
+    for number, frame in enumerate(frames):
+        Image.fromarray(frame).save(folder / f"{number}.png")
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """The same clips as videos, as nested folders of frames, and named by a CSV; and damaged ones."""
+    root = tmp_path_factory.mktemp("clips")
+    rows = ["path,label,split,start,end"]
+    for kind in CLASSES:
+        for i in range(8):
+            frames = moving_square(kind, i, count=4 + i % 3)
+            write_video(root / "videos" / kind / f"{i}.mp4", frames)
+            write_frames(root / "nested" / "moves" / kind / str(i), frames)
+            rows.append(f"videos/{kind}/{i}.mp4,{kind},{'test' if i > 5 else 'train'},{i % 2},")
+        for i in range(4):
+            write_frames(root / "nested" / "rests" / f"{kind}ed" / str(i), frames)
+            write_video(root / "damaged" / kind / f"{i}.mp4", frames)
+    (root / "clips.csv").write_text("\n".join(rows) + "\n")
+    (root / "damaged" / "walk" / "bad.mp4").write_bytes(b"no video")
+    for i in range(4):
+        for kind in CLASSES:
+            (root / "broken" / kind).mkdir(parents=True, exist_ok=True)
+            (root / "broken" / kind / f"{i}.mp4").write_bytes(b"no video")
+    return root
+
+
+class TestDigits:
+    def test_every_frame_is_equally_likely_in_both_classes(self, recipe):
+        """What the docstring claims: counted, not believed."""
+        for part in recipe.counting_digits():
+            labels = part.labels[:, 0].tolist()
+            assert labels == [0, 1] * (len(part) // 2)
+            clips = part.images.clips
+            for up, down in zip(clips[::2], clips[1::2], strict=True):
+                assert len(up) == len(down)
+                assert np.array_equal(up[-1], down[-1])
+                assert not np.array_equal(up[-2], down[-2])
+            assert {len(clip) for clip in clips} == {3, 4, 5, 6}
+
+    def test_digits_count_up_or_down(self, recipe):
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        known = {np.kron(image, np.ones((2, 2))).astype(np.uint8).tobytes(): int(y)
+                 for image, y in zip(digits.images, digits.target, strict=True)}
+        seen = Counter()
+        used = []
+        for part in recipe.counting_digits():
+            used.append(set())
+            for clip, (label,) in zip(part.images.clips, part.labels.tolist(), strict=True):
+                names = [known[(frame // 15).tobytes()] for frame in clip]
+                used[-1] |= {frame.tobytes() for frame in clip}
+                assert all((b - a) % 3 == (1, 2)[label] for a, b in zip(names[:-1], names[1:], strict=True))
+                seen[label, names[0]] += 1
+        assert not used[0] & used[1]
+        assert not (used[0] | used[1]) & used[2]
+        assert min(seen.values()) > 0.8 * max(seen.values())  # three digits at the start of clips of two classes
+        assert len(seen) == 6
+
+    def test_without_arguments_cut_short(self, tmp_path, here):
+        status, out, err = here("--epochs", "1", "--limit", "64", "--no-plots", "--stream")
+        assert status == 0, err
+        rows = table_rows(out)
+        assert list(rows) == ["CNN+LSTM", "last frame alone", "chance"]
+        assert rows["last frame alone"] == rows["chance"] == [50]
+        assert len(re.findall(r"^  frame \d: (up|down) \d+ %$", out, re.MULTILINE)) in (3, 4, 5, 6)
+        facts = json.loads((tmp_path / "output" / "cnn_lstm" / "results.json").read_text())
+        assert {name: [found["order_top1"]] for name, found in facts["results"].items()} == pytest.approx(
+            {name: pytest.approx(row, abs=0.006) for name, row in rows.items()})
+        assert (facts["train_clips"], facts["clips"], facts["judged"]) == (64, 600, "test")
+        model = load_model(tmp_path / "output" / "cnn_lstm" / "cnn_lstm" / "model.safetensors").eval()
+        assert model.taxonomy.leaves == (("up",), ("down",))
+        assert model(torch.rand(2, 5, 1, 16, 16))["order"].shape == (2, 2)
+
+    def test_resume(self, tmp_path, here):
+        tiny = ("--limit", "32", "--no-baseline", "--no-plots", "--output", "mine")
+        assert here(*tiny, "--epochs", "1")[0] == 0
+        status, out, _ = here(*tiny, "--epochs", "2", "--resume", "auto")
+        assert status == 0
+        assert "epoch 2/2" in out
+        assert "epoch 1/2" not in out
+        assert here(*tiny, "--epochs", "1")[0] == 0
+        assert (tmp_path / "mine-1" / "cnn_lstm" / "model.safetensors").exists()
+
+
+class TestOwnData:
+    def check(self, result, rows=("CNN+LSTM", "last frame alone", "chance")):
+        status, out, err = result
+        assert status == 0, err
+        assert list(table_rows(out)) == list(rows)
+        return out
+
+    def test_videos_with_another_head(self, clips, tmp_path, here):
+        extra = ("--head", "gru", "--layers", "2", "--bidirectional", "--rnn-output", "frame", "--projection", "6",
+                 "--activation", "relu", "--hidden", "5", "--pool", "max", "--augment", "light",
+                 "--frames-per-pass", "4", "--freeze", "3", "--sampling", "dense", "--stride", "2")
+        args = [*TINY, *extra]
+        args[args.index("--frames") + 1] = "2"
+        out = self.check(here(clips / "videos", *args), ("CNN+GRU", "last frame alone", "chance"))
+        assert "0 clips could not be read." in out
+        model = load_model(tmp_path / "output" / "cnn_lstm" / "cnn_gru" / "model.safetensors").eval()
+        assert model.taxonomy.leaves == tuple((kind,) for kind in CLASSES)
+        spec = model.head_specs[0]
+        assert (spec.kind, spec.num_layers, spec.bidirectional, spec.output, spec.projection, spec.activation,
+                spec.hidden, spec.pool_type, spec.hidden_size) == ("gru", 2, True, "frame", 6, "relu", (5,), "max", 8)
+
+    def test_nested_frame_folders_have_a_head_a_level(self, clips, tmp_path, here):
+        out = self.check(here(clips / "nested", *TINY, "--taps", "4", "5", "--stream"))
+        assert all(len(row) == 2 for row in table_rows(out).values())
+        assert table_rows(out)["chance"] == pytest.approx([100 * 4 / 6, 100 * 2 / 6], abs=0.006)
+        model = load_model(tmp_path / "output" / "cnn_lstm" / "cnn_lstm" / "model.safetensors")
+        assert [info.tap.stage for info in model.taps] == [4, 5]
+        assert list(model.num_classes.values()) == [2, 4]
+
+    def test_csv_with_splits_and_cuts(self, clips, here):
+        assert "on the 4 test clips" in self.check(here(clips / "clips.csv", *TINY, "--readout", "mean"))
+
+    def test_frozen_and_cached(self, clips, tmp_path, here, recwarn):
+        frozen = (*TINY, "--freeze", "all", "--cache", "features", "--epochs", "2")
+        cached = table_rows(self.check(here(clips / "clips.csv", *frozen, "--output", "a")))
+        files = {path: path.stat().st_mtime_ns for path in (tmp_path / "features").rglob("*.safetensors")}
+        assert len(files) == 4  # training and validation, all frames and the last ones
+        again = self.check(here(clips / "clips.csv", *frozen, "--output", "b", "--no-baseline"), ("CNN+LSTM", "chance"))
+        assert table_rows(again)["CNN+LSTM"] == cached["CNN+LSTM"]
+        assert {path: path.stat().st_mtime_ns for path in (tmp_path / "features").rglob("*.safetensors")} == files
+        assert not [str(w.message) for w in recwarn if "stale" in str(w.message)]
+
+    def test_views(self, clips, tmp_path, here):
+        args = ("--freeze", "all", "--cache", "features", "--augment", "light", "--views", "2", "--no-baseline")
+        self.check(here(clips / "clips.csv", *TINY, *args), ("CNN+LSTM", "chance"))
+        indices = [json.loads(path.read_text()) for path in (tmp_path / "features").rglob("*.json")]
+        assert sorted(index["fingerprint"]["views"] for index in indices) == [1, 2]
+
+    def test_unreadable_clips_are_counted(self, clips, here):
+        with pytest.warns(UserWarning, match=r"bad\.mp4"):
+            out = self.check(here(clips / "damaged", *TINY))
+        assert "1 clips could not be read; others took their places." in out
+
+
+MISTAKES = {
+    "model": (["--model", "resnet5000"], "resnet5000"),
+    "no folder": (["nowhere/videos"], "nowhere/videos"),
+    "taps": (["--taps", "3", "4"], "--taps 3 4"),
+    "tap": (["--taps", "conv9"], "no stage 9"),
+    "stage": (["--freeze", "9"], "stages=9"),
+    "no projection": (["--activation", "relu"], "projection"),
+    "pass": (["--frames-per-pass", "0"], "frames_per_pass"),
+    "frames": (["--frames", "0"], "num_frames"),
+    "width": (["--hidden-size", "0"], "hidden_size"),
+    "activation": (["--projection", "4", "--activation", "reluu"], "reluu"),
+    "size": (["--img-size", "1", "2", "3"], "--img-size"),
+    "limit": (["--limit", "0"], "--limit"),
+    "mean": (["--mean", "0.5", "0.5"], "--mean"),
+    "augment": (["--augment", "strong"], "strong"),
+    "batch": (["-b", "0"], "batch_size"),
+    "all broken": (["{clips}/broken"], "none of the"),
+    "strict": (["{clips}/broken", "--strict"], ".mp4"),
+    "stride": (["{clips}/videos", "--stride", "2"], "stride"),
+    "cache of a damaged clip": (["{clips}/damaged", "--freeze", "all", "--cache", "f"], "bad.mp4"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*The next clip that can be read")
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_are_one_line(name, clips, here):
+    args, needle = MISTAKES[name]
+    args = [arg.format(clips=clips) for arg in args]
+    own = ["--model", "test_resnet", "--epochs", "1", "--limit", "16", "--img-size", "32", "--no-baseline"]
+    status, out, err = here(*own, *args) if args[0].startswith("-") else here(args[0], *own, *args[1:])
+    assert status == 2, err
+    lines = err.splitlines()
+    assert lines[-1].startswith("cnn_lstm.py: ")
+    assert needle in lines[-1]
+    assert "Traceback" not in err
+    assert table_rows(out) == {}
+
+
+@pytest.mark.parametrize(("args", "message"), [
+    (["--cache", "f"], "--cache has no effect"),
+    (["--cache", "f", "--freeze", "3"], "--cache has no effect"),
+    (["--views", "2"], "--views has no effect"),
+    (["videos", "--freeze", "all", "--cache", "f", "--augment", "light"], "needs --views"),
+    (["--freeze", "3", "--freeze-backbone"], "contradict"),
+    (["--freeze", "all", "--no-freeze-backbone"], "contradict"),
+    (["--freeze", "all", "--grad-checkpointing"], "--grad-checkpointing has no effect"),
+    (["--hflip", "0.5"], "--hflip has no effect"),
+    (["videos", "--hflip", "0.5", "--augment", "none"], "--hflip has no effect"),
+    (["--rnn-output", "frame", "--readout", "mean"], "--readout mean has no effect"),
+    (["--stream", "--bidirectional"], "--stream"),
+    (["--strict"], "--strict has no effect on the digits"),
+    (["--in-chans", "3"], "--in-chans 3 has no effect"),
+    (["--resume", "last.safetensors"], "--resume auto"),
+])
+def test_what_has_no_effect_is_refused(recipe, capsys, args, message):
+    with pytest.raises(SystemExit) as stopped:
+        recipe.parse_args(args)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("args", "frozen"), [([], False), (["--freeze", "all"], True), (["--freeze-backbone"], True),
+                                              (["--freeze", "2"], False)])
+def test_both_spellings_of_freezing_mean_the_same(recipe, args, frozen):
+    parsed = recipe.parse_args(args)
+    assert parsed.freeze_backbone is frozen
+    assert (parsed.freeze == "all") is frozen
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+def test_only_the_order_tells(tmp_path, seed):
+    done = run("--no-plots", "--seed", seed, cwd=tmp_path)
+    rows = table_rows(done.stdout)
+    assert rows["CNN+LSTM"][0] >= 95, done.stderr
+    assert rows["last frame alone"] == [50]
+
+
+@pytest.mark.slow
+def test_two_processes(tmp_path):
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    args = ("--epochs", "1", "--limit", "64", "--device", "cpu", "--no-plots", "--freeze", "all", "--cache", "f")
+    done = run(*args, cwd=tmp_path, launcher=launcher)
+    assert done.returncode == 0, done.stderr
+    assert list(table_rows(done.stdout)) == ["CNN+LSTM", "last frame alone", "chance"]
+    assert done.stdout.count("chance") == 2  # the row and its explanation, from one process
