@@ -1,0 +1,354 @@
+"""``recipes/segment.py`` as a user runs it: a script, started from some other folder."""
+
+import csv
+import importlib.util
+import json
+import os
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from timm_branches import load_model
+
+RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "segment.py"
+NAMES = ("sky", "grass", "cat", "dog")
+TINY = ("--model", "test_resnet", "--crop", "32", "--channels", "8", "8", "8", "8", "8", "-b", "2", "--epochs", "1",
+        "--no-plots")
+SMALL_JOB = ("--crop", "64", "--repeats", "8", "--epochs", "1", "--model", "test_resnet")
+
+
+def run(*args, cwd, launcher=()):
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "MPLBACKEND": "agg"}
+    command = [sys.executable, *launcher, str(RECIPE), *map(str, args)]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=600, check=False)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, capsys):
+    """Run the script in this process, where imports are paid for already: (exit status, stdout, stderr)."""
+    def start(*args):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [str(RECIPE), *map(str, args)])
+        try:
+            runpy.run_path(str(RECIPE), run_name="__main__")
+            status = 0
+        except SystemExit as error:
+            status = error.code
+        return (status, *capsys.readouterr())
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    """The script as a module."""
+    spec = importlib.util.spec_from_file_location("segment_recipe", RECIPE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def table(text):
+    """The printed table: titles of the columns, and {row: numbers}, None for a dash."""
+    lines = text.splitlines()
+    rules = [i for i, line in enumerate(lines) if line and set(line) == {"-"}]
+    if not rules:
+        return [], {}
+    rows = {}
+    for line in lines[rules[-1] + 1:]:
+        name, *cells = re.split(r"\s{2,}", line.strip())
+        if not name:
+            break
+        rows[name] = [None if cell == "-" else float(cell) for cell in cells]
+    return re.split(r"\s{2,}", lines[rules[-1] - 1].strip()), rows
+
+
+def write_pairs(root, images, masks, count=4, size=(40, 48), void=255):
+    """Scenes that colour gives away: sky above grass, and a cat or a dog; a frame of unlabelled pixels."""
+    rng = np.random.default_rng(0)
+    (root / images).mkdir(parents=True)
+    (root / masks).mkdir(parents=True)
+    for i in range(count):
+        mask = np.zeros(size, np.uint8)
+        mask[size[0] // 2:] = 1
+        mask[10:30, 12:36] = 2 + i % 2
+        colours = np.array([[60, 120, 220], [40, 180, 40], [200, 120, 20], [90, 60, 30]])
+        pixels = np.clip(colours[mask] + rng.integers(-5, 6, (*size, 3)), 0, 255).astype(np.uint8)
+        mask[:2] = void
+        Image.fromarray(pixels).save(root / images / f"{i}.png")
+        Image.fromarray(mask).save(root / masks / f"{i}.png")
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    """A data folder without test split, one with, names, a tree, and folders that are wrong."""
+    root = tmp_path_factory.mktemp("scenes")
+    for name in ("two", "three"):
+        for part in ("train", "val", *(["test"] if name == "three" else [])):
+            write_pairs(root / name, part, f"{part}annot", count=4 if part == "train" else 2)
+    (root / "names.txt").write_text("\n".join(NAMES) + "\n")
+    # in another order than the names
+    (root / "tree.csv").write_text("kind,thing\nanimal,dog\nanimal,cat\nscenery,grass\nscenery,sky\n")
+    (root / "odd").mkdir()
+    for part in ("train", "val"):
+        write_pairs(root / "odd", part, f"{part}annot", count=2)
+    (root / "odd" / "train" / "9.png").write_bytes((root / "odd" / "train" / "0.png").read_bytes())
+    return root
+
+
+def own(scenes, name="two", classes=True):
+    return (scenes / name, "--ignore-index", "255", *(("--classes", scenes / "names.txt") if classes else ()), *TINY)
+
+
+class TestWithoutArguments:
+    @pytest.fixture(scope="class")
+    def small(self, tmp_path_factory):
+        folder = tmp_path_factory.mktemp("small")
+        done = run(*SMALL_JOB, cwd=folder)
+        assert done.returncode == 0, done.stderr
+        return folder / "output" / "segment", done.stdout
+
+    def test_table(self, small):
+        columns, rows = table(small[1])
+        assert columns == ["U-Net, test_resnet", "colour alone", "colour and height"]
+        wanted = [f"{level} {what}" for what in ("mIoU", "pixel accuracy") for level in ("kind", "object")]
+        objects = ("kind IoU surroundings", "kind IoU vehicle", "object IoU wall", "object IoU floor",
+                   "object IoU motorcycle")
+        assert list(rows) == [*wanted, *objects]
+        assert all(0 <= x <= 100 for numbers in rows.values() for x in numbers)
+        for level, mean in (("kind", rows["kind mIoU"]), ("object", rows["object mIoU"])):
+            ious = [numbers for name, numbers in rows.items() if name.startswith(f"{level} IoU")]
+            assert np.mean(ious, 0) == pytest.approx(mean, abs=0.011)
+        assert "1 test image;" in small[1]
+        assert "the best on validation" in small[1]
+
+    def test_files(self, small):
+        folder, out = small
+        facts = json.loads((folder / "results.json").read_text())
+        columns, rows = table(out)
+        assert list(facts["results"]) == columns
+        for i, found in enumerate(facts["results"].values()):
+            assert {name: numbers[i] for name, numbers in rows.items()} == pytest.approx(found, abs=0.006)
+        assert (facts["judged"], facts["images"], facts["epoch"]) == ("test", 1, 0)
+        assert "--crop 64" in facts["command"]
+        for name in ("pictures.png", "history.png", "confusion_object.png"):
+            assert (folder / name).read_bytes().startswith(b"\x89PNG")
+
+    def test_table_is_of_the_saved_model(self, small):
+        """The printed IoU, from the file and pixels alone."""
+        from timm_branches.dense import package_segmentation
+
+        model = load_model(small[0] / "model.safetensors").eval()
+        _, _, test = package_segmentation()
+        image, mask = test[0]
+        mean, std = (torch.tensor(model.pretrained_cfg[key]).view(-1, 1, 1) for key in ("mean", "std"))
+        with torch.no_grad():
+            said = model(((image - mean) / std)[None])["mask"][0].argmax(0)
+        said = said[mask >= 0]
+        mask = mask[mask >= 0]
+        ious = [100 * float(((said == k) & (mask == k)).sum() / ((said == k) | (mask == k)).sum()) for k in range(3)]
+        printed = [numbers[0] for name, numbers in table(small[1])[1].items() if name.startswith("object IoU")]
+        assert printed == pytest.approx(ious, abs=0.02)
+
+
+class TestOwnData:
+    def check(self, result, columns=("U-Net, test_resnet", "colour alone", "colour and height")):
+        status, out, err = result
+        assert status == 0, err
+        found, rows = table(out)
+        assert tuple(found) == columns
+        return rows, out
+
+    def test_last_epoch_is_judged_on_validation(self, scenes, here, tmp_path):
+        rows, out = self.check(here(*own(scenes), "--epochs", "2"))
+        assert list(rows) == ["mIoU", "pixel accuracy", *(f"IoU {name}" for name in NAMES)]
+        assert rows["IoU sky"][1] == 100  # colour alone tells the classes
+        assert "2 validation images; model of the last epoch" in out
+        assert json.loads((tmp_path / "output/segment/results.json").read_text())["epoch"] == 1
+        with open(tmp_path / "output/segment/log.csv", newline="") as stream:  # nothing was chosen on validation
+            assert not any(key.startswith("eval_") for key in next(csv.DictReader(stream)))
+
+    def test_with_a_test_split_validation_chooses(self, scenes, here):
+        _, out = self.check(here(*own(scenes, "three")))
+        assert "2 test images; model of epoch 1, the best on validation" in out
+
+    def test_taxonomy_in_the_order_of_the_names(self, scenes, here):
+        rows, _ = self.check(here(*own(scenes), "--taxonomy", scenes / "tree.csv"))
+        assert [name for name in rows if "IoU" in name] == [
+            "kind mIoU", "thing mIoU", "kind IoU scenery", "kind IoU animal", *(f"thing IoU {name}" for name in NAMES)]
+        # colour alone tells all four, which the tree's own order would mix up
+        assert rows["kind IoU animal"][1] > 99
+        assert rows["thing IoU sky"][1] > 99
+
+    def test_images_and_masks(self, scenes, here):
+        args = own(scenes)[1:]
+        _, out = self.check(here("--images", scenes / "two/train", "--masks", scenes / "two/trainannot",
+                                 "--val-fraction", "0.25", "--repeats", "3", *args))
+        assert "9 crops an epoch of 3 images" in out
+        assert "1 validation image;" in out
+
+    @pytest.mark.parametrize("extra", [
+        ("--attention", "--input-skip", "--deep-supervision", "--loss", "ce+dice", "--class-weights", "auto"),
+        ("--tile", "32", "--resize", "36", "44", "--amp", "--channels-last"),
+        ("--model", "test_vit", "--crop", "32", "--tile", "32", "--channels", "8", "8", "8", "8"),
+    ], ids=["decoder", "tiles", "vit"])
+    def test_settings(self, scenes, here, extra):
+        self.check(here(*own(scenes), *extra), (f"U-Net, {'test_vit' if 'test_vit' in extra else 'test_resnet'}",
+                                                "colour alone", "colour and height"))
+
+    def test_rednet(self, scenes, here, tmp_path):
+        self.check(here(*own(scenes), "--head", "rednet", "--taps", "3", "5", "--channels", "8", "8", "8", "8"),
+                   ("RED-Net, test_resnet", "colour alone", "colour and height"))
+        model = load_model(tmp_path / "output/segment/model.safetensors")
+        assert model.head_specs[0].kind == "rednet"
+        assert [info.tap.stage for info in model.taps] == [3, 5]
+
+    def test_a_new_run_leaves_the_older_one(self, scenes, here, tmp_path):
+        self.check(here(*own(scenes)))
+        before = (tmp_path / "output/segment/results.json").read_bytes()
+        self.check(here(*own(scenes), "--seed", "1"))
+        assert (tmp_path / "output/segment/results.json").read_bytes() == before
+        assert json.loads((tmp_path / "output/segment-1/results.json").read_text())["seed"] == 1
+
+    def test_weights_by_frequency(self, recipe):
+        """Median frequency balancing by hand; the third class occurs nowhere."""
+        from timm_branches.data import SegmentationDataset
+
+        masks = np.array([[[0, 0, 0, 1]], [[0, 0, 0, -1]]])
+        data = SegmentationDataset(np.zeros((2, 1, 4, 3), np.uint8), masks, 3)
+        args = recipe.parse_args(["x", "--class-weights", "auto"])
+        frequency = [6 / 7, 1 / 4]  # of 7 labelled pixels, and of the 4 in the only image that has the second class
+        median = min(frequency)  # torch's: the lower one of two
+        weights = recipe.class_weights(args, data, 3, torch.device("cpu"))["class_weights"]
+        assert weights.tolist() == pytest.approx([median / frequency[0], median / frequency[1], 0])
+
+
+class TestSmp:
+    def test_is_the_same_network_on_the_same_batches(self, scenes, here):
+        """Encoder weights are shared, so a run that hardly learns has two equal encoders and as many parameters."""
+        pytest.importorskip("segmentation_models_pytorch")
+        args = own(scenes)
+        status, out, err = here(*args, "--smp", "--model", "resnet18", "--channels", "32", "16", "8", "8", "8")
+        assert status == 0, err
+        assert table(out)[0] == ["U-Net, resnet18", "smp Unet", "colour alone", "colour and height"]
+        ours, theirs = re.findall(r"([\d.]+) M parameters", out)
+        assert ours == theirs
+        assert "the last epoch" in out
+
+    def test_trained_alike_from_the_same_weights(self, scenes, recipe, tmp_path):
+        """From equal weights throughout, ``fit`` and the recipe's own loop make the same network of it."""
+        pytest.importorskip("segmentation_models_pytorch")
+        from timm_branches.train import FitConfig, fit
+
+        args = recipe.parse_args([*map(str, own(scenes)), "--model", "resnet18", "--channels", "8", "8", "8", "8", "8",
+                                  "--epochs", "2", "--device", "cpu", "--no-progress",
+                                  "--output", str(tmp_path / "run")])
+        train, *_ = recipe.read_data(args)
+        torch.manual_seed(0)
+        model = recipe.make_model(args, 4)
+        unet = recipe.make_smp(args, model.backbone.state_dict(), 4)
+        decoder = dict(model.head("mask").named_parameters())
+        theirs = [*unet.decoder.parameters(), *unet.segmentation_head.parameters()]
+        assert [p.shape for p in decoder.values()] == [p.shape for p in theirs]
+        with torch.no_grad():
+            for p, q in zip(theirs, decoder.values(), strict=True):
+                p.copy_(q)
+        config = FitConfig.from_args(args)
+        train.transform = recipe.PairTransform(32)
+        loader = recipe.partial(recipe.create_loader, train, 2, is_training=True)
+        task = recipe.SegmentTask(model, "ce", recipe.partial(recipe.SegmentationEvaluator, 4))
+        image = torch.randn(1, 3, 40, 48)
+        small = image[..., :32, :32]
+        with torch.no_grad():
+            before = model.eval()(small)["mask"]
+        fit(task, loader(), None, config)
+        recipe.train_smp(unet, config, loader(), task.loss)
+        with torch.no_grad():
+            ours = model.eval()(small)["mask"]
+            assert (ours - before).abs().max() > 0.05  # it has been trained
+            torch.testing.assert_close(recipe.smp_answer(unet, small), ours, rtol=1e-3, atol=1e-4)
+            assert recipe.smp_answer(unet, image).shape == (1, 4, 40, 48)
+
+    @pytest.mark.parametrize("extra", [("--model-ema",), ("--clip-grad", "1"), ("--attention",), ("--head", "rednet"),
+                                       ("--grad-accum-steps", "2")], ids=lambda extra: extra[0][2:])
+    def test_what_it_cannot_do_alike_is_refused(self, recipe, capsys, extra):
+        with pytest.raises(SystemExit) as stopped:
+            recipe.parse_args(["--smp", *extra])
+        assert stopped.value.code == 2
+        assert extra[0] in capsys.readouterr().err
+
+    def test_not_installed(self, here, scenes, monkeypatch):
+        monkeypatch.setitem(sys.modules, "segmentation_models_pytorch", None)
+        status, out, err = here(*own(scenes), "--smp")
+        assert (status, table(out)) == (2, ([], {}))
+        assert "pip install segmentation-models-pytorch" in err
+
+
+class TestMistakes:
+    @pytest.mark.parametrize(("args", "message"), [
+        (["nowhere", "--classes", "4"], "no folder nowhere"),
+        (["{two}"], "--classes is missing"),
+        (["{two}", "--classes", "no.txt"], "no.txt"),
+        (["{two}", "--classes", "3", "--ignore-index", "255"], "3 classes"),
+        (["{two}", "--classes", "4"], "255"),
+        (["{two}", "--classes", "3", "--ignore-index", "255", "--taxonomy", "{tree}"], "has 4 classes"),
+        (["{odd}", "--classes", "4", "--ignore-index", "255"], "9"),
+        (["{two}", "--classes", "4", "--ignore-index", "255", "--class-weights", "1", "2"], "2 numbers for 4 classes"),
+        (["{two}", "--classes", "4", "--ignore-index", "255", "--class-weights", "few"], "--class-weights few"),
+        (["--model", "resnet5000"], "resnet5000"),
+        (["--taps", "7"], "7"),
+        (["--channels", "8", "8"], "channels"),
+        (["--scale", "2", "1"], "scale"),
+        (["--lr", "0"], "--lr"),
+        (["-b", "0"], "batch_size"),
+        (["--repeats", "0"], "repeats"),
+        (["--tile", "1"], "tile"),
+    ], ids=lambda value: None if isinstance(value, str) else " ".join(value)[:40])
+    def test_one_line(self, scenes, here, args, message):
+        places = {name: scenes / name for name in ("two", "odd")} | {"tree": scenes / "tree.csv"}
+        small = ("--model", "test_resnet", "--crop", "32", "-b", "2", "--epochs", "1", "--no-plots")
+        status, out, err = here(*small, *(arg.format(**places) for arg in args))
+        assert status == 2, out
+        assert err.startswith("segment.py: ")
+        assert err.count("\n") == 1, err
+        assert message in err
+        assert table(out) == ([], {})
+
+    @pytest.mark.parametrize(("args", "message"), [
+        (["--images", "photos"], "together"),
+        (["--classes", "3"], "--classes has no effect"),
+        (["photos", "--val-fraction", "0.5"], "--val-fraction has no effect"),
+        (["--loss", "dice", "--class-weights", "auto"], "no effect with --loss dice"),
+        (["--crop", "1", "2", "3"], "--crop"),
+    ])
+    def test_flags_that_do_not_go_together(self, recipe, capsys, args, message):
+        with pytest.raises(SystemExit) as stopped:
+            recipe.parse_args(args)
+        assert stopped.value.code == 2
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_processes(scenes, tmp_path):
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    done = run(*own(scenes), cwd=tmp_path, launcher=launcher)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("mIoU") == 1
+    assert table(done.stdout)[1]["IoU sky"][1] == 100
+
+
+@pytest.mark.slow
+def test_a_network_sees_more_than_single_pixels(tmp_path):
+    """The job without arguments as it stands."""
+    done = run("--no-plots", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    network, colour, _ = table(done.stdout)[1]["object mIoU"]
+    assert network > colour + 10
