@@ -257,7 +257,8 @@ class Bench:
         hflip = args.hflip if args.hflip is not None else 0.0 if args.data in ("digits", "mnist") else 0.5
         look = {k: cfg[k] for k in ("input_size", "mean", "std", "interpolation")}
         # small images are not cropped: there is nothing to spare
-        crop: dict[str, Any] = {"crop_pct": 1.0 if max(cfg["input_size"][-2:]) <= 64 else cfg["crop_pct"], "crop_mode": "center"}
+        crop: dict[str, Any] = {"crop_pct": 1.0 if max(cfg["input_size"][-2:]) <= 64 else cfg["crop_pct"],
+                                "crop_mode": "center"}
         trial.train.transform = create_transform(**look, is_training=True, augment=args.augment, hflip=hflip)
         self.transform = trial.val.transform = create_transform(**look, **crop)
         batch = min(args.batch_size, len(trial.train)) if args.partial else args.batch_size  # what is left may be few

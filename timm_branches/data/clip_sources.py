@@ -106,8 +106,8 @@ class FileClips:
         self.in_chans = in_chans
         self.starts = np.zeros(len(self), np.int64) if starts is None else np.array(starts, np.int64)
         # Counting may mean decoding a whole video: shared memory, so that one worker counts for all of them.
-        self._ends = torch.full((len(self),), -1) if ends is None else torch.tensor(ends)
-        self._ends.share_memory_()
+        self.ends = torch.full((len(self),), -1) if ends is None else torch.tensor(ends)  # as given, -1: not given
+        self._ends = self.ends.clone().share_memory_()  # as counted since
 
     def __len__(self) -> int:
         return len(self.paths)

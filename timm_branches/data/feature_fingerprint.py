@@ -106,7 +106,7 @@ def _data(images: Any, ids: np.ndarray) -> str:
         if isinstance(inner, FileImages):
             digest.update(_stat(str(inner.paths[i])).encode())
         elif isinstance(inner, FileClips):
-            digest.update(f"{_stat(str(inner.paths[i]))} {inner.starts[i]} {int(inner._ends[i])}".encode())
+            digest.update(f"{_stat(str(inner.paths[i]))} {inner.starts[i]} {int(inner.ends[i])}".encode())
         elif isinstance(inner, TarImages):
             digest.update(f"{inner.offsets[i]} {inner.sizes[i]} ".encode())
         else:

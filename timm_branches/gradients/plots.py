@@ -98,7 +98,8 @@ def _heatmap(figure: "Figure", axes: "Axes", values: list[list[float]], rows: li
     axes.grid(which="minor", color="white", linewidth=1.5)
     axes.tick_params(which="minor", length=0)
     bar = figure.colorbar(image, ax=axes, pad=0.015, aspect=12, fraction=0.04)
-    bar.ax.tick_params(length=0, labelsize=7.5, colors=INK)
+    bar.ax.tick_params(which="both", length=0, labelsize=7.5, colors=INK)
+    bar.ax.minorticks_off()  # within one decade they would be labelled
     bar.outline.set_visible(False)
 
 
