@@ -101,7 +101,8 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "taps", "modules", "to_map"), CASES, ids=lambda v: getattr(v, "__name__", str(v)) if v else "")
+@pytest.mark.parametrize(("name", "taps", "modules", "to_map"), CASES,
+                         ids=lambda v: getattr(v, "__name__", str(v)) if v else "")
 def test_same_as_hooks(name, taps, modules, to_map):
     model, plain = pair(name, taps)
     x = images(name)

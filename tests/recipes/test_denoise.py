@@ -1,0 +1,242 @@
+"""``recipes/denoise.py`` as a user runs it."""
+
+import importlib.util
+import json
+import os
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy.ndimage import gaussian_filter
+
+from timm_branches import load_model
+
+RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "denoise.py"
+TINY = ("--epochs", "1", "--patches", "2", "-b", "2", "--patch-size", "16", "--channels", "4", "4", "4")
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, capsys):
+    """Run the script in this process, in `tmp_path`: (exit status, stdout, stderr)."""
+    def run(*args):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [str(RECIPE), *map(str, args)])
+        try:
+            runpy.run_path(str(RECIPE), run_name="__main__")
+            status = 0
+        except SystemExit as error:
+            status = error.code
+        return (status, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    """The script as a module."""
+    spec = importlib.util.spec_from_file_location("denoise_recipe", RECIPE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def table_rows(text):
+    """The printed table as {name: numbers}."""
+    rows = {}
+    for line in re.split(r"^-+$", text, flags=re.MULTILINE)[-1].strip("\n").splitlines():
+        name, *cells = re.split(r"\s{2,}", line.strip())
+        if not name:
+            break
+        rows[name] = [float(cell) for cell in cells]
+    return rows
+
+
+def smooth_images(folder, count, size=32):
+    rng = np.random.default_rng(len(folder.name))
+    folder.mkdir(parents=True)
+    for i in range(count):
+        image = gaussian_filter(rng.random((size, size + 8)), 3)
+        image = 255 * (image - image.min()) / np.ptp(image)
+        Image.fromarray(image.astype(np.uint8)).save(folder / f"{i}.png")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    root = tmp_path_factory.mktemp("photos")
+    for part, count in (("train", 6), ("test", 2), ("spare", 3)):
+        smooth_images(root / "parts" / part, count)
+    smooth_images(root / "plain", 5)
+    smooth_images(root / "small" / "train", 4, size=8)
+    smooth_images(root / "only" / "test", 2)
+    (root / "note.txt").write_text("no folder")
+    return root
+
+
+class TestWithoutArguments:
+    @pytest.fixture(scope="class")
+    def done(self, tmp_path_factory):
+        folder = tmp_path_factory.mktemp("default")
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "MPLBACKEND": "agg"}
+        done = subprocess.run([sys.executable, str(RECIPE), *TINY], cwd=folder, env=env, capture_output=True, text=True,
+                              timeout=300, check=False)
+        assert done.returncode == 0, done.stderr
+        return folder / "output" / "denoise", done.stdout
+
+    def test_table_and_results(self, done):
+        folder, out = done
+        rows = table_rows(out)
+        assert len(rows) == 6
+        assert [sum(word in name for name in rows) for word in ("degraded", "network", "non-local means")] == [2, 2, 1]
+        noisy = rows["noise 25, degraded"]
+        assert noisy[0] == pytest.approx(20 * np.log10(255 / 25), abs=0.05)  # PSNR of white noise in closed form
+        facts = json.loads((folder / "results.json").read_text())
+        assert facts["images"] == 4
+        for name, found in facts["results"].items():
+            assert [found["psnr"], found["ssim"]] == pytest.approx(rows[name], abs=0.006)
+
+    def test_classical_methods_help(self, done):
+        rows = table_rows(done[1])
+        best = {name.split(", ")[0]: numbers[0] for name, numbers in rows.items()
+                if "degraded" not in name and "network" not in name}
+        assert best["noise 25"] > rows["noise 25, degraded"][0] + 5
+        assert best["blur 1.5"] > rows["blur 1.5, noise 2, degraded"][0] + 1
+
+    def test_files(self, done):
+        folder, _ = done
+        assert (folder / "pictures.png").read_bytes().startswith(b"\x89PNG")
+        for name in ("noise_25", "blur_1.5_noise_2"):
+            model = load_model(folder / name / "model.safetensors").eval()
+            assert model(torch.rand(1, 1, 33, 41))["image"].shape == (1, 1, 33, 41)
+
+
+class TestOwnImages:
+    @pytest.mark.parametrize(("data", "args", "images", "levels"), [
+        ("parts", ("--sigma", "0", "50", "--test-sigma", "10", "30"), "2 test", ["noise 10", "noise 30"]),
+        ("parts", ("--test", "spare", "--colour", "--head", "rednet", "--tile", "16", "--loss", "l2"), "3 test",
+         ["noise 25"]),
+        ("plain", ("--blur", "1", "2", "--val-fraction", "0.4"), "2 validation", ["blur 1.5"]),
+        ("plain", ("--model", "test_resnet", "--taps", "2", "3", "--no-input-skip", "--val-fraction", "0.4", "--amp",
+                   "--channels-last"), "2 validation", ["noise 25"]),
+    ])
+    def test_runs(self, photos, here, data, args, images, levels):
+        status, out, err = here(photos / data, *TINY, "--no-plots", *args)
+        assert status == 0, err
+        assert [name.split(", ")[0] for name in table_rows(out) if "network" in name] == levels
+        assert f"{images} images" in out or f"{images} (there is no test folder) images" in out
+
+    def test_training_and_validation_are_apart(self, photos, recipe):
+        args = recipe.parse_args([str(photos / "plain"), "--val-fraction", "0.4", "--patches", "3"])
+        bench = recipe.Bench.__new__(recipe.Bench)
+        bench.args, bench.images = args, recipe.folders(args)
+        parts = {part: bench.dataset(part, 25, 0, repeats=3 if part == "train" else 1, is_training=part == "train")
+                 for part in ("train", "val")}
+        seen = {part: {data[i][1].numpy().tobytes() for i in range(len(data))} for part, data in parts.items()}
+        assert (len(seen["train"]), len(seen["val"])) == (3, 2)
+        assert len(parts["train"]) == 9
+        assert not seen["train"] & seen["val"]
+
+    def test_the_same_seed_gives_the_same_noise_and_numbers(self, photos, here):
+        first, again = (here(photos / "parts", *TINY, "--no-plots", "--output", f"run{i}")[1] for i in (1, 2))
+        assert table_rows(first) == table_rows(again) != {}
+
+    def test_resume(self, photos, here, tmp_path):
+        command = (photos / "parts", *TINY, "--no-plots", "--output", "mine")
+        assert here(*command)[0] == 0
+        status, out, err = here(*command, "--epochs", "2", "--resume", "auto")
+        assert status == 0, err
+        assert "epoch 2/2" in out
+        assert "epoch 1/2" not in out
+        assert here(*command)[0] == 0  # a new folder beside the old one
+        assert (tmp_path / "mine-1" / "results.json").exists()
+
+
+def test_published_setting_and_overriding(recipe):
+    args = recipe.parse_args(["data", "--recipe", "train400-sigma25"])
+    assert (args.sigma, args.in_chans, args.train, args.test) == ([25.0], 1, "train400", "set12")
+    assert all(getattr(args, key) == value for key, value in recipe.RECIPES["train400-sigma25"].items())
+    args = recipe.parse_args(["data", "--recipe", "train400-sigma25", "--sigma", "15", "--no-amp", "--epochs", "3"])
+    assert (args.sigma, args.amp, args.epochs, args.model) == ([15.0], False, 3, "darknet21")
+
+
+def test_tiles_change_nothing_where_the_model_sees_single_pixels(recipe):
+    from timm_branches import RedNetHead, create_branch_model
+
+    model = create_branch_model("rednet_small", taps=[(3, 4)], head=RedNetHead(residual=True), num_classes=1,
+                                names=["image"], in_chans=1)
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    task, image = recipe.RestorationTask(model, "l1", tile=16), torch.rand(1, 1, 37, 50)
+    assert torch.equal(task.answer(model, image)["image"], image)
+    shapes = []
+    model.register_forward_pre_hook(lambda _, inputs: shapes.append(tuple(inputs[0].shape[2:])))
+    task.answer(model, image)
+    assert set(shapes) == {(16, 16)}
+
+
+class TestOverfit:
+    def test_small(self, here):
+        status, out, err = here("--overfit", "--overfit-size", "32", "--lr", "0.003")
+        assert status == 0, err
+        rows = table_rows(out)
+        for name in ("bottleneck, no skips", "bottleneck and skips"):  # the training image, whatever goes in
+            trained, to_target, to_own, blank, noise = rows[name]
+            assert min(to_target, blank, noise) > to_own + 5
+            assert trained > 15
+        _, to_target, to_own, *_ = rows["skips, residual"]
+        assert to_own > to_target + 5
+
+
+MISTAKES = {
+    "no folder": (["nowhere"], "nowhere"),
+    "file": (["{photos}/note.txt"], "note.txt"),
+    "no such part": (["{photos}/parts", "--test", "set12"], "--test set12"),
+    "no training": (["{photos}/only"], "--train"),
+    "small images": (["{photos}/small"], "patch_size"),
+    "sigma": (["{photos}/parts", "--sigma", "-1"], "sigma"),
+    "range": (["{photos}/parts", "--sigma", "50", "0"], "sigma"),
+    "nothing": (["{photos}/parts", "--sigma", "0"], "nothing"),
+    "test sigma": (["{photos}/parts", "--test-sigma", "-3"], "sigma"),
+    "model": (["{photos}/parts", "--model", "resnet5000"], "resnet5000"),
+    "tap": (["{photos}/parts", "--taps", "9"], "9"),
+    "channels": (["{photos}/parts", "--channels", "4"], "channels"),
+    "tile": (["{photos}/parts", "--tile", "20"], "--tile 20"),
+    "val fraction": (["{photos}/plain", "--val-fraction", "1"], "--val-fraction"),
+    "resume": (["{photos}/parts", "--resume", "some.safetensors"], "--resume auto"),
+    "overfit size": (["--overfit", "--overfit-size", "30"], "--overfit-size 30"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line(name, photos, here):
+    args, needle = MISTAKES[name]
+    args = [arg.format(photos=photos) for arg in args]
+    status, _, err = here(*args[:1], *TINY, "--no-plots", *args[1:])
+    assert status == 2
+    assert err.startswith("denoise.py: ")
+    assert err.count("\n") == 1
+    assert needle in err
+
+
+@pytest.mark.parametrize("args", [["--recipe", "train400-sigma25"], ["photos", "--overfit"], ["--test", "set12"],
+                                  ["photos", "--sigma", "1", "2", "3"], ["photos", "--grey", "--colour"]])
+def test_flags_that_do_not_go_together(recipe, capsys, args):
+    with pytest.raises(SystemExit) as stopped:
+        recipe.parse_args(args)
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.count("error: ") == 1
+
+
+@pytest.mark.slow
+def test_without_arguments_the_network_helps(here):
+    status, out, err = here("--no-plots")
+    assert status == 0, err
+    rows = table_rows(out)
+    assert rows["noise 25, network"][0] > rows["noise 25, degraded"][0] + 6
+    assert rows["blur 1.5, noise 2, network"][0] > rows["blur 1.5, noise 2, degraded"][0] + 1
