@@ -286,7 +286,7 @@ class TestInput:
         assert [t.size for t in model.taps] == [(2, 2), (1, 1)]
         assert model(torch.randn(2, 3, 32, 32))["stage5"].shape == (2, 2)
 
-    @pytest.mark.parametrize("shape", [(2, 1, 64, 64), (2, 4, 64, 64), (3, 64, 64), (2, 2, 3, 64, 64)])
+    @pytest.mark.parametrize("shape", [(2, 1, 64, 64), (2, 4, 64, 64), (3, 64, 64), (2, 2, 2, 3, 64, 64)])
     def test_not_images(self, shape):
         model = create_branch_model("resnet18", taps=[3], num_classes=2)
         with pytest.raises(ValueError, match=r"expected images \(B, 3, H, W\)"):
