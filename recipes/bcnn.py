@@ -13,7 +13,6 @@ leaf probabilities summed upwards. A hierarchy that does not beat it does not he
 
 import argparse
 import json
-import platform
 import re
 import shlex
 import sys
@@ -46,6 +45,7 @@ from timm_branches.schedules import LossWeightSchedule, StepSchedule, get_schedu
 from timm_branches.task import BranchTask, FlatTask, base_model
 from timm_branches.train import FitConfig, FitResult, add_fit_arguments, evaluate, fit, is_primary, setup_device
 from timm_branches.train.compare import comparison_table, verdict
+from timm_branches.train.script import hardware, run_script
 
 # Published settings, in one word. Sources: the papers and, for what they leave out, the authors' code
 # (github.com/zhuxinqimac/B-CNN). Epochs are 0-based, "from epoch".
@@ -496,20 +496,5 @@ def columns(tree: Taxonomy) -> dict[str, str]:
             "severity": "severity"}
 
 
-def hardware(device: torch.device) -> str:
-    """What the numbers were made on."""
-    if device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
-    return f"{torch.get_num_threads()} CPU threads ({platform.machine()}), torch {torch.__version__}"
-
-
 if __name__ == "__main__":
-    try:
-        main(parse_args())
-    except (ValueError, OSError, FloatingPointError, ImportError) as error:
-        # what a person got wrong, on one line; the table of taps in such a message has several
-        print("bcnn.py:", " | ".join(" ".join(line.split()) for line in str(error).splitlines()), file=sys.stderr)
-        sys.exit(2)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    run_script(lambda: main(parse_args()))

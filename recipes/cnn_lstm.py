@@ -20,7 +20,6 @@ answers alike to the same picture, is right about exactly one of each pair: exac
 
 import argparse
 import json
-import platform
 import re
 import shlex
 import sys
@@ -54,6 +53,7 @@ from timm_branches.hierarchy import Taxonomy
 from timm_branches.task import BranchTask
 from timm_branches.train import FitConfig, FitResult, add_fit_arguments, evaluate, fit, is_primary, setup_device
 from timm_branches.train.compare import comparison_table
+from timm_branches.train.script import hardware, run_script
 
 # the job without arguments: a network of two convolutions on digits of 16 pixels
 DIGITS = {"model": "conv2_24x48", "img_size": [16], "in_chans": 1, "mean": [0.1], "std": [0.1], "hidden_size": 64,
@@ -380,20 +380,5 @@ def new_output(args: argparse.Namespace) -> Path:
     return Path(holder[0])
 
 
-def hardware(device: torch.device) -> str:
-    """What the numbers were made on."""
-    if device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
-    return f"{torch.get_num_threads()} CPU threads ({platform.machine()}), torch {torch.__version__}"
-
-
 if __name__ == "__main__":
-    try:
-        main(parse_args())
-    except (ValueError, OSError, FloatingPointError, ImportError) as error:
-        # what a person got wrong, on one line
-        print("cnn_lstm.py:", " | ".join(" ".join(line.split()) for line in str(error).splitlines()), file=sys.stderr)
-        sys.exit(2)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    run_script(lambda: main(parse_args()))

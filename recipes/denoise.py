@@ -19,7 +19,6 @@ image. If the answer stays, the network ignores its input; train on many images,
 
 import argparse
 import json
-import platform
 import shlex
 import sys
 import time
@@ -43,6 +42,7 @@ from timm_branches.files import replace_file
 from timm_branches.task import DenseTask
 from timm_branches.train import FitConfig, add_fit_arguments, fit, is_primary, setup_device
 from timm_branches.train.compare import comparison_table
+from timm_branches.train.script import hardware, run_script
 
 RECIPES: dict[str, dict] = {
     # DnCNN's grey task (Zhang et al. 2017, arXiv 1608.03981): 400 images of 180 px, noise of 25. The network is ours:
@@ -381,20 +381,5 @@ def new_output(args: argparse.Namespace) -> Path:
     return Path(holder[0])
 
 
-def hardware(device: torch.device) -> str:
-    """What the numbers were made on."""
-    if device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
-    return f"{torch.get_num_threads()} CPU threads ({platform.machine()}), torch {torch.__version__}"
-
-
 if __name__ == "__main__":
-    try:
-        main(parse_args())
-    except (ValueError, OSError, FloatingPointError, ImportError) as error:
-        # what a person got wrong, on one line
-        print("denoise.py:", " | ".join(" ".join(line.split()) for line in str(error).splitlines()), file=sys.stderr)
-        sys.exit(2)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    run_script(lambda: main(parse_args()))

@@ -11,7 +11,6 @@ functions of timm_branches.gradients: they take any module, a batch and a loss.
 """
 
 import argparse
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from timm_branches.gradients.kernel_figures import kernel_causes, plot_kernel_ca
 from timm_branches.gradients.plots import report_figure
 from timm_branches.heads import HEADS, FlattenHead, LSTMHead, RedNetHead, SkipDecoder, TemporalClassifier
 from timm_branches.task import BranchTask
+from timm_branches.train.script import run_script
 from timm_branches.weights import load_weights
 
 # scikit-learn's digits by their strokes: with a loop or without, one loop or two, straight or curved
@@ -298,9 +298,4 @@ def overview(frames: Path, output: Path) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_args())
-    except (ValueError, OSError, ImportError) as error:
-        # what a person got wrong, on one line; the table of taps in such a message has several
-        print("gradients.py:", " | ".join(" ".join(line.split()) for line in str(error).splitlines()), file=sys.stderr)
-        sys.exit(2)
+    run_script(lambda: main(parse_args()))

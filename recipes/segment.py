@@ -14,7 +14,6 @@ validation: an epoch that was chosen there would flatter itself.
 
 import argparse
 import json
-import platform
 import shlex
 import sys
 import time
@@ -44,6 +43,7 @@ from timm_branches.train import FitConfig, add_fit_arguments, fit, is_primary, s
 from timm_branches.train.compare import comparison_table
 from timm_branches.train.lr import create_scheduler
 from timm_branches.train.process import seed_everything
+from timm_branches.train.script import hardware, run_script
 
 # what the comparison with segmentation_models_pytorch leaves out: it has no such thing, or its loop here has not
 _NOT_SMP = ("attention", "deep_supervision", "input_skip", "resume", "layer_decay", "grad_accum_steps", "clip_grad",
@@ -462,20 +462,5 @@ def new_output(args: argparse.Namespace) -> Path:
     return Path(holder[0])
 
 
-def hardware(device: torch.device) -> str:
-    """What the numbers were made on."""
-    if device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
-    return f"{torch.get_num_threads()} CPU threads ({platform.machine()}), torch {torch.__version__}"
-
-
 if __name__ == "__main__":
-    try:
-        main(parse_args())
-    except (ValueError, OSError, FloatingPointError, ImportError) as error:
-        # what a person got wrong, on one line; the table of taps in such a message has several
-        print("segment.py:", " | ".join(" ".join(line.split()) for line in str(error).splitlines()), file=sys.stderr)
-        sys.exit(2)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    run_script(lambda: main(parse_args()))
