@@ -27,7 +27,6 @@ import torch
 import torch.distributed as dist
 from timm.data import resolve_model_data_config
 from timm.task import evaluation_sample_limit
-from timm.utils import get_outdir
 
 from timm_branches import BranchModel, FlattenHead, PoolHead, Tap, Taxonomy, create_branch_model, load_model
 from timm_branches.data import (
@@ -45,7 +44,7 @@ from timm_branches.schedules import LossWeightSchedule, StepSchedule, get_schedu
 from timm_branches.task import BranchTask, FlatTask, base_model
 from timm_branches.train import FitConfig, FitResult, add_fit_arguments, evaluate, fit, is_primary, setup_device
 from timm_branches.train.compare import comparison_table, verdict
-from timm_branches.train.script import hardware, run_script
+from timm_branches.train.script import hardware, new_output, run_script
 
 # Published settings, in one word. Sources: the papers and, for what they leave out, the authors' code
 # (github.com/zhuxinqimac/B-CNN). Epochs are 0-based, "from epoch".
@@ -185,7 +184,7 @@ class Bench:
         if args.resume not in ("", "auto"):
             raise ValueError(f"--resume {args.resume}: this recipe trains several models; give --output and "
                              "--resume auto.")
-        self.output = new_output(args)
+        self.output = new_output(args.output, args.resume)
         grey = args.data in ("digits", "mnist", "fashion_mnist")
         in_chans = args.in_chans or (1 if grey else 3)
         for name in ("mean", "std"):
@@ -475,18 +474,6 @@ def one_level(data: HierarchicalDataset, level: int) -> Subset:
 def slug(name: str) -> str:
     """A folder's name of a method's."""
     return "_".join(re.findall(r"\w+", name.lower()))
-
-
-def new_output(args: argparse.Namespace) -> Path:
-    """The folder of this run: a new one beside an older run's, which stays as it is."""
-    holder = [args.output]
-    if is_primary() and args.resume != "auto" and any(Path(args.output).glob("*/log.csv")):
-        path = Path(args.output)
-        holder = [get_outdir(str(path.parent), path.name, inc=True)]
-    if dist.is_initialized():
-        dist.broadcast_object_list(holder)
-    Path(holder[0]).mkdir(parents=True, exist_ok=True)
-    return Path(holder[0])
 
 
 def columns(tree: Taxonomy) -> dict[str, str]:

@@ -33,7 +33,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from timm.data import resolve_model_data_config
-from timm.utils import get_outdir
 
 from timm_branches import BranchModel, GRUHead, LSTMHead, PoolHead, StreamingClassifier, create_branch_model, load_model
 from timm_branches.data import (
@@ -53,7 +52,7 @@ from timm_branches.hierarchy import Taxonomy
 from timm_branches.task import BranchTask
 from timm_branches.train import FitConfig, FitResult, add_fit_arguments, evaluate, fit, is_primary, setup_device
 from timm_branches.train.compare import comparison_table
-from timm_branches.train.script import hardware, run_script
+from timm_branches.train.script import hardware, new_output, run_script
 
 # the job without arguments: a network of two convolutions on digits of 16 pixels
 DIGITS = {"model": "conv2_24x48", "img_size": [16], "in_chans": 1, "mean": [0.1], "std": [0.1], "hidden_size": 64,
@@ -214,7 +213,7 @@ class Bench:
                 part[0]
             except RuntimeError as error:  # no clip at all can be read
                 raise ValueError(str(error)) from error
-        self.output = new_output(args)
+        self.output = new_output(args.output, args.resume)
 
     def make_model(self, head: LSTMHead | PoolHead) -> BranchModel:
         """A network, the same for the same seed, frozen as far as was asked for."""
@@ -366,18 +365,6 @@ def stream(model: BranchModel, data: ClipDataset, tree: Taxonomy) -> None:
 def slug(name: str) -> str:
     """A folder's name of a method's."""
     return "_".join(re.findall(r"\w+", name.lower()))
-
-
-def new_output(args: argparse.Namespace) -> Path:
-    """The folder of this run: a new one beside an older run's, which stays as it is."""
-    holder = [args.output]
-    if is_primary() and args.resume != "auto" and any(Path(args.output).glob("*/log.csv")):
-        path = Path(args.output)
-        holder = [get_outdir(str(path.parent), path.name, inc=True)]
-    if dist.is_initialized():
-        dist.broadcast_object_list(holder)
-    Path(holder[0]).mkdir(parents=True, exist_ok=True)
-    return Path(holder[0])
 
 
 if __name__ == "__main__":

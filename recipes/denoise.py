@@ -30,8 +30,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from timm.utils import get_outdir
 from torch.utils.data import Dataset, Subset
 
 from timm_branches import BranchModel, RedNetHead, UNetHead, create_branch_model, load_model
@@ -42,7 +40,7 @@ from timm_branches.files import replace_file
 from timm_branches.task import DenseTask
 from timm_branches.train import FitConfig, add_fit_arguments, fit, is_primary, setup_device
 from timm_branches.train.compare import comparison_table
-from timm_branches.train.script import hardware, run_script
+from timm_branches.train.script import hardware, new_output, run_script
 
 RECIPES: dict[str, dict] = {
     # DnCNN's grey task (Zhang et al. 2017, arXiv 1608.03981): 400 images of 180 px, noise of 25. The network is ours:
@@ -139,7 +137,7 @@ class Bench:
         import skimage.restoration  # noqa: F401  # if it is missing, say so before the training
 
         self.images = photographs() if args.data is None else folders(args)
-        self.output = new_output(args)
+        self.output = new_output(args.output, args.resume)
 
     def dataset(self, part: str, sigma: Any, blur: Any, **options: Any) -> Dataset:
         """The clean and degraded images of a part; without a validation folder it is every n-th training image."""
@@ -367,18 +365,6 @@ def degradation(sigma: Sequence[float], blur: Sequence[float]) -> str:
     words = [f"{name} {'-'.join(dict.fromkeys(f'{value:g}' for value in limits))}"
              for name, limits in (("blur", blur), ("noise", sigma)) if limits[-1]]
     return ", ".join(words) or "nothing"
-
-
-def new_output(args: argparse.Namespace) -> Path:
-    """The folder of this run: a new one beside an older run's, which stays as it is."""
-    holder = [args.output]
-    if is_primary() and args.resume != "auto" and any(Path(args.output).glob("*/log.csv")):
-        path = Path(args.output)
-        holder = [get_outdir(str(path.parent), path.name, inc=True)]
-    if dist.is_initialized():
-        dist.broadcast_object_list(holder)
-    Path(holder[0]).mkdir(parents=True, exist_ok=True)
-    return Path(holder[0])
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""What every recipe does around its main: say what it ran on, and tell a person's mistakes on one line."""
+"""What every recipe does around its main: find a folder, say what it ran on, tell a person's mistakes on one line."""
 
+import os
 import platform
 import sys
 from collections.abc import Callable
@@ -7,8 +8,28 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from timm.utils import get_outdir
 
-__all__ = ["hardware", "run_script"]
+from timm_branches.train.process import is_primary
+
+__all__ = ["hardware", "new_output", "run_script"]
+
+
+def new_output(output: "str | os.PathLike", resume: str) -> Path:
+    """The folder of a script's runs, made where it is missing: beside older runs, which stay as they are, a new one.
+
+    Args:
+        output: The folder that was asked for.
+        resume: What is to be resumed; if anything, older runs are gone on with.
+    """
+    holder = [os.fspath(output)]
+    path = Path(output)
+    if is_primary() and not resume and any(any(path.glob(log)) for log in ("log.csv", "*/log.csv")):
+        holder = [get_outdir(str(path.parent), path.name, inc=True)]
+    if dist.is_initialized():
+        dist.broadcast_object_list(holder)
+    Path(holder[0]).mkdir(parents=True, exist_ok=True)
+    return Path(holder[0])
 
 
 def hardware(device: torch.device) -> str:
