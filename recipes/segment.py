@@ -3,7 +3,8 @@
     python recipes/segment.py                                        # a scene inside scikit-image, two minutes on a CPU
     python recipes/segment.py camvid/ --classes 11 --ignore-index 11 --model resnet34 --pretrained --amp
     python recipes/segment.py --images photos/ --masks labels/ --classes names.txt --model convnext_tiny --input-skip
-    python recipes/segment.py camvid/ --taxonomy tree.csv --ignore-index 11 --deep-supervision --loss ce+dice
+    python recipes/segment.py camvid/ --taxonomy tree.csv --ignore-index 11   # a map of each level, beside a flat one
+    python recipes/segment.py camvid/ --classes names.txt --ignore-index 11 --deep-supervision --loss ce+dice
     torchrun --nproc-per-node 4 recipes/segment.py camvid/ --classes 11 --ignore-index 11 -b 8
     python recipes/segment.py camvid/ --classes 11 --ignore-index 11 --smp    # beside segmentation_models_pytorch
 
@@ -18,6 +19,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,12 +31,17 @@ import torch.nn.functional as F
 from timm.data import resolve_model_data_config
 from timm.optim import create_optimizer_v2
 from timm.task import evaluation_sample_limit
-from timm.utils import get_outdir
 from torch.utils.data import Subset
 
 from timm_branches import BranchModel, RedNetHead, UNetHead, create_branch_model, list_taps, load_model
 from timm_branches.data import PairTransform, SegmentationDataset, create_loader
-from timm_branches.dense import SegmentationEvaluator, package_segmentation, tiled_inference
+from timm_branches.dense import (
+    PixelBaseline,
+    SegmentationEvaluator,
+    median_frequency_weights,
+    package_segmentation,
+    tiled_inference,
+)
 from timm_branches.figures import new_figure, save_figure
 from timm_branches.files import replace_file
 from timm_branches.hierarchy import Taxonomy, get_taxonomy
@@ -43,7 +50,7 @@ from timm_branches.train import FitConfig, add_fit_arguments, fit, is_primary, s
 from timm_branches.train.compare import comparison_table
 from timm_branches.train.lr import create_scheduler
 from timm_branches.train.process import seed_everything
-from timm_branches.train.script import hardware, run_script
+from timm_branches.train.script import hardware, new_output, run_script
 
 # what the comparison with segmentation_models_pytorch leaves out: it has no such thing, or its loop here has not
 _NOT_SMP = ("attention", "deep_supervision", "input_skip", "resume", "layer_decay", "grad_accum_steps", "clip_grad",
@@ -68,7 +75,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--scale", type=float, nargs=2, default=(0.75, 1.5), metavar=("LOW", "HIGH"),
                        help="range of a random factor before the crop (default: 0.75 1.5)")
     group.add_argument("--hflip", type=float, default=0.5, help="chance of a flip")
-    group.add_argument("--repeats", type=int, help="crops of each image an epoch (default: 1, without data 80)")
+    group.add_argument("--repeats", type=int, help="crops of each image an epoch (default: 1, without data 48)")
     group.add_argument("-b", "--batch-size", type=int, default=8, help="batch size of one process")
     group.add_argument("-j", "--workers", type=int, default=0, help="worker processes that load data")
     group = parser.add_argument_group("model")
@@ -92,7 +99,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     own = parser.parse_known_args(argv)[0]
     small = not (own.data or own.images or own.masks)
     if small:  # the job without data
-        parser.set_defaults(model="resnet10t", lr=2e-3, epochs=7, repeats=80)
+        parser.set_defaults(model="resnet10t", lr=2e-3, epochs=7, repeats=48)
     args = parser.parse_args(argv)
     args.repeats = 1 if args.repeats is None else args.repeats
     args.crop = args.crop or [160 if small else 256]
@@ -187,43 +194,45 @@ def source(data: Any) -> SegmentationDataset:
     return getattr(data, "dataset", data)
 
 
-def class_weights(args: argparse.Namespace, data: Any, num_classes: int, device: torch.device
+def class_weights(args: argparse.Namespace, data: Any, num_classes: int, tree: Taxonomy | None
                   ) -> dict[str, torch.Tensor]:
-    """The loss's setting, if weights are asked for: as given, or by the classes' frequencies."""
+    """The weights of the loss, if they are asked for: of the classes as given, or by frequency; also of each level."""
     if args.class_weights is None:
         return {}
     if args.class_weights == ["auto"]:
-        counts, seen = torch.zeros(num_classes), torch.zeros(num_classes)
-        for _, mask in (data[i] for i in range(len(data))):
-            found = torch.bincount(mask[mask >= 0], minlength=num_classes)
-            counts += found
-            seen += (found > 0) * found.sum()
-        frequency = counts / seen  # of a class, within the images that have it; nan where none has
-        weights = (frequency.nanmedian() / frequency).nan_to_num(0)
-    else:
-        try:
-            weights = torch.tensor([float(text) for text in args.class_weights])
-        except ValueError:
-            raise ValueError(f"--class-weights {' '.join(args.class_weights)}: write auto or numbers.") from None
-        if len(weights) != num_classes:
-            raise ValueError(f"--class-weights has {len(weights)} numbers for {num_classes} classes.")
-    return {"class_weights": weights.to(device)}
+        masks = [data[i][1] for i in range(len(data))]
+        found = {"mask": median_frequency_weights(masks, num_classes)}
+        if tree is not None:
+            labels = [tree.expand(mask) for mask in masks]
+            found |= {level: median_frequency_weights((label[..., i] for label in labels), tree.num_classes[i])
+                      for i, level in enumerate(tree.levels)}
+        return found
+    if tree is not None:
+        raise ValueError("--class-weights with --taxonomy: write auto, which weighs the classes of every level.")
+    try:
+        weights = torch.tensor([float(text) for text in args.class_weights])
+    except ValueError:
+        raise ValueError(f"--class-weights {' '.join(args.class_weights)}: write auto or numbers.") from None
+    if len(weights) != num_classes:
+        raise ValueError(f"--class-weights has {len(weights)} numbers for {num_classes} classes.")
+    return {"mask": weights}
 
 
 # -- what is compared
 
 
-def make_model(args: argparse.Namespace, num_classes: int) -> BranchModel:
-    """A timm backbone and the decoder on all its stages, or on the taps asked for."""
+def make_model(args: argparse.Namespace, num_classes: int, tree: Taxonomy | None) -> BranchModel:
+    """A timm backbone and the decoder on all its stages, or on the taps asked for; with a tree it gives all levels."""
+    torch.manual_seed(args.seed)
     kind = {"unet": UNetHead, "rednet": RedNetHead}[args.head]
     head = kind(channels=args.channels, attention=args.attention, input_skip=args.input_skip,
                 deep_supervision=args.deep_supervision)
     rows = list(list_taps(args.model))
     pyramid = len({row.stride for row in rows}) > 1
     taps = args.taps or [row.stage for row in rows if pyramid or row.stage > 1]
-    return create_branch_model(args.model, taps=[tuple(taps)], head=[head], num_classes=num_classes, names=["mask"],
-                               pretrained=args.pretrained, checkpoint_path=args.checkpoint_path,
-                               img_size=(args.crop[0], args.crop[-1]))
+    return create_branch_model(args.model, taps=[tuple(taps)], head=[head], names=["mask"], taxonomy=tree,
+                               num_classes=num_classes if tree is None else None, pretrained=args.pretrained,
+                               checkpoint_path=args.checkpoint_path, img_size=(args.crop[0], args.crop[-1]))
 
 
 def in_tiles(answer: Callable, tile: int | None) -> Callable:
@@ -238,6 +247,19 @@ class SegmentTask(DenseTask):
 
     def answer(self, model: torch.nn.Module, input: Any) -> dict[str, torch.Tensor]:
         return in_tiles(model, self.tile)(input)
+
+
+def make_task(args: argparse.Namespace, model: BranchModel, evaluator: Callable, weights: dict[str, torch.Tensor],
+              device: torch.device) -> SegmentTask:
+    """The losses of the model's mask, or of its masks of all levels."""
+    settings: dict[str, Any] = {}
+    if weights and model.taxonomy:
+        settings["class_weights"] = {level: weights[level].to(device) for level in model.taxonomy.levels}
+    elif weights:
+        settings["class_weights"] = weights["mask"].to(device)
+    task = SegmentTask(model, args.loss, evaluator, device=device, **settings)
+    task.tile = args.tile
+    return task
 
 
 def make_smp(args: argparse.Namespace, first: dict[str, torch.Tensor], num_classes: int) -> torch.nn.Module:
@@ -290,46 +312,6 @@ def smp_answer(unet: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
     return unet(F.pad(images, (0, -width % 32, 0, -height % 32), mode="replicate"))[..., :height, :width]
 
 
-class PixelBaseline:
-    """Logistic regression on a pixel's own colour (and height in the image), squares and products: no neighbourhood.
-
-    Args:
-        data: Training images and masks, as they are.
-        num_classes: Classes of the masks.
-        height: Whether it knows the pixel's row, from 0 at the top to 1.
-        pixels: How many to learn from, drawn at random, as many from each image.
-    """
-
-    def __init__(self, data: Any, num_classes: int, height: bool, pixels: int = 20_000):
-        from sklearn.linear_model import LogisticRegression
-        from sklearn.pipeline import make_pipeline
-        from sklearn.preprocessing import PolynomialFeatures, StandardScaler
-
-        rng = np.random.default_rng(0)
-        self.height, self.num_classes = height, num_classes
-        features, labels = [], []
-        for image, mask in (data[i] for i in range(len(data))):
-            where = np.flatnonzero(mask.flatten().numpy() >= 0)
-            where = rng.choice(where, min(len(where), -(-pixels // len(data))), replace=False)
-            features.append(self.features(image)[where])
-            labels.append(mask.flatten().numpy()[where])
-        self.model = make_pipeline(PolynomialFeatures(2, include_bias=False), StandardScaler(),
-                                   LogisticRegression(max_iter=1000))
-        self.model.fit(np.concatenate(features), np.concatenate(labels))
-
-    def features(self, image: torch.Tensor) -> np.ndarray:
-        """(C, H, W) -> (H * W, C or C + 1)."""
-        rows = torch.linspace(0, 1, image.shape[1]).view(1, -1, 1).expand(1, *image.shape[1:])
-        return torch.cat([image, rows] if self.height else [image]).flatten(1).T.numpy()
-
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        probabilities = images.new_zeros(len(images), self.num_classes, *images.shape[2:])
-        for image, out in zip(images.cpu(), probabilities, strict=True):
-            found = torch.from_numpy(self.model.predict_proba(self.features(image))).T.to(out)
-            out[self.model.classes_] = found.view(-1, *out.shape[1:])
-        return probabilities.clamp(min=1e-12).log()
-
-
 # -- judging
 
 
@@ -346,6 +328,7 @@ def judge(answer: Callable, task: DenseTask, data: Any, batch_size: int, workers
     else:
         rows = {f"{level} mIoU": metrics[f"{level}_miou"] for level in evaluator.levels}
         rows |= {f"{level} pixel accuracy": metrics[f"{level}_top1"] for level in evaluator.levels}
+        rows |= {"full path": metrics["full_path"], "consistency": metrics["consistency"]}
     for level, ious in evaluator.class_iou().items():
         rows |= {f"IoU {name}" if evaluator.taxonomy is None else f"{level} IoU {name}": x for name, x in ious.items()}
     return {name: value for name, value in rows.items() if value == value}  # a class that is nowhere has no IoU
@@ -370,7 +353,9 @@ def draw(path: Path, answer: Callable, data: Any, classes: Sequence[str], device
     for ax, title in zip(axes[0], ("image", "labels (white: none)", "prediction"), strict=True):
         ax.set_title(title, fontsize=10)
     for row, (image, mask) in zip(axes, picked, strict=True):
-        said = answer(image[None].to(device))[0].argmax(0).cpu()
+        logits = answer(image[None].to(device))
+        logits = list(logits.values())[-1] if isinstance(logits, dict) else logits  # of the finest level
+        said = logits[0].argmax(0).cpu()
         shown = [(image * std + mean).clamp(0, 1).movedim(0, -1).numpy(),
                  *(np.where((labels >= 0)[..., None], colours[labels.clamp(min=0)], 1) for labels in (mask, said))]
         for ax, pixels in zip(row, shown, strict=True):
@@ -393,40 +378,48 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError(f"--tile must be at least 32, backbones' usual stride, got {args.tile}.")
     train, val, test, plain = read_data(args)
     classes, tree = source(plain).classes, source(plain).taxonomy
-    weights = class_weights(args, plain, len(classes), device)
-    torch.manual_seed(config.seed)
-    model = make_model(args, len(classes))
-    cfg = resolve_model_data_config(model)
+    title = f"{'U-Net' if args.head == 'unet' else 'RED-Net'}, {args.model}"
+    # a hierarchy is worth having only where it beats the same network on the leaves alone, summed upwards
+    models = {title: make_model(args, len(classes), None)} if tree is None or tree.num_levels < 2 else {
+        f"{title}, all levels": make_model(args, len(classes), tree),
+        f"{title}, flat": make_model(args, len(classes), None)}
+    cfg = resolve_model_data_config(next(iter(models.values())))
     look = {"mean": cfg["mean"], "std": cfg["std"]}
     for data in (plain, val, test):
         if data is not None:
             source(data).transform = PairTransform(**look)
     source(train).transform = PairTransform((args.crop[0], args.crop[-1]), tuple(args.scale), args.hflip, **look)
+    weights = class_weights(args, plain, len(classes), tree)
     evaluator = partial(SegmentationEvaluator, classes, taxonomy=tree)
-    task = SegmentTask(model, args.loss, evaluator, None, None, device, True, **weights)
-    task.tile = args.tile
+    tasks = {name: make_task(args, model, evaluator, weights, device) for name, model in models.items()}
+    *_, (model, task) = zip(models.values(), tasks.values(), strict=True)  # of the leaves alone
     # before the training, so that what cannot work fails at once
     baselines = {"colour alone": PixelBaseline(plain, len(classes), height=False),
                  "colour and height": PixelBaseline(plain, len(classes), height=True)}
     unet = make_smp(args, model.backbone.state_dict(), len(classes)) if args.smp else None
 
-    config.output = str(new_output(args))
-    title = f"{'U-Net' if args.head == 'unet' else 'RED-Net'}, {args.model}"
+    output = new_output(args.output, args.resume)
     make_loader = partial(create_loader, train, args.batch_size, is_training=True, num_workers=args.workers,
                           seed=config.seed, pin_memory=device.type == "cuda")
     batch = args.batch_size if args.resize else 1  # images of different sizes do not stack
     last = test is None or args.smp  # no epoch is chosen; smp's Unet has none to choose from
-    if is_primary():
-        print(f"{title}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(train)} crops an "
-              f"epoch of {len(plain)} images, {len(classes)} classes", flush=True)
-    run = fit(task, make_loader(), None if last else create_loader(val, batch, num_workers=args.workers), config,
-              facts={"data": str(args.data or args.images or "motorcycle"), "classes": list(classes)})
-    best = load_model(run.model_path).to(device).eval()
-    seconds = {title: run.seconds}
-    answers: dict[str, Callable] = {title: lambda images: task.answer(best, images)["mask"]}
+    seconds: dict[str, float] = {}
+    answers: dict[str, Callable] = {}
+    epochs: dict[str, int] = {}
+    for name, model in models.items():
+        if is_primary():
+            print(f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(train)} crops an "
+                  f"epoch of {len(plain)} images, {len(classes)} classes", flush=True)
+        own_output = output if len(models) == 1 else output / name.rpartition(", ")[2].replace(" ", "_")
+        run = fit(tasks[name], make_loader(), None if last else create_loader(val, batch, num_workers=args.workers),
+                  replace(config, output=str(own_output)),
+                  facts={"data": str(args.data or args.images or "motorcycle"), "classes": list(classes)})
+        best = load_model(run.model_path).to(device).eval()
+        seconds[name], epochs[name] = run.seconds, run.best_epoch
+        answers[name] = partial(tasks[name].answer, best)
     if unet is not None:
         print(f"smp Unet: {sum(p.numel() for p in unet.parameters()) / 1e6:.2f} M parameters", flush=True)
-        seconds["smp Unet"] = train_smp(unet, config, make_loader(), task.loss)
+        seconds["smp Unet"] = train_smp(unet, config, make_loader(), task.losses["mask"])
         answers["smp Unet"] = in_tiles(partial(smp_answer, unet), args.tile)
     answers |= baselines
     judged, which = (val, "validation") if test is None else (test, "test")
@@ -434,32 +427,21 @@ def main(args: argparse.Namespace) -> None:
     if not is_primary():
         return
     facts = {"command": shlex.join(["python", *sys.argv]), "seed": config.seed, "epochs": config.epochs,
-             "epoch": run.best_epoch, "train_images": len(plain), "images": len(judged), "judged": which,
+             "epoch": epochs, "train_images": len(plain), "images": len(judged), "judged": which,
              "hardware": hardware(device), "seconds": {name: round(value, 1) for name, value in seconds.items()}}
     text = json.dumps({**facts, "results": results}, indent=2) + "\n"
-    replace_file(Path(config.output) / "results.json", lambda path: Path(path).write_text(text))
+    replace_file(output / "results.json", lambda path: Path(path).write_text(text))
     rows = {row: [{name: found[row] for name, found in results.items() if row in found}]
             for row in dict.fromkeys(row for found in results.values() for row in found)}
     print(f"\n{comparison_table(rows, {name: name for name in results})}\n")
+    chosen = ", ".join(str(epoch + 1) for epoch in epochs.values())
     print(f"Percent, on the pixels of the {len(judged)} {which} image{'s' * (len(judged) > 1)}; model of "
-          f"{'the last epoch' if last else f'epoch {run.best_epoch + 1}, the best on validation'}. Baselines: logistic "
-          f"regression on single pixels. Seed {config.seed}, {facts['hardware']}; training: "
+          f"{'the last epoch' if last else f'the best epoch on validation ({chosen})'}. Baselines: logistic regression "
+          f" on single pixels. Seed {config.seed}, {facts['hardware']}; training: "
           f"{', '.join(f'{name} {value:.0f} s' for name, value in seconds.items())}; in all "
-          f"{time.monotonic() - began:.0f} s. Files: {config.output}")
+          f"{time.monotonic() - began:.0f} s. Files: {output}")
     if args.plots:
-        draw(Path(config.output) / "pictures.png", answers[title], judged, classes, device)
-
-
-def new_output(args: argparse.Namespace) -> Path:
-    """The folder of this run: a new one beside an older run's, which stays as it is."""
-    holder = [args.output]
-    if is_primary() and not args.resume and (Path(args.output) / "log.csv").exists():
-        path = Path(args.output)
-        holder = [get_outdir(str(path.parent), path.name, inc=True)]
-    if dist.is_initialized():
-        dist.broadcast_object_list(holder)
-    Path(holder[0]).mkdir(parents=True, exist_ok=True)
-    return Path(holder[0])
+        draw(output / "pictures.png", next(iter(answers.values())), judged, classes, device)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset
 
-from timm_branches import Taxonomy, UNetHead, create_branch_model, load_model
+from timm_branches import Taxonomy, UNetHead, create_branch_model, load_model, save_model
 from timm_branches.data import create_loader
 from timm_branches.dense import RestorationEvaluator, SegmentationEvaluator
 from timm_branches.task import BranchTask, DenseTask, JointTask
@@ -64,6 +64,115 @@ def test_deep_supervision_weighs_the_stages():
     task.trainable_module.eval()
     task.set_epoch(0)
     assert list(task(images, masks)["losses"]) == ["mask"]
+
+
+def level_decoder(shared, **kwargs):
+    """A decoder that gives both levels of the masks' tree, or one for each."""
+    torch.manual_seed(0)
+    taps = [(2, 3, 4, 5)] if shared else [(2, 3, 4, 5), (3, 5)]
+    return create_branch_model("test_resnet", taps=taps, head=[UNetHead(**kwargs)] * len(taps), taxonomy=TREE,
+                               img_size=32)
+
+
+def level_task(model, schedule=None, **kwargs):
+    return DenseTask(model, "ce", partial(SegmentationEvaluator, 3, ignore_index=11, taxonomy=TREE), schedule=schedule,
+                     ignore_index=11, **kwargs)
+
+
+LEVELS = [[0, 0, 1], [0, 1, 2]]  # of TREE's leaves, by hand
+
+
+def cross_entropy_of_level(logits, masks, level, weight=None):
+    known = masks != 11
+    labels = torch.tensor(LEVELS[level])[masks[known]]
+    return F.cross_entropy(logits.movedim(1, -1)[known], labels, weight=weight)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+class TestLevels:
+    def test_outputs_and_loss(self, shared):
+        task = level_task(level_decoder(shared), schedule=[0.3, 0.7])
+        images, masks, _ = batch()
+        result = task(images, masks)
+        assert {name: y.shape for name, y in result["output"].items()} == \
+            {"coarse": (4, 2, 32, 32), "fine": (4, 3, 32, 32)}
+        coarse, fine = (cross_entropy_of_level(result["output"][name], masks, i)
+                        for i, name in enumerate(("coarse", "fine")))
+        torch.testing.assert_close(result["losses"], {"coarse": coarse, "fine": fine})
+        torch.testing.assert_close(result["loss"], 0.3 * coarse + 0.7 * fine)
+        result["loss"].backward()
+        assert all(p.grad is not None for p in task.trainable_module.parameters())
+
+    def test_a_level_of_weight_0_costs_nothing(self, shared):
+        task = level_task(level_decoder(shared), schedule=[1.0, 0.0])
+        images, masks, _ = batch()
+        result = task(images, masks)
+        torch.testing.assert_close(result["loss"], cross_entropy_of_level(result["output"]["coarse"], masks, 0))
+        assert ("fine" in result["output"]) == shared  # a decoder of its own is not computed
+
+    def test_deep_supervision(self, shared):
+        task = level_task(level_decoder(shared, deep_supervision=True))
+        images, masks, _ = batch()
+        result = task(images, masks)
+        want = {name: cross_entropy_of_level(y, masks, name.startswith("fine")) for name, y in result["output"].items()}
+        assert "coarse_aux1" in want
+        assert "fine_aux1" in want
+        torch.testing.assert_close(result["losses"], {name: want[name] for name in task.names})
+        assert set(task.names) == set(want)
+
+    def test_metrics_are_those_of_the_pixels(self, shared):
+        task = level_task(level_decoder(shared))
+        images, masks, _ = batch()
+        evaluator = task.create_evaluator()
+        output = task.trainable_module.eval()(images)
+        evaluator.update(output, masks)
+        metrics = evaluator.compute()
+        known = masks != 11
+        right = []
+        for level, name in enumerate(("coarse", "fine")):
+            labels = torch.tensor(LEVELS[level])[masks[known]]
+            right.append(output[name].argmax(1)[known] == labels)
+            assert metrics[f"{name}_top1"] == pytest.approx(100 * right[-1].double().mean().item())
+        assert metrics["full_path"] == pytest.approx(100 * (right[0] & right[1]).double().mean().item())
+        assert [title for title, _, _ in task.confusions(evaluator)] == ["coarse", "fine"]
+
+    def test_class_weights_by_level(self, shared):
+        weights = torch.tensor([1.0, 5.0])
+        task = level_task(level_decoder(shared), class_weights={"coarse": weights})
+        images, masks, _ = batch()
+        result = task(images, masks)
+        torch.testing.assert_close(result["losses"]["coarse"],
+                                   cross_entropy_of_level(result["output"]["coarse"], masks, 0, weights))
+        torch.testing.assert_close(result["losses"]["fine"],
+                                   cross_entropy_of_level(result["output"]["fine"], masks, 1))
+
+    def test_refused(self, shared):
+        model = level_decoder(shared)
+        with pytest.raises(ValueError, match="give the evaluator the same"):
+            DenseTask(model, "ce", partial(SegmentationEvaluator, 3))
+        with pytest.raises(ValueError, match="a dict with weights for some"):
+            level_task(model, class_weights=torch.ones(3))
+        with pytest.raises(ValueError, match="for some of .'coarse', 'fine'., got .'middle'."):
+            level_task(model, class_weights={"middle": torch.ones(3)})
+
+
+def test_a_decoder_of_all_levels_is_saved_and_reset(tmp_path):
+    model = level_decoder(True).eval()
+    assert model.num_classes == {"unet": 5}
+    path = save_model(model, tmp_path / "model.safetensors")
+    images, _, _ = batch()
+    again = load_model(path).eval()
+    assert again.taxonomy == TREE
+    torch.testing.assert_close(again(images), model(images))
+    other = Taxonomy(["a/x/1", "a/x/2", "b/y/3", "b/z/4"], levels=["l1", "l2", "l3"])
+    model.reset_classifier(sum(other.num_classes), taxonomy=other)
+    assert {name: y.shape[1] for name, y in model(images).items()} == {"l1": 2, "l2": 3, "l3": 4}
+    with pytest.raises(ValueError, match="the decoder gives the sum"):
+        model.reset_classifier([2], taxonomy=TREE)
+    model.reset_classifier(2)
+    assert {name: y.shape[1] for name, y in model(images).items()} == {"unet": 2}
+    with pytest.raises(ValueError, match="does not fit the taxonomy's"):
+        create_branch_model("test_resnet", taps=[3, 5], head="unet", taxonomy=TREE, num_classes=3)
 
 
 def joint_task(weights=None, **kwargs):

@@ -12,7 +12,7 @@ from torch import nn
 import timm_branches.backbones  # noqa: F401  (registers the papers' networks)
 from timm_branches.heads import Head, head_to_dict, parse_head
 from timm_branches.hierarchy import Taxonomy
-from timm_branches.model import BranchModel, module_key
+from timm_branches.model import BranchModel, answers_all_levels, module_key
 from timm_branches.taps import Tap, check_name
 
 __all__ = ["create_branch_model"]
@@ -54,7 +54,7 @@ def create_branch_model(
             tap.
         names: Names of the heads. By default the taxonomy's levels, else ``stageK``, a decoder's kind.
         taxonomy: Label hierarchy, one level a head from coarse to fine; saved with the model. Heads after those of
-            the levels are free.
+            the levels are free. A decoder that is the only head answers for all levels, each under its name.
         pretrained: Load timm's weights into the backbone.
         in_chans: Channels of the images, by default the backbone's own.
         img_size: Height and width of the images. Backbones bound to one size are built for it; for others it
@@ -90,7 +90,7 @@ def create_branch_model(
 
     size = (img_size, img_size) if isinstance(img_size, int) else img_size
     backbone = _create_backbone(model_name, pretrained, in_chans, size, drop_rate, kwargs)
-    classes = _classes(num_classes, taxonomy, backbone, head_names)
+    classes = _classes(num_classes, taxonomy, backbone, head_names, answers_all_levels(heads, taxonomy))
     nominal = _input_size(backbone, size, in_chans)
     ours = _is_ours(checkpoint_path)
     loaded = _load_backbone(backbone, os.fspath(checkpoint_path)) if checkpoint_path and not ours else None
@@ -135,11 +135,12 @@ def _one_per_head(value: Any, count: int, what: str) -> list:
 
 def _names(names: Sequence[str] | None, taxonomy: Taxonomy | None, groups: Sequence[Sequence[Tap]],
            heads: Sequence[Head]) -> list[str]:
-    if taxonomy is not None and len(taxonomy.levels) > len(groups):
+    shared = answers_all_levels(heads, taxonomy)
+    if taxonomy is not None and len(taxonomy.levels) > len(groups) and not shared:
         raise ValueError(f"the taxonomy has {len(taxonomy.levels)} levels {list(taxonomy.levels)} for {len(groups)} "
                          "taps: give one tap per level, from coarse to fine.")
     own = [head.kind if head.multi_tap else group[0].name for head, group in zip(heads, groups, strict=True)]
-    levels = list(taxonomy.levels) if taxonomy else []
+    levels = list(taxonomy.levels) if taxonomy and not shared else []
     result = list(names) if names is not None else levels + own[len(levels):]
     if len(result) != len(groups):
         raise ValueError(f"{len(result)} names {result} for {len(groups)} taps.")
@@ -148,8 +149,10 @@ def _names(names: Sequence[str] | None, taxonomy: Taxonomy | None, groups: Seque
     return result
 
 
-def _classes(num_classes: Any, taxonomy: Taxonomy | None, backbone: nn.Module, names: Sequence[str]) -> list[int]:
+def _classes(num_classes: Any, taxonomy: Taxonomy | None, backbone: nn.Module, names: Sequence[str],
+             shared: bool) -> list[int]:
     of_levels = list(taxonomy.num_classes) if taxonomy is not None else []
+    of_levels = [sum(of_levels)] if shared else of_levels
     free = names[len(of_levels):]
     if num_classes is None:
         if taxonomy is not None and free:

@@ -40,7 +40,7 @@ class BranchModel(FreezableBackbone):
         names: Names of the heads in tap order.
         taps: Resolved taps (module, channels, size, stride) of all heads, one after the other.
         head_taps: For each head its taps, as positions in ``taps``.
-        taxonomy: The label hierarchy or None; the first heads are its levels.
+        taxonomy: The label hierarchy or None; the first heads are its levels, or a lone decoder gives them all.
         config: What rebuilds the model, as ``create_branch_model`` takes it.
         frames_per_pass: Frames of a clip that go through the backbone at once; None, the default, takes all. It
             bounds memory and changes results only where BatchNorm takes its statistics from a batch.
@@ -68,6 +68,7 @@ class BranchModel(FreezableBackbone):
         self.head_specs = tuple(heads)
         self._temporal = {name for name, head in zip(self.names, heads, strict=True) if head.temporal}
         self._dense = {name for name, head in zip(self.names, heads, strict=True) if head.dense}
+        self._shared = answers_all_levels(heads, taxonomy)
         self.frames_per_pass: int | None = None
         self._init_freezing()
         self.pretrained_cfg = self._prefixed_cfg()
@@ -91,7 +92,8 @@ class BranchModel(FreezableBackbone):
         Returns:
             ``{name: logits}`` in tap order. Logits are (B, K); for clips (B, T, K), or (B, K) from a temporal head with
             ``output='clip'``. Frames behind a clip's length have zeros. Decoders give maps (B, K, H, W) of the images'
-            size, with deep supervision in training those of their other stages too, as ``name_aux1`` and so on.
+            size, with deep supervision in training those of their other stages too, as ``name_aux1`` and so on. A
+            decoder that is the only head of a model with a taxonomy gives a map for each level, by the level's name.
 
         Raises:
             ValueError: Images that the backbone or a head cannot take, lengths that do not fit, or an unknown head.
@@ -157,11 +159,19 @@ class BranchModel(FreezableBackbone):
                 outputs[name], states[name] = head(*maps, clips, state and state[name])
             else:
                 y = head(*maps, image=frames) if name in self._dense else head(*maps)
-                # a decoder with deep supervision answers with several maps in training
-                several = {name if k == "main" else f"{name}_{k}": v for k, v in y.items()} if isinstance(y, dict) \
-                    else {name: y}
+                several = self._by_name(name, y)
                 outputs |= several if clips is None else {k: clips.unfold(v) for k, v in several.items()}
         return outputs, states
+
+    def _by_name(self, head: str, y: torch.Tensor | dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """A head's answers by name: one a level where a decoder speaks for all, several with deep supervision."""
+        found: dict[str, torch.Tensor] = {}
+        for key, maps in (y if isinstance(y, dict) else {"main": y}).items():
+            levels = {head: maps}
+            if self._shared and self.taxonomy is not None:
+                levels = dict(zip(self.taxonomy.levels, maps.split(self.taxonomy.num_classes, 1), strict=True))
+            found |= {name if key == "main" else f"{name}_{key}": part for name, part in levels.items()}
+        return found
 
     def forward_taps(self, x: torch.Tensor) -> dict[str, torch.Tensor | list[torch.Tensor]]:
         """Feature maps ``{name: (B, C, H, W)}`` at the taps; a list of maps for a head that reads several taps."""
@@ -289,12 +299,15 @@ class BranchModel(FreezableBackbone):
             classes = [num_classes] * len(self.names) if isinstance(num_classes, int) else list(num_classes)
         if len(classes) != len(self.names):
             raise ValueError(f"{len(classes)} class counts for {len(self.names)} heads {list(self.names)}.")
-        if taxonomy is not None and tuple(classes[:taxonomy.num_levels]) != taxonomy.num_classes:
-            raise ValueError(f"classes {classes} do not fit the taxonomy's {list(taxonomy.num_classes)}.")
+        shared = answers_all_levels(self.head_specs, taxonomy)
+        if taxonomy is not None and tuple(classes[:taxonomy.num_levels]) != (
+                (sum(taxonomy.num_classes),) if shared else taxonomy.num_classes):
+            raise ValueError(f"classes {classes} do not fit the taxonomy's {list(taxonomy.num_classes)}"
+                             f"{', of which the decoder gives the sum' if shared else ''}.")
         for name, count in zip(self.names, classes, strict=True):
             if count != self.num_classes[name] or not isinstance(num_classes, dict) or name in num_classes:
                 self.head(name).reset_classifier(count)  # type: ignore[operator]
-        self.taxonomy = taxonomy
+        self.taxonomy, self._shared = taxonomy, shared
         self.config = {**self.config, "num_classes": classes, "taxonomy": taxonomy}
         self.pretrained_cfg = self._prefixed_cfg()
 
@@ -347,6 +360,11 @@ class BranchModel(FreezableBackbone):
         cfg["classifier"] = tuple(f"heads.{key}.fc" for key in self._keys.values())
         cfg["num_classes"] = next(iter(self.num_classes.values()))
         return cfg
+
+
+def answers_all_levels(heads: Sequence[Head], taxonomy: Taxonomy | None) -> bool:
+    """Whether the only head is a decoder and the taxonomy has several levels: its channels are then theirs together."""
+    return taxonomy is not None and taxonomy.num_levels > 1 and len(heads) == 1 and heads[0].dense
 
 
 def module_key(name: str) -> str:

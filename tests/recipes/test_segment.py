@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from timm_branches import load_model
+from timm_branches import Taxonomy, load_model
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "segment.py"
 NAMES = ("sky", "grass", "cat", "dog")
@@ -118,17 +118,18 @@ class TestWithoutArguments:
 
     def test_table(self, small):
         columns, rows = table(small[1])
-        assert columns == ["U-Net, test_resnet", "colour alone", "colour and height"]
+        assert columns == ["U-Net, test_resnet, all levels", "U-Net, test_resnet, flat", "colour alone",
+                           "colour and height"]
         wanted = [f"{level} {what}" for what in ("mIoU", "pixel accuracy") for level in ("kind", "object")]
         objects = ("kind IoU surroundings", "kind IoU vehicle", "object IoU wall", "object IoU floor",
                    "object IoU motorcycle")
-        assert list(rows) == [*wanted, *objects]
+        assert list(rows) == [*wanted, "full path", "consistency", *objects]
         assert all(0 <= x <= 100 for numbers in rows.values() for x in numbers)
         for level, mean in (("kind", rows["kind mIoU"]), ("object", rows["object mIoU"])):
             ious = [numbers for name, numbers in rows.items() if name.startswith(f"{level} IoU")]
             assert np.mean(ious, 0) == pytest.approx(mean, abs=0.011)
         assert "1 test image;" in small[1]
-        assert "the best on validation" in small[1]
+        assert "the best epoch on validation (1, 1)" in small[1]
 
     def test_files(self, small):
         folder, out = small
@@ -137,26 +138,28 @@ class TestWithoutArguments:
         assert list(facts["results"]) == columns
         for i, found in enumerate(facts["results"].values()):
             assert {name: numbers[i] for name, numbers in rows.items()} == pytest.approx(found, abs=0.006)
-        assert (facts["judged"], facts["images"], facts["epoch"]) == ("test", 1, 0)
+        assert (facts["judged"], facts["images"], facts["epoch"]) == ("test", 1, dict.fromkeys(columns[:2], 0))
         assert "--crop 64" in facts["command"]
-        for name in ("pictures.png", "history.png", "confusion_object.png"):
+        for name in ("pictures.png", "all_levels/history.png", "flat/confusion_object.png"):
             assert (folder / name).read_bytes().startswith(b"\x89PNG")
 
     def test_table_is_of_the_saved_model(self, small):
         """The printed IoU, from the file and pixels alone."""
         from timm_branches.dense import package_segmentation
 
-        model = load_model(small[0] / "model.safetensors").eval()
         _, _, test = package_segmentation()
-        image, mask = test[0]
-        mean, std = (torch.tensor(model.pretrained_cfg[key]).view(-1, 1, 1) for key in ("mean", "std"))
-        with torch.no_grad():
-            said = model(((image - mean) / std)[None])["mask"][0].argmax(0)
-        said = said[mask >= 0]
-        mask = mask[mask >= 0]
-        ious = [100 * float(((said == k) & (mask == k)).sum() / ((said == k) | (mask == k)).sum()) for k in range(3)]
-        printed = [numbers[0] for name, numbers in table(small[1])[1].items() if name.startswith("object IoU")]
-        assert printed == pytest.approx(ious, abs=0.02)
+        for column, (folder, output) in enumerate((("all_levels", "object"), ("flat", "mask"))):
+            model = load_model(small[0] / folder / "model.safetensors").eval()
+            image, mask = test[0]
+            mean, std = (torch.tensor(model.pretrained_cfg[key]).view(-1, 1, 1) for key in ("mean", "std"))
+            with torch.no_grad():
+                said = model(((image - mean) / std)[None])[output][0].argmax(0)
+            said = said[mask >= 0]
+            mask = mask[mask >= 0]
+            ious = [100 * float(((said == k) & (mask == k)).sum() / ((said == k) | (mask == k)).sum())
+                    for k in range(3)]
+            printed = [row[column] for name, row in table(small[1])[1].items() if name.startswith("object IoU")]
+            assert printed == pytest.approx(ious, abs=0.02)
 
 
 class TestOwnData:
@@ -172,21 +175,26 @@ class TestOwnData:
         assert list(rows) == ["mIoU", "pixel accuracy", *(f"IoU {name}" for name in NAMES)]
         assert rows["IoU sky"][1] == 100  # colour alone tells the classes
         assert "2 validation images; model of the last epoch" in out
-        assert json.loads((tmp_path / "output/segment/results.json").read_text())["epoch"] == 1
+        assert json.loads((tmp_path / "output/segment/results.json").read_text())["epoch"] == {"U-Net, test_resnet": 1}
         with open(tmp_path / "output/segment/log.csv", newline="") as stream:  # nothing was chosen on validation
             assert not any(key.startswith("eval_") for key in next(csv.DictReader(stream)))
 
     def test_with_a_test_split_validation_chooses(self, scenes, here):
         _, out = self.check(here(*own(scenes, "three")))
-        assert "2 test images; model of epoch 1, the best on validation" in out
+        assert "2 test images; model of the best epoch on validation (1)" in out
 
-    def test_taxonomy_in_the_order_of_the_names(self, scenes, here):
-        rows, _ = self.check(here(*own(scenes), "--taxonomy", scenes / "tree.csv"))
+    def test_taxonomy_in_the_order_of_the_names(self, scenes, here, tmp_path):
+        columns = ("U-Net, test_resnet, all levels", "U-Net, test_resnet, flat", "colour alone", "colour and height")
+        rows, _ = self.check(here(*own(scenes), "--taxonomy", scenes / "tree.csv", "--class-weights", "auto"), columns)
         assert [name for name in rows if "IoU" in name] == [
             "kind mIoU", "thing mIoU", "kind IoU scenery", "kind IoU animal", *(f"thing IoU {name}" for name in NAMES)]
         # colour alone tells all four, which the tree's own order would mix up
-        assert rows["kind IoU animal"][1] > 99
-        assert rows["thing IoU sky"][1] > 99
+        assert rows["kind IoU animal"][2] > 99
+        assert rows["thing IoU sky"][2] > 99
+        assert rows["full path"][2] > 99
+        model = load_model(tmp_path / "output/segment/all_levels/model.safetensors")
+        assert {level: y.shape[1] for level, y in model(torch.zeros(1, 3, 32, 32)).items()} == {"kind": 2, "thing": 4}
+        assert load_model(tmp_path / "output/segment/flat/model.safetensors").taxonomy is None
 
     def test_images_and_masks(self, scenes, here):
         args = own(scenes)[1:]
@@ -227,8 +235,12 @@ class TestOwnData:
         args = recipe.parse_args(["x", "--class-weights", "auto"])
         frequency = [6 / 7, 1 / 4]  # of 7 labelled pixels, and of the 4 in the only image that has the second class
         median = min(frequency)  # torch's: the lower one of two
-        weights = recipe.class_weights(args, data, 3, torch.device("cpu"))["class_weights"]
+        weights = recipe.class_weights(args, data, 3, None)["mask"]
         assert weights.tolist() == pytest.approx([median / frequency[0], median / frequency[1], 0])
+        tree = Taxonomy(["thing/a", "thing/b", "stuff/c"], levels=["coarse", "fine"])
+        weights = recipe.class_weights(args, data, 3, tree)
+        assert weights["coarse"].tolist() == [1, 0]
+        assert torch.equal(weights["fine"], weights["mask"])
 
 
 class TestSmp:
@@ -253,7 +265,7 @@ class TestSmp:
                                   "--output", str(tmp_path / "run")])
         train, *_ = recipe.read_data(args)
         torch.manual_seed(0)
-        model = recipe.make_model(args, 4)
+        model = recipe.make_model(args, 4, None)
         unet = recipe.make_smp(args, model.backbone.state_dict(), 4)
         decoder = dict(model.head("mask").named_parameters())
         theirs = [*unet.decoder.parameters(), *unet.segmentation_head.parameters()]
@@ -270,7 +282,7 @@ class TestSmp:
         with torch.no_grad():
             before = model.eval()(small)["mask"]
         fit(task, loader(), None, config)
-        recipe.train_smp(unet, config, loader(), task.loss)
+        recipe.train_smp(unet, config, loader(), task.losses["mask"])
         with torch.no_grad():
             ours = model.eval()(small)["mask"]
             assert (ours - before).abs().max() > 0.05  # it has been trained
@@ -350,5 +362,5 @@ def test_a_network_sees_more_than_single_pixels(tmp_path):
     """The job without arguments as it stands."""
     done = run("--no-plots", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    network, colour, _ = table(done.stdout)[1]["object mIoU"]
-    assert network > colour + 10
+    levels, flat, colour, _ = table(done.stdout)[1]["object mIoU"]
+    assert min(levels, flat) > colour + 10

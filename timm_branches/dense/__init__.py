@@ -7,7 +7,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from timm_branches.dense.losses import charbonnier_loss, dice_loss, get_dense_loss, pixel_cross_entropy
+    from timm_branches.dense.baseline import PixelBaseline
+    from timm_branches.dense.losses import (
+        charbonnier_loss,
+        dice_loss,
+        get_dense_loss,
+        median_frequency_weights,
+        pixel_cross_entropy,
+    )
     from timm_branches.dense.metrics import SegmentationEvaluator
     from timm_branches.dense.restoration import (
         RestorationEvaluator,
@@ -18,11 +25,13 @@ if TYPE_CHECKING:
     from timm_branches.dense.tiles import tiled_inference
 
 __all__ = [
+    "PixelBaseline",
     "RestorationEvaluator",
     "SegmentationEvaluator",
     "charbonnier_loss",
     "dice_loss",
     "get_dense_loss",
+    "median_frequency_weights",
     "package_photographs",
     "package_segmentation",
     "peak_signal_noise_ratio",
@@ -32,7 +41,8 @@ __all__ = [
 ]
 
 _HOMES = {
-    "losses": ("charbonnier_loss", "dice_loss", "get_dense_loss", "pixel_cross_entropy"),
+    "baseline": ("PixelBaseline",),
+    "losses": ("charbonnier_loss", "dice_loss", "get_dense_loss", "median_frequency_weights", "pixel_cross_entropy"),
     "metrics": ("SegmentationEvaluator",),
     "restoration": ("RestorationEvaluator", "peak_signal_noise_ratio", "structural_similarity"),
     "samples": ("package_photographs", "package_segmentation"),

@@ -5,7 +5,7 @@ gradients, never NaN, where no pixel is labelled.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from timm_branches.hierarchy.losses import level_cross_entropy
 
-__all__ = ["charbonnier_loss", "dice_loss", "get_dense_loss", "pixel_cross_entropy"]
+__all__ = ["charbonnier_loss", "dice_loss", "get_dense_loss", "median_frequency_weights", "pixel_cross_entropy"]
 
 
 def pixel_cross_entropy(logits: Tensor, target: Tensor, ignore_index: int = -1, class_weights: Tensor | None = None,
@@ -183,6 +183,35 @@ def get_dense_loss(name: str, **settings: Any) -> Callable[..., Tensor]:
         return torch.stack(values).sum()
 
     return loss
+
+
+def median_frequency_weights(masks: Iterable[Tensor], num_classes: int) -> Tensor:
+    """Weights of classes for cross-entropy that let rare ones count: median frequency balancing.
+
+    The weight of class k is median(f) / f_k. The frequency f_k is the number of its pixels divided by that of all
+    labelled pixels in the masks where it occurs. A class that occurs nowhere has weight 0.
+
+    Source: Eigen and Fergus, "Predicting Depth, Surface Normals and Semantic Labels with a Common Multi-Scale
+    Convolutional Architecture", ICCV 2015 (arXiv 1411.4734), section 4.3.2.
+
+    Args:
+        masks: Class indices (H, W), below 0 for unlabelled pixels.
+        num_classes: How many classes there are.
+
+    Returns:
+        (num_classes,), float32.
+
+    Example:
+        >>> median_frequency_weights([torch.tensor([[0, 0, 0, 1]])], 3).tolist()  # 3/4, 1/4, never; the median is 1/4
+        [0.3333333432674408, 1.0, 0.0]
+    """
+    counts, seen = torch.zeros(num_classes), torch.zeros(num_classes)
+    for mask in masks:
+        found = torch.bincount(mask[mask >= 0], minlength=num_classes)
+        counts += found
+        seen += (found > 0) * found.sum()
+    frequency = counts / seen  # 0 / 0 is nan
+    return (frequency.nanmedian() / frequency).nan_to_num(0)
 
 
 def _labels(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:

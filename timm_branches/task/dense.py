@@ -1,35 +1,38 @@
 """Losses of decoders: masks of classes, and restored images."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from timm_branches.dense.losses import get_dense_loss
-from timm_branches.model import BranchModel
+from timm_branches.model import BranchModel, answers_all_levels
 from timm_branches.task.base import HeadsTask, Schedule
 
 __all__ = ["DenseTask"]
 
 
 class DenseTask(HeadsTask):
-    """One decoder of a branch model with a dense loss; with deep supervision, a weighted sum over its stages.
+    """A decoder of a branch model with a dense loss; of a hierarchy of mask classes a weighted sum over its levels.
+
+    With deep supervision each stage of a decoder adds its loss, too.
 
     Args:
-        model: Branch model with a decoder (``head='unet'`` or ``'rednet'``).
+        model: Branch model with a decoder (``head='unet'`` or ``'rednet'``). If decoders give the levels of its
+            taxonomy (one gives all, or each gives one), the target is a mask of leaves and each level has its loss.
         loss: Name of a dense loss, see :func:`get_dense_loss`, or a function of (output, target) that gives a scalar.
         evaluator: Makes the evaluator, given ``device=`` and ``max_samples=``: for masks
             ``partial(SegmentationEvaluator, classes)``, for images :class:`RestorationEvaluator`.
-        head: Name of the decoder, where the model has several.
-        schedule: With deep supervision the weights of its stages by epoch, from the deepest to the output itself
-            (``mask_aux1``, ..., ``mask``); None weighs all equally.
+        head: Name of the decoder, where the model has several that are not the levels of its taxonomy.
+        schedule: The losses' weights by epoch: of the levels from coarse to fine, and with deep supervision of the
+            stages from the deepest to the output itself (``mask_aux1``, ..., ``mask``); None weighs all equally.
         device: Where the task lives; None leaves the model where it is.
         verbose: As in timm.
-        **settings: Of the named loss: ``ignore_index``, ``class_weights``, ...
+        **settings: Of the named loss: ``ignore_index``, ``class_weights`` (with levels a dict of them), ...
 
     Raises:
-        ValueError: There is no such decoder or more than one, the loss or a setting is unknown, or a schedule is given
-            without deep supervision or for another number of stages.
+        ValueError: There is no such decoder or more than one, the loss or a setting is unknown, the evaluator has
+            another taxonomy, or a schedule is given where there is one loss or for another number of losses.
 
     Example:
         >>> from functools import partial
@@ -46,26 +49,34 @@ class DenseTask(HeadsTask):
                  head: str | None = None, schedule: Schedule = None, device: torch.device | None = None,
                  verbose: bool = True, **settings: Any):
         decoders = [name for name, spec in zip(model.names, model.head_specs, strict=True) if spec.dense]
+        self.levels = _levels(model, decoders) if head is None else {}
         if head is None and len(decoders) == 1:
             head = decoders[0]
-        if head not in decoders:
+        if head not in decoders and not self.levels:
             raise ValueError(f"head={head!r}: name one of the model's decoders, {decoders} among {list(model.names)}.")
-        stages = [f"{head}_{key}" for key in getattr(model.head(head), "aux", {})]
-        if schedule is not None and not stages:
-            raise ValueError("schedule= weighs the stages of a decoder with deep_supervision=True; this one has one "
-                             "loss.")
-        super().__init__(model, [*stages, head], schedule, device, verbose=verbose)
-        if isinstance(loss, str):
-            loss = get_dense_loss(loss, **settings)
-            self.shares = True
-        elif settings:
-            raise ValueError(f"{', '.join(settings)}: settings belong to a loss that is given by name.")
-        else:
-            self.shares = False
-        self.head, self.loss, self.evaluator = head, loss, evaluator
+        self.sources = self.levels or {str(head): str(head)}  # the decoder that gives each output
+        names = [name for output, source in self.sources.items()
+                 for name in (*(f"{output}_{key}" for key in getattr(model.head(source), "aux", {})), output)]
+        if schedule is not None and len(names) == 1:
+            raise ValueError("schedule= weighs the stages of a decoder with deep_supervision=True, or the levels of a "
+                             "taxonomy; this one has one loss.")
+        super().__init__(model, names, schedule, device, verbose=verbose)
+        self.shares = isinstance(loss, str)
+        self.ignore_index = int(settings.get("ignore_index", -1))
+        self.losses = _losses(loss, list(self.sources), settings, by_level=bool(self.levels))
+        self.taxonomy = model.taxonomy if self.levels else None
+        self.evaluator = evaluator
+        if self.levels and getattr(self.create_evaluator(), "taxonomy", None) != self.taxonomy:
+            raise ValueError("the model answers for the levels of its taxonomy: give the evaluator the same, "
+                             "taxonomy=model.taxonomy.")
 
     def needed_heads(self) -> tuple[str, ...]:
-        return (self.head,)
+        on = {self._output(name) for name in self.active}
+        return tuple(dict.fromkeys(source for output, source in self.sources.items() if output in on))
+
+    def _output(self, name: str) -> str:
+        """The output that a loss belongs to: itself, or that of the stage."""
+        return name if name in self.sources else name.rpartition("_aux")[0]
 
     def compare(self, output: dict[str, torch.Tensor], target: torch.Tensor, lengths: torch.Tensor | None = None,
                 share: bool = False) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -80,8 +91,13 @@ class DenseTask(HeadsTask):
         if lengths is not None:
             raise ValueError("a DenseTask trains on images, got clips with lengths.")
         shared = {"share": share} if self.shares else {}
-        names = [name for name in self.active if name in output]  # in evaluation there is the output alone
-        losses = {name: self.loss(output[name], target, **shared) for name in names}
+        targets = dict.fromkeys(self.sources, target)
+        if self.taxonomy is not None:
+            known = torch.where(target == self.ignore_index, -1, target)
+            targets = dict(zip(self.sources, self.taxonomy.expand(known).unbind(-1), strict=True))
+        names = [name for name in self.active if name in output]  # in evaluation there are no other stages
+        losses = {name: self.losses[self._output(name)](output[name], targets[self._output(name)], **shared)
+                  for name in names}
         weights = dict(zip(self.names, self.weights, strict=True))
         return torch.stack([weights[name] * losses[name] for name in names]).sum(), losses
 
@@ -92,7 +108,7 @@ class DenseTask(HeadsTask):
     def create_evaluator(self, **kwargs: Any) -> Any:
         """A fresh evaluator that takes the model's whole output and the masks or images."""
         evaluator = self.evaluator(device=self.device, **kwargs)
-        return _OfHead(evaluator, self.head)
+        return _OfHeads(evaluator, tuple(self.sources))
 
     def confusions(self, evaluator: Any) -> list[tuple[str, torch.Tensor, list[str]]]:
         if not hasattr(evaluator, "confusion_matrices"):
@@ -102,15 +118,45 @@ class DenseTask(HeadsTask):
                 zip(ious.items(), evaluator.confusion_matrices(), strict=True)]
 
 
-class _OfHead:
-    """An evaluator that reads one head of the model's output."""
+class _OfHeads:
+    """An evaluator that reads one output of the model, or those of the levels."""
 
-    def __init__(self, evaluator: Any, head: str):
-        self._evaluator, self._head = evaluator, head
+    def __init__(self, evaluator: Any, names: Sequence[str]):
+        self._evaluator, self._names = evaluator, names
         self.metrics: dict[str, float] = {}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._evaluator, name)
 
     def update(self, output: Any, target: torch.Tensor) -> None:
-        self._evaluator.update(output[self._head], target)
+        own = {name: output[name] for name in self._names}
+        self._evaluator.update(own if len(own) > 1 else own[self._names[0]], target)
+
+
+def _levels(model: BranchModel, decoders: Sequence[str]) -> dict[str, str]:
+    """The decoder that gives each level of the model's taxonomy; empty if decoders do not give them."""
+    tree = model.taxonomy
+    if tree is None or tree.num_levels < 2:
+        return {}
+    if answers_all_levels(model.head_specs, tree):
+        return dict.fromkeys(tree.levels, decoders[0])
+    heads = model.names[:tree.num_levels]
+    return {name: name for name in heads} if set(heads) <= set(decoders) else {}
+
+
+def _losses(loss: str | Callable[..., torch.Tensor], outputs: Sequence[str], settings: dict[str, Any],
+            by_level: bool) -> dict[str, Callable[..., torch.Tensor]]:
+    """The loss of each output; those of levels have their own class weights, and read -1 for unlabelled."""
+    if not isinstance(loss, str):
+        if settings:
+            raise ValueError(f"{', '.join(settings)}: settings belong to a loss that is given by name.")
+        return dict.fromkeys(outputs, loss)
+    if not by_level:
+        return {output: get_dense_loss(loss, **settings) for output in outputs}
+    settings = {key: value for key, value in settings.items() if key != "ignore_index"}
+    weights = settings.pop("class_weights", {})
+    if not isinstance(weights, Mapping) or set(weights) - set(outputs):
+        raise ValueError(f"class_weights= of levels is a dict with weights for some of {list(outputs)}, got "
+                         f"{list(weights) if isinstance(weights, Mapping) else weights!r}.")
+    own = {output: {"class_weights": weights[output]} if output in weights else {} for output in outputs}
+    return {output: get_dense_loss(loss, **settings, **own[output]) for output in outputs}
