@@ -219,6 +219,16 @@ class TestOptions:
         x = images(33, 47)
         torch.testing.assert_close(answer(model, x) - x, answer(plain, x), rtol=1e-4, atol=1e-5)
 
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_residual_starts_as_almost_the_image(self, kind):
+        """What is restored is at first the image; else training begins with unlearning noise."""
+        x = images(48, 40)
+        model = make(head=KINDS[kind](residual=True, input_skip=True, norm="batchnorm2d"))
+        change = (answer(model, x) - x).square().mean().sqrt()
+        assert 0 < change < 0.25 * x.std()
+        model.reset_classifier(3)
+        assert (answer(model, x) - x).square().mean().sqrt() < 0.25 * x.std()
+
     def test_residual_needs_the_images_channels(self):
         with pytest.raises(ValueError, match="num_classes must be its 3 channels, got 1"):
             make(head=UNetHead(residual=True), num_classes=1)

@@ -323,19 +323,28 @@ class DenoisingDataset(_PairDataset):
         import cv2
 
         sample = self._check_index(index)
-        clean: np.ndarray = self.images[sample // self.repeats].astype(np.float32) / 255
+        image: np.ndarray = self.images[sample // self.repeats]
         self.random.seed((self.seed, self.epoch, sample) if self.is_training else (self.seed, sample))
         random = self.random.numpy
         sigma, blur = (random.uniform(*limits) for limits in (self.sigma, self.blur))
-        degraded = clean
-        if blur:  # of the whole image: a patch knows what is beyond its edge
-            side = 2 * math.ceil(4 * blur) + 1
-            degraded = cv2.GaussianBlur(clean, (side, side), blur).reshape(clean.shape)
+        reach = math.ceil(4 * blur)
+        inner: tuple[slice, ...] = (slice(None), slice(None))
         if self.patch_size is not None:
             turn, flip = int(random.integers(4)), bool(random.integers(2))
-            corner: list[int] = [int(random.integers(self._room(side, sample) + 1)) for side in clean.shape[:2]]
-            window = tuple(slice(start, start + self.patch_size) for start in corner)
-            clean, degraded = (np.rot90(image[window], turn)[:, :: -1 if flip else 1] for image in (clean, degraded))
+            corner: list[int] = [int(random.integers(self._room(side, sample) + 1)) for side in image.shape[:2]]
+            # with what the blur brings in from beyond the patch
+            before = [min(start, reach) for start in corner]
+            image = image[tuple(slice(start - extra, start + self.patch_size + reach)
+                                for start, extra in zip(corner, before, strict=True))]
+            inner = tuple(slice(extra, extra + self.patch_size) for extra in before)
+        clean = image.astype(np.float32) / 255
+        degraded = clean
+        if blur:
+            side = 2 * reach + 1
+            degraded = cv2.GaussianBlur(clean, (side, side), blur).reshape(clean.shape)
+        clean, degraded = clean[inner], degraded[inner]
+        if self.patch_size is not None:
+            clean, degraded = (np.rot90(part, turn)[:, :: -1 if flip else 1] for part in (clean, degraded))
         degraded = degraded + np.float32(sigma / 255) * random.standard_normal(clean.shape, dtype=np.float32)
         first, second = (torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))) for image in
                          (degraded, clean))

@@ -223,7 +223,8 @@ class SkipDecoder(nn.Module):
         for module in (self.lateral, self.stem, self.stages):
             for m in module.modules() if module is not None else ():
                 if isinstance(m, nn.Conv2d):
-                    nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+                    # by what goes in: a map and its skip are concatenated
+                    nn.init.kaiming_uniform_(m.weight, nonlinearity="relu")
                     if m.bias is not None:
                         nn.init.zeros_(m.bias)
         self.drop = nn.Dropout2d(drop_rate)
@@ -254,10 +255,23 @@ class SkipDecoder(nn.Module):
         if num_classes and self.deep_supervision:
             aux = {f"aux{i}": nn.Conv2d(chs, num_classes, 1) for i, chs in enumerate(self.aux_chs, start=1)}
         self.fc, self.aux = fc, nn.ModuleDict(aux)
+        for layer in (self.fc, self.aux):
+            for m in layer.modules():
+                if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d)):
+                    self._init_output(m)
         if like is not None:
             self.fc.to(device=like.device, dtype=like.dtype)
             self.aux.to(device=like.device, dtype=like.dtype)
         self.num_classes = num_classes
+
+    def _init_output(self, conv: "nn.Conv2d | nn.ConvTranspose2d") -> None:
+        """A residual decoder starts as almost the identity: its first answer is the image, not noise upon it."""
+        if self.residual:
+            nn.init.normal_(conv.weight, std=0.01)
+        else:
+            nn.init.xavier_uniform_(conv.weight)
+        if conv.bias is not None:
+            nn.init.zeros_(conv.bias)
 
     def forward(self, *maps: torch.Tensor, image: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
         height, width = image.shape[2:]
