@@ -91,10 +91,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--overfit", action="store_true", help="train on one blurred image, show another")
     group.add_argument("--overfit-size", type=int, default=64, help="side of its images, a multiple of 8")
     add_fit_arguments(parser)
-    # the job without arguments: small, and on a CPU good enough to see the point
     parser.set_defaults(output="output/denoise", epochs=10, opt="adamw", lr=3e-3, weight_decay=1e-4, warmup_epochs=1)
-    recipe = parser.parse_known_args(argv)[0].recipe
+    own = parser.parse_known_args(argv)[0]
+    recipe = own.recipe
     parser.set_defaults(**RECIPES.get(recipe, {}))
+    if own.model == "rednet_small" and own.head == "unet" and own.input_skip and not (
+            own.data or recipe or own.taps or own.channels or own.overfit):
+        # the job without arguments: small, so that a minute of a CPU is many steps
+        parser.set_defaults(taps=["3", "4"], channels=[32, 16], lr=1e-2)
     args = parser.parse_args(argv)
     if max(len(args.sigma or ()), len(args.blur or ())) > 2:
         parser.error("--sigma and --blur take a number or a range of two")
