@@ -1,6 +1,6 @@
 """Train a U-Net or RED-Net on any timm backbone to label every pixel, beside what a pixel's colour and place tell.
 
-    python recipes/segment.py                                        # a scene inside scikit-image, two minutes on a CPU
+    python recipes/segment.py                         # a scene inside scikit-image, some four minutes of a CPU
     python recipes/segment.py camvid/ --classes 11 --ignore-index 11 --model resnet34 --pretrained --amp
     python recipes/segment.py --images photos/ --masks labels/ --classes names.txt --model convnext_tiny --input-skip
     python recipes/segment.py camvid/ --taxonomy tree.csv --ignore-index 11   # a map of each level, beside a flat one
@@ -75,7 +75,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--scale", type=float, nargs=2, default=(0.75, 1.5), metavar=("LOW", "HIGH"),
                        help="range of a random factor before the crop (default: 0.75 1.5)")
     group.add_argument("--hflip", type=float, default=0.5, help="chance of a flip")
-    group.add_argument("--repeats", type=int, help="crops of each image an epoch (default: 1, without data 48)")
+    group.add_argument("--repeats", type=int, help="crops of each image an epoch (default: 1, without data 80)")
     group.add_argument("-b", "--batch-size", type=int, default=8, help="batch size of one process")
     group.add_argument("-j", "--workers", type=int, default=0, help="worker processes that load data")
     group = parser.add_argument_group("model")
@@ -99,7 +99,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     own = parser.parse_known_args(argv)[0]
     small = not (own.data or own.images or own.masks)
     if small:  # the job without data
-        parser.set_defaults(model="resnet10t", lr=2e-3, epochs=7, repeats=48)
+        parser.set_defaults(model="resnet10t", lr=2e-3, epochs=7, repeats=80)
     args = parser.parse_args(argv)
     args.repeats = 1 if args.repeats is None else args.repeats
     args.crop = args.crop or [160 if small else 256]
@@ -437,7 +437,7 @@ def main(args: argparse.Namespace) -> None:
     chosen = ", ".join(str(epoch + 1) for epoch in epochs.values())
     print(f"Percent, on the pixels of the {len(judged)} {which} image{'s' * (len(judged) > 1)}; model of "
           f"{'the last epoch' if last else f'the best epoch on validation ({chosen})'}. Baselines: logistic regression "
-          f" on single pixels. Seed {config.seed}, {facts['hardware']}; training: "
+          f"on single pixels. Seed {config.seed}, {facts['hardware']}; training: "
           f"{', '.join(f'{name} {value:.0f} s' for name, value in seconds.items())}; in all "
           f"{time.monotonic() - began:.0f} s. Files: {output}")
     if args.plots:
