@@ -337,8 +337,8 @@ class DenoisingDataset(_PairDataset):
             image = image[tuple(slice(start - extra, start + self.patch_size + reach)
                                 for start, extra in zip(corner, before, strict=True))]
             inner = tuple(slice(extra, extra + self.patch_size) for extra in before)
-        clean = image.astype(np.float32) / 255
-        degraded = clean
+        clean: np.ndarray = image.astype(np.float32) / 255
+        degraded: np.ndarray = clean
         if blur:
             side = 2 * reach + 1
             degraded = cv2.GaussianBlur(clean, (side, side), blur).reshape(clean.shape)
