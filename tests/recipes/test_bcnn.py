@@ -1,13 +1,8 @@
 """``recipes/bcnn.py`` as a user runs it: a script, started from some other folder."""
 
 import csv
-import importlib.util
 import json
-import os
 import re
-import runpy
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
@@ -19,59 +14,18 @@ from PIL import Image
 from timm_branches import load_model
 from timm_branches.schedules import get_schedule
 
-RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "bcnn.py"
+from .script import RECIPES, read_table, run_recipe
+
+RECIPE = RECIPES / "bcnn.py"
 LEAVES = ("animal/cat", "animal/dog", "vehicle/bus", "vehicle/car")
 TINY = ("--model", "test_resnet", "--taps", "3", "5", "--img-size", "32", "--epochs", "1", "-b", "8", "--no-plots")
 
 
 def start(*args, cwd, launcher=()):
     """Run the script in a process of its own; it must succeed."""
-    done = run(*args, cwd=cwd, launcher=launcher)
+    done = run_recipe(RECIPE, *args, cwd=cwd, launcher=launcher)
     assert done.returncode == 0, done.stderr
     return done
-
-
-def run(*args, cwd, launcher=()):
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "MPLBACKEND": "agg"}
-    command = [sys.executable, *launcher, str(RECIPE), *map(str, args)]
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300, check=False)
-
-
-def run_here(*args, cwd, monkeypatch, capsys):
-    """The same script in this process, where imports are paid for already: (exit status, stdout, stderr)."""
-    monkeypatch.chdir(cwd)
-    monkeypatch.setattr(sys, "argv", [str(RECIPE), *map(str, args)])
-    threads = torch.get_num_threads()
-    try:
-        runpy.run_path(str(RECIPE), run_name="__main__")
-        status = 0
-    except SystemExit as error:
-        status = error.code
-    finally:
-        torch.set_num_threads(threads)
-    return (status, *capsys.readouterr())
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch, capsys):
-    """Run the script here, in `tmp_path`."""
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    return lambda *args: run_here(*args, cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
-
-
-def table_rows(text):
-    """The printed table as {name: means}."""
-    lines = text.splitlines()
-    rules = [i for i, line in enumerate(lines) if line and set(line) == {"-"}]
-    if not rules:
-        return {}
-    rows = {}
-    for line in lines[rules[-1] + 1:]:
-        name, *cells = re.split(r"\s{2,}", line.strip())
-        if not name:
-            break
-        rows[name] = [float(cell.split(" ± ")[0]) for cell in cells]
-    return rows
 
 
 def epochs_logged(folder):
@@ -121,7 +75,7 @@ def digits_run(tmp_path_factory):
 
 class TestWithoutArguments:
     def test_table(self, digits_run):
-        rows = table_rows(digits_run[1].stdout)
+        rows = read_table(digits_run[1].stdout)[1]
         assert list(rows) == ["B-CNN", "B-CNN, best path", "flat"]
         assert all(len(numbers) == 7 and all(0 <= x <= 100 for x in numbers) for numbers in rows.values())
         consistency = [numbers[3] for numbers in rows.values()]
@@ -134,7 +88,7 @@ class TestWithoutArguments:
             assert {"model.safetensors", "last.safetensors", "log.csv", "history.png", "confusion_shape.png",
                     "confusion_digit.png"} <= {path.name for path in (output / part).iterdir()}
         facts = json.loads((output / "results.json").read_text())
-        rows = table_rows(digits_run[1].stdout)
+        rows = read_table(digits_run[1].stdout)[1]
         columns = ("shape_top1", "digit_top1", "full_path", "consistency", "hf", "distance", "severity")
         assert list(facts["results"]) == list(rows)
         for name, (found,) in facts["results"].items():
@@ -181,7 +135,7 @@ class TestOwnData:
     def check(self, result, folder, levels=("level1", "level2")):
         status, out, err = result
         assert status == 0, err
-        assert list(table_rows(out)) == ["B-CNN", "B-CNN, best path", "flat"]
+        assert list(read_table(out)[1]) == ["B-CNN", "B-CNN, best path", "flat"]
         model = load_model(folder / "output" / "bcnn" / "bcnn" / "model.safetensors")
         assert model.taxonomy.levels == levels
         assert model.taxonomy.leaves == tuple(tuple(leaf.split("/")) for leaf in LEAVES)
@@ -216,15 +170,6 @@ class TestOwnData:
         self.check((0, done.stdout, done.stderr), tmp_path)
 
 
-@pytest.fixture(scope="module")
-def recipe():
-    """The script as a module."""
-    spec = importlib.util.spec_from_file_location("bcnn_recipe", RECIPE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 class TestStudies:
     METHODS = ("B-CNN", "B-CNN, no level off", "constant weights", "detached branches", "independent branches")
 
@@ -236,7 +181,7 @@ class TestStudies:
 
     def test_every_method_is_judged_over_the_seeds(self, compared):
         folder, out = compared
-        rows = table_rows(out)
+        rows = read_table(out)[1]
         decoded = [title for name in self.METHODS for title in (name, f"{name}, best path")]
         assert set(rows) == {"flat, leaf-marginal", "flat, CRM", *decoded}
         results = json.loads((folder / "results.json").read_text())["results"]
@@ -273,7 +218,7 @@ class TestStudies:
         assert status == 0, err
         names = [f"{net}, 50% coarse, {what}" for what in ("learned from", "dropped", "dropped, as many images")
                  for net in ("B-CNN", "flat")]
-        assert list(table_rows(out)) == names
+        assert list(read_table(out)[1]) == names
         folder = tmp_path / "out" / "seed0"
         assert epochs_logged(folder / "b_cnn_50_coarse_learned_from") == [0, 1]
         assert epochs_logged(folder / "b_cnn_50_coarse_dropped") == [0, 1]
@@ -407,7 +352,7 @@ class TestMistakes:
         assert err.startswith("bcnn.py: ")
         assert err.count("\n") == 1, err
         assert needle in err
-        assert table_rows(out) == {}
+        assert read_table(out)[1] == {}
 
     @pytest.mark.parametrize("name", MISTAKES)
     def test_one_line(self, name, photos, here):
@@ -417,7 +362,7 @@ class TestMistakes:
         self.check(*here(*own, *args) if args[0].startswith("-") else here(args[0], *own, *args[1:]), needle)
 
     def test_in_a_process(self, tmp_path):
-        done = run("nowhere", cwd=tmp_path)
+        done = run_recipe(RECIPE, "nowhere", cwd=tmp_path)
         self.check(done.returncode, done.stdout, done.stderr, "nowhere")
 
     def test_unknown_flag_prints_usage(self, here):
@@ -438,7 +383,7 @@ class TestMistakes:
 def test_two_processes(tmp_path):
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     done = start("--epochs", "1", "--limit", "128", "-b", "32", "--device", "cpu", cwd=tmp_path, launcher=launcher)
-    assert list(table_rows(done.stdout)) == ["B-CNN", "B-CNN, best path", "flat"]
+    assert list(read_table(done.stdout)[1]) == ["B-CNN", "B-CNN, best path", "flat"]
     assert done.stdout.count("full path") == 1
     assert epochs_logged(tmp_path / "output" / "bcnn" / "bcnn") == [0]
 
@@ -446,7 +391,7 @@ def test_two_processes(tmp_path):
 @pytest.mark.slow
 def test_learns_the_digits(tmp_path):
     """A few epochs are enough to see that both networks are trained at all."""
-    rows = table_rows(start("--epochs", "4", "--no-plots", cwd=tmp_path).stdout)
+    rows = read_table(start("--epochs", "4", "--no-plots", cwd=tmp_path).stdout)[1]
     assert min(numbers[1] for numbers in rows.values()) > 70
 
 

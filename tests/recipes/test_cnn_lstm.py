@@ -1,14 +1,8 @@
 """``recipes/cnn_lstm.py`` as a user runs it: a script, started from some other folder."""
 
-import importlib.util
 import json
-import os
 import re
-import runpy
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,59 +11,12 @@ from PIL import Image
 
 from timm_branches import load_model
 
-RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "cnn_lstm.py"
+from .script import RECIPES, read_table, run_recipe
+
+RECIPE = RECIPES / "cnn_lstm.py"
 CLASSES = ("jump", "walk")
 TINY = ("--model", "test_resnet", "--img-size", "32", "--hidden-size", "8", "--frames", "3", "--epochs", "1", "-b", "4",
         "--val-fraction", "0.25", "--no-plots")
-
-
-def run(*args, cwd, launcher=()):
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "MPLBACKEND": "agg"}
-    command = [sys.executable, *launcher, str(RECIPE), *map(str, args)]
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300, check=False)
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch, capsys):
-    """Run the script in this process and in `tmp_path`: (exit status, stdout, stderr)."""
-    def start(*args):
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-        monkeypatch.setattr(sys, "argv", [str(RECIPE), *map(str, args)])
-        threads = torch.get_num_threads()
-        try:
-            runpy.run_path(str(RECIPE), run_name="__main__")
-            status = 0
-        except SystemExit as error:
-            status = error.code
-        finally:
-            torch.set_num_threads(threads)
-        return (status, *capsys.readouterr())
-
-    return start
-
-
-@pytest.fixture(scope="module")
-def recipe():
-    """The script as a module."""
-    spec = importlib.util.spec_from_file_location("cnn_lstm_recipe", RECIPE)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-def table_rows(text):
-    """The printed table as {name: accuracies}."""
-    lines = text.splitlines()
-    rules = [i for i, line in enumerate(lines) if line and set(line) == {"-"}]
-    rows = {}
-    for line in lines[rules[-1] + 1:] if rules else []:
-        name, *cells = re.split(r"\s{2,}", line.strip())
-        if not name:
-            break
-        rows[name] = [float(cell) for cell in cells]
-    return rows
 
 
 def moving_square(kind, start, count=5, size=32):
@@ -158,7 +105,7 @@ class TestDigits:
     def test_without_arguments_cut_short(self, tmp_path, here):
         status, out, err = here("--epochs", "1", "--limit", "64", "--no-plots", "--stream")
         assert status == 0, err
-        rows = table_rows(out)
+        rows = read_table(out)[1]
         assert list(rows) == ["CNN+LSTM", "last frame alone", "chance"]
         assert rows["last frame alone"] == rows["chance"] == [50]
         assert len(re.findall(r"^  frame \d: (up|down) \d+ %$", out, re.MULTILINE)) in (3, 4, 5, 6)
@@ -185,7 +132,7 @@ class TestOwnData:
     def check(self, result, rows=("CNN+LSTM", "last frame alone", "chance")):
         status, out, err = result
         assert status == 0, err
-        assert list(table_rows(out)) == list(rows)
+        assert list(read_table(out)[1]) == list(rows)
         return out
 
     def test_videos_with_another_head(self, clips, tmp_path, here):
@@ -204,8 +151,8 @@ class TestOwnData:
 
     def test_nested_frame_folders_have_a_head_a_level(self, clips, tmp_path, here):
         out = self.check(here(clips / "nested", *TINY, "--taps", "4", "5", "--stream"))
-        assert all(len(row) == 2 for row in table_rows(out).values())
-        assert table_rows(out)["chance"] == pytest.approx([100 * 4 / 6, 100 * 2 / 6], abs=0.006)
+        assert all(len(row) == 2 for row in read_table(out)[1].values())
+        assert read_table(out)[1]["chance"] == pytest.approx([100 * 4 / 6, 100 * 2 / 6], abs=0.006)
         model = load_model(tmp_path / "output" / "cnn_lstm" / "cnn_lstm" / "model.safetensors")
         assert [info.tap.stage for info in model.taps] == [4, 5]
         assert list(model.num_classes.values()) == [2, 4]
@@ -215,11 +162,11 @@ class TestOwnData:
 
     def test_frozen_and_cached(self, clips, tmp_path, here, recwarn):
         frozen = (*TINY, "--freeze", "all", "--cache", "features", "--epochs", "2")
-        cached = table_rows(self.check(here(clips / "clips.csv", *frozen, "--output", "a")))
+        cached = read_table(self.check(here(clips / "clips.csv", *frozen, "--output", "a")))[1]
         files = {path: path.stat().st_mtime_ns for path in (tmp_path / "features").rglob("*.safetensors")}
         assert len(files) == 4  # training and validation, all frames and the last ones
         again = self.check(here(clips / "clips.csv", *frozen, "--output", "b", "--no-baseline"), ("CNN+LSTM", "chance"))
-        assert table_rows(again)["CNN+LSTM"] == cached["CNN+LSTM"]
+        assert read_table(again)[1]["CNN+LSTM"] == cached["CNN+LSTM"]
         assert {path: path.stat().st_mtime_ns for path in (tmp_path / "features").rglob("*.safetensors")} == files
         assert not [str(w.message) for w in recwarn if "stale" in str(w.message)]
 
@@ -270,7 +217,7 @@ def test_mistakes_are_one_line(name, clips, here):
     assert lines[-1].startswith("cnn_lstm.py: ")
     assert needle in lines[-1]
     assert "Traceback" not in err
-    assert table_rows(out) == {}
+    assert read_table(out)[1] == {}
 
 
 @pytest.mark.parametrize(("args", "message"), [
@@ -307,8 +254,8 @@ def test_both_spellings_of_freezing_mean_the_same(recipe, args, frozen):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 def test_only_the_order_tells(tmp_path, seed):
-    done = run("--no-plots", "--seed", seed, cwd=tmp_path)
-    rows = table_rows(done.stdout)
+    done = run_recipe(RECIPE, "--no-plots", "--seed", seed, cwd=tmp_path)
+    rows = read_table(done.stdout)[1]
     assert rows["CNN+LSTM"][0] >= 95, done.stderr
     assert rows["last frame alone"] == [50]
 
@@ -317,7 +264,7 @@ def test_only_the_order_tells(tmp_path, seed):
 def test_two_processes(tmp_path):
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     args = ("--epochs", "1", "--limit", "64", "--device", "cpu", "--no-plots", "--freeze", "all", "--cache", "f")
-    done = run(*args, cwd=tmp_path, launcher=launcher)
+    done = run_recipe(RECIPE, *args, cwd=tmp_path, launcher=launcher)
     assert done.returncode == 0, done.stderr
-    assert list(table_rows(done.stdout)) == ["CNN+LSTM", "last frame alone", "chance"]
+    assert list(read_table(done.stdout)[1]) == ["CNN+LSTM", "last frame alone", "chance"]
     assert done.stdout.count("chance") == 2  # the row and its explanation, from one process

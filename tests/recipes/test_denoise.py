@@ -1,13 +1,6 @@
 """``recipes/denoise.py`` as a user runs it."""
 
-import importlib.util
 import json
-import os
-import re
-import runpy
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,45 +10,10 @@ from scipy.ndimage import gaussian_filter
 
 from timm_branches import load_model
 
-RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "denoise.py"
+from .script import RECIPES, read_table, run_recipe
+
+RECIPE = RECIPES / "denoise.py"
 TINY = ("--epochs", "1", "--patches", "2", "-b", "2", "--patch-size", "16", "--channels", "4", "4", "4")
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch, capsys):
-    """Run the script in this process, in `tmp_path`: (exit status, stdout, stderr)."""
-    def run(*args):
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", [str(RECIPE), *map(str, args)])
-        try:
-            runpy.run_path(str(RECIPE), run_name="__main__")
-            status = 0
-        except SystemExit as error:
-            status = error.code
-        return (status, *capsys.readouterr())
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def recipe():
-    """The script as a module."""
-    spec = importlib.util.spec_from_file_location("denoise_recipe", RECIPE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def table_rows(text):
-    """The printed table as {name: numbers}."""
-    rows = {}
-    for line in re.split(r"^-+$", text, flags=re.MULTILINE)[-1].strip("\n").splitlines():
-        name, *cells = re.split(r"\s{2,}", line.strip())
-        if not name:
-            break
-        rows[name] = [float(cell) for cell in cells]
-    return rows
 
 
 def smooth_images(folder, count, size=32):
@@ -83,15 +41,13 @@ class TestWithoutArguments:
     @pytest.fixture(scope="class")
     def done(self, tmp_path_factory):
         folder = tmp_path_factory.mktemp("default")
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "MPLBACKEND": "agg"}
-        done = subprocess.run([sys.executable, str(RECIPE), *TINY], cwd=folder, env=env, capture_output=True, text=True,
-                              timeout=300, check=False)
+        done = run_recipe(RECIPE, *TINY, cwd=folder)
         assert done.returncode == 0, done.stderr
         return folder / "output" / "denoise", done.stdout
 
     def test_table_and_results(self, done):
         folder, out = done
-        rows = table_rows(out)
+        rows = read_table(out)[1]
         assert len(rows) == 6
         assert [sum(word in name for name in rows) for word in ("degraded", "network", "non-local means")] == [2, 2, 1]
         noisy = rows["noise 25, degraded"]
@@ -102,7 +58,7 @@ class TestWithoutArguments:
             assert [found["psnr"], found["ssim"]] == pytest.approx(rows[name], abs=0.006)
 
     def test_classical_methods_help(self, done):
-        rows = table_rows(done[1])
+        rows = read_table(done[1])[1]
         best = {name.split(", ")[0]: numbers[0] for name, numbers in rows.items()
                 if "degraded" not in name and "network" not in name}
         assert best["noise 25"] > rows["noise 25, degraded"][0] + 5
@@ -128,7 +84,7 @@ class TestOwnImages:
     def test_runs(self, photos, here, data, args, images, levels):
         status, out, err = here(photos / data, *TINY, "--no-plots", *args)
         assert status == 0, err
-        assert [name.split(", ")[0] for name in table_rows(out) if "network" in name] == levels
+        assert [name.split(", ")[0] for name in read_table(out)[1] if "network" in name] == levels
         assert f"{images} images" in out or f"{images} (there is no test folder) images" in out
 
     def test_training_and_validation_are_apart(self, photos, recipe):
@@ -144,7 +100,7 @@ class TestOwnImages:
 
     def test_the_same_seed_gives_the_same_noise_and_numbers(self, photos, here):
         first, again = (here(photos / "parts", *TINY, "--no-plots", "--output", f"run{i}")[1] for i in (1, 2))
-        assert table_rows(first) == table_rows(again) != {}
+        assert read_table(first)[1] == read_table(again)[1] != {}
 
     def test_resume(self, photos, here, tmp_path):
         command = (photos / "parts", *TINY, "--no-plots", "--output", "mine")
@@ -184,7 +140,7 @@ class TestOverfit:
     def test_small(self, here):
         status, out, err = here("--overfit", "--overfit-size", "32", "--lr", "0.003")
         assert status == 0, err
-        rows = table_rows(out)
+        rows = read_table(out)[1]
         for name in ("bottleneck, no skips", "bottleneck and skips"):  # the training image, whatever goes in
             trained, to_target, to_own, blank, noise = rows[name]
             assert min(to_target, blank, noise) > to_own + 5
@@ -237,6 +193,6 @@ def test_flags_that_do_not_go_together(recipe, capsys, args):
 def test_without_arguments_the_network_helps(here):
     status, out, err = here("--no-plots")
     assert status == 0, err
-    rows = table_rows(out)
+    rows = read_table(out)[1]
     assert rows["noise 25, network"][0] > rows["noise 25, degraded"][0] + 6
     assert rows["blur 1.5, noise 2, network"][0] > rows["blur 1.5, noise 2, degraded"][0] + 1

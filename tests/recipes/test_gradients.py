@@ -1,33 +1,15 @@
 """``recipes/gradients.py`` as a user runs it: the story without arguments, and one model of one's own."""
 
-import runpy
-import sys
-from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from timm_branches import create_branch_model, load_model, save_model
 
-RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "gradients.py"
+from .script import RECIPES
+
+RECIPE = RECIPES / "gradients.py"
 MODEL = ("--model", "test_resnet", "--img-size", "32", "-b", "2", "--num-classes", "3")
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch, capsys):
-    """Run the script in `tmp_path`, in this process: (exit status, stdout, stderr)."""
-    def run(*args):
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-        monkeypatch.setattr(sys, "argv", [str(RECIPE), *map(str, args)])
-        try:
-            runpy.run_path(str(RECIPE), run_name="__main__")
-            status = 0
-        except SystemExit as error:
-            status = error.code
-        return (status, *capsys.readouterr())
-
-    return run
 
 
 def pictures(folder):

@@ -1,14 +1,9 @@
 """``recipes/segment.py`` as a user runs it: a script, started from some other folder."""
 
 import csv
-import importlib.util
 import json
-import os
 import re
-import runpy
-import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,58 +12,13 @@ from PIL import Image
 
 from timm_branches import Taxonomy, load_model
 
-RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "segment.py"
+from .script import RECIPES, read_table, run_recipe
+
+RECIPE = RECIPES / "segment.py"
 NAMES = ("sky", "grass", "cat", "dog")
 TINY = ("--model", "test_resnet", "--crop", "32", "--channels", "8", "8", "8", "8", "8", "-b", "2", "--epochs", "1",
         "--no-plots")
 SMALL_JOB = ("--crop", "64", "--repeats", "8", "--epochs", "1", "--model", "test_resnet")
-
-
-def run(*args, cwd, launcher=()):
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "MPLBACKEND": "agg"}
-    command = [sys.executable, *launcher, str(RECIPE), *map(str, args)]
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=600, check=False)
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch, capsys):
-    """Run the script in this process, where imports are paid for already: (exit status, stdout, stderr)."""
-    def start(*args):
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", [str(RECIPE), *map(str, args)])
-        try:
-            runpy.run_path(str(RECIPE), run_name="__main__")
-            status = 0
-        except SystemExit as error:
-            status = error.code
-        return (status, *capsys.readouterr())
-
-    return start
-
-
-@pytest.fixture(scope="module")
-def recipe():
-    """The script as a module."""
-    spec = importlib.util.spec_from_file_location("segment_recipe", RECIPE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def table(text):
-    """The printed table: titles of the columns, and {row: numbers}, None for a dash."""
-    lines = text.splitlines()
-    rules = [i for i, line in enumerate(lines) if line and set(line) == {"-"}]
-    if not rules:
-        return [], {}
-    rows = {}
-    for line in lines[rules[-1] + 1:]:
-        name, *cells = re.split(r"\s{2,}", line.strip())
-        if not name:
-            break
-        rows[name] = [None if cell == "-" else float(cell) for cell in cells]
-    return re.split(r"\s{2,}", lines[rules[-1] - 1].strip()), rows
 
 
 def write_pairs(root, images, masks, count=4, size=(40, 48), void=255):
@@ -112,12 +62,12 @@ class TestWithoutArguments:
     @pytest.fixture(scope="class")
     def small(self, tmp_path_factory):
         folder = tmp_path_factory.mktemp("small")
-        done = run(*SMALL_JOB, cwd=folder)
+        done = run_recipe(RECIPE, *SMALL_JOB, cwd=folder)
         assert done.returncode == 0, done.stderr
         return folder / "output" / "segment", done.stdout
 
     def test_table(self, small):
-        columns, rows = table(small[1])
+        columns, rows = read_table(small[1])
         assert columns == ["U-Net, test_resnet, all levels", "U-Net, test_resnet, flat", "colour alone",
                            "colour and height"]
         wanted = [f"{level} {what}" for what in ("mIoU", "pixel accuracy") for level in ("kind", "object")]
@@ -134,7 +84,7 @@ class TestWithoutArguments:
     def test_files(self, small):
         folder, out = small
         facts = json.loads((folder / "results.json").read_text())
-        columns, rows = table(out)
+        columns, rows = read_table(out)
         assert list(facts["results"]) == columns
         for i, found in enumerate(facts["results"].values()):
             assert {name: numbers[i] for name, numbers in rows.items()} == pytest.approx(found, abs=0.006)
@@ -158,7 +108,7 @@ class TestWithoutArguments:
             mask = mask[mask >= 0]
             ious = [100 * float(((said == k) & (mask == k)).sum() / ((said == k) | (mask == k)).sum())
                     for k in range(3)]
-            printed = [row[column] for name, row in table(small[1])[1].items() if name.startswith("object IoU")]
+            printed = [row[column] for name, row in read_table(small[1])[1].items() if name.startswith("object IoU")]
             assert printed == pytest.approx(ious, abs=0.02)
 
 
@@ -166,7 +116,7 @@ class TestOwnData:
     def check(self, result, columns=("U-Net, test_resnet", "colour alone", "colour and height")):
         status, out, err = result
         assert status == 0, err
-        found, rows = table(out)
+        found, rows = read_table(out)
         assert tuple(found) == columns
         return rows, out
 
@@ -250,7 +200,7 @@ class TestSmp:
         args = own(scenes)
         status, out, err = here(*args, "--smp", "--model", "resnet18", "--channels", "32", "16", "8", "8", "8")
         assert status == 0, err
-        assert table(out)[0] == ["U-Net, resnet18", "smp Unet", "colour alone", "colour and height"]
+        assert read_table(out)[0] == ["U-Net, resnet18", "smp Unet", "colour alone", "colour and height"]
         ours, theirs = re.findall(r"([\d.]+) M parameters", out)
         assert ours == theirs
         assert "the last epoch" in out
@@ -300,7 +250,7 @@ class TestSmp:
     def test_not_installed(self, here, scenes, monkeypatch):
         monkeypatch.setitem(sys.modules, "segmentation_models_pytorch", None)
         status, out, err = here(*own(scenes), "--smp")
-        assert (status, table(out)) == (2, ([], {}))
+        assert (status, read_table(out)) == (2, ([], {}))
         assert "pip install segmentation-models-pytorch" in err
 
 
@@ -332,7 +282,7 @@ class TestMistakes:
         assert err.startswith("segment.py: ")
         assert err.count("\n") == 1, err
         assert message in err
-        assert table(out) == ([], {})
+        assert read_table(out) == ([], {})
 
     @pytest.mark.parametrize(("args", "message"), [
         (["--images", "photos"], "together"),
@@ -351,16 +301,16 @@ class TestMistakes:
 @pytest.mark.slow
 def test_two_processes(scenes, tmp_path):
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    done = run(*own(scenes), cwd=tmp_path, launcher=launcher)
+    done = run_recipe(RECIPE, *own(scenes), cwd=tmp_path, launcher=launcher)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("mIoU") == 1
-    assert table(done.stdout)[1]["IoU sky"][1] == 100
+    assert read_table(done.stdout)[1]["IoU sky"][1] == 100
 
 
 @pytest.mark.slow
 def test_a_network_sees_more_than_single_pixels(tmp_path):
     """The job without arguments as it stands."""
-    done = run("--no-plots", cwd=tmp_path)
+    done = run_recipe(RECIPE, "--no-plots", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    levels, flat, colour, _ = table(done.stdout)[1]["object mIoU"]
+    levels, flat, colour, _ = read_table(done.stdout)[1]["object mIoU"]
     assert min(levels, flat) > colour + 10
