@@ -12,18 +12,14 @@ turns and their medians compared, so that a busy machine slows all of them alike
 
 import argparse
 import itertools
-import platform
-import shlex
-import statistics
-import sys
 import tempfile
 import time
-from collections.abc import Callable
 
 import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
+from measure import peak_bytes, print_header, time_all
 from torch import nn
 
 from timm_branches import BranchModel, LSTMHead, StreamingClassifier, create_branch_model
@@ -66,46 +62,6 @@ class FrameLoop(nn.Module):
                 y = self.cnn(x[:, t])
             out, state = self.lstm(y[:, None], state)
         return self.fc(out[:, -1])
-
-
-def kept_bytes(step: Callable[[], object], model: nn.Module) -> int:
-    """What autograd keeps for the backward pass of a step, beside the parameters."""
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, int] = {}
-
-    def pack(y: torch.Tensor) -> torch.Tensor:
-        if y.untyped_storage().data_ptr() not in own:
-            kept[y.untyped_storage().data_ptr()] = y.untyped_storage().nbytes()
-        return y
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda y: y):
-        step()
-    return sum(kept.values())
-
-
-def peak_bytes(step: Callable[[], object], model: nn.Module, device: torch.device) -> int:
-    """Most memory that a step allocates beside what is there; on the CPU, what autograd keeps."""
-    if device.type != "cuda":
-        return kept_bytes(step, model)
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    step()
-    return torch.cuda.max_memory_allocated() - before
-
-
-def time_all(steps: dict[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, float]:
-    """Median seconds of each, taken in turns."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for repeat in range(repeats + 2):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            if repeat >= 2:  # warm up
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def row(what: str, loop: float, ours: float, unit: str = "ms") -> None:
@@ -200,14 +156,6 @@ def streams(ours: BranchModel, loop: FrameLoop, args: argparse.Namespace, device
     row("stream, a frame (loop: the whole window)", seconds["loop"], seconds["ours"])
 
 
-def cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="resnet18")
@@ -219,11 +167,8 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     device = torch.device(args.device)
-    hardware = torch.cuda.get_device_name() if device.type == "cuda" else \
-        f"{cpu_name()}, {torch.get_num_threads()} threads"
-    print(f"$ python {shlex.join(sys.argv)}")
-    print(f"{hardware}; torch {torch.__version__}, timm {timm.__version__}; {args.model}, batch {args.batch_size}, "
-          f"{args.frames} frames of {args.img_size} px, medians of {args.repeats}\n")
+    print_header(device, f"{args.model}, batch {args.batch_size}, {args.frames} frames of {args.img_size} px, medians "
+                         f"of {args.repeats}")
     torch.manual_seed(0)
     ours = create_branch_model(args.model, head=LSTMHead(hidden_size=256), num_classes=CLASSES, img_size=args.img_size)
     loop = FrameLoop(args.model, ours).to(device)

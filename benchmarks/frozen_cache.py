@@ -9,28 +9,17 @@ once.
 """
 
 import argparse
-import platform
-import shlex
 import statistics
-import sys
 import tempfile
 import time
 
 import numpy as np
-import timm
 import torch
+from measure import print_header
 
 from timm_branches import create_branch_model
 from timm_branches.data import HeadsOnly, HierarchicalDataset, cache_features, create_loader, create_transform
 from timm_branches.task import BranchTask
-
-
-def cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def main() -> None:
@@ -43,11 +32,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     device = torch.device(args.device)
-    hardware = torch.cuda.get_device_name() if device.type == "cuda" else \
-        f"{cpu_name()}, {torch.get_num_threads()} threads"
-    print(f"$ python {shlex.join(sys.argv)}")
-    print(f"{hardware}; torch {torch.__version__}, timm {timm.__version__}; {args.images} images, {args.img_size} px, "
-          f"batch {args.batch_size}, median of {args.repeats}\n")
+    print_header(device, f"{args.images} images, {args.img_size} px, batch {args.batch_size}, median of {args.repeats}")
 
     torch.manual_seed(0)
     model = create_branch_model(args.model, taps=[3, 4, 5], num_classes=[2, 7, 25], img_size=args.img_size)

@@ -9,16 +9,12 @@ as ratios to the baseline's, so that a busy machine slows all of them alike.
 """
 
 import argparse
-import platform
-import shlex
-import statistics
-import sys
-import time
 from collections.abc import Callable
 
 import timm
 import torch
 import torch.nn.functional as F
+from measure import print_header, time_all
 
 from timm_branches import BranchModel, create_branch_model
 from timm_branches.taps import TapTable, list_taps
@@ -46,28 +42,6 @@ def whole_model_with_hooks(name: str, model: BranchModel, table: TapTable) -> Ca
     return run
 
 
-def time_all(functions: dict[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, float]:
-    """Median seconds of each, taken in turns."""
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for repeat in range(repeats + 2):
-        for name, function in functions.items():
-            start = time.perf_counter()
-            function()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            if repeat >= 2:  # warm up
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-def cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="+", default=["vgg16_bn", "resnet50"])
@@ -78,11 +52,8 @@ def main() -> None:
     parser.add_argument("--train", action="store_true", help="forward and backward, in train mode")
     args = parser.parse_args()
     device = torch.device(args.device)
-    hardware = torch.cuda.get_device_name() if device.type == "cuda" else \
-        f"{cpu_name()}, {torch.get_num_threads()} threads"
-    print(f"$ python {shlex.join(sys.argv)}")
-    print(f"{hardware}; torch {torch.__version__}, timm {timm.__version__}; batch {args.batch_size}, "
-          f"{args.img_size} px, {'train' if args.train else 'eval'}, median of {args.repeats}\n")
+    print_header(device, f"batch {args.batch_size}, {args.img_size} px, {'train' if args.train else 'eval'}, median of "
+                         f"{args.repeats}")
     print(f"{'model':20} {'what runs':32} {'ms':>9} {'ratio':>7}")
     for name in args.model:
         torch.manual_seed(0)

@@ -10,15 +10,11 @@ them alike. The loops over samples, in plain Python, run on `--loop-samples` of 
 
 import argparse
 import math
-import platform
 import random
-import shlex
-import statistics
-import sys
-import time
 from collections.abc import Callable
 
 import torch
+from measure import print_header, time_all
 from torch import Tensor
 
 from timm_branches.hierarchy import Taxonomy, sum_upwards
@@ -121,31 +117,6 @@ def functions(taxonomy: Taxonomy, paths: list, batch: int, loop: int, device: to
     }
 
 
-def time_all(timed: dict[str, tuple[Callable[[], object], float]], repeats: int, device: torch.device) \
-        -> dict[str, float]:
-    """Median seconds of each, taken in turns; what takes long is not repeated as often."""
-    times: dict[str, list[float]] = {name: [] for name in timed}
-    for repeat in range(repeats + 2):
-        for name, (function, scale) in timed.items():
-            if len(times[name]) >= 2 and sum(times[name]) > 2 * scale:
-                continue
-            start = time.perf_counter()
-            function()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            if repeat >= 2:  # warm up
-                times[name].append(scale * (time.perf_counter() - start))
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-def cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--leaves", type=int, default=10_000)
@@ -158,15 +129,14 @@ def main() -> None:
     if args.levels < 3:
         parser.error(f"--levels must be 3 or more for branches to end early, got {args.levels}")
     device = torch.device(args.device)
-    hardware = torch.cuda.get_device_name() if device.type == "cuda" else \
-        f"{cpu_name()}, {torch.get_num_threads()} threads"
-    print(f"$ python {shlex.join(sys.argv)}")
-    print(f"{hardware}; torch {torch.__version__}; batch {args.batch_size}, median of {args.repeats}")
+    print_header(device, f"batch {args.batch_size}, median of {args.repeats}")
     for kind, early in (("even", 0.0), ("uneven", 0.2)):
         paths = random_paths(args.leaves, args.levels, early, random.Random(0))
         taxonomy = Taxonomy(paths)
         timed = functions(taxonomy, paths, args.batch_size, min(args.loop_samples, args.batch_size), device)
-        seconds = time_all(timed, args.repeats, device)
+        steps = {name: function for name, (function, _) in timed.items()}
+        seconds = time_all(steps, args.repeats, device, limit=2.0)
+        seconds = {name: timed[name][1] * value for name, value in seconds.items()}
         first = next(iter(seconds.values()))
         print(f"\n{kind}: {taxonomy.num_leaves} leaves, levels of {', '.join(map(str, taxonomy.num_classes))}")
         print(f"{'what':30} {'ms':>10} {'ratio':>9}")

@@ -9,17 +9,11 @@ Peak memory is that of the allocator on a GPU; on the CPU it is the sum of the t
 """
 
 import argparse
-import platform
-import shlex
-import statistics
-import sys
-import time
-from collections.abc import Callable
 
 import segmentation_models_pytorch as smp
-import timm
 import torch
 import torch.nn.functional as F
+from measure import peak_bytes, print_header, time_all
 from torch import nn
 
 from timm_branches import create_branch_model
@@ -48,37 +42,6 @@ def with_weights_of(ours: Ours, name: str) -> nn.Module:
     return theirs
 
 
-def peak_memory(step: Callable[[], None], device: torch.device) -> int:
-    """Bytes: the allocator's peak on a GPU, what autograd keeps on the CPU."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        step()
-        return torch.cuda.max_memory_allocated()
-    kept: dict[int, int] = {}
-
-    def pack(y: torch.Tensor) -> torch.Tensor:
-        kept[y.untyped_storage().data_ptr()] = y.untyped_storage().nbytes()
-        return y
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda y: y):
-        step()
-    return sum(kept.values())
-
-
-def time_all(steps: dict[str, Callable[[], None]], repeats: int, device: torch.device) -> dict[str, float]:
-    """Median seconds of each, taken in turns."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for repeat in range(repeats + 2):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            if repeat >= 2:  # warm up
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="+", default=["resnet34"])
@@ -90,11 +53,8 @@ def main() -> None:
     parser.add_argument("--channels-last", action="store_true")
     args = parser.parse_args()
     device = torch.device(args.device)
-    hardware = torch.cuda.get_device_name() if device.type == "cuda" else \
-        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-    print(f"$ python {shlex.join(sys.argv)}")
-    print(f"{hardware}; torch {torch.__version__}, timm {timm.__version__}, segmentation_models_pytorch "
-          f"{smp.__version__}; batch {args.batch_size}, {args.img_size} px, median of {args.repeats}\n")
+    print_header(device, f"segmentation_models_pytorch {smp.__version__}, batch {args.batch_size}, {args.img_size} px, "
+                         f"median of {args.repeats}")
     print(f"{'model':20} {'what':24} {'timm_branches':>14} {'smp':>14} {'ratio':>7}")
     layout = torch.channels_last if args.channels_last else torch.contiguous_format
     for name in args.model:
@@ -125,7 +85,7 @@ def main() -> None:
             seconds = time_all({key: lambda m=m, step=step: step(m) for key, m in models.items()},  # type: ignore[misc]
                                args.repeats, device)
             rows.append((what, 1e3 * seconds["ours"], 1e3 * seconds["smp"], ",.1f"))
-        memory = [peak_memory(lambda m=m: training(m), device) / 2 ** 20 for m in models.values()]  # type: ignore[misc]
+        memory = [peak_bytes(lambda m=m: training(m), m, device) / 2 ** 20 for m in models.values()]  # type: ignore[misc]
         rows.append(("peak memory, MiB", memory[0], memory[1], ",.1f"))
         for what, a, b, form in rows:
             print(f"{name:20} {what:24} {a:>14{form}} {b:>14{form}} {a / b:7.2f}")

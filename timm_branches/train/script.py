@@ -36,7 +36,16 @@ def hardware(device: torch.device) -> str:
     """What the numbers were made on."""
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
-    return f"{torch.get_num_threads()} CPU threads ({platform.machine()}), torch {torch.__version__}"
+    count = torch.get_num_threads()
+    return f"{_cpu_name()} ({count} thread{'s' * (count > 1)}), torch {torch.__version__}"
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):  # no Linux, or none that says so
+        return platform.processor() or platform.machine()
 
 
 def run_script(main: Callable[[], None]) -> None:
