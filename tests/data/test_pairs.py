@@ -145,6 +145,26 @@ def test_padding_is_the_mean_and_normalisation_is_timms():
     assert whole.shape == (3, 4, 4)
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_color_jitter_leaves_mask_and_geometry(channels):
+    """Brightness scales, contrast stretches about the mean, saturation leaves grey alone: so grey stays affine."""
+    rng = np.random.default_rng(0)
+    image = np.repeat(rng.integers(60, 120, (16, 16, 1), np.uint8), channels, 2)
+    mask = rng.integers(0, 3, (16, 16))
+    found = []
+    for sample in range(8):
+        key = (0, 0, sample)
+        plain, labels = PairTransform(16, hflip=0, mean=(0,), std=(1,))(image, mask, key)
+        picture, same = PairTransform(16, hflip=0, color_jitter=0.4, mean=(0,), std=(1,))(image, mask, key)
+        assert torch.equal(labels, same)
+        x, y = (255 * z.flatten().double().numpy() for z in (plain, picture))
+        slope, offset = np.polyfit(x, y, 1)
+        assert abs(slope * x + offset - y).max() < 2.1  # rounding to whole values, twice
+        assert 0.6 ** 2 - 0.05 < slope < 1.4 ** 2 + 0.05
+        found.append(slope)
+    assert np.ptp(found) > 0.1
+
+
 def make_segmentation(repeats=4):
     pairs = [coded(40, 40), coded(50, 30)]
     return SegmentationDataset([p[0] for p in pairs], [p[1] for p in pairs], 200, repeats=repeats,
@@ -261,7 +281,9 @@ def test_denoising_folder_in_grey_and_colour(tmp_path):
     (lambda: SegmentationDataset(np.zeros((1, 4, 4), np.uint8), np.zeros((1, 4, 4)), 2)[0], "float64"),
     (lambda: SegmentationDataset(np.zeros((1, 4, 4), np.uint8), np.zeros((1, 4, 4), int), 2, repeats=0), "repeats"),
     (lambda: PairTransform(8, augment="none"), "no effect"),
-    (lambda: PairTransform(scale=(0.5, 2)), "needs size="),
+    (lambda: PairTransform(scale=(0.5, 2)), "need size="),
+    (lambda: PairTransform(color_jitter=0.4), "need size="),
+    (lambda: PairTransform(8, color_jitter=-1), "color_jitter"),
     (lambda: PairTransform(8, scale=(2, 1)), "increasing"),
     (lambda: PairTransform(8, hflip=2), "probability"),
     (lambda: PairTransform(mean=(0, 0))(np.zeros((4, 4, 3), np.uint8), np.zeros((4, 4), int)), "3 channels"),

@@ -11,7 +11,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch.utils.data import Dataset
 
 from timm_branches.data.images import ArrayImages, FileImages, is_image_name
-from timm_branches.data.transforms import _albumentations, _load_compose, _match_mean, _SampleRandom
+from timm_branches.data.transforms import _albumentations, _color_jitter, _load_compose, _match_mean, _SampleRandom
 from timm_branches.hierarchy.taxonomy import Taxonomy
 
 __all__ = ["DenoisingDataset", "PairTransform", "SegmentationDataset"]
@@ -174,6 +174,7 @@ class PairTransform:
             None, for evaluation: the whole image.
         scale: For training: the range of a random factor that the image is resized by before the crop.
         hflip: Probability of a horizontal flip, where `size` is given.
+        color_jitter: For training: strength of changes in the image's brightness, contrast and saturation, as timm's.
         augment: An albumentations `Compose`, or a .json or .yaml file written by `albumentations.save`, instead of all
             this. It sees unlabelled pixels as 0 and class k as k + 1: what its transforms fill masks with by default
             is unlabelled.
@@ -195,6 +196,7 @@ class PairTransform:
         size: int | tuple[int, int] | None = None,
         scale: tuple[float, float] = (1.0, 1.0),
         hflip: float = 0.5,
+        color_jitter: float = 0.0,
         augment: Any = None,
         mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
         std: Sequence[float] = IMAGENET_DEFAULT_STD,
@@ -203,8 +205,8 @@ class PairTransform:
             raise ValueError("size= has no effect beside augment=: let the augmentation crop")
         if not 0 < scale[0] <= scale[1] or not 0 <= hflip <= 1:
             raise ValueError(f"scale must be an increasing range above 0 and hflip a probability, got {scale}, {hflip}")
-        if size is None and scale != (1.0, 1.0):
-            raise ValueError("scale= is for training: it needs size=, the size of the crop")
+        if size is None and (scale != (1.0, 1.0) or color_jitter):
+            raise ValueError("scale= and color_jitter= are for training: they need size=, the size of the crop")
         self.mean, self.std = tuple(mean), tuple(std)
         self.random = _SampleRandom()
         self.compose = None
@@ -220,6 +222,7 @@ class PairTransform:
                 A.PadIfNeeded(height, width, position="top_left", fill=fill[0] if len(fill) == 1 else fill),
                 A.RandomCrop(height, width),
                 *([A.HorizontalFlip(p=hflip)] if hflip else []),
+                *_color_jitter(color_jitter),
             ])
         if self.compose is not None:
             import copy

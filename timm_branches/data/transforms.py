@@ -163,9 +163,7 @@ def _built_in(name: str, size: tuple[int, int], fill: Sequence[float], options: 
             )
             for kind in kinds
         ]
-        strength = options["color_jitter"]
-        factors = (max(0.0, 1 - strength), 1 + strength)
-        jitter = [A.ColorJitter(factors, factors, factors, hue=(0, 0), p=1)] if strength else []
+        jitter = _color_jitter(options["color_jitter"])
         return A.Compose([crops[0] if len(crops) == 1 else A.OneOf(crops, p=1), *flips, *jitter])
     # 4 pixels at 32, as is usual for CIFAR
     pads = (max(1, width // 8), max(1, height // 8))
@@ -174,6 +172,14 @@ def _built_in(name: str, size: tuple[int, int], fill: Sequence[float], options: 
         hole = (0.25, 0.5)
         steps.append(A.CoarseDropout((1, 1), hole, hole, fill=tuple(255 * value for value in fill), p=0.5))
     return A.Compose(steps)
+
+
+def _color_jitter(strength: float) -> list:
+    """timm's: brightness, contrast and saturation by factors around 1, in every image; nothing at 0."""
+    if strength < 0:
+        raise ValueError(f"color_jitter must be at least 0, got {strength}")
+    factors = (max(0.0, 1 - strength), 1 + strength)
+    return [_albumentations().ColorJitter(factors, factors, factors, hue=(0, 0), p=1)] if strength else []
 
 
 def _load_compose(augment: Any) -> Any:
