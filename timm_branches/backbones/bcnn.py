@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 
 import torch
 from timm.layers import get_device_dtype
-from timm.models import build_model_with_cfg, checkpoint, checkpoint_seq, generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
+from .blocks import BlockNet
 from .fine_head import KERAS_EPS, KERAS_MOMENTUM, FlattenMlpHead, init_keras
 
 __all__ = ["BCNN", "BlockCfg"]
@@ -36,7 +36,7 @@ class BlockCfg(NamedTuple):
     pool: bool = True
 
 
-class BCNN(nn.Module):
+class BCNN(BlockNet):
     """Conv blocks of B-CNN with the paper's baseline classifier.
 
     Args:
@@ -85,7 +85,6 @@ class BCNN(nn.Module):
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.drop_rate = drop_rate
-        self.grad_checkpointing = False
         self.feature_info: list[dict[str, Any]] = []
         stages = []
         chans, stride = in_chans, 1
@@ -122,16 +121,6 @@ class BCNN(nn.Module):
             return {"stem": r"^blocks\.0", "blocks": r"^blocks\.(\d+)"}
         return {"stem": r"^blocks\.0\.(?:conv|norm)1", "blocks": r"^blocks\.(\d+)\.(?:conv|norm)(\d+)"}
 
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keep only the blocks' outputs for the backward pass and compute the rest again."""
-        self.grad_checkpointing = enable
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        """The last Linear, or Identity without classes."""
-        return self.head.fc
-
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Give the classifier other outputs; hidden layers stay unless they go (0 classes) or no longer fit.
 
@@ -145,81 +134,9 @@ class BCNN(nn.Module):
         self.num_classes = num_classes
         self.head_hidden_size = self.head.num_features
 
-    def forward_intermediates(
-        self,
-        x: torch.Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
-        """Maps of several blocks, each after its pool.
-
-        Args:
-            x: Images (B, C, H, W).
-            indices: The last n blocks if int, all if None, else the blocks named by index.
-            norm: Nothing here (there is no final norm), part of timm's signature.
-            stop_early: Do not compute blocks deeper than the last one asked for.
-            output_fmt: Only 'NCHW'.
-            intermediates_only: Leave out the final features.
-
-        Returns:
-            (last map, list of maps), or the list alone if ``intermediates_only``.
-
-        Raises:
-            ValueError: ``output_fmt`` is not 'NCHW'.
-        """
-        if output_fmt != "NCHW":
-            raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}.")
-        take, deepest = feature_take_indices(len(self.feature_info), indices)
-        intermediates = []
-        blocks = self.blocks[:deepest + 1] if stop_early else self.blocks
-        for index, block in enumerate(blocks):
-            x = checkpoint(block, x) if self.grad_checkpointing and torch.is_grad_enabled() else block(x)
-            if index in take:
-                intermediates.append(x)
-        return intermediates if intermediates_only else (x, intermediates)
-
-    def prune_intermediate_layers(
-        self,
-        indices: int | list[int] = 1,
-        prune_norm: bool = False,
-        prune_head: bool = True,
-    ) -> list[int]:
-        """Drop the blocks below the deepest one asked for, and the classifier.
-
-        Args:
-            indices: Blocks to keep, as in :meth:`forward_intermediates`.
-            prune_norm: Nothing here, part of timm's signature.
-            prune_head: Drop the classifier. It goes in any case if its input does.
-
-        Returns:
-            Indices of the kept features.
-        """
-        take, deepest = feature_take_indices(len(self.feature_info), indices)
-        shortened = deepest + 1 < len(self.blocks)
-        self.blocks = self.blocks[:deepest + 1]
-        if shortened:
-            self.num_features = self.feature_info[deepest]["num_chs"]
-            self.head.in_features, self.head.map_size = self.num_features, self._map_size(deepest)
-        if prune_head or shortened:
-            self.reset_classifier(0, "")
-        return take
-
-    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, C, H, W) -> the last block's map."""
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            return checkpoint_seq(self.blocks, x)
-        return self.blocks(x)
-
-    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        """The last block's map -> (B, num_classes), or what goes into the last Linear if ``pre_logits``."""
-        return self.head(x, pre_logits=pre_logits)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, C, H, W) -> (B, num_classes)."""
-        return self.forward_head(self.forward_features(x))
+    def _shortened_to(self, deepest: int) -> None:
+        self.num_features = self.feature_info[deepest]["num_chs"]
+        self.head.in_features, self.head.map_size = self.num_features, self._map_size(deepest)
 
 
 def _conv_block(chans: int, cfg: BlockCfg, dd: dict) -> nn.Sequential:

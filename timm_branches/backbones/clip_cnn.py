@@ -7,18 +7,18 @@ of 24x48 become maps of 50x3x9, which a temporal head flattens (``LSTMHead(pool_
 from collections import OrderedDict
 from typing import Any
 
-import torch
-from timm.layers import ClassifierHead, get_device_dtype
-from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
+from timm.layers import ClassifierHead
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
+
+from .blocks import BlockNet
 
 __all__ = ["ClipCNN"]
 
 WIDTHS = (20, 50)
 
 
-class ClipCNN(nn.Module):
+class ClipCNN(BlockNet):
     """Two blocks of 5x5 convolution without padding, ReLU and 2x2 max-pool; stages 4 and 5 of a branch model.
 
     Args:
@@ -45,7 +45,6 @@ class ClipCNN(nn.Module):
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.drop_rate = drop_rate
-        self.grad_checkpointing = False
         blocks, chans = [], in_chans
         for width in WIDTHS:
             blocks.append(nn.Sequential(OrderedDict(
@@ -56,87 +55,6 @@ class ClipCNN(nn.Module):
                              for i, width in enumerate(WIDTHS)]
         self.num_features = self.head_hidden_size = chans
         self.head = ClassifierHead(chans, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
-
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Layer groups for layer decay: a block each."""
-        return {"stem": r"^blocks\.0", "blocks": r"^blocks\.(\d+)"}
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keep only the blocks' outputs for the backward pass and compute the rest again."""
-        self.grad_checkpointing = enable
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        """The last Linear, or Identity without classes."""
-        return self.head.fc
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Give the classifier other outputs, and another pooling unless ``global_pool`` is None."""
-        self.num_classes = num_classes
-        pool = self.head.global_pool.pool_type if global_pool is None else global_pool
-        # the pruned head has no parameters that tell the device, the blocks always have
-        self.head = ClassifierHead(self.num_features, num_classes, pool_type=pool, drop_rate=self.drop_rate,
-                                   **get_device_dtype(self))
-
-    def forward_intermediates(
-        self,
-        x: torch.Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
-        """Maps of the blocks, each after its pool.
-
-        Args:
-            x: Frames (B, C, H, W).
-            indices: The last n blocks if int, all if None, else the blocks named by index.
-            norm: Nothing here (there is no norm), part of timm's signature.
-            stop_early: Do not compute blocks deeper than the last one asked for.
-            output_fmt: Only 'NCHW'.
-            intermediates_only: Leave out the final features.
-
-        Returns:
-            (last map, list of maps), or the list alone if ``intermediates_only``.
-
-        Raises:
-            ValueError: ``output_fmt`` is not 'NCHW'.
-        """
-        if output_fmt != "NCHW":
-            raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}.")
-        take, deepest = feature_take_indices(len(self.feature_info), indices)
-        intermediates = []
-        for index, block in enumerate(self.blocks[:deepest + 1] if stop_early else self.blocks):
-            x = checkpoint(block, x) if self.grad_checkpointing and torch.is_grad_enabled() else block(x)
-            if index in take:
-                intermediates.append(x)
-        return intermediates if intermediates_only else (x, intermediates)
-
-    def prune_intermediate_layers(self, indices: int | list[int] = 1, prune_norm: bool = False,
-                                  prune_head: bool = True) -> list[int]:
-        """Drop the blocks behind the deepest one asked for, and the classifier; returns the kept features' indices."""
-        take, deepest = feature_take_indices(len(self.feature_info), indices)
-        shortened = deepest + 1 < len(self.blocks)
-        self.blocks = self.blocks[:deepest + 1]
-        self.num_features = self.head_hidden_size = self.feature_info[deepest]["num_chs"]
-        if prune_head or shortened:
-            self.reset_classifier(0, "")
-        return take
-
-    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, C, H, W) -> the last block's map."""
-        return self.forward_intermediates(x, indices=[len(self.blocks) - 1])[0]
-
-    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        """The last block's map -> (B, num_classes), or what goes into the last Linear if ``pre_logits``."""
-        return self.head(x, pre_logits=pre_logits)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, C, H, W) -> (B, num_classes)."""
-        return self.forward_head(self.forward_features(x))
 
 
 default_cfgs = generate_default_cfgs({

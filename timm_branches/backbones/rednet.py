@@ -19,16 +19,16 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from timm.layers import ClassifierHead
-from timm.models import build_model_with_cfg, checkpoint, checkpoint_seq, generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
+
+from .blocks import BlockNet
 
 __all__ = ["RedNetEncoder", "rednet_small"]
 
 
-class RedNetEncoder(nn.Module):
+class RedNetEncoder(BlockNet):
     """Strided convolutions, each with LeakyReLU (slope 0.01), then pooling and a Linear where there are classes.
 
     Args:
@@ -55,7 +55,6 @@ class RedNetEncoder(nn.Module):
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_classes, self.in_chans, self.drop_rate = num_classes, in_chans, drop_rate
-        self.grad_checkpointing = False
         self.feature_info = [{"num_chs": width, "reduction": 2 ** i, "module": f"blocks.{i - 1}"}
                              for i, width in enumerate(widths, start=1)]
         self.blocks = nn.Sequential(*(
@@ -63,75 +62,6 @@ class RedNetEncoder(nn.Module):
             for chs, width in zip((in_chans, *widths), widths, strict=False)))
         self.num_features = self.head_hidden_size = widths[-1]
         self.head = ClassifierHead(self.num_features, num_classes, global_pool, drop_rate, **dd)
-
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Layer groups for layer decay: each convolution is one."""
-        return {"stem": r"^blocks\.0", "blocks": r"^blocks\.(\d+)"}
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keep only the blocks' outputs for the backward pass and compute the rest again."""
-        self.grad_checkpointing = enable
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        """The Linear, or Identity without classes."""
-        return self.head.fc
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new Linear for ``num_classes``, 0 for pooled features; None keeps the pooling there is."""
-        self.num_classes = num_classes
-        self.head.reset(num_classes, global_pool)
-
-    def forward_intermediates(
-        self,
-        x: torch.Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
-        """Maps of several blocks; the arguments are those of :meth:`BCNN.forward_intermediates`.
-
-        Raises:
-            ValueError: ``output_fmt`` is not 'NCHW'.
-        """
-        if output_fmt != "NCHW":
-            raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}.")
-        take, deepest = feature_take_indices(len(self.feature_info), indices)
-        intermediates = []
-        for index, block in enumerate(self.blocks[:deepest + 1] if stop_early else self.blocks):
-            x = checkpoint(block, x) if self.grad_checkpointing and torch.is_grad_enabled() else block(x)
-            if index in take:
-                intermediates.append(x)
-        return intermediates if intermediates_only else (x, intermediates)
-
-    def prune_intermediate_layers(self, indices: int | list[int] = 1, prune_norm: bool = False,
-                                  prune_head: bool = True) -> list[int]:
-        """Drop the blocks below the deepest one asked for, and the classifier, which goes if its input does."""
-        take, deepest = feature_take_indices(len(self.feature_info), indices)
-        shortened = deepest + 1 < len(self.blocks)
-        self.blocks = self.blocks[:deepest + 1]
-        self.num_features = self.head_hidden_size = int(self.feature_info[deepest]["num_chs"])
-        if prune_head or shortened:
-            self.reset_classifier(0, "")
-        return take
-
-    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, C, H, W) -> the last block's map."""
-        if self.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint_seq(self.blocks, x)
-        return self.blocks(x)
-
-    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        """The last block's map -> (B, num_classes), or what goes into the Linear if ``pre_logits``."""
-        return self.head(x, pre_logits=pre_logits)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, C, H, W) -> (B, num_classes)."""
-        return self.forward_head(self.forward_features(x))
 
 
 default_cfgs = generate_default_cfgs({"rednet_small.untrained": {
