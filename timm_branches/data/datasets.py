@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
 
 from timm_branches.data.images import ArrayImages
+from timm_branches.data.seeded import SeededDataset
 from timm_branches.data.sources import (
     SPLITS,
     TORCHVISION,
@@ -26,7 +26,7 @@ from timm_branches.hierarchy.trees import get_taxonomy
 __all__ = ["HierarchicalDataset", "Subset", "coarsen_labels", "create_dataset", "create_splits", "split_dataset"]
 
 
-class HierarchicalDataset(Dataset):
+class HierarchicalDataset(SeededDataset):
     """Images in memory or on disk, each with one label a level.
 
     A transform made by :func:`timm_branches.data.create_transform` is told which sample it gets, so that augmentation
@@ -77,7 +77,7 @@ class HierarchicalDataset(Dataset):
         self.taxonomy = taxonomy
         self.transform = transform
         self.sample_ids = torch.arange(len(labels))  # positions in `images`; a subset holds some of them
-        self._state = torch.zeros(2, dtype=torch.long).share_memory_()  # seed, epoch
+        super().__init__()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -100,31 +100,6 @@ class HierarchicalDataset(Dataset):
         else:
             tensor = self.transform(image)
         return tensor, self.labels[index]
-
-    @property
-    def seed(self) -> int:
-        """The seed of the augmentation."""
-        return int(self._state[0])
-
-    @property
-    def epoch(self) -> int:
-        """The epoch that the augmentation belongs to."""
-        return int(self._state[1])
-
-    def set_seed(self, seed: int) -> None:
-        """Choose another sequence of augmentations."""
-        self._share()
-        self._state[0] = seed
-
-    def set_epoch(self, epoch: int) -> None:
-        """Say which epoch begins, so that its augmentations differ from those before."""
-        self._share()
-        self._state[1] = epoch
-
-    def _share(self) -> None:
-        # copy.deepcopy makes an ordinary tensor of a shared one
-        if not self._state.is_shared():
-            self._state = self._state.share_memory_()
 
     def limit(self, count: int, seed: int = 0) -> "Subset":
         """A stratified part, for quick runs: every class keeps its share, as far as whole samples allow.
@@ -161,7 +136,7 @@ class Subset(HierarchicalDataset):
         self.taxonomy = dataset.taxonomy
         self.transform = dataset.transform
         self.sample_ids = dataset.sample_ids[indices]
-        self._state = dataset._state.clone().share_memory_()
+        SeededDataset.__init__(self, dataset.seed, dataset.epoch)
 
 
 def split_dataset(dataset: HierarchicalDataset, fraction: float = 0.1, seed: int = 0) -> tuple[Subset, Subset]:

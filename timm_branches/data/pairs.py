@@ -8,17 +8,17 @@ from typing import Any
 import numpy as np
 import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from torch.utils.data import Dataset
 
 from timm_branches.data.images import ArrayImages, FileImages, is_image_name
+from timm_branches.data.seeded import SeededDataset
 from timm_branches.data.transforms import _albumentations, _color_jitter, _load_compose, _match_mean, _SampleRandom
 from timm_branches.hierarchy.taxonomy import Taxonomy
 
 __all__ = ["DenoisingDataset", "PairTransform", "SegmentationDataset"]
 
 
-class _PairDataset(Dataset):
-    """Seed and epoch as :class:`HierarchicalDataset` keeps them: in shared memory, where workers see them change."""
+class _PairDataset(SeededDataset):
+    """Images, each of which counts several times in an epoch."""
 
     def __init__(self, images: Any, repeats: int) -> None:
         if repeats < 1:
@@ -27,33 +27,10 @@ class _PairDataset(Dataset):
             raise ValueError("there are no images")
         self.images = images
         self.repeats = repeats
-        self._state = torch.zeros(2, dtype=torch.long).share_memory_()  # seed, epoch
+        super().__init__()
 
     def __len__(self) -> int:
         return len(self.images) * self.repeats
-
-    @property
-    def seed(self) -> int:
-        """The seed of everything random."""
-        return int(self._state[0])
-
-    @property
-    def epoch(self) -> int:
-        """The epoch that augmentation and noise belong to."""
-        return int(self._state[1])
-
-    def set_seed(self, seed: int) -> None:
-        """Choose another sequence of random numbers."""
-        self._set(0, seed)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Say which epoch begins, so that what is random in training differs from the epochs before."""
-        self._set(1, epoch)
-
-    def _set(self, index: int, value: int) -> None:
-        if not self._state.is_shared():  # copy.deepcopy makes an ordinary tensor of a shared one
-            self._state = self._state.share_memory_()
-        self._state[index] = value
 
     def _check_index(self, index: int) -> int:
         return range(len(self))[index]
