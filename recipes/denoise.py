@@ -231,8 +231,8 @@ def main(args: argparse.Namespace) -> None:
         draw(rows, bench.output / "pictures.png")
     print("\n" + comparison_table({name: [values] for name, values in results.items()},
                                   {"psnr": "PSNR (dB)", "ssim": "SSIM"}))
-    print(f"\nMeans over the {count} {part} images, network of the best epoch on validation. Seed {args.seed}, "
-          f"{facts['hardware']}, {time.monotonic() - began:.0f} s. Files: {bench.output}")
+    print(f"\nMeans over the {count} {part} image{'s' * (count > 1)}, network of the best epoch on validation. "
+          f"Seed {args.seed}, {facts['hardware']}, {time.monotonic() - began:.0f} s. Files: {bench.output}")
 
 
 def best_classical(val: Dataset, sigma: float, blur: float, most: int = 4) -> tuple[Callable, str]:

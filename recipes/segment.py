@@ -1,6 +1,6 @@
 """Train a U-Net or RED-Net on any timm backbone to label every pixel, beside what a pixel's colour and place tell.
 
-    python recipes/segment.py                         # a scene inside scikit-image, some four minutes of a CPU
+    python recipes/segment.py                         # a scene inside scikit-image, some three minutes of a CPU
     python recipes/segment.py camvid/ --classes 11 --ignore-index 11 --model resnet34 --pretrained --amp
     python recipes/segment.py --images photos/ --masks labels/ --classes names.txt --model convnext_tiny --input-skip
     python recipes/segment.py camvid/ --taxonomy tree.csv --ignore-index 11   # a map of each level, beside a flat one
@@ -71,12 +71,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--taxonomy", help="a tree of the classes (.csv, .json): its coarser levels are reported, too")
     group.add_argument("--resize", type=int, nargs=2, metavar=("H", "W"), help="bring images and masks to this size")
     group.add_argument("--crop", type=int, nargs="+", help="side, or height and width, of training crops (default: "
-                                                           "256, without data 160)")
+                                                           "256, without data 224 128)")
     group.add_argument("--scale", type=float, nargs=2, default=(0.75, 1.5), metavar=("LOW", "HIGH"),
                        help="range of a random factor before the crop (default: 0.75 1.5)")
     group.add_argument("--hflip", type=float, default=0.5, help="chance of a flip")
-    group.add_argument("--repeats", type=int, help="crops of each image an epoch (default: 1, without data 80)")
-    group.add_argument("-b", "--batch-size", type=int, default=8, help="batch size of one process")
+    group.add_argument("--color-jitter", type=float, help="strength of changes in brightness, contrast and saturation "
+                                                          "(default: 0, without data 0.4)")
+    group.add_argument("--repeats", type=int, help="crops of each image an epoch (default: 1, without data 32)")
+    group.add_argument("-b", "--batch-size", type=int, default=8, help="batch size of one process (default: 8, without "
+                                                                       "data 4)")
     group.add_argument("-j", "--workers", type=int, default=0, help="worker processes that load data")
     group = parser.add_argument_group("model")
     group.add_argument("--model", default="resnet18", help="any timm backbone (default: resnet18)")
@@ -99,10 +102,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     own = parser.parse_known_args(argv)[0]
     small = not (own.data or own.images or own.masks)
     if small:  # the job without data
-        parser.set_defaults(model="resnet10t", lr=2e-3, epochs=7, repeats=80)
+        parser.set_defaults(model="resnet10t", epochs=6, repeats=32, batch_size=4, color_jitter=0.4)
     args = parser.parse_args(argv)
     args.repeats = 1 if args.repeats is None else args.repeats
-    args.crop = args.crop or [160 if small else 256]
+    args.color_jitter = args.color_jitter or 0.0
+    args.crop = args.crop or ([224, 128] if small else [256])
     if small and args.model == "resnet10t" and args.head == "unet" and not (args.taps or args.channels):
         args.channels = [64, 48, 32, 24, 16]  # quick, and enough for one scene
     if bool(args.images) != bool(args.masks) or (args.data and args.images):
@@ -388,7 +392,8 @@ def main(args: argparse.Namespace) -> None:
     for data in (plain, val, test):
         if data is not None:
             source(data).transform = PairTransform(**look)
-    source(train).transform = PairTransform((args.crop[0], args.crop[-1]), tuple(args.scale), args.hflip, **look)
+    source(train).transform = PairTransform((args.crop[0], args.crop[-1]), tuple(args.scale), args.hflip,
+                                            args.color_jitter, **look)
     weights = class_weights(args, plain, len(classes), tree)
     evaluator = partial(SegmentationEvaluator, classes, taxonomy=tree)
     tasks = {name: make_task(args, model, evaluator, weights, device) for name, model in models.items()}

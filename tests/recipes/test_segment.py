@@ -154,7 +154,8 @@ class TestOwnData:
         assert "1 validation image;" in out
 
     @pytest.mark.parametrize("extra", [
-        ("--attention", "--input-skip", "--deep-supervision", "--loss", "ce+dice", "--class-weights", "auto"),
+        ("--attention", "--input-skip", "--deep-supervision", "--loss", "ce+dice", "--class-weights", "auto",
+         "--color-jitter", "0.4"),
         ("--tile", "32", "--resize", "36", "44", "--amp", "--channels-last"),
         ("--model", "test_vit", "--crop", "32", "--tile", "32", "--channels", "8", "8", "8", "8"),
     ], ids=["decoder", "tiles", "vit"])
@@ -272,6 +273,7 @@ class TestMistakes:
         (["--lr", "0"], "--lr"),
         (["-b", "0"], "batch_size"),
         (["--repeats", "0"], "repeats"),
+        (["--color-jitter", "-1"], "color_jitter"),
         (["--tile", "1"], "tile"),
     ], ids=lambda value: None if isinstance(value, str) else " ".join(value)[:40])
     def test_one_line(self, scenes, here, args, message):
