@@ -346,6 +346,27 @@ def test_model_that_has_diverged(folder):
         list(predict(model, folder))
 
 
+def test_a_mask_beside_the_labels_is_left_out(folder):
+    """The records are those of the same network without the decoder."""
+    torch.manual_seed(0)
+    both = create_branch_model("test_resnet", taps=[3, 4, 5, (3, 5)], head=[*3 * ["pool"], "unet"], taxonomy=TREE,
+                               num_classes=[*3 * [None], 4]).eval()
+    alone = create_branch_model("test_resnet", taps=[3, 4, 5], head="pool", taxonomy=TREE).eval()
+    alone.load_state_dict(both.state_dict(), strict=False)
+    seen = []
+    both.head("unet").register_forward_hook(lambda *args: seen.append(args))
+    assert list(predict(both, folder)) == list(predict(alone, folder))
+    assert not seen
+
+
+@pytest.mark.parametrize("taxonomy", [None, TREE])
+def test_a_mask_alone_is_refused(folder, taxonomy):
+    model = create_branch_model("test_resnet", taps=[(3, 5)], head="unet", taxonomy=taxonomy,
+                                num_classes=None if taxonomy else 4)
+    with pytest.raises(ValueError, match=r"every pixel.*tiled_inference"):
+        predict(model, folder)
+
+
 def test_not_an_image(model_file):
     with pytest.raises(TypeError, match="int"):
         predict(model_file, [3])

@@ -65,7 +65,8 @@ def predict(
     """Classify images on every level of a model's tree.
 
     A model with one head a level is decoded as it is. A flat model, with a single head of the tree's leaves, has its
-    leaf probabilities summed upwards first. A model without a tree gives each head's most probable class.
+    leaf probabilities summed upwards first. A model without a tree gives each head's most probable class. Decoders
+    beside such heads are left out, and not computed.
 
     Args:
         model: A model, or what :func:`timm_branches.load_model` takes.
@@ -153,13 +154,13 @@ class Predictions:
         training = self.model.training
         self.model.eval()
         try:
-            logits = {name: y.float().cpu() for name, y in self.model(x).items()}
+            logits = {name: y.float().cpu() for name, y in self.model(x, heads=self._levels.heads).items()}
         finally:
             self.model.train(training)
         for name, y in logits.items():
             if y.ndim != 2:
-                raise ValueError(f"predict() takes models that classify whole images; head {name!r} gives "
-                                 f"{tuple(y.shape)} for {len(x)} images.")
+                raise ValueError(f"predict() classifies whole images; head {name!r} gives {tuple(y.shape)} for "
+                                 f"{len(x)} images.")
             if not y.isfinite().all():
                 raise ValueError(f"head {name!r} of the model gives numbers that are not finite: the model has "
                                  "diverged in training, or its input is out of bounds.")
@@ -175,7 +176,11 @@ class _Levels:
             raise ValueError(f"the model has a tree of its own, {model.taxonomy!r}, and another was given, {tree!r}: "
                              "leave it out.")
         tree = model.taxonomy if tree is None else tree
-        classes = tuple(model.num_classes.values())
+        self.heads = tuple(name for name, head in zip(model.names, model.head_specs, strict=False) if not head.dense)
+        if not self.heads:
+            raise ValueError("predict() classifies whole images, and this model answers for every pixel: call the "
+                             "model itself, or timm_branches.dense.tiled_inference for large images.")
+        classes = tuple(model.num_classes[name] for name in self.heads)
         if 0 in classes:
             raise ValueError(f"a head without classes has nothing to predict; the model's have {model.num_classes}.")
         self.flat = tree is not None and classes != tree.num_classes
@@ -195,7 +200,7 @@ class _Levels:
         self.taxonomy, self.threshold = tree, threshold
         # summed leaves say the same thing on every level: multiplying them would count it several times
         self.decoder = decoder or ("leaf-marginal" if self.flat else "best-path")
-        self.names: tuple[str, ...] = model.names if tree is None else tree.levels
+        self.names: tuple[str, ...] = self.heads if tree is None else tree.levels
 
     def read(self, logits: Sequence[torch.Tensor], top: int) -> list[dict[str, Any]]:
         """What a record holds, for each row of a batch's logits."""

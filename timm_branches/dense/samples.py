@@ -105,9 +105,10 @@ def package_segmentation(repeats: int = 1) -> tuple[SegmentationDataset, Segment
     image = package_photographs()["motorcycle_left"]
     image = cv2.resize(image[:, :740], (370, 250), interpolation=cv2.INTER_AREA)
     tree = Taxonomy(["surroundings/wall", "surroundings/floor", "vehicle/motorcycle"], levels=["kind", "object"])
-    train, val, test = (SegmentationDataset([image[:, strip] for strip in strips], [labels[:, strip] for strip in strips],
-                                            tree, repeats=repeats if name == "train" else 1)
-                        for name, strips in _PARTS.items())
+    train, val, test = (
+        SegmentationDataset([image[:, strip] for strip in strips], [labels[:, strip] for strip in strips], tree,
+                            repeats=repeats if name == "train" else 1)
+        for name, strips in _PARTS.items())
     return train, val, test
 
 
