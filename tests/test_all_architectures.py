@@ -36,7 +36,7 @@ SMALLEST = [min((name for name in ALL if _module(name) == module), key=_size)
             for module in sorted({_module(name) for name in ALL})]
 
 
-def check(name):
+def check_taps(name):
     with torch.device("meta"):
         model = create_branch_model(name, taps=[3, 4, 5], num_classes=[2, 3, 4])
         maps = {}
@@ -61,13 +61,13 @@ def check(name):
 
 @pytest.mark.parametrize("name", [n for n in SMALLEST if not n.startswith((_NEED_VALUES, *_MINUTES))])
 def test_smallest_of_each_module(name):
-    check(name)
+    check_taps(name)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in ALL if not n.startswith(_NEED_VALUES)])
 def test_all(name):
-    check(name)
+    check_taps(name)
 
 
 @pytest.mark.slow

@@ -437,7 +437,7 @@ class TestLoading:
             save_file(plain.state_dict(), path)
         return path
 
-    def check(self, model, plain):
+    def check_backbone(self, model, plain):
         state = plain.state_dict()
         backbone = {k.removeprefix("backbone."): v for k, v in model.state_dict().items() if k.startswith("backbone.")}
         assert len(backbone) > 20
@@ -447,12 +447,12 @@ class TestLoading:
 
     @pytest.mark.parametrize("taps", [[3, 5], [3], ["layer3.0"]])
     def test_checkpoint_path(self, file, plain, taps):
-        self.check(create_branch_model("test_resnet", taps=taps, num_classes=2, checkpoint_path=file), plain)
+        self.check_backbone(create_branch_model("test_resnet", taps=taps, num_classes=2, checkpoint_path=file), plain)
 
     def test_pretrained(self, file, plain):
         """Through timm's own loader; the classifier there has another number of classes than any head."""
         overlay = {"file": str(file), "num_classes": 11, "hf_hub_id": None, "url": ""}
-        self.check(create_branch_model("test_resnet", taps=[3, 5], num_classes=[2, 3], pretrained=True,
+        self.check_backbone(create_branch_model("test_resnet", taps=[3, 5], num_classes=[2, 3], pretrained=True,
                                        pretrained_cfg_overlay=overlay), plain)
 
     def test_of_a_branch_model(self, tmp_path):

@@ -47,7 +47,7 @@ class TestRuntime:
         assert (y.float() - expected).abs().mean() < 0.05 * expected.abs().mean().clamp(min=1)
 
 
-def check(name, taps, kinds):
+def check_decoders(name, taps, kinds):
     """Shapes and gradient paths on the meta device at the backbone's own size."""
     with torch.device("meta"):
         model = create_branch_model(name, taps=[taps] * len(kinds), head=kinds, num_classes=3).eval()
@@ -67,13 +67,13 @@ ODD = ["csatv2", "volo_d1_224", "levit_128", "efficientvim_m1", "pit_xs_224", "n
 
 @pytest.mark.parametrize("name", ODD)
 def test_odd_architectures(name):
-    check(name, (3, 4, 5), ["unet", "rednet"])
+    check_decoders(name, (3, 4, 5), ["unet", "rednet"])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in SMALLEST if not n.startswith((_NEED_VALUES, *_MINUTES))])
 def test_smallest_of_each_module(name):
-    check(name, (3, 4, 5), ["unet", "rednet"])
+    check_decoders(name, (3, 4, 5), ["unet", "rednet"])
 
 
 @pytest.mark.slow
@@ -81,4 +81,4 @@ def test_smallest_of_each_module(name):
 def test_all(name):
     with torch.device("meta"):
         stages = tuple(row.stage for row in list_taps(name))
-    check(name, stages, ["unet", "rednet"])
+    check_decoders(name, stages, ["unet", "rednet"])

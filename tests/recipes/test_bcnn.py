@@ -132,7 +132,7 @@ class TestRuns:
 
 
 class TestOwnData:
-    def check(self, result, folder, levels=("level1", "level2")):
+    def check_run(self, result, folder, levels=("level1", "level2")):
         status, out, err = result
         assert status == 0, err
         assert list(read_table(out)[1]) == ["B-CNN", "B-CNN, best path", "flat"]
@@ -147,16 +147,16 @@ class TestOwnData:
         albumentations.save(albumentations.Compose([albumentations.Resize(32, 32), albumentations.HorizontalFlip()]),
                             file)
         everything = ("--detach", "--mixup", "0.2", "--smoothing", "0.1", "--augment", file)
-        self.check(here(photos / "nested", *TINY, *everything), tmp_path)
+        self.check_run(here(photos / "nested", *TINY, *everything), tmp_path)
 
     def test_flat_folders_and_taxonomy(self, photos, tmp_path, here):
-        self.check(here(photos / "flat", "--taxonomy", photos / "tree.csv", *TINY), tmp_path, ("kind", "thing"))
+        self.check_run(here(photos / "flat", "--taxonomy", photos / "tree.csv", *TINY), tmp_path, ("kind", "thing"))
 
     def test_csv_with_unknown_labels(self, photos, tmp_path, here):
-        self.check(here(photos / "photos.csv", *TINY), tmp_path, ("kind", "thing"))
+        self.check_run(here(photos / "photos.csv", *TINY), tmp_path, ("kind", "thing"))
 
     def test_tar(self, photos, tmp_path, here):
-        self.check(here(photos / "photos.tar", *TINY), tmp_path)
+        self.check_run(here(photos / "photos.tar", *TINY), tmp_path)
 
     @pytest.mark.slow
     @pytest.mark.parametrize("extra", [
@@ -167,7 +167,7 @@ class TestOwnData:
     ], ids=lambda extra: extra[0][2:])
     def test_settings(self, photos, tmp_path, extra):
         done = start(photos / "nested", *TINY, *extra, cwd=tmp_path)
-        self.check((0, done.stdout, done.stderr), tmp_path)
+        self.check_run((0, done.stdout, done.stderr), tmp_path)
 
 
 class TestStudies:
@@ -347,7 +347,7 @@ MISTAKES = {
 
 
 class TestMistakes:
-    def check(self, status, out, err, needle):
+    def check_line(self, status, out, err, needle):
         assert status == 2, err
         assert err.startswith("bcnn.py: ")
         assert err.count("\n") == 1, err
@@ -359,11 +359,11 @@ class TestMistakes:
         args, needle = MISTAKES[name]
         args = [arg.format(photos=photos) for arg in args]
         own = ["--model", "test_resnet", "--limit", "64", "--epochs", "1"]
-        self.check(*here(*own, *args) if args[0].startswith("-") else here(args[0], *own, *args[1:]), needle)
+        self.check_line(*here(*own, *args) if args[0].startswith("-") else here(args[0], *own, *args[1:]), needle)
 
     def test_in_a_process(self, tmp_path):
         done = run_recipe(RECIPE, "nowhere", cwd=tmp_path)
-        self.check(done.returncode, done.stdout, done.stderr, "nowhere")
+        self.check_line(done.returncode, done.stdout, done.stderr, "nowhere")
 
     def test_unknown_flag_prints_usage(self, here):
         status, _, err = here("--learning-rate", "1")
@@ -375,7 +375,7 @@ class TestMistakes:
         tiny = (*TINY, "--limit", "64", "--no-flat", "--output", "mine")
         assert here(*tiny)[0] == 0
         status, out, err = here(*tiny, "--model", "test_vit", "--resume", "auto", "--epochs", "2")
-        self.check(status, out, err, "another model")
+        self.check_line(status, out, err, "another model")
         assert epochs_logged(tmp_path / "mine" / "bcnn") == [0]
 
 

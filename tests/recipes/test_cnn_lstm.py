@@ -129,7 +129,7 @@ class TestDigits:
 
 
 class TestOwnData:
-    def check(self, result, rows=("CNN+LSTM", "last frame alone", "chance")):
+    def check_run(self, result, rows=("CNN+LSTM", "last frame alone", "chance")):
         status, out, err = result
         assert status == 0, err
         assert list(read_table(out)[1]) == list(rows)
@@ -141,7 +141,7 @@ class TestOwnData:
                  "--frames-per-pass", "4", "--freeze", "3", "--sampling", "dense", "--stride", "2")
         args = [*TINY, *extra]
         args[args.index("--frames") + 1] = "2"
-        out = self.check(here(clips / "videos", *args), ("CNN+GRU", "last frame alone", "chance"))
+        out = self.check_run(here(clips / "videos", *args), ("CNN+GRU", "last frame alone", "chance"))
         assert "0 clips could not be read." in out
         model = load_model(tmp_path / "output" / "cnn_lstm" / "cnn_gru" / "model.safetensors").eval()
         assert model.taxonomy.leaves == tuple((kind,) for kind in CLASSES)
@@ -150,7 +150,7 @@ class TestOwnData:
                 spec.hidden, spec.pool_type, spec.hidden_size) == ("gru", 2, True, "frame", 6, "relu", (5,), "max", 8)
 
     def test_nested_frame_folders_have_a_head_a_level(self, clips, tmp_path, here):
-        out = self.check(here(clips / "nested", *TINY, "--taps", "4", "5", "--stream"))
+        out = self.check_run(here(clips / "nested", *TINY, "--taps", "4", "5", "--stream"))
         assert all(len(row) == 2 for row in read_table(out)[1].values())
         assert read_table(out)[1]["chance"] == pytest.approx([100 * 4 / 6, 100 * 2 / 6], abs=0.006)
         model = load_model(tmp_path / "output" / "cnn_lstm" / "cnn_lstm" / "model.safetensors")
@@ -158,27 +158,28 @@ class TestOwnData:
         assert list(model.num_classes.values()) == [2, 4]
 
     def test_csv_with_splits_and_cuts(self, clips, here):
-        assert "on the 4 test clips" in self.check(here(clips / "clips.csv", *TINY, "--readout", "mean"))
+        assert "on the 4 test clips" in self.check_run(here(clips / "clips.csv", *TINY, "--readout", "mean"))
 
     def test_frozen_and_cached(self, clips, tmp_path, here, recwarn):
         frozen = (*TINY, "--freeze", "all", "--cache", "features", "--epochs", "2")
-        cached = read_table(self.check(here(clips / "clips.csv", *frozen, "--output", "a")))[1]
+        cached = read_table(self.check_run(here(clips / "clips.csv", *frozen, "--output", "a")))[1]
         files = {path: path.stat().st_mtime_ns for path in (tmp_path / "features").rglob("*.safetensors")}
         assert len(files) == 4  # training and validation, all frames and the last ones
-        again = self.check(here(clips / "clips.csv", *frozen, "--output", "b", "--no-baseline"), ("CNN+LSTM", "chance"))
+        again = self.check_run(here(clips / "clips.csv", *frozen, "--output", "b", "--no-baseline"),
+                               ("CNN+LSTM", "chance"))
         assert read_table(again)[1]["CNN+LSTM"] == cached["CNN+LSTM"]
         assert {path: path.stat().st_mtime_ns for path in (tmp_path / "features").rglob("*.safetensors")} == files
         assert not [str(w.message) for w in recwarn if "stale" in str(w.message)]
 
     def test_views(self, clips, tmp_path, here):
         args = ("--freeze", "all", "--cache", "features", "--augment", "light", "--views", "2", "--no-baseline")
-        self.check(here(clips / "clips.csv", *TINY, *args), ("CNN+LSTM", "chance"))
+        self.check_run(here(clips / "clips.csv", *TINY, *args), ("CNN+LSTM", "chance"))
         indices = [json.loads(path.read_text()) for path in (tmp_path / "features").rglob("*.json")]
         assert sorted(index["fingerprint"]["views"] for index in indices) == [1, 2]
 
     def test_unreadable_clips_are_counted(self, clips, here):
         with pytest.warns(UserWarning, match=r"bad\.mp4"):
-            out = self.check(here(clips / "damaged", *TINY))
+            out = self.check_run(here(clips / "damaged", *TINY))
         assert "1 clips could not be read; others took their places." in out
 
 

@@ -113,7 +113,7 @@ class TestWithoutArguments:
 
 
 class TestOwnData:
-    def check(self, result, columns=("U-Net, test_resnet", "colour alone", "colour and height")):
+    def check_run(self, result, columns=("U-Net, test_resnet", "colour alone", "colour and height")):
         status, out, err = result
         assert status == 0, err
         found, rows = read_table(out)
@@ -121,7 +121,7 @@ class TestOwnData:
         return rows, out
 
     def test_last_epoch_is_judged_on_validation(self, scenes, here, tmp_path):
-        rows, out = self.check(here(*own(scenes), "--epochs", "2"))
+        rows, out = self.check_run(here(*own(scenes), "--epochs", "2"))
         assert list(rows) == ["mIoU", "pixel accuracy", *(f"IoU {name}" for name in NAMES)]
         assert rows["IoU sky"][1] == 100  # colour alone tells the classes
         assert "2 validation images; model of the last epoch" in out
@@ -130,12 +130,13 @@ class TestOwnData:
             assert not any(key.startswith("eval_") for key in next(csv.DictReader(stream)))
 
     def test_with_a_test_split_validation_chooses(self, scenes, here):
-        _, out = self.check(here(*own(scenes, "three")))
+        _, out = self.check_run(here(*own(scenes, "three")))
         assert "2 test images; model of the best epoch on validation (1)" in out
 
     def test_taxonomy_in_the_order_of_the_names(self, scenes, here, tmp_path):
         columns = ("U-Net, test_resnet, all levels", "U-Net, test_resnet, flat", "colour alone", "colour and height")
-        rows, _ = self.check(here(*own(scenes), "--taxonomy", scenes / "tree.csv", "--class-weights", "auto"), columns)
+        args = ("--taxonomy", scenes / "tree.csv", "--class-weights", "auto")
+        rows, _ = self.check_run(here(*own(scenes), *args), columns)
         assert [name for name in rows if "IoU" in name] == [
             "kind mIoU", "thing mIoU", "kind IoU scenery", "kind IoU animal", *(f"thing IoU {name}" for name in NAMES)]
         # colour alone tells all four, which the tree's own order would mix up
@@ -148,7 +149,7 @@ class TestOwnData:
 
     def test_images_and_masks(self, scenes, here):
         args = own(scenes)[1:]
-        _, out = self.check(here("--images", scenes / "two/train", "--masks", scenes / "two/trainannot",
+        _, out = self.check_run(here("--images", scenes / "two/train", "--masks", scenes / "two/trainannot",
                                  "--val-fraction", "0.25", "--repeats", "3", *args))
         assert "9 crops an epoch of 3 images" in out
         assert "1 validation image;" in out
@@ -160,20 +161,20 @@ class TestOwnData:
         ("--model", "test_vit", "--crop", "32", "--tile", "32", "--channels", "8", "8", "8", "8"),
     ], ids=["decoder", "tiles", "vit"])
     def test_settings(self, scenes, here, extra):
-        self.check(here(*own(scenes), *extra), (f"U-Net, {'test_vit' if 'test_vit' in extra else 'test_resnet'}",
+        self.check_run(here(*own(scenes), *extra), (f"U-Net, {'test_vit' if 'test_vit' in extra else 'test_resnet'}",
                                                 "colour alone", "colour and height"))
 
     def test_rednet(self, scenes, here, tmp_path):
-        self.check(here(*own(scenes), "--head", "rednet", "--taps", "3", "5", "--channels", "8", "8", "8", "8"),
+        self.check_run(here(*own(scenes), "--head", "rednet", "--taps", "3", "5", "--channels", "8", "8", "8", "8"),
                    ("RED-Net, test_resnet", "colour alone", "colour and height"))
         model = load_model(tmp_path / "output/segment/model.safetensors")
         assert model.head_specs[0].kind == "rednet"
         assert [info.tap.stage for info in model.taps] == [3, 5]
 
     def test_a_new_run_leaves_the_older_one(self, scenes, here, tmp_path):
-        self.check(here(*own(scenes)))
+        self.check_run(here(*own(scenes)))
         before = (tmp_path / "output/segment/results.json").read_bytes()
-        self.check(here(*own(scenes), "--seed", "1"))
+        self.check_run(here(*own(scenes), "--seed", "1"))
         assert (tmp_path / "output/segment/results.json").read_bytes() == before
         assert json.loads((tmp_path / "output/segment-1/results.json").read_text())["seed"] == 1
 
