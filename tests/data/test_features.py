@@ -620,6 +620,13 @@ def test_heads_refuse(call, message):
         call(HeadsOnly(make_model()))
 
 
+def test_fit_refuses_what_has_no_effect_on_features(tmp_path):
+    features = cache_features(model := make_model(), make_data(), tmp_path / "features")
+    config = FitConfig(output=str(tmp_path / "run"), epochs=1, channels_last=True, plots=False, progress=False)
+    with pytest.raises(ValueError, match="--channels-last has no effect on features"):
+        fit(BranchTask(HeadsOnly(model)), create_loader(features, 4, is_training=True), config=config)
+
+
 @pytest.mark.parametrize("ema", [False, True])
 def test_fit(ema, tmp_path):
     """The same file of a whole model comes out, also of a run that goes on."""

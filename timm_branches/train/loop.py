@@ -432,7 +432,9 @@ def _to(images: Any, device: torch.device, memory_format: Any) -> Any:
     """Images, or clips beside their lengths, which the host reads, on a device."""
     if isinstance(images, tuple):
         clips, lengths = images
-        return clips.to(device, non_blocking=True), lengths
+        return _to(clips, device, memory_format), lengths
+    if memory_format is not None and images.ndim < 4:
+        raise ValueError(f"--channels-last has no effect on features of shape {tuple(images.shape)}: leave it out.")
     if memory_format is None or images.ndim != 4:
         return images.to(device, non_blocking=True)
     return images.to(device, non_blocking=True, memory_format=memory_format)
