@@ -196,3 +196,13 @@ def test_without_arguments_the_network_helps(here):
     rows = read_table(out)[1]
     assert rows["noise 25, network"][0] > rows["noise 25, degraded"][0] + 6
     assert rows["blur 1.5, noise 2, network"][0] > rows["blur 1.5, noise 2, degraded"][0] + 1
+
+
+@pytest.mark.slow
+def test_two_processes(photos, tmp_path):
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    done = run_recipe(RECIPE, photos / "parts", *TINY, "--no-plots", cwd=tmp_path, launcher=launcher)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("PSNR (dB)") == 1
+    assert list(read_table(done.stdout)[1])[-1] == "noise 25, network"
+    assert [path.name for path in (tmp_path / "output").iterdir()] == ["denoise"]
