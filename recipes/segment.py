@@ -75,8 +75,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--scale", type=float, nargs=2, default=(0.75, 1.5), metavar=("LOW", "HIGH"),
                        help="range of a random factor before the crop (default: 0.75 1.5)")
     group.add_argument("--hflip", type=float, default=0.5, help="chance of a flip")
-    group.add_argument("--color-jitter", type=float, help="strength of changes in brightness, contrast and saturation "
-                                                          "(default: 0, without data 0.4)")
+    group.add_argument("--color-jitter", type=float, default=0.0, help="strength of changes in brightness, contrast "
+                                                                       "and saturation (default: 0, without data 0.4)")
     group.add_argument("--repeats", type=int, help="crops of each image an epoch (default: 1, without data 32)")
     group.add_argument("-b", "--batch-size", type=int, default=8, help="batch size of one process (default: 8, without "
                                                                        "data 4)")
@@ -105,7 +105,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.set_defaults(model="resnet10t", epochs=6, repeats=32, batch_size=4, color_jitter=0.4)
     args = parser.parse_args(argv)
     args.repeats = 1 if args.repeats is None else args.repeats
-    args.color_jitter = args.color_jitter or 0.0
     args.crop = args.crop or ([224, 128] if small else [256])
     if small and args.model == "resnet10t" and args.head == "unet" and not (args.taps or args.channels):
         args.channels = [64, 48, 32, 24, 16]  # quick, and enough for one scene
