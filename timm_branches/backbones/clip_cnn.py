@@ -34,6 +34,7 @@ class ClipCNN(BlockNet):
         - Output: (B, num_classes)
 
     Example:
+        >>> import torch
         >>> ClipCNN(num_classes=2).forward_features(torch.rand(3, 1, 24, 48)).shape
         torch.Size([3, 50, 3, 9])
     """

@@ -7,6 +7,7 @@ that a 512 px image becomes a map of 64x64x64, from which one linear layer makes
 Stages 3, 4 and 5 are the three convolutions with their activations, at strides 2, 4 and 8. The whole autoencoder:
 
 Example:
+    >>> import torch
     >>> from timm_branches import create_branch_model
     >>> from timm_branches.heads import RedNetHead
     >>> head = RedNetHead(bottleneck=128, act='leaky_relu', out_act=('leaky_relu', 'sigmoid'))
@@ -45,6 +46,7 @@ class RedNetEncoder(BlockNet):
         - Output: (B, num_classes)
 
     Example:
+        >>> import torch
         >>> model = RedNetEncoder([8, 16], num_classes=5)
         >>> [tuple(y.shape) for y in model.forward_intermediates(torch.rand(1, 3, 33, 17), intermediates_only=True)]
         [(1, 8, 17, 9), (1, 16, 9, 5)]
