@@ -183,7 +183,7 @@ def bad_files(good):
 
 
 class TestDamage:
-    def check(self, path, match="model.safetensors"):
+    def check_refused(self, path, match="model.safetensors"):
         """Both ways of reading say so, and a model at hand stays as it was."""
         model = small(seed=5)
         before = bits(model)
@@ -198,7 +198,7 @@ class TestDamage:
         good = file.read_bytes()
         for _name, data, match in bad_files(good):
             file.write_bytes(data)
-            self.check(file, match)
+            self.check_refused(file, match)
         file.write_bytes(good)
         assert_same(load_model(file), small())
 
@@ -226,7 +226,7 @@ class TestDamage:
 
     def test_foreign(self, file):
         save_file({"weight": torch.ones(3)}, file)
-        self.check(file, "not one of timm_branches")
+        self.check_refused(file, "not one of timm_branches")
 
     @pytest.mark.parametrize(("options", "match"), [
         ({"model_name": "test_efficientnet"}, "tensors missing"), ({"taps": [3, 4]}, "missing"),
@@ -252,7 +252,7 @@ class TestDamage:
         metadata = read_metadata(file)
         metadata["sha256"] = weights._digest(tensors, metadata)
         save_file(tensors, file, metadata)
-        self.check(file, match)
+        self.check_refused(file, match)
 
     @pytest.mark.parametrize("key", ["config", "tied", "extra", "sha256"])
     def test_metadata(self, file, key):
@@ -260,14 +260,14 @@ class TestDamage:
         with safe_open(file, "pt") as f:
             tensors = {k: f.get_tensor(k) for k in f.keys()}
         save_file(tensors, file, metadata | {key: metadata[key][:-2]})
-        self.check(file, "damaged")
+        self.check_refused(file, "damaged")
         save_file(tensors, file, {k: v for k, v in metadata.items() if k != key})
-        self.check(file, "damaged")
+        self.check_refused(file, "damaged")
 
     def test_later_version(self, file):
         metadata = read_metadata(file)
         save_file(small().state_dict(), file, metadata | {"version": "99"})
-        self.check(file, "later timm_branches")
+        self.check_refused(file, "later timm_branches")
 
     @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"model": 3}', '{"model": {"nose": 1}, "pretrained_cfg": {}}',
                                       '{"model": {"model_name": "test_resnet"}}', "\udcff"])
