@@ -25,13 +25,12 @@ from torch import nn
 from timm_branches import BranchModel, LSTMHead, StreamingClassifier, create_branch_model
 from timm_branches.data import (
     ClipDataset,
-    HeadsOnly,
-    cache_features,
     collate_clips,
     create_clip_loader,
     create_loader,
     create_transform,
 )
+from timm_branches.features import HeadsOnly, cache_features
 
 CLASSES = 5
 

@@ -18,7 +18,8 @@ import torch
 from measure import print_header
 
 from timm_branches import create_branch_model
-from timm_branches.data import HeadsOnly, HierarchicalDataset, cache_features, create_loader, create_transform
+from timm_branches.data import HierarchicalDataset, create_loader, create_transform
+from timm_branches.features import HeadsOnly, cache_features
 from timm_branches.task import BranchTask
 
 

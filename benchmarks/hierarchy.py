@@ -17,9 +17,10 @@ import torch
 from measure import print_header, time_all
 from torch import Tensor
 
-from timm_branches.hierarchy import Taxonomy, sum_upwards
+from timm_branches.hierarchy import sum_upwards
 from timm_branches.hierarchy.decode import DECODERS, back_off, decode, depth_accuracy_curve, leaf_log_probs
 from timm_branches.hierarchy.losses import consistency_loss, hxe_loss, marginal_loss, soft_label_loss, tree_path_kl
+from timm_branches.taxonomy import Taxonomy
 
 
 def random_paths(leaves: int, levels: int, early: float, rng: random.Random) -> list[tuple[str, ...]]:

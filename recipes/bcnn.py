@@ -376,7 +376,7 @@ def compare(bench: Bench) -> Study:
     if kept != paper:
         lines.append(collapse(tree.levels[0], paper, histories))
         if is_primary() and args.plots:
-            from timm_branches.train.plots import plot_collapse
+            from timm_branches.train.curves import plot_collapse
             plot_collapse({name: histories[name] for name in ("B-CNN", "B-CNN, no level off")}, tree.levels,
                           bench.output / "collapse.png")
     lines.append(f"Loss weights of the B-CNN: {paper}.")

@@ -39,17 +39,16 @@ from timm_branches.data import (
     ClipDataset,
     ClipSubset,
     FrameSampler,
-    HeadsOnly,
-    cache_features,
     collate_clips,
     create_clip_loader,
     create_clip_splits,
     create_loader,
     create_transform,
 )
+from timm_branches.features import HeadsOnly, cache_features
 from timm_branches.files import replace_file
-from timm_branches.hierarchy import Taxonomy
 from timm_branches.task import BranchTask
+from timm_branches.taxonomy import Taxonomy
 from timm_branches.train import FitConfig, FitResult, add_fit_arguments, evaluate, fit, is_primary, setup_device
 from timm_branches.train.compare import comparison_table
 from timm_branches.train.script import hardware, new_output, run_script

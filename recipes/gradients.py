@@ -24,7 +24,7 @@ from timm_branches import BranchModel, Taxonomy, create_branch_model, list_taps,
 from timm_branches.figures import COLOURS, INK, new_figure, restrain, save_figure
 from timm_branches.gradients import branch_cosines, check_model, frame_gradients, gradient_report, path_gradients
 from timm_branches.gradients.kernel_figures import kernel_causes, plot_kernel_causes
-from timm_branches.gradients.plots import report_figure
+from timm_branches.gradients.report_figures import report_figure
 from timm_branches.heads import HEADS, FlattenHead, LSTMHead, RedNetHead, SkipDecoder, TemporalClassifier
 from timm_branches.task import BranchTask
 from timm_branches.train.script import run_script

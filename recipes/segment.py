@@ -44,8 +44,8 @@ from timm_branches.dense import (
 )
 from timm_branches.figures import new_figure, save_figure
 from timm_branches.files import replace_file
-from timm_branches.hierarchy import Taxonomy, get_taxonomy
 from timm_branches.task import DenseTask
+from timm_branches.taxonomy import Taxonomy, get_taxonomy
 from timm_branches.train import FitConfig, add_fit_arguments, fit, is_primary, setup_device
 from timm_branches.train.compare import comparison_table
 from timm_branches.train.lr import create_scheduler

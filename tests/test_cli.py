@@ -15,7 +15,7 @@ from PIL import Image
 
 from timm_branches import Taxonomy, create_branch_model, save_model
 from timm_branches.cli import main
-from timm_branches.predict import predict
+from timm_branches.inference.predict import predict
 
 
 @pytest.fixture(scope="module")

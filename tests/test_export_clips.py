@@ -8,7 +8,7 @@ import torch
 
 from timm_branches import create_branch_model
 from timm_branches.heads import GRUHead, LSTMHead
-from timm_branches.streaming import StreamingStep
+from timm_branches.inference import StreamingStep
 
 BATCH = torch.export.Dim("batch", min=1, max=64)
 

@@ -1,12 +1,12 @@
 """Branch classifiers, temporal heads and skip decoders on any timm backbone."""
 
-from timm_branches.factory import create_branch_model
+from timm_branches.factory import create_branch_model, load_model
 from timm_branches.heads import BranchClassifier, FlattenHead, GRUHead, LSTMHead, PoolHead, RedNetHead, UNetHead
-from timm_branches.hierarchy import Taxonomy
+from timm_branches.inference import StreamingClassifier, StreamingStep, detach_state
 from timm_branches.model import BranchModel
-from timm_branches.streaming import StreamingClassifier, StreamingStep, detach_state
 from timm_branches.taps import Tap, list_taps
-from timm_branches.weights import load_model, load_weights, save_model, save_pretrained
+from timm_branches.taxonomy import Taxonomy
+from timm_branches.weights import load_weights, save_model, save_pretrained
 
 __version__ = "0.1.0"
 

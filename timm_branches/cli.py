@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
-    from timm_branches.predict import Predictions, Record
+    from timm_branches.inference.predict import Predictions, Record
 
 __all__ = ["main"]
 
@@ -78,7 +78,7 @@ def _add_predict(commands: Any) -> None:
 
 def _predict(args: argparse.Namespace) -> int:
     from timm_branches.files import replace_file
-    from timm_branches.predict import predict
+    from timm_branches.inference.predict import predict
 
     found = predict(args.model, args.images, args.taxonomy, args.decoder, args.threshold, args.batch_size,
                     args.workers, args.device, args.strict, top=5 if args.picture else 0)
@@ -175,7 +175,7 @@ class _Pictures:
             _spare(path, found.images.names)
 
     def __call__(self, index: int, record: "Record") -> None:
-        from timm_branches.predict_picture import plot_prediction
+        from timm_branches.inference.picture import plot_prediction
 
         path = self.path
         if not self.single:

@@ -1,7 +1,9 @@
 """``create_branch_model``: the one call that makes a branch model, in the manner of ``timm.create_model``."""
 
+import json
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,11 +13,12 @@ from torch import nn
 
 import timm_branches.backbones  # noqa: F401  (registers the papers' networks)
 from timm_branches.heads import Head, head_to_dict, parse_head
-from timm_branches.hierarchy import Taxonomy
 from timm_branches.model import BranchModel, answers_all_levels, module_key
-from timm_branches.taps import Tap, check_name
+from timm_branches.taps.notation import Tap, check_name
+from timm_branches.taxonomy import Taxonomy
+from timm_branches.weights import fill_model, load_weights, read_metadata, read_weights
 
-__all__ = ["create_branch_model"]
+__all__ = ["create_branch_model", "load_model"]
 
 # what timm's models take but a branch model cannot honour, and what to do instead
 _REFUSED = {
@@ -106,7 +109,6 @@ def create_branch_model(
         head=[head_to_dict(h) for h in heads], names=list(head_names), taxonomy=taxonomy, in_chans=nominal[0],
         img_size=list(size) if isinstance(size, (list, tuple)) else size, drop_rate=drop_rate, **kwargs)
     if ours:
-        from timm_branches.weights import load_weights
         load_weights(model, checkpoint_path)
     return model
 
@@ -203,7 +205,6 @@ def _input_size(backbone: nn.Module, size: tuple[int, int] | None, in_chans: int
 def _is_ours(path: "str | os.PathLike") -> bool:
     if not path or not str(path).endswith(".safetensors"):
         return False
-    from timm_branches.weights import read_metadata
     return read_metadata(path) is not None
 
 
@@ -251,3 +252,44 @@ def _load_backbone(backbone: nn.Module, path: str) -> set[str]:
     with torch.no_grad():
         backbone.load_state_dict(state, strict=False)
     return {*state, *(key for key in own if key.endswith("num_batches_tracked"))}
+
+
+def load_model(path: "str | os.PathLike", map_location: "str | torch.device" = "cpu") -> BranchModel:
+    """Rebuild a model from its file, or from a folder in the Hub's layout, in eval mode.
+
+    Args:
+        path: A file that :func:`save_model` wrote, a folder that :func:`save_pretrained` wrote, or
+            ``'hf-hub:user/name'`` (``@revision`` behind it if wanted) for such a folder on the Hugging Face Hub.
+        map_location: Device to put the model on.
+
+    Raises:
+        FileNotFoundError: Nothing there.
+        ValueError: A damaged or foreign file, or weights that do not fit its own description.
+    """
+    if str(path).startswith("hf-hub:"):
+        path = _download(str(path).removeprefix("hf-hub:"))
+    path = Path(path)
+    config_file = None
+    if path.is_dir():
+        path, config_file = path / "model.safetensors", path / "config.json"
+    metadata, tensors = read_weights(path)
+    source = config_file if config_file and config_file.exists() else path
+    try:
+        config = json.loads(metadata["config"] if source == path else source.read_text(encoding="utf-8"))
+        arguments, pretrained_cfg = dict(config["model"]), dict(config["pretrained_cfg"])
+        if arguments.get("taxonomy") is not None:
+            arguments["taxonomy"] = Taxonomy.from_dict(arguments["taxonomy"])
+        model = create_branch_model(**arguments)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{source} does not say how its model is built, or says it wrongly: {error!r}") from error
+    model.pretrained_cfg.update({k: tuple(v) if isinstance(v, list) else v for k, v in pretrained_cfg.items()})
+    fill_model(model, tensors, path)
+    return model.to(map_location).eval()
+
+
+def _download(repository: str) -> str:
+    """Fetch a model's two files from the Hub; returns the folder they lie in."""
+    from huggingface_hub import snapshot_download
+
+    name, _, revision = repository.partition("@")
+    return snapshot_download(name, revision=revision or None, allow_patterns=["config.json", "model.safetensors"])

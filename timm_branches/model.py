@@ -9,13 +9,13 @@ import torch
 from timm.models import group_modules, group_parameters
 from torch import nn
 
-from timm_branches.clips import read_clips, warn_of_batch_statistics
-from timm_branches.freezing import FreezableBackbone
 from timm_branches.heads import Head
+from timm_branches.heads.folding import read_clips, warn_of_batch_statistics
 from timm_branches.heads.temporal import State
-from timm_branches.hierarchy import Taxonomy
-from timm_branches.reader import TapReader
-from timm_branches.taps import Tap
+from timm_branches.taps.freezing import FreezableBackbone
+from timm_branches.taps.notation import Tap
+from timm_branches.taps.reader import TapReader
+from timm_branches.taxonomy import Taxonomy
 
 __all__ = ["BranchModel"]
 
@@ -122,7 +122,7 @@ class BranchModel(FreezableBackbone):
         Example: truncated backpropagation through time, over a video that is too long for one graph
 
             >>> from timm_branches import create_branch_model
-            >>> from timm_branches.streaming import detach_state
+            >>> from timm_branches.inference import detach_state
             >>> model = create_branch_model('test_resnet', head={'kind': 'lstm', 'output': 'frame'}, num_classes=3)
             >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
             >>> video, labels = torch.randn(2, 6, 3, 32, 32), torch.randint(3, (2, 6))

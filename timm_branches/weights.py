@@ -13,10 +13,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from timm_branches.files import replace_file
-from timm_branches.hierarchy import Taxonomy
 from timm_branches.model import BranchModel
 
-__all__ = ["load_model", "load_weights", "read_metadata", "save_model", "save_pretrained"]
+__all__ = ["digest_tensors", "fill_model", "load_weights", "read_metadata", "read_weights", "save_model", "save_pretrained"]
 
 _FORMAT = "timm_branches"
 _VERSION = 1
@@ -51,52 +50,9 @@ def save_model(model: BranchModel, path: "str | os.PathLike", extra: dict | None
         "tied": json.dumps(tied),
         "extra": json.dumps(extra or {}),
     }
-    metadata["sha256"] = _digest(tensors, metadata)
+    metadata["sha256"] = digest_tensors(tensors, metadata)
     replace_file(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
     return path
-
-
-def load_model(path: "str | os.PathLike", map_location: "str | torch.device" = "cpu") -> BranchModel:
-    """Rebuild a model from its file, or from a folder in the Hub's layout, in eval mode.
-
-    Args:
-        path: A file that :func:`save_model` wrote, a folder that :func:`save_pretrained` wrote, or
-            ``'hf-hub:user/name'`` (``@revision`` behind it if wanted) for such a folder on the Hugging Face Hub.
-        map_location: Device to put the model on.
-
-    Raises:
-        FileNotFoundError: Nothing there.
-        ValueError: A damaged or foreign file, or weights that do not fit its own description.
-    """
-    from timm_branches.factory import create_branch_model
-
-    if str(path).startswith("hf-hub:"):
-        path = _download(str(path).removeprefix("hf-hub:"))
-    path = Path(path)
-    config_file = None
-    if path.is_dir():
-        path, config_file = path / "model.safetensors", path / "config.json"
-    metadata, tensors = _read(path)
-    source = config_file if config_file and config_file.exists() else path
-    try:
-        config = json.loads(metadata["config"] if source == path else source.read_text(encoding="utf-8"))
-        arguments, pretrained_cfg = dict(config["model"]), dict(config["pretrained_cfg"])
-        if arguments.get("taxonomy") is not None:
-            arguments["taxonomy"] = Taxonomy.from_dict(arguments["taxonomy"])
-        model = create_branch_model(**arguments)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{source} does not say how its model is built, or says it wrongly: {error!r}") from error
-    model.pretrained_cfg.update({k: tuple(v) if isinstance(v, list) else v for k, v in pretrained_cfg.items()})
-    _fill(model, tensors, path)
-    return model.to(map_location).eval()
-
-
-def _download(repository: str) -> str:
-    """Fetch a model's two files from the Hub; returns the folder they lie in."""
-    from huggingface_hub import snapshot_download
-
-    name, _, revision = repository.partition("@")
-    return snapshot_download(name, revision=revision or None, allow_patterns=["config.json", "model.safetensors"])
 
 
 def save_pretrained(model: BranchModel, folder: "str | os.PathLike", extra: dict | None = None) -> Path:
@@ -119,10 +75,10 @@ def load_weights(model: BranchModel, path: "str | os.PathLike") -> None:
         FileNotFoundError: No such file.
         ValueError: A damaged or foreign file, missing or unexpected tensors, other shapes.
     """
-    _fill(model, _read(path)[1], path)
+    fill_model(model, read_weights(path)[1], path)
 
 
-def _fill(model: BranchModel, tensors: dict[str, torch.Tensor], path: "str | os.PathLike") -> None:
+def fill_model(model: BranchModel, tensors: dict[str, torch.Tensor], path: "str | os.PathLike") -> None:
     """Put tensors into a model, in their own floating-point types, if all of them fit."""
     own = model.state_dict()
     missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
@@ -198,7 +154,7 @@ def _tensors(model: BranchModel) -> tuple[dict[str, torch.Tensor], dict[str, str
     return tensors, tied
 
 
-def _digest(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> str:
+def digest_tensors(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> str:
     """Checksum of everything in a file: what it says of itself and the bits of its tensors."""
     digest = hashlib.sha256(json.dumps(sorted((k, v) for k, v in metadata.items() if k != "sha256")).encode())
     for name in sorted(tensors):
@@ -208,13 +164,13 @@ def _digest(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> str:
     return digest.hexdigest()
 
 
-def _read(path: "str | os.PathLike") -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+def read_weights(path: "str | os.PathLike") -> tuple[dict[str, str], dict[str, torch.Tensor]]:
     """Metadata and tensors, aliases included, of a file whose checksum is right."""
     metadata, tensors = _open(path, with_tensors=True)
     if metadata is None:
         raise ValueError(f"{path} is a safetensors file but not one of timm_branches (it does not say how its model "
                          "is built). Plain timm weights go into create_branch_model(..., checkpoint_path=).")
-    if _digest(tensors, metadata) != metadata.get("sha256"):
+    if digest_tensors(tensors, metadata) != metadata.get("sha256"):
         raise ValueError(f"{path} is damaged: it does not hold what was saved (the checksum differs).")
     tensors |= {alias: tensors[name] for alias, name in json.loads(metadata["tied"]).items()}
     return metadata, tensors

@@ -24,7 +24,7 @@ from timm_branches.data import (
     create_transform,
     split_dataset,
 )
-from timm_branches.hierarchy.taxonomy import Taxonomy
+from timm_branches.taxonomy.taxonomy import Taxonomy
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 

@@ -9,7 +9,7 @@ from PIL import Image
 from torch.utils.data import Subset
 
 from timm_branches.data import DenoisingDataset, PairTransform, SegmentationDataset, create_loader
-from timm_branches.hierarchy import Taxonomy
+from timm_branches.taxonomy import Taxonomy
 
 
 def write_pair(root, name, mask, mode="L", size=None):

@@ -7,7 +7,7 @@ import torch.multiprocessing as mp
 from torch.nn.functional import one_hot
 
 from timm_branches.dense import RestorationEvaluator, SegmentationEvaluator, pixel_cross_entropy
-from timm_branches.hierarchy import Taxonomy
+from timm_branches.taxonomy import Taxonomy
 
 TREE = Taxonomy(["a/x", "a/y", "b/z"], levels=["coarse", "fine"])
 

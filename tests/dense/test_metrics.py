@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from timm_branches.dense import SegmentationEvaluator, pixel_cross_entropy
-from timm_branches.hierarchy import Taxonomy, sum_upwards
+from timm_branches.hierarchy import sum_upwards
 from timm_branches.hierarchy.metrics import consistency, full_path_accuracy
-from timm_branches.hierarchy.path_metrics import hierarchical_distance
+from timm_branches.hierarchy.tree_metrics import hierarchical_distance
+from timm_branches.taxonomy import Taxonomy
 
 TREE = Taxonomy(["a/x", "a/y", "b/z", "b/w", "c/v"], levels=["coarse", "fine"])
 UNEVEN = Taxonomy(["a/x", "a/y", "b"], levels=["coarse", "fine"])

@@ -281,7 +281,7 @@ class TestForms:
         assert path.read_bytes().startswith(b"\x89PNG")
 
     def test_figure_says_what_the_cells_are(self):
-        from timm_branches.gradients.plots import report_figure
+        from timm_branches.gradients.report_figures import report_figure
         figure = report_figure(gradient_report(make_task(), make_batch()))
         top, bottom = figure.axes[:2]
         assert [t.get_text() for t in top.get_yticklabels()] == ["coarse", "middle", "fine", "total"]
@@ -322,7 +322,7 @@ class TestConflicts:
             branch_cosines(task, make_batch(), where="stage9")
 
     def test_picture(self, tmp_path):
-        from timm_branches.gradients.plots import conflicts_figure
+        from timm_branches.gradients.report_figures import conflicts_figure
         rows = [{"epoch": e, "weight_a": 1 - e / 4, "weight_b_c": e / 4, "cosine_a_b_c": None if e % 2 else e / 8}
                 for e in range(5)]
         line, = [entry for entry in conflicts_figure(rows).axes[0].get_lines() if entry.get_label() == "a, b_c"]

@@ -3,9 +3,8 @@ import random
 
 import torch
 
-from timm_branches.hierarchy import Taxonomy, cifar10
-
-from . import forests
+from tests.taxonomy import forests
+from timm_branches.taxonomy import Taxonomy, cifar10
 
 UNEVEN = Taxonomy(forests.UNEVEN)
 SINGLE = Taxonomy(["a", "b", "c"])

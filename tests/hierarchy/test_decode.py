@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from timm_branches.hierarchy import Taxonomy, cifar10, sum_upwards
+from timm_branches.hierarchy import sum_upwards
 from timm_branches.hierarchy.decode import (
     DECODERS,
     DepthAccuracy,
@@ -16,6 +16,7 @@ from timm_branches.hierarchy.decode import (
     leaf_log_probs,
     plot_depth_accuracy,
 )
+from timm_branches.taxonomy import Taxonomy, cifar10
 
 PATHS = [method for method in DECODERS if method != "independent"]
 UNEVEN = Taxonomy(["animal/pet/cat", "animal/pet/dog", "plant", "animal/bird", "transport/sea/ship"])

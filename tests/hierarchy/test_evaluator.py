@@ -10,24 +10,17 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from sklearn.metrics import classification_report, confusion_matrix
 
-from timm_branches.hierarchy import (
-    Taxonomy,
-    cifar10,
-    cifar100,
-    consistency,
-    full_path_accuracy,
-    level_accuracy,
-    sum_upwards,
-)
+from timm_branches.hierarchy import consistency, full_path_accuracy, level_accuracy, sum_upwards
 from timm_branches.hierarchy.decode import DECODERS, decode, leaf_log_probs
 from timm_branches.hierarchy.evaluator import HierarchyEvaluator
 from timm_branches.hierarchy.metrics import expected_calibration_error, format_class_report, top_k_accuracy
-from timm_branches.hierarchy.path_metrics import (
+from timm_branches.hierarchy.tree_metrics import (
     distance_at_k,
     hierarchical_distance,
     hierarchical_precision_recall_f1,
     mistake_severity,
 )
+from timm_branches.taxonomy import Taxonomy, cifar10, cifar100
 
 UNEVEN = Taxonomy([*(f"animal/pet/{name}" for name in "abcdef"), "plant", "animal/bird", "transport/sea/ship"],
                   levels=["coarse", "middle", "fine"])

@@ -5,10 +5,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from timm_branches.hierarchy import Taxonomy, cifar10
+from tests.hierarchy.labelled import SINGLE, TREES, UNEVEN, case, mean_of_known
 from timm_branches.hierarchy.losses import hxe_loss, marginal_loss, soft_label_loss, soft_labels
-
-from .labelled import SINGLE, TREES, UNEVEN, case, mean_of_known
+from timm_branches.taxonomy import Taxonomy, cifar10
 
 LEAF_LOSSES = [marginal_loss, hxe_loss, soft_label_loss]
 

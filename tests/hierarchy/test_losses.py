@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from timm_branches.hierarchy import Taxonomy, cifar10
+from tests.hierarchy.labelled import SINGLE, TREES, UNEVEN, case, mean_of_known
 from timm_branches.hierarchy.losses import (
     consistency_loss,
     hxe_loss,
@@ -14,8 +14,7 @@ from timm_branches.hierarchy.losses import (
     soft_label_loss,
     tree_path_kl,
 )
-
-from .labelled import SINGLE, TREES, UNEVEN, case, mean_of_known
+from timm_branches.taxonomy import Taxonomy, cifar10
 
 LEAF_LOSSES = [marginal_loss, hxe_loss, soft_label_loss]
 

@@ -12,13 +12,14 @@ from torchmetrics.functional.classification import (
     multiclass_recall,
 )
 
-from timm_branches.hierarchy import Taxonomy, cifar10, consistency, full_path_accuracy, level_accuracy, sum_upwards
+from timm_branches.hierarchy import consistency, full_path_accuracy, level_accuracy, sum_upwards
 from timm_branches.hierarchy.metrics import (
     class_scores,
     expected_calibration_error,
     top_k_accuracy,
     tree_inconsistency_error,
 )
+from timm_branches.taxonomy import Taxonomy, cifar10
 
 UNEVEN = Taxonomy(["animal/pet/cat", "animal/pet/dog", "plant", "animal/bird", "transport/sea/ship"])
 

@@ -9,10 +9,9 @@ from matplotlib.collections import LineCollection, PathCollection
 from matplotlib.colors import same_color
 from PIL import Image
 
-from timm_branches.hierarchy import Taxonomy, cifar10, cifar100, linkage_from_embeddings
+from tests.taxonomy.forests import UNEVEN, random_paths
 from timm_branches.hierarchy.plots import dendrogram_figure, plot_dendrogram, plot_taxonomy, taxonomy_figure
-
-from .forests import UNEVEN, random_paths
+from timm_branches.taxonomy import Taxonomy, cifar10, cifar100, linkage_from_embeddings
 
 
 def read(figure):

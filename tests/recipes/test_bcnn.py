@@ -11,10 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.recipes.script import RECIPES, read_table, run_recipe
 from timm_branches import load_model
 from timm_branches.schedules import get_schedule
-
-from .script import RECIPES, read_table, run_recipe
 
 RECIPE = RECIPES / "bcnn.py"
 LEAVES = ("animal/cat", "animal/dog", "vehicle/bus", "vehicle/car")
@@ -290,7 +289,7 @@ class TestPublishedSettings:
     @pytest.mark.parametrize("name", ["bcnn-b-cifar10", "bcnn-vgg16-cifar100", "hcnn-fashion-mnist", "bcnn-a-mnist",
                                       "modern-cifar10"])
     def test_is_valid_and_can_be_overridden(self, recipe, name):
-        from timm_branches.hierarchy import get_taxonomy
+        from timm_branches.taxonomy import get_taxonomy
 
         args, config = self.parse(recipe, "--recipe", name)
         assert all(getattr(args, key) == value for key, value in recipe.RECIPES[name].items())

@@ -9,9 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.recipes.script import RECIPES, read_table, run_recipe
 from timm_branches import load_model
-
-from .script import RECIPES, read_table, run_recipe
 
 RECIPE = RECIPES / "cnn_lstm.py"
 CLASSES = ("jump", "walk")

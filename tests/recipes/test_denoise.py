@@ -8,9 +8,8 @@ import torch
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
+from tests.recipes.script import RECIPES, read_table, run_recipe
 from timm_branches import load_model
-
-from .script import RECIPES, read_table, run_recipe
 
 RECIPE = RECIPES / "denoise.py"
 TINY = ("--epochs", "1", "--patches", "2", "-b", "2", "--patch-size", "16", "--channels", "4", "4", "4")

@@ -4,9 +4,8 @@
 import pytest
 from PIL import Image
 
+from tests.recipes.script import RECIPES
 from timm_branches import create_branch_model, load_model, save_model
-
-from .script import RECIPES
 
 RECIPE = RECIPES / "gradients.py"
 MODEL = ("--model", "test_resnet", "--img-size", "32", "-b", "2", "--num-classes", "3")

@@ -10,9 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.recipes.script import RECIPES, read_table, run_recipe
 from timm_branches import Taxonomy, load_model
-
-from .script import RECIPES, read_table, run_recipe
 
 RECIPE = RECIPES / "segment.py"
 NAMES = ("sky", "grass", "cat", "dog")

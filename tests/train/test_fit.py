@@ -9,12 +9,20 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import timm_branches.train.loop as loop
+from tests.train.small_runs import (
+    TREE,
+    assert_equal,
+    digest,
+    loader_of,
+    make_data,
+    make_task,
+    settings,
+    weights_of,
+)
 from timm_branches import create_branch_model, load_model
 from timm_branches.task import BranchTask, FlatTask, base_model
 from timm_branches.train import evaluate, fit
 from timm_branches.train.checkpoint import load_state
-
-from .small_runs import TREE, assert_equal, digest, loader_of, make_data, make_task, settings, weights_of
 
 # -- precision, layout, freezing -----------------------------------------------------------------------------------
 

@@ -5,11 +5,18 @@ from dataclasses import asdict, fields
 import pytest
 import torch
 
+from tests.train.small_runs import (
+    TREE,
+    assert_equal,
+    loader_of,
+    make_data,
+    make_task,
+    settings,
+    weights_of,
+)
 from timm_branches import create_branch_model
 from timm_branches.task import BranchTask, FlatTask, base_model
 from timm_branches.train import FitConfig, add_fit_arguments, fit
-
-from .small_runs import TREE, assert_equal, loader_of, make_data, make_task, settings, weights_of
 
 
 @pytest.mark.parametrize(("kwargs", "message"), [

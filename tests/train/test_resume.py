@@ -4,13 +4,20 @@ import pytest
 import torch
 
 import timm_branches.train.loop as loop
+from tests.train.small_runs import (
+    assert_equal,
+    digest,
+    loader_of,
+    make_data,
+    make_task,
+    settings,
+    weights_of,
+)
 from timm_branches import PoolHead, create_branch_model, load_model
 from timm_branches.data import HierarchicalMixup, create_loader, create_splits, create_transform
 from timm_branches.task import BranchTask
 from timm_branches.train import fit
 from timm_branches.train.checkpoint import load_state
-
-from .small_runs import assert_equal, digest, loader_of, make_data, make_task, settings, weights_of
 
 
 class Stopped(Exception):

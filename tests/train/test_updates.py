@@ -7,10 +7,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import timm_branches.train.loop as loop
+from tests.train.small_runs import loader_of, make_data, make_task, settings, weights_of
 from timm_branches.train import FitConfig, PiecewiseLR, fit
 from timm_branches.train.checkpoint import load_state
-
-from .small_runs import loader_of, make_data, make_task, settings, weights_of
 
 # -- one update ----------------------------------------------------------------------------------------------------
 

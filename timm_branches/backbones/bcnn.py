@@ -22,8 +22,8 @@ from timm.layers import get_device_dtype
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
-from .blocks import BlockNet
-from .fine_head import KERAS_EPS, KERAS_MOMENTUM, FlattenMlpHead, init_keras
+from timm_branches.backbones.fine_head import KERAS_EPS, KERAS_MOMENTUM, FlattenMlpHead, init_keras
+from timm_branches.backbones.layers import BlockNet
 
 __all__ = ["BCNN", "BlockCfg"]
 

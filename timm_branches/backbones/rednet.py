@@ -24,7 +24,7 @@ from timm.layers import ClassifierHead
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
-from .blocks import BlockNet
+from timm_branches.backbones.layers import BlockNet
 
 __all__ = ["RedNetEncoder", "rednet_small"]
 

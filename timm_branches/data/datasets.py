@@ -20,8 +20,8 @@ from timm_branches.data.sources import (
     read_torchvision,
 )
 from timm_branches.data.stratify import stratified_indices
-from timm_branches.hierarchy.taxonomy import Taxonomy
-from timm_branches.hierarchy.trees import get_taxonomy
+from timm_branches.taxonomy.taxonomy import Taxonomy
+from timm_branches.taxonomy.trees import get_taxonomy
 
 __all__ = ["HierarchicalDataset", "Subset", "coarsen_labels", "create_dataset", "create_splits", "split_dataset"]
 

@@ -15,12 +15,12 @@ _TAR = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 
 
 class ImageList:
-    """Images of all the kinds that :func:`timm_branches.predict.predict` takes, as uint8 arrays (H, W, C).
+    """Images of all the kinds that :func:`timm_branches.inference.predict.predict` takes, as uint8 arrays (H, W, C).
 
     Files are opened when their image is asked for.
 
     Args:
-        images: See :func:`timm_branches.predict.predict`.
+        images: See :func:`timm_branches.inference.predict.predict`.
         in_chans: 3 for RGB, 1 for grey.
 
     Attributes:

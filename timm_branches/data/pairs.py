@@ -12,7 +12,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm_branches.data.images import ArrayImages, FileImages, is_image_name
 from timm_branches.data.seeded import SeededDataset
 from timm_branches.data.transforms import _albumentations, _color_jitter, _load_compose, _match_mean, _SampleRandom
-from timm_branches.hierarchy.taxonomy import Taxonomy
+from timm_branches.taxonomy.taxonomy import Taxonomy
 
 __all__ = ["DenoisingDataset", "PairTransform", "SegmentationDataset"]
 

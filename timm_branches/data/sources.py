@@ -11,8 +11,8 @@ import torch
 
 from timm_branches.data.images import FileImages, is_image_name, open_tar
 from timm_branches.data.stratify import stratified_indices
-from timm_branches.hierarchy.taxonomy import Taxonomy
-from timm_branches.hierarchy.trees import get_taxonomy
+from timm_branches.taxonomy.taxonomy import Taxonomy
+from timm_branches.taxonomy.trees import get_taxonomy
 
 __all__ = ["Source", "node_labels", "read_csv", "read_digits", "read_folder", "read_tar", "read_torchvision"]
 

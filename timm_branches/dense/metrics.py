@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from timm_branches.hierarchy import HierarchyEvaluator, Taxonomy, sum_upwards
+from timm_branches.hierarchy import HierarchyEvaluator, sum_upwards
+from timm_branches.taxonomy import Taxonomy
 
 __all__ = ["SegmentationEvaluator"]
 

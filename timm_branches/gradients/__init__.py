@@ -21,9 +21,9 @@ from timm_branches.gradients.frames import FrameGradients, frame_gradients
 from timm_branches.gradients.kernel_figures import plot_kernel_gradients
 from timm_branches.gradients.kernels import diagnose_kernel_gradients
 from timm_branches.gradients.objective import group_by_stage
-from timm_branches.gradients.paths import PathGradients, path_gradients
-from timm_branches.gradients.plots import plot_conflicts, plot_report
 from timm_branches.gradients.report import GradientReport, gradient_report
+from timm_branches.gradients.report_figures import plot_conflicts, plot_report
+from timm_branches.gradients.routes import PathGradients, path_gradients
 
 __all__ = ["Diagnosis", "FrameGradients", "GradientReport", "PathGradients", "branch_cosines", "check_model",
            "conv2d_weight_grad", "diagnose_kernel_gradients", "frame_gradients", "gradient_report",

@@ -5,7 +5,7 @@ from itertools import permutations
 
 from torch import Tensor
 
-from timm_branches.hierarchy import Taxonomy
+from timm_branches.taxonomy import Taxonomy
 
 __all__ = ["label_problems"]
 

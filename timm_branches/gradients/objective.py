@@ -9,8 +9,8 @@ import torch
 from timm.task import TrainingTask
 from torch import Tensor, nn
 
-from timm_branches.freezing import part_up_to
 from timm_branches.model import BranchModel
+from timm_branches.taps.freezing import part_up_to
 from timm_branches.task import base_model
 
 __all__ = ["Evaluated", "Losses", "Objective", "group_by_stage", "reproducible"]

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from timm.layers import create_act_layer, get_norm_act_layer
 from torch import nn
 
-from timm_branches.reader import TapInfo
+from timm_branches.taps.reader import TapInfo
 
 __all__ = ["AttentionGate", "LinearBottleneck", "RedNetStage", "UNetStage", "Upsample", "conv_norm_act", "resize"]
 

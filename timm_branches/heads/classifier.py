@@ -8,7 +8,7 @@ import torch
 from timm.layers import SelectAdaptivePool2d
 from torch import nn
 
-from timm_branches.reader import TapInfo
+from timm_branches.taps.reader import TapInfo
 
 __all__ = ["BranchClassifier", "FlattenHead", "PoolHead"]
 

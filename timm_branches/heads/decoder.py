@@ -15,7 +15,7 @@ from timm.layers import create_act_layer, get_act_layer
 from torch import nn
 
 from timm_branches.heads.blocks import LinearBottleneck, RedNetStage, UNetStage, Upsample, conv_norm_act, resize
-from timm_branches.reader import TapInfo
+from timm_branches.taps.reader import TapInfo
 
 __all__ = ["RedNetHead", "SkipDecoder", "UNetHead"]
 

@@ -14,9 +14,9 @@ from timm.layers import SelectAdaptivePool2d, get_act_layer
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from timm_branches.clips import Clips
 from timm_branches.heads.classifier import BranchClassifier, _check, _FixedFlatten
-from timm_branches.reader import TapInfo
+from timm_branches.heads.folding import Clips
+from timm_branches.taps.reader import TapInfo
 
 __all__ = ["GRUHead", "LSTMHead", "TemporalClassifier"]
 

@@ -12,8 +12,14 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .depth import DepthAccuracy, Prediction, back_off, depth_accuracy_curve, plot_depth_accuracy
-from .taxonomy import Taxonomy
+from timm_branches.hierarchy.depth import (
+    DepthAccuracy,
+    Prediction,
+    back_off,
+    depth_accuracy_curve,
+    plot_depth_accuracy,
+)
+from timm_branches.taxonomy.taxonomy import Taxonomy
 
 __all__ = ["DECODERS", "DepthAccuracy", "Prediction", "back_off", "decode", "depth_accuracy_curve", "leaf_log_probs",
            "plot_depth_accuracy"]

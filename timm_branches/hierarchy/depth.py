@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .metrics import _check_pair
+from timm_branches.hierarchy.metrics import _check_pair
 
 __all__ = ["DepthAccuracy", "Prediction", "back_off", "depth_accuracy_curve", "plot_depth_accuracy"]
 
@@ -162,7 +162,7 @@ def plot_depth_accuracy(curves: DepthAccuracy | Mapping[str, DepthAccuracy], pat
     Raises:
         ValueError: if there are no curves.
     """
-    from ..figures import COLOURS, FAINT, INK, new_figure, restrain, save_figure
+    from timm_branches.figures import COLOURS, FAINT, INK, new_figure, restrain, save_figure
 
     by_name = {"": curves} if isinstance(curves, DepthAccuracy) else dict(curves)
     if not by_name:

@@ -10,10 +10,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from .decode import DECODERS, decode, leaf_log_probs
-from .metrics import calibration_bins, calibration_error, class_scores
-from .path_metrics import PathTables
-from .taxonomy import Taxonomy
+from timm_branches.hierarchy.decode import DECODERS, decode, leaf_log_probs
+from timm_branches.hierarchy.metrics import calibration_bins, calibration_error, class_scores
+from timm_branches.hierarchy.tree_metrics import PathTables
+from timm_branches.taxonomy.taxonomy import Taxonomy
 
 __all__ = ["HierarchyEvaluator"]
 
@@ -40,7 +40,7 @@ class _Totals(NamedTuple):
 class HierarchyEvaluator:
     """Accuracies, consistency, hierarchical scores and distances, and calibration on a label hierarchy.
 
-    The definitions and sources are at the functions of ``hierarchy.metrics`` and ``hierarchy.path_metrics``.
+    The definitions and sources are at the functions of ``hierarchy.metrics`` and ``hierarchy.tree_metrics``.
     Everything is summed up as integers, or in float64, in memory that does not depend on the number of samples
     (torchmetrics keeps every sample's confidence for the calibration error). A metric without a sample is nan.
 

@@ -15,8 +15,15 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from .label_paths import check_labels, complete_paths, deepest, path_heights, path_log_probabilities, soft_targets
-from .taxonomy import Taxonomy
+from timm_branches.hierarchy.ancestry import (
+    check_labels,
+    complete_paths,
+    deepest,
+    path_heights,
+    path_log_probabilities,
+    soft_targets,
+)
+from timm_branches.taxonomy.taxonomy import Taxonomy
 
 __all__ = ["consistency_loss", "hxe_loss", "level_cross_entropy", "marginal_loss", "soft_label_loss", "soft_labels",
            "tree_path_kl"]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .taxonomy import Taxonomy
+from timm_branches.taxonomy.taxonomy import Taxonomy
 
 __all__ = [
     "class_scores",

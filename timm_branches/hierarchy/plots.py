@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..figures import COLOURS, FAINT, INK, new_figure, save_figure
-from .derive import cut_linkage
-from .tables import as_labels
-from .taxonomy import Taxonomy
+from timm_branches.figures import COLOURS, FAINT, INK, new_figure, save_figure
+from timm_branches.taxonomy.derive import cut_linkage
+from timm_branches.taxonomy.tables import as_labels
+from timm_branches.taxonomy.taxonomy import Taxonomy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from .paths import NodePath
+    from timm_branches.taxonomy.paths import NodePath
 
 __all__ = ["dendrogram_figure", "plot_dendrogram", "plot_taxonomy", "taxonomy_figure"]
 

@@ -7,14 +7,19 @@ key in a schedule is the first epoch in which its weights act. Keras code that s
 epoch 8", as B-CNN's does, is therefore written with key 9 here.
 
 Nothing in this package needs torch: a schedule can be printed, plotted or stored anywhere. (Weights that are learned
-by gradient are in `timm_branches.uncertainty`.)
+by gradient are in `timm_branches.task.uncertainty`.)
 
 Source: Zhu and Bain, "B-CNN: Branch Convolutional Neural Network for Hierarchical Classification", arXiv:1709.09890.
 """
-from .adaptive import DynamicSchedule
-from .base import LossWeightSchedule
-from .keyed import ConstantSchedule, CosineSchedule, LinearSchedule, StepSchedule
-from .parse import PRESETS, get_schedule, parse_schedule
+from timm_branches.schedules.adaptive import DynamicSchedule
+from timm_branches.schedules.base import LossWeightSchedule
+from timm_branches.schedules.keyed import (
+    ConstantSchedule,
+    CosineSchedule,
+    LinearSchedule,
+    StepSchedule,
+)
+from timm_branches.schedules.parse import PRESETS, get_schedule, parse_schedule
 
 __all__ = ["PRESETS", "ConstantSchedule", "CosineSchedule", "DynamicSchedule", "LinearSchedule", "LossWeightSchedule",
            "StepSchedule", "get_schedule", "parse_schedule"]

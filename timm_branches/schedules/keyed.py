@@ -5,7 +5,13 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from .base import LossWeightSchedule, Weights, check_epoch, check_weights, number
+from timm_branches.schedules.base import (
+    LossWeightSchedule,
+    Weights,
+    check_epoch,
+    check_weights,
+    number,
+)
 
 __all__ = ["ConstantSchedule", "CosineSchedule", "KeyedSchedule", "LinearSchedule", "StepSchedule"]
 

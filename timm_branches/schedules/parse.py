@@ -5,9 +5,15 @@ import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .adaptive import DynamicSchedule
-from .base import LossWeightSchedule, Weights, check_levels
-from .keyed import ConstantSchedule, CosineSchedule, KeyedSchedule, LinearSchedule, StepSchedule
+from timm_branches.schedules.adaptive import DynamicSchedule
+from timm_branches.schedules.base import LossWeightSchedule, Weights, check_levels
+from timm_branches.schedules.keyed import (
+    ConstantSchedule,
+    CosineSchedule,
+    KeyedSchedule,
+    LinearSchedule,
+    StepSchedule,
+)
 
 __all__ = ["PRESETS", "get_schedule", "parse_schedule"]
 

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from timm_branches.hierarchy import HierarchyEvaluator, Taxonomy, sum_upwards
+from timm_branches.hierarchy import HierarchyEvaluator, sum_upwards
 from timm_branches.hierarchy.losses import (
     consistency_loss,
     hxe_loss,
@@ -18,7 +18,8 @@ from timm_branches.hierarchy.losses import (
 )
 from timm_branches.model import BranchModel
 from timm_branches.task.base import HeadsTask, Schedule
-from timm_branches.uncertainty import UncertaintyWeighting
+from timm_branches.task.uncertainty import UncertaintyWeighting
+from timm_branches.taxonomy import Taxonomy
 
 __all__ = ["BranchTask", "FlatTask", "two_classes"]
 

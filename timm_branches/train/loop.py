@@ -408,7 +408,7 @@ class _Run:
         if not self.config.plots or self.start_epoch >= self.config.epochs:
             return
         try:
-            from timm_branches.train.plots import plot_confusion, plot_history
+            from timm_branches.train.curves import plot_confusion, plot_history
             if any(key.startswith("cosine_") for row in self.result.history for key in row):
                 from timm_branches.gradients import plot_conflicts
                 plot_conflicts(self.result.history, self.result.output / "conflicts.png")

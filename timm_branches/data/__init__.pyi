@@ -1,0 +1,75 @@
+from .clips.dataset import (
+    ClipDataset as ClipDataset,
+)
+from .clips.dataset import (
+    ClipSubset as ClipSubset,
+)
+from .clips.dataset import (
+    create_clip_dataset as create_clip_dataset,
+)
+from .clips.dataset import (
+    create_clip_splits as create_clip_splits,
+)
+from .clips.dataset import (
+    split_clips as split_clips,
+)
+from .clips.loader import (
+    ClipBatch as ClipBatch,
+)
+from .clips.loader import (
+    collate_clips as collate_clips,
+)
+from .clips.loader import (
+    create_clip_loader as create_clip_loader,
+)
+from .clips.sampling import (
+    FrameSampler as FrameSampler,
+)
+from .datasets import (
+    HierarchicalDataset as HierarchicalDataset,
+)
+from .datasets import (
+    Subset as Subset,
+)
+from .datasets import (
+    coarsen_labels as coarsen_labels,
+)
+from .datasets import (
+    create_dataset as create_dataset,
+)
+from .datasets import (
+    create_splits as create_splits,
+)
+from .datasets import (
+    split_dataset as split_dataset,
+)
+from .loader import (
+    EpochSampler as EpochSampler,
+)
+from .loader import (
+    Loader as Loader,
+)
+from .loader import (
+    create_loader as create_loader,
+)
+from .mixup import (
+    HierarchicalMixup as HierarchicalMixup,
+)
+from .mixup import (
+    split_levels as split_levels,
+)
+from .pairs import (
+    DenoisingDataset as DenoisingDataset,
+)
+from .pairs import (
+    PairTransform as PairTransform,
+)
+from .pairs import (
+    SegmentationDataset as SegmentationDataset,
+)
+from .transforms import (
+    SampleTransform as SampleTransform,
+)
+from .transforms import (
+    create_transform as create_transform,
+)

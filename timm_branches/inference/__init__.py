@@ -1,0 +1,6 @@
+"""Answers for people: predictions of saved models, their pictures, and videos frame by frame."""
+
+import lazy_loader
+
+# the names and where they live stand in __init__.pyi, which type checkers read, too
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,280 @@
+"""Predictions for people: which classes a saved model sees in images, as paths through its tree.
+
+Images are prepared exactly as for validation in training. They are decoded, and their predictions handed out, one
+batch at a time, so a folder of any size can be gone through.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.data import Dataset
+
+from timm_branches.data.image_list import ImageList
+from timm_branches.hierarchy import sum_upwards
+from timm_branches.model import BranchModel
+from timm_branches.taxonomy import Taxonomy, get_taxonomy
+
+if TYPE_CHECKING:
+    from timm_branches.data.transforms import SampleTransform
+
+__all__ = ["Predictions", "Record", "predict"]
+
+# PIL reports a broken PNG as a SyntaxError
+_UNREADABLE = (OSError, ValueError, SyntaxError)
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a model says of one image. `labels`, `probabilities` and `path` have one entry a level, down to the level
+    where the path ends: at a leaf, or where the model is not sure enough.
+
+    Attributes:
+        file: The image's file, `archive.tar:member`, or `image 3` for the fourth of images in memory.
+        labels: Class index per level (per head for a model without a tree).
+        probabilities: What the decoder gives for each of them.
+        path: Their names; empty for a model without a tree.
+        stopped: Whether the threshold ended the path above the class that the decoder had chosen.
+        candidates: For every level its most probable classes and the chosen one as (index, probability by this level
+            alone), where `top` asked for them.
+        error: Why the image could not be read; nothing else is known of it then.
+    """
+
+    file: str
+    labels: tuple[int, ...] = ()
+    probabilities: tuple[float, ...] = ()
+    path: tuple[str, ...] = ()
+    stopped: bool = False
+    candidates: tuple[tuple[tuple[int, float], ...], ...] = ()
+    error: str | None = None
+
+
+def predict(
+    model: "BranchModel | str | os.PathLike",
+    images: Any,
+    taxonomy: "Taxonomy | str | os.PathLike | None" = None,
+    decoder: str | None = None,
+    threshold: float | None = None,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    device: "torch.device | str | None" = None,
+    strict: bool = True,
+    top: int = 0,
+) -> "Predictions":
+    """Classify images on every level of a model's tree.
+
+    A model with one head a level is decoded as it is. A flat model, with a single head of the tree's leaves, has its
+    leaf probabilities summed upwards first. A model without a tree gives each head's most probable class. Decoders
+    beside such heads are left out, and not computed.
+
+    Args:
+        model: A model, or what :func:`timm_branches.load_model` takes.
+        images: A file, a folder (searched for images, natural order), a tar of images, a PIL image, an array (H, W) or
+            (H, W, C) of uint8, a uint8 tensor (C, H, W), or a floating-point tensor (C, H, W) that the model's
+            transform has made already; or any number of these.
+        taxonomy: The tree of a model that was saved without one, or what `get_taxonomy` takes.
+        decoder: How the levels' answers become one path, see `timm_branches.hierarchy.decode`; None is 'best-path', for
+            a flat model 'leaf-marginal', and each head on its own without a tree.
+        threshold: Stop at the deepest level whose probability is at least this, from 0 to 1.
+        batch_size: Images a batch.
+        num_workers: Processes that read images; 0 reads them in this one.
+        device: Where the model is moved to; None leaves a model where it is and puts a loaded one on a GPU if there is
+            one.
+        strict: Raise at the first image that cannot be read; otherwise it has a record with its `error`.
+        top: How many candidates of each level to keep in the records.
+
+    Returns:
+        :class:`Predictions`: iterate over it for one :class:`Record` an image, in order.
+
+    Raises:
+        FileNotFoundError: A path given does not exist.
+        ValueError: There are no images, the model's file is damaged, or a tree is missing, does not fit, or is given
+            twice; while iterating: an image cannot be read, or the model's outputs are not finite.
+
+    Example:
+        >>> for record in predict('model.safetensors', ['photos/', 'a.jpg'], threshold=0.8):  # doctest: +SKIP
+        ...     print(record.file, record.path, record.probabilities)
+        photos/1.jpg ('animal', 'pet', 'cat') (0.98, 0.91, 0.87)
+        a.jpg ('transport',) (0.99,)
+    """
+    if not isinstance(model, BranchModel):
+        from timm_branches.factory import load_model
+
+        model = load_model(model)
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if batch_size < 1 or num_workers < 0 or top < 0:
+        raise ValueError(f"batch_size must be at least 1, num_workers and top at least 0; got {batch_size}, "
+                         f"{num_workers} and {top}.")
+    levels = _Levels(model, taxonomy, decoder, threshold)
+    listed = ImageList(images, model.in_chans)
+    if device is not None:
+        model.to(_device(device))
+    return Predictions(model, listed, levels, batch_size, num_workers, strict, top)
+
+
+class Predictions:
+    """The records of images, in their order; made by :func:`predict`. Each iteration runs the model anew.
+
+    Attributes:
+        images: The images, to look at beside what was predicted.
+        levels: Names of the levels, coarsest first; of the heads for a model without a tree.
+        taxonomy: The tree, or None.
+    """
+
+    def __init__(self, model: BranchModel, images: ImageList, levels: "_Levels", batch_size: int, num_workers: int,
+                 strict: bool, top: int) -> None:
+        self.model, self.images, self._levels = model, images, levels
+        self.levels, self.taxonomy = levels.names, levels.taxonomy
+        self.batch_size, self.num_workers, self.strict, self.top = batch_size, num_workers, strict, top
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __iter__(self) -> Iterator[Record]:
+        from timm_branches.data import create_loader
+
+        samples = _Samples(self.images, _validation_transform(self.model))
+        loader = create_loader(samples, self.batch_size, num_workers=self.num_workers, rank=0, world_size=1,
+                               collate_fn=list, persistent_workers=False)
+        parameter = next(self.model.parameters())
+        names = iter(self.images.names)
+        for batch in loader:
+            tensors = [sample for sample in batch if not isinstance(sample, str)]
+            x = torch.stack(tensors).to(parameter.device, parameter.dtype) if tensors else None
+            known = iter(self._levels.read(self._forward(x), self.top) if x is not None else [])
+            for sample in batch:
+                file = next(names)
+                if isinstance(sample, str) and self.strict:
+                    raise ValueError(sample)
+                yield Record(file, error=sample) if isinstance(sample, str) else Record(file, **next(known))
+
+    @torch.inference_mode()
+    def _forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        training = self.model.training
+        self.model.eval()
+        try:
+            logits = {name: y.float().cpu() for name, y in self.model(x, heads=self._levels.heads).items()}
+        finally:
+            self.model.train(training)
+        for name, y in logits.items():
+            if y.ndim != 2:
+                raise ValueError(f"predict() classifies whole images; head {name!r} gives {tuple(y.shape)} for "
+                                 f"{len(x)} images.")
+            if not y.isfinite().all():
+                raise ValueError(f"head {name!r} of the model gives numbers that are not finite: the model has "
+                                 "diverged in training, or its input is out of bounds.")
+        return list(logits.values())
+
+
+class _Levels:
+    """How a model's outputs become rows of labels: its tree, or the one given, and the decoder."""
+
+    def __init__(self, model: BranchModel, taxonomy: Any, decoder: str | None, threshold: float | None) -> None:
+        tree = None if taxonomy is None else get_taxonomy(taxonomy)
+        if tree is not None and model.taxonomy is not None and tree != model.taxonomy:
+            raise ValueError(f"the model has a tree of its own, {model.taxonomy!r}, and another was given, {tree!r}: "
+                             "leave it out.")
+        tree = model.taxonomy if tree is None else tree
+        self.heads = tuple(name for name, head in zip(model.names, model.head_specs, strict=False) if not head.dense)
+        if not self.heads:
+            raise ValueError("predict() classifies whole images, and this model answers for every pixel: call the "
+                             "model itself, or timm_branches.dense.tiled_inference for large images.")
+        classes = tuple(model.num_classes[name] for name in self.heads)
+        if 0 in classes:
+            raise ValueError(f"a head without classes has nothing to predict; the model's have {model.num_classes}.")
+        self.flat = tree is not None and classes != tree.num_classes
+        if tree is not None and self.flat and classes != (tree.num_leaves,):
+            raise ValueError(f"the tree does not fit the model, whose heads have {model.num_classes} classes: its "
+                             f"levels have {tree.num_classes} classes, and it has {tree.num_leaves} leaves.")
+        if threshold is not None and not 0 <= threshold <= 1:
+            raise ValueError(f"threshold must be a probability from 0 to 1, not {threshold}.")
+        if tree is None and (threshold is not None or decoder not in (None, "independent")):
+            what = "threshold" if threshold is not None else f"decoder {decoder!r}"
+            raise ValueError(f"{what} needs a tree, and this model was saved without one: give its taxonomy.")
+        if tree is not None:
+            from timm_branches.hierarchy.decode import DECODERS
+
+            if decoder is not None and decoder not in DECODERS:
+                raise ValueError(f"no decoder {decoder!r}; it is one of {', '.join(DECODERS)}.")
+        self.taxonomy, self.threshold = tree, threshold
+        # summed leaves say the same thing on every level: multiplying them would count it several times
+        self.decoder = decoder or ("leaf-marginal" if self.flat else "best-path")
+        self.names: tuple[str, ...] = self.heads if tree is None else tree.levels
+
+    def read(self, logits: Sequence[torch.Tensor], top: int) -> list[dict[str, Any]]:
+        """What a record holds, for each row of a batch's logits."""
+        if self.taxonomy is None:
+            chances = [y.softmax(-1) for y in logits]
+            probabilities, labels = (torch.stack(part, 1) for part in
+                                     zip(*(p.max(-1) for p in chances), strict=True))
+            stopped = [False] * len(labels)
+        else:
+            from timm_branches.hierarchy.decode import back_off, decode
+
+            levels = sum_upwards(logits[0], self.taxonomy) if self.flat else list(logits)
+            # on an uneven tree what the leaves sum to is less than 1, and is meant to be
+            chances = [y.exp() if self.flat else y.softmax(-1) for y in levels]
+            decided = decode(levels, self.taxonomy, self.decoder)
+            final = decided if self.threshold is None else back_off(decided, self.threshold)
+            labels, probabilities = final.labels, final.probabilities
+            stopped = (labels != decided.labels).any(1).tolist()
+        records = []
+        best = [p.topk(min(top, p.shape[1])) for p in chances] if top else []
+        for i, (row, chance) in enumerate(zip(labels.tolist(), probabilities.tolist(), strict=True)):
+            row = row[:row.index(-1)] if -1 in row else row
+            path = () if self.taxonomy is None else tuple(
+                names[label] for names, label in zip(self.taxonomy.classes, row, strict=False))
+            candidates = [dict(zip(b.indices[i].tolist(), b.values[i].tolist(), strict=True)) for b in best]
+            for known, p, label in zip(candidates, chances, row, strict=False):
+                known.setdefault(label, p[i, label].item())
+            records.append({"labels": tuple(row), "probabilities": tuple(chance[:len(row)]), "path": path,
+                            "stopped": stopped[i], "candidates": tuple(tuple(known.items()) for known in candidates)})
+        return records
+
+
+class _Samples(Dataset):
+    """What the model takes of each image, or as a text why it cannot be read."""
+
+    def __init__(self, images: ImageList, transform: "SampleTransform") -> None:
+        self.images, self.transform = images, transform
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> torch.Tensor | str:
+        try:
+            image = self.images[index]
+            if not isinstance(image, torch.Tensor):
+                return self.transform(image)
+            wanted = (self.images.in_chans, *self.transform.size)
+            if tuple(image.shape) != wanted:
+                raise ValueError(f"a floating-point tensor must be what the model's transform makes, of shape "
+                                 f"{wanted}, not {tuple(image.shape)}; images themselves are uint8")
+            return image.detach().cpu()
+        except _UNREADABLE as error:
+            name, reason = self.images.names[index], " ".join(str(error).split())
+            return reason if name in reason else f"{name}: {reason}"
+
+
+def _validation_transform(model: BranchModel) -> "SampleTransform":
+    from timm.data import resolve_model_data_config
+
+    from timm_branches.data import create_transform
+
+    cfg = resolve_model_data_config(model)
+    # timm would fill in its own crop for a model that says nothing of it; create_transform goes by the image size
+    return create_transform(model.input_size, mean=cfg["mean"], std=cfg["std"], interpolation=cfg["interpolation"],
+                            crop_pct=model.pretrained_cfg.get("crop_pct"),
+                            crop_mode=model.pretrained_cfg.get("crop_mode"))
+
+
+def _device(device: "torch.device | str") -> torch.device:
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)  # says so if it is not there
+        return found
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"no device {str(device)!r}: {reason} Write cpu, cuda or cuda:1.") from None

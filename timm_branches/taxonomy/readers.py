@@ -1,0 +1,246 @@
+"""What the constructors of a :class:`Taxonomy` read: tables, nested JSON, class folders, maps from child to parent.
+
+Plain functions that return one path per leaf, in class order, and the level names or the order of inner nodes where
+the source has them. They are documented at `Taxonomy.from_csv` and its neighbours, which call them.
+"""
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from numbers import Integral
+from pathlib import Path
+from typing import Any
+
+from timm_branches.taxonomy.paths import NodePath, hint
+
+__all__ = ["load_json", "read_csv", "read_dataframe", "read_folders", "read_json", "read_parents"]
+
+
+def read_csv(file: str | Path, columns: Sequence[str] | None = None) -> tuple[list[NodePath], list[str]]:
+    """The leaves of a CSV file, one a row, and the columns they were read from."""
+    with open(file, newline="", encoding="utf-8-sig") as stream:
+        reader = csv.reader(stream)
+        rows = [(reader.line_num, [cell.strip() for cell in row]) for row in reader]
+    rows = [(line, row) for line, row in rows if any(row)]
+    if not rows:
+        raise ValueError(f"{file} is empty; its first row must name the levels, coarsest first")
+    header = rows.pop(0)[1]
+    wanted = _pick_columns(header, columns, str(file))
+    paths = []
+    for line, row in rows:
+        if len(row) > len(header):
+            raise ValueError(f"{file}, line {line}: {len(row)} cells, but the header names {len(header)}; quote "
+                             f"cells that contain a comma")
+        cells = dict(zip(header, row + [""] * (len(header) - len(row)), strict=True))
+        paths.append(_row_path([cells[name] for name in wanted], f"{file}, line {line}"))
+    return paths, wanted
+
+
+def read_dataframe(frame: Any, columns: Sequence[Any] | None = None) -> tuple[list[NodePath], list[str]]:
+    """The leaves of a data frame, each once in order of appearance, and the columns they were read from."""
+    if not hasattr(frame, "columns"):
+        raise TypeError(f"a data frame has columns, as pandas' does; got {type(frame).__name__}")
+    wanted = _pick_columns(list(frame.columns), columns, "the data frame")
+    rows = zip(*([_cell(value) for value in frame[name]] for name in wanted), strict=True)
+    paths = [_row_path(row, f"row {i} of the data frame") for i, row in enumerate(rows) if any(row)]
+    return list(dict.fromkeys(paths)), [str(name) for name in wanted]
+
+
+def _cell(value: Any) -> str:
+    """A data frame's cell as text, '' if it is missing (None, NaN, NaT, NA)."""
+    if isinstance(value, str):
+        return value.strip()
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))  # pandas turns a column of integers to floats as soon as one is missing
+    text = str(value)
+    return "" if text in ("None", "nan", "NaT", "<NA>") else text
+
+
+def _pick_columns(header: Sequence[Any], columns: Sequence[Any] | None, source: str) -> list[Any]:
+    """The columns asked for, all by default, after making sure that each is there once."""
+    wanted = list(header) if columns is None else list(columns)
+    if unknown := [name for name in wanted if name not in header]:
+        raise ValueError(f"{source} has no column {unknown[0]!r}; its columns are {header}")
+    if len(set(header)) < len(header) or not all(str(name).strip() for name in header):
+        raise ValueError(f"{source}: each column needs a name of its own, got {header}")
+    if not wanted:
+        raise ValueError(f"{source} needs at least one column for a level, got none; its columns are {header}")
+    return wanted
+
+
+def _row_path(cells: Sequence[str], where: str) -> NodePath:
+    """A row's path: its cells up to the first empty one, after which there may be no other."""
+    names = tuple(cell for cell in cells if cell)
+    if tuple(cells[:len(names)]) != names:
+        raise ValueError(f"{where}: empty name above a class: {list(cells)}; only the last cells of a row may be empty")
+    return names
+
+
+def load_json(file: str | Path) -> Any:
+    """The content of a JSON file, in which no object may give a key twice."""
+    return json.loads(Path(file).read_text(encoding="utf-8-sig"), object_pairs_hook=_no_doubles)
+
+
+def _no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """JSON's last-one-wins would drop a whole branch without a word."""
+    keys = [key for key, _ in pairs]
+    if len(set(keys)) < len(keys):
+        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)!r} occurs twice in one JSON object")
+    return dict(pairs)
+
+
+def read_json(node: Any, path: NodePath = ()) -> list[NodePath]:
+    """The leaves of nested objects and lists below `path`."""
+    where = "/".join(path) or "the top level"
+    if isinstance(node, Mapping):
+        leaves: list[NodePath] = []
+        for name, below in node.items():
+            here = (*path, name)
+            leaves += [here] if below is None or below == {} else read_json(below, here)
+        return leaves
+    if isinstance(node, Sequence) and not isinstance(node, str):
+        if not node and path:
+            raise ValueError(f"{where} has an empty list of children; write null for a leaf")
+        return [leaf for item in node
+                for leaf in ([(*path, item)] if isinstance(item, str) else _walk_json_item(item, path, where))]
+    raise ValueError(f"{where} holds {node!r}; expected an object of children, a list of leaf names, or null")
+
+
+def _walk_json_item(item: Any, path: NodePath, where: str) -> list[NodePath]:
+    if not isinstance(item, Mapping):
+        raise ValueError(f"the list under {where} holds {item!r}; expected leaf names in quotes, or objects")
+    return read_json(item, path)
+
+
+def read_folders(root: str | Path) -> list[NodePath]:
+    """The leaves of nested class folders, sorted."""
+    root = Path(root)
+    if not root.is_dir():
+        raise ValueError(f"{root} is not a folder; give the folder that holds the class folders")
+    leaves = _walk_folders(root, (), (root.resolve(),))
+    if leaves == [()]:
+        raise ValueError(f"{root} has no class folders")
+    return leaves
+
+
+def _walk_folders(folder: Path, path: NodePath, above: tuple[Path, ...]) -> list[NodePath]:
+    below = sorted(child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
+    leaves = []
+    for child in below:
+        real = child.resolve()
+        if real in above:
+            raise ValueError(f"{child} links back to {real}, which contains it: a cycle")
+        leaves += _walk_folders(child, (*path, child.name), (*above, real))
+    return leaves or [path]
+
+
+def read_parents(
+    classes: Sequence[str], maps: Any, names: Sequence[Sequence[str] | None] | None, levels: Sequence[str] | None,
+) -> tuple[list[NodePath], list[list[NodePath]] | None]:
+    """The leaves of maps from child to parent, and the order of each level's nodes where there is a map for each step.
+
+    Args:
+        classes: the leaves' names in class order.
+        maps: a list of maps, one for each step up, or one map of names for the whole forest.
+        names: for each map of a list the names of its parents, or None.
+        levels: level names, coarsest first.
+    """
+    classes = list(classes)
+    if len(set(classes)) < len(classes):
+        twice = next(name for name in classes if classes.count(name) > 1)
+        raise ValueError(f"class {twice!r} is listed twice")
+    if isinstance(maps, Mapping) or (maps and all(_is_pair(pair) for pair in maps)):
+        edges = _as_map(maps)
+        if not any(isinstance(key, Integral) for key in edges):
+            if names is not None:
+                raise ValueError("names belong to a list of maps; a map of the whole forest names its parents")
+            return _climb(classes, edges), None
+        maps = [maps]
+    if names is not None and len(names) != len(maps):
+        raise ValueError(f"names needs one entry per map ({len(maps)}), got {len(names)}")
+    if levels is not None and len(levels) != len(maps) + 1:
+        raise ValueError(f"{len(maps)} maps make {len(maps) + 1} levels, got {len(levels)} level names")
+    rows = [classes]  # names per level, finest first
+    steps = []  # for each map, the parent's name of each name
+    for i, given in enumerate(maps):
+        title = levels[len(maps) - 1 - i] if levels is not None else f"level{len(maps) - i}"
+        parent, upper = _one_step(rows[-1], _as_map(given), names[i] if names else None, title)
+        steps.append(parent)
+        rows.append(upper)
+    order: list[list[NodePath]] = [[(name,) for name in rows[-1]]]
+    for row, parent in zip(rows[-2::-1], steps[::-1], strict=True):
+        above = {path[-1]: path for path in order[-1]}
+        order.append([(*above[parent[name]], name) for name in row])
+    return order[-1], order
+
+
+def _is_pair(item: Any) -> bool:
+    """Whether it is (child, parent); a map written as a list never looks like that, as it holds indices or pairs."""
+    return (isinstance(item, (tuple, list)) and len(item) == 2 and isinstance(item[0], str)
+            and (item[1] is None or isinstance(item[1], str)))
+
+
+def _as_map(given: Any) -> dict[Any, Any]:
+    """A child -> parent dict out of a dict, a list of pairs or a list of indices."""
+    given = given.tolist() if hasattr(given, "tolist") else given
+    if isinstance(given, Mapping):
+        return dict(given)
+    if isinstance(given, Sequence) and given and all(_is_pair(pair) for pair in given):
+        edges: dict[Any, Any] = {}
+        for child, parent in given:
+            if edges.setdefault(child, parent) != parent:
+                raise ValueError(f"{child!r} has a second parent: {edges[child]!r} and {parent!r}")
+        return edges
+    if isinstance(given, Sequence) and given and all(isinstance(index, Integral) for index in given):
+        return dict(enumerate(given))
+    raise ValueError(f"a map is a dict, a list of (child, parent) names, or a list of parent indices; got {given!r}")
+
+
+def _climb(classes: Sequence[str], edges: Mapping[str, str | None]) -> list[NodePath]:
+    paths = []
+    for name in classes:
+        path = [name]
+        while (parent := edges.get(path[0])) is not None:
+            if parent in path:
+                raise ValueError(f'cycle: {" -> ".join([*path[::-1], parent])}')
+            path.insert(0, parent)
+        paths.append(tuple(path))
+    used = {name for path in paths for name in path}
+    if unused := [name for name in edges if name not in used]:
+        raise ValueError(f"{unused[0]!r} has a parent but is neither a class nor above one{hint(unused[0], used)}")
+    return paths
+
+
+def _one_step(
+    row: Sequence[str], edges: Mapping[Any, Any], names: Sequence[str] | None, title: str,
+) -> tuple[dict[str, str], list[str]]:
+    """One map from a level to the next: the parent's name of each name, and the parents in order of their indices."""
+    by_index = any(isinstance(key, Integral) for key in edges)
+    keys: Sequence[Any] = range(len(row)) if by_index else row
+    kind = "index" if by_index else "class"
+    for key in keys:
+        if edges.get(key) is None:
+            raise ValueError(f"{kind} {key!r} has no parent on {title}")
+    known = set(keys)
+    if unknown := [key for key in edges if key not in known]:
+        raise ValueError(f"{kind} {unknown[0]!r} has a parent on {title}, but there is no such class"
+                         f"{hint(str(unknown[0]), row)}")
+    if not by_index:
+        upper = list(names) if names is not None else list(dict.fromkeys(edges[key] for key in keys))
+        if set(upper) != {edges[key] for key in keys} or len(set(upper)) < len(upper):
+            raise ValueError(f"names of {title} must list each parent once: "
+                             f"{sorted(map(str, {edges[key] for key in keys}))}, got {upper}")
+        return dict(edges), upper
+    used = {edges[key] for key in keys}
+    if not all(isinstance(index, Integral) and int(index) >= 0 for index in used):
+        raise ValueError(f"a map whose keys are indices must have indices from 0 as values too, got "
+                         f"{sorted(map(str, used))}")
+    count = max(used) + 1 if names is None else len(names)
+    if used != set(range(count)):
+        raise ValueError(f"{title} has {count} classes, so parents must be each of 0 to {count - 1}; got "
+                         f"{sorted(used)}: an index without children would be an empty class")
+    upper = list(names) if names is not None else [f"{title}_{i}" for i in range(count)]
+    if len(set(upper)) < len(upper):
+        raise ValueError(f"names of {title} must differ from each other, got {upper}")
+    return {name: upper[edges[i]] for i, name in enumerate(row)}, upper
