@@ -1,13 +1,15 @@
-"""Clips against the hand-written loop: frames one by one through a CNN, its features one by one into an LSTM.
+"""Clips against the hand-written loop: frames one by one through a CNN, its features one by one
+into an LSTM.
 
     OMP_NUM_THREADS=1 python benchmarks/clips.py
     python benchmarks/clips.py --model resnet50 --frames 16 -b 8 --img-size 224 --device cuda
 
-The baseline is what tutorials show: plain torch, `for t in range(T)` over the frames, the LSTM's state carried on, the
-backbone frozen or not; it has the same weights and must give the same answers. Measured are a training step with the
-backbone trained and with it frozen, inference, the memory that autograd keeps for the backward pass, an epoch on cached
-features against one on frames, and a stream: one more frame against the whole window once more. Variants are timed in
-turns and their medians compared, so that a busy machine slows all of them alike.
+The baseline is what tutorials show: plain torch, `for t in range(T)` over the frames, the LSTM's
+state carried on, the backbone frozen or not; it has the same weights and must give the same
+answers. Measured are a training step with the backbone trained and with it frozen, inference, the
+memory that autograd keeps for the backward pass, an epoch on cached features against one on frames,
+and a stream: one more frame against the whole window once more. Variants are timed in turns and
+their medians compared, so that a busy machine slows all of them alike.
 """
 
 import argparse
@@ -36,7 +38,10 @@ CLASSES = 5
 
 
 class FrameLoop(nn.Module):
-    """CNN+LSTM by hand: a Python loop over the frames. Frozen, the CNN runs without gradients and in eval mode."""
+    """CNN+LSTM by hand.
+
+    A Python loop over the frames. Frozen, the CNN runs without gradients and in eval mode.
+    """
 
     def __init__(self, name: str, ours: BranchModel):
         super().__init__()
@@ -44,7 +49,9 @@ class FrameLoop(nn.Module):
         self.cnn = timm.create_model(name, num_classes=0)
         self.cnn.load_state_dict(ours.backbone.state_dict())
         self.frozen = False
-        self.lstm = nn.LSTM(head.rnn.input_size, head.rnn.hidden_size, head.rnn.num_layers, batch_first=True)
+        self.lstm = nn.LSTM(
+            head.rnn.input_size, head.rnn.hidden_size, head.rnn.num_layers, batch_first=True
+        )
         self.lstm.load_state_dict(head.rnn.state_dict())
         self.fc = nn.Linear(head.fc.in_features, CLASSES)
         self.fc.load_state_dict(head.fc.state_dict())
@@ -64,11 +71,16 @@ class FrameLoop(nn.Module):
 
 
 def row(what: str, loop: float, ours: float, unit: str = "ms") -> None:
-    scale = 1e3 if unit == "ms" else 2 ** -20
-    print(f"{what:44} {scale * loop:12.2f} {scale * ours:12.2f} {unit:4} {loop / max(ours, 1e-12):8.2f}", flush=True)
+    scale = 1e3 if unit == "ms" else 2**-20
+    print(
+        f"{what:44} {scale * loop:12.2f} {scale * ours:12.2f} {unit:4} {loop / max(ours, 1e-12):8.2f}",
+        flush=True,
+    )
 
 
-def steps(ours: BranchModel, loop: FrameLoop, args: argparse.Namespace, device: torch.device) -> None:
+def steps(
+    ours: BranchModel, loop: FrameLoop, args: argparse.Namespace, device: torch.device
+) -> None:
     """Training steps, inference and memory."""
     x = torch.randn(args.batch_size, args.frames, 3, args.img_size, args.img_size, device=device)
     target = torch.randint(CLASSES, (args.batch_size,), device=device)
@@ -92,25 +104,43 @@ def steps(ours: BranchModel, loop: FrameLoop, args: argparse.Namespace, device: 
         what = "backbone frozen" if frozen else "backbone trained"
         for model in (ours, loop):
             model.train()
-        seconds = time_all({"loop": lambda: training(loop), "ours": lambda: training(ours)}, args.repeats, device)
+        seconds = time_all(
+            {"loop": lambda: training(loop), "ours": lambda: training(ours)}, args.repeats, device
+        )
         row(f"training step, {what}", seconds["loop"], seconds["ours"])
         memory = [peak_bytes(lambda m=model: training(m), model, device) for model in (loop, ours)]  # type: ignore[misc]
-        row(f"  memory {'at its peak' if device.type == 'cuda' else 'kept for backward'}", *memory, unit="MiB")
+        row(
+            f"  memory {'at its peak' if device.type == 'cuda' else 'kept for backward'}",
+            *memory,
+            unit="MiB",
+        )
     for model in (ours, loop):
         model.eval()
-    seconds = time_all({"loop": lambda: inference(loop), "ours": lambda: inference(ours)}, args.repeats, device)
+    seconds = time_all(
+        {"loop": lambda: inference(loop), "ours": lambda: inference(ours)}, args.repeats, device
+    )
     row("inference", seconds["loop"], seconds["ours"])
     if device.type == "cuda":
         memory = [peak_bytes(lambda m=model: inference(m), model, device) for model in (loop, ours)]  # type: ignore[misc]
         row("  memory at its peak", *memory, unit="MiB")
 
 
-def epochs(ours: BranchModel, loop: FrameLoop, args: argparse.Namespace, device: torch.device) -> None:
-    """An epoch of training the head: on frames by hand, and on features from the second epoch on."""
+def epochs(
+    ours: BranchModel, loop: FrameLoop, args: argparse.Namespace, device: torch.device
+) -> None:
+    """An epoch of training the head.
+
+    On frames by hand, and on features from the second epoch on.
+    """
     rng = np.random.default_rng(0)
-    clips = rng.integers(0, 256, (args.clips, args.frames, args.img_size, args.img_size, 3), np.uint8)
-    data = ClipDataset(clips, np.arange(args.clips) % CLASSES,
-                       transform=create_transform((3, args.img_size, args.img_size)))
+    clips = rng.integers(
+        0, 256, (args.clips, args.frames, args.img_size, args.img_size, 3), np.uint8
+    )
+    data = ClipDataset(
+        clips,
+        np.arange(args.clips) % CLASSES,
+        transform=create_transform((3, args.img_size, args.img_size)),
+    )
     ours.freeze()
     loop.freeze(True)
     heads, number = HeadsOnly(ours), itertools.count()
@@ -129,16 +159,25 @@ def epochs(ours: BranchModel, loop: FrameLoop, args: argparse.Namespace, device:
     frames = create_clip_loader(data, args.batch_size, is_training=True)
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
-        features = create_loader(cache_features(ours, data, folder, batch_size=args.batch_size), args.batch_size,
-                                 is_training=True, collate_fn=collate_clips)
+        features = create_loader(
+            cache_features(ours, data, folder, batch_size=args.batch_size),
+            args.batch_size,
+            is_training=True,
+            collate_fn=collate_clips,
+        )
         computing = time.perf_counter() - start
-        seconds = time_all({"loop": lambda: epoch(loop, frames), "ours": lambda: epoch(heads, features)},
-                           max(1, args.repeats // 3), device)
+        seconds = time_all(
+            {"loop": lambda: epoch(loop, frames), "ours": lambda: epoch(heads, features)},
+            max(1, args.repeats // 3),
+            device,
+        )
     row("epoch, frozen: computing the cache once", seconds["loop"], computing)
     row("epoch, frozen: from the cache", seconds["loop"], seconds["ours"])
 
 
-def streams(ours: BranchModel, loop: FrameLoop, args: argparse.Namespace, device: torch.device) -> None:
+def streams(
+    ours: BranchModel, loop: FrameLoop, args: argparse.Namespace, device: torch.device
+) -> None:
     """The answer to the newest frame: with the state kept, and from the last T frames once more."""
     window = torch.randn(args.frames, 3, args.img_size, args.img_size, device=device)
     stream = StreamingClassifier(ours.eval())
@@ -156,7 +195,9 @@ def streams(ours: BranchModel, loop: FrameLoop, args: argparse.Namespace, device
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="resnet18")
     parser.add_argument("--frames", type=int, default=16)
     parser.add_argument("--img-size", type=int, default=64)
@@ -166,14 +207,20 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     device = torch.device(args.device)
-    print_header(device, f"{args.model}, batch {args.batch_size}, {args.frames} frames of {args.img_size} px, medians "
-                         f"of {args.repeats}")
+    print_header(
+        device,
+        f"{args.model}, batch {args.batch_size}, {args.frames} frames of {args.img_size} px, medians "
+        f"of {args.repeats}",
+    )
     torch.manual_seed(0)
-    ours = create_branch_model(args.model, head=LSTMHead(hidden_size=256), num_classes=CLASSES, img_size=args.img_size)
+    ours = create_branch_model(
+        args.model, head=LSTMHead(hidden_size=256), num_classes=CLASSES, img_size=args.img_size
+    )
     loop = FrameLoop(args.model, ours).to(device)
     ours.to(device)
     print(f"{'':44} {'frame loop':>12} {'timm_branches':>12} {'':4} {'ratio':>7}")
-    for part in (streams, steps, epochs):  # the first while both have the same statistics of BatchNorm
+    # the first while both have the same statistics of BatchNorm
+    for part in (streams, steps, epochs):
         part(ours, loop, args, device)
 
 

@@ -18,9 +18,16 @@ def print_header(device: torch.device, what: str) -> None:
     print(f"$ python {shlex.join(sys.argv)}\n{hardware(device)}, timm {timm.__version__}; {what}\n")
 
 
-def time_all(steps: dict[str, Callable[[], object]], repeats: int, device: torch.device, limit: float = float("inf")
-             ) -> dict[str, float]:
-    """Median seconds of each, taken in turns; what has had two turns and `limit` seconds is not repeated."""
+def time_all(
+    steps: dict[str, Callable[[], object]],
+    repeats: int,
+    device: torch.device,
+    limit: float = float("inf"),
+) -> dict[str, float]:
+    """Median seconds of each, taken in turns.
+
+    What has had two turns and `limit` seconds is not repeated.
+    """
     times: dict[str, list[float]] = {name: [] for name in steps}
     for repeat in range(repeats + 2):
         for name, step in steps.items():
@@ -36,7 +43,10 @@ def time_all(steps: dict[str, Callable[[], object]], repeats: int, device: torch
 
 
 def peak_bytes(step: Callable[[], object], model: nn.Module, device: torch.device) -> int:
-    """Most memory that a step allocates beside what is there; on the CPU, what autograd keeps beside parameters."""
+    """Most memory that a step allocates beside what is there.
+
+    On the CPU, what autograd keeps beside parameters.
+    """
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

@@ -1,13 +1,13 @@
 """Is my network wired right? Which loss reaches which layer, how strongly, and why one does not.
 
     python recipes/gradients.py                                # the whole story on small networks, in half a minute
-    python recipes/gradients.py --model resnet50 --taps 3 4 5  # one network of your own, on random input
-    python recipes/gradients.py --model resnet18 --taps 2 3 4 5 --head unet --num-classes 21
-    python recipes/gradients.py --model resnet18 --head lstm --frames 16
-    python recipes/gradients.py --checkpoint output/bcnn/bcnn/model.safetensors
+    python recipes/gradients.py --model resnet50 --taps 3 4 5  # one network of your own, on random
+    input python recipes/gradients.py --model resnet18 --taps 2 3 4 5 --head unet --num-classes 21
+    python recipes/gradients.py --model resnet18 --head lstm --frames 16 python recipes/gradients.py
+    --checkpoint output/bcnn/bcnn/model.safetensors
 
-Nothing is trained: all of this is one forward and a few backward passes. For a network written by hand call the same
-functions of timm_branches.gradients: they take any module, a batch and a loss.
+Nothing is trained: all of this is one forward and a few backward passes. For a network written by
+hand call the same functions of timm_branches.gradients: they take any module, a batch and a loss.
 """
 
 import argparse
@@ -18,43 +18,86 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.utils import get_outdir
-from torch import Tensor, nn
+from torch import nn
 
 from timm_branches import BranchModel, Taxonomy, create_branch_model, list_taps, load_model
 from timm_branches.figures import COLOURS, INK, new_figure, restrain, save_figure
-from timm_branches.gradients import branch_cosines, check_model, frame_gradients, gradient_report, path_gradients
+from timm_branches.gradients import (
+    branch_cosines,
+    check_model,
+    frame_gradients,
+    gradient_report,
+    path_gradients,
+)
 from timm_branches.gradients.kernel_figures import kernel_causes, plot_kernel_causes
 from timm_branches.gradients.report_figures import report_figure
-from timm_branches.heads import HEADS, FlattenHead, LSTMHead, RedNetHead, SkipDecoder, TemporalClassifier
+from timm_branches.heads import (
+    HEADS,
+    FlattenHead,
+    LSTMHead,
+    RedNetHead,
+    SkipDecoder,
+    TemporalClassifier,
+)
 from timm_branches.task import BranchTask
 from timm_branches.train.script import run_script
 from timm_branches.weights import load_weights
 
-# scikit-learn's digits by their strokes: with a loop or without, one loop or two, straight or curved
-TREE = Taxonomy(["loop/one/0", "open/straight/1", "open/curved/2", "open/curved/3", "open/straight/4", "open/curved/5",
-                 "loop/one/6", "open/straight/7", "loop/two/8", "loop/one/9"], levels=["coarse", "middle", "fine"])
+# scikit-learn's digits by their strokes: with a loop or without, one loop or two, straight or
+# curved
+TREE = Taxonomy(
+    [
+        "loop/one/0",
+        "open/straight/1",
+        "open/curved/2",
+        "open/curved/3",
+        "open/straight/4",
+        "open/curved/5",
+        "loop/one/6",
+        "open/straight/7",
+        "loop/two/8",
+        "loop/one/9",
+    ],
+    levels=["coarse", "middle", "fine"],
+)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Arguments: none for the story, a model or a checkpoint for that one."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="any timm backbone; without it and --checkpoint the story is told")
-    parser.add_argument("--checkpoint", help="model.safetensors of timm_branches; with --model, weights for it")
-    parser.add_argument("--taps", nargs="+", help="where the heads listen (default: 5; for decoders, all stages)")
-    parser.add_argument("--head", choices=HEADS, help="at each tap; a decoder reads all (default: pool)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model", help="any timm backbone; without it and --checkpoint the story is told"
+    )
+    parser.add_argument(
+        "--checkpoint", help="model.safetensors of timm_branches; with --model, weights for it"
+    )
+    parser.add_argument(
+        "--taps", nargs="+", help="where the heads listen (default: 5; for decoders, all stages)"
+    )
+    parser.add_argument(
+        "--head", choices=HEADS, help="at each tap; a decoder reads all (default: pool)"
+    )
     parser.add_argument("--num-classes", type=count, help="of each head (default: 10)")
     parser.add_argument("--img-size", type=count, help="side of the images (default: the model's)")
-    parser.add_argument("--frames", type=count, help="frames of a clip, for lstm and gru (default: 8)")
+    parser.add_argument(
+        "--frames", type=count, help="frames of a clip, for lstm and gru (default: 8)"
+    )
     parser.add_argument("-b", "--batch-size", type=count, help="random samples (default: 4)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and random input")
-    parser.add_argument("--output", default="output/gradients", help="folder of the pictures; an older one is kept")
+    parser.add_argument(
+        "--output", default="output/gradients", help="folder of the pictures; an older one is kept"
+    )
     args = parser.parse_args(argv)
     idle = [] if args.model else ["taps", "head", "num_classes", "img_size"]
     idle += [] if args.model or args.checkpoint else ["frames", "batch_size"]
     for name in idle:
         if getattr(args, name) is not None:
-            parser.error(f"--{name.replace('_', '-')} has no effect without --model" + (
-                ": the checkpoint says itself how it is built" if args.checkpoint else ""))
+            parser.error(
+                f"--{name.replace('_', '-')} has no effect without --model"
+                + (": the checkpoint says itself how it is built" if args.checkpoint else "")
+            )
     return args
 
 
@@ -79,40 +122,61 @@ def main(args: argparse.Namespace) -> None:
 
 # -- the story: a section for each question
 
-def branches(output: Path) -> tuple[BranchTask, tuple[Tensor, Tensor]]:
+
+def branches(output: Path) -> tuple[BranchTask, tuple[torch.Tensor, torch.Tensor]]:
     """Are the losses of a B-CNN combined properly, and what do the epochs' weights do?"""
-    heading("1. A B-CNN: which loss trains which stage?",
-            "One backward pass of the weighted sum. Each level trains the stages up to its tap and its own head.")
+    heading(
+        "1. A B-CNN: which loss trains which stage?",
+        "One backward pass of the weighted sum. Each level trains the stages up to its tap and its own head.",
+    )
     images, leaves = digits(24, 28)
     batch = images, TREE.expand(leaves)
-    model = create_branch_model("bcnn_a", taps=[3, 4, 5], head=FlattenHead(hidden=(32,)), taxonomy=TREE, in_chans=1,
-                                img_size=28)
+    model = create_branch_model(
+        "bcnn_a",
+        taps=[3, 4, 5],
+        head=FlattenHead(hidden=(32,)),
+        taxonomy=TREE,
+        in_chans=1,
+        img_size=28,
+    )
     task = BranchTask(model, "bcnn-cifar10")
     task.set_epoch(0)
     report = gradient_report(task, batch)
     print(report)
     figure = report_figure(replace(report, cosines={}))  # those are printed
     figure.set_size_inches(8.4, 5.4)
-    figure.axes[0].set_title("B-CNN in epoch 0, loss weights [.98 .01 .01]: gradient relative to the weights",
-                             fontsize=10, color=INK, loc="left")
+    figure.axes[0].set_title(
+        "B-CNN in epoch 0, loss weights [.98 .01 .01]: gradient relative to the weights",
+        fontsize=10,
+        color=INK,
+        loc="left",
+    )
     save_figure(figure, output / "branches.png")
     deep, shallow = (report.cell("total", stage).relative or 0.0 for stage in ("stage5", "stage3"))
-    print(f"In epoch 0 the weights leave stage5 {deep / shallow:.1%} of stage3's relative gradient.\n")
+    print(
+        f"In epoch 0 the weights leave stage5 {deep / shallow:.1%} of stage3's relative gradient.\n"
+    )
     for (a, b), cosine in branch_cosines(task, batch).items():
         print(f"cosine of {a} and {b} at the deepest stage that all levels share: {cosine:+.2f}")
-    print("Above 0 the levels help each other, below they are in conflict.\n\n"
-          "Share of the loss by the weights of the epoch (the losses are those of the untrained network):")
+    print(
+        "Above 0 the levels help each other, below they are in conflict.\n\n"
+        "Share of the loss by the weights of the epoch (the losses are those of the untrained network):"
+    )
     losses = torch.tensor([report.losses[level] for level in TREE.levels])
     for epoch in (0, 9, 19, 29):
         weights = task.schedule(epoch)
         parts = torch.tensor(weights) * losses
-        text = ", ".join(f"{n} {p:.0%}" for n, p in zip(TREE.levels, (parts / parts.sum()).tolist(), strict=True))
+        text = ", ".join(
+            f"{n} {p:.0%}" for n, p in zip(TREE.levels, (parts / parts.sum()).tolist(), strict=True)
+        )
         print(f"  from epoch {epoch:2}, weights {list(weights)}: {text}")
 
     task.set_epoch(29)
     report = gradient_report(task, batch)
     print("\nIn the last phase, [0, 0, 1]:", *report.findings, sep="\n  ")
-    print("That is the paper's schedule and no bug; but the trunk moves on under the coarse heads, which go stale.")
+    print(
+        "That is the paper's schedule and no bug; but the trunk moves on under the coarse heads, which go stale."
+    )
     task.set_epoch(0)
     return task, batch
 
@@ -122,12 +186,19 @@ class ByHand(nn.Module):
 
     def __init__(self, keep_state: bool, detach: bool):
         super().__init__()
-        self.cnn = nn.Sequential(nn.Conv2d(1, 8, 5, 2), nn.ReLU(), nn.Conv2d(8, 16, 5, 2), nn.ReLU(),
-                                 nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(64, 20))
+        self.cnn = nn.Sequential(
+            nn.Conv2d(1, 8, 5, 2),
+            nn.ReLU(),
+            nn.Conv2d(8, 16, 5, 2),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(2),
+            nn.Flatten(),
+            nn.Linear(64, 20),
+        )
         self.lstm, self.fc = nn.LSTM(20, 50, batch_first=True), nn.Linear(50, 2)
         self.keep_state, self.detach = keep_state, detach
 
-    def forward(self, clips_BTCHW: Tensor) -> Tensor:
+    def forward(self, clips_BTCHW: torch.Tensor) -> torch.Tensor:
         state = None
         for frame in clips_BTCHW.unbind(1):
             with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detach):
@@ -136,26 +207,42 @@ class ByHand(nn.Module):
         return self.fc(out[:, -1])
 
 
-def recurrence(output: Path) -> tuple[Tensor, Tensor]:
+def recurrence(output: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """Does the clip's loss reach the CNN, and which of the frames does it see?"""
-    heading("2. A CNN+LSTM: which frames does the loss see?",
-            "30 frames of 24 x 48, one label a clip. The norm of the loss' gradient at each frame's features says how "
-            "much of it the loss sees.")
+    heading(
+        "2. A CNN+LSTM: which frames does the loss see?",
+        "30 frames of 24 x 48, one label a clip. The norm of the loss' gradient at each frame's features says how "
+        "much of it the loss sees.",
+    )
     clips, labels = torch.rand(4, 30, 1, 24, 48), torch.tensor([0, 1, 1, 0])
-    ours = {readout: create_branch_model("conv2_24x48", num_classes=2, head=LSTMHead(
-        hidden_size=50, pool_type="flatten", projection=20, readout=readout)) for readout in ("last", "mean")}
+    ours = {
+        readout: create_branch_model(
+            "conv2_24x48",
+            num_classes=2,
+            head=LSTMHead(hidden_size=50, pool_type="flatten", projection=20, readout=readout),
+        )
+        for readout in ("last", "mean")
+    }
     cases: list[tuple[str, nn.Module, str | None, str]] = [
         ("one LSTM over all frames, read at the last", ours["last"], None, COLOURS[0]),
         ("the same, the mean of all outputs read", ours["mean"], None, COLOURS[0]),
-        ("by hand, the state lost between frames", ByHand(keep_state=False, detach=False), "cnn", COLOURS[1]),
-        ("by hand, the CNN under no_grad", ByHand(keep_state=True, detach=True), "cnn", COLOURS[1])]
+        (
+            "by hand, the state lost between frames",
+            ByHand(keep_state=False, detach=False),
+            "cnn",
+            COLOURS[1],
+        ),
+        ("by hand, the CNN under no_grad", ByHand(keep_state=True, detach=True), "cnn", COLOURS[1]),
+    ]
     figure = new_figure(6.2, 5.4)
     panels = figure.subplots(len(cases), 1, sharex=True, sharey=True)
     for panel, (name, model, features, colour) in zip(panels, cases, strict=True):
         found = frame_gradients(model, (clips, labels), F.cross_entropy, features=features)
         assert found.norms is not None
         cut = any("without autograd" in line for line in found.findings)
-        seen = f"{len(found.seen)} of 30 frames seen" + (", but nothing reaches the CNN" if cut else "")
+        seen = f"{len(found.seen)} of 30 frames seen" + (
+            ", but nothing reaches the CNN" if cut else ""
+        )
         print(f"{name}: {seen}.", *(found.findings or ["Nothing wrong found."]), sep="\n  ")
         panel.bar(range(30), found.norms, color=colour, width=0.8, log=True)
         panel.set_title(name, fontsize=9.5, color=INK, loc="left")
@@ -171,20 +258,36 @@ def recurrence(output: Path) -> tuple[Tensor, Tensor]:
 
 def decoder(output: Path) -> None:
     """Does anything but the skips learn?"""
-    heading("3. A skip decoder: through which path does the encoder learn?",
-            "A RED-Net with a linear bottleneck removes noise from digits. The paths' gradients add up to the whole; "
-            "a trunk without a share is a network that only copies through its skips.")
+    heading(
+        "3. A skip decoder: through which path does the encoder learn?",
+        "A RED-Net with a linear bottleneck removes noise from digits. The paths' gradients add up to the whole; "
+        "a trunk without a share is a network that only copies through its skips.",
+    )
     clean = digits(8, 64)[0]
-    model = create_branch_model("rednet_small", taps=[3, 4, 5], num_classes=1, in_chans=1, img_size=64,
-                                head=RedNetHead(bottleneck=128, act="leaky_relu", out_act=("leaky_relu", "sigmoid")))
+    model = create_branch_model(
+        "rednet_small",
+        taps=[3, 4, 5],
+        num_classes=1,
+        in_chans=1,
+        img_size=64,
+        head=RedNetHead(bottleneck=128, act="leaky_relu", out_act=("leaky_relu", "sigmoid")),
+    )
     found = path_gradients(model, (clean + 0.2 * torch.randn_like(clean), clean), F.mse_loss)
     print(found)
-    rows = [(stage, path) for stage in found.stages for path in found.paths if found.norms[path][stage]][::-1]
+    rows = [
+        (stage, path) for stage in found.stages for path in found.paths if found.norms[path][stage]
+    ][::-1]
     figure = new_figure(7, 3)
     axes = figure.subplots()
-    bars = axes.barh([f"{stage}, {path}" for stage, path in rows], [found.norms[path][stage] for stage, path in rows],
-                     color=[COLOURS[found.paths.index(path)] for _, path in rows], log=True)
-    axes.bar_label(bars, [f" {found.shares[path][stage]:.1%}" for stage, path in rows], fontsize=8, color=INK)
+    bars = axes.barh(
+        [f"{stage}, {path}" for stage, path in rows],
+        [found.norms[path][stage] for stage, path in rows],
+        color=[COLOURS[found.paths.index(path)] for _, path in rows],
+        log=True,
+    )
+    axes.bar_label(
+        bars, [f" {found.shares[path][stage]:.1%}" for stage, path in rows], fontsize=8, color=INK
+    )
     axes.set_xlabel("gradient norm of a stage through a path, and its share of the whole")
     restrain(axes)
     save_figure(figure, output / "paths.png")
@@ -192,61 +295,99 @@ def decoder(output: Path) -> None:
 
 def kernels(output: Path) -> None:
     """Why are the gradients of my kernels equal?"""
-    heading("4. A convolution: why are my kernels' gradients equal?",
-            "Channel c of filter o's gradient is input channel c correlated with dE/dy of filter o: equal channels "
-            "have equal inputs, equal filters an equal dE/dy.")
+    heading(
+        "4. A convolution: why are my kernels' gradients equal?",
+        "Channel c of filter o's gradient is input channel c correlated with dE/dy of filter o: equal channels "
+        "have equal inputs, equal filters an equal dE/dy.",
+    )
     for name, diagnosis in kernel_causes().items():
         print(f"{name}:", *(diagnosis.findings.values() or ["Nothing found."]), sep="\n  ")
     plot_kernel_causes(output / "kernels.png")
 
 
-def doctor(task: BranchTask, batch: tuple[Tensor, Tensor], clips: tuple[Tensor, Tensor]) -> None:
+def doctor(
+    task: BranchTask,
+    batch: tuple[torch.Tensor, torch.Tensor],
+    clips: tuple[torch.Tensor, torch.Tensor],
+) -> None:
     """A check-up before a long training."""
-    heading("5. The doctor: what to run before a long training",
-            "First the B-CNN above, then a CNN+LSTM by hand with three mistakes: the state is lost, the CNN is run "
-            "under no_grad, and cross-entropy gets a softmax.")
+    heading(
+        "5. The doctor: what to run before a long training",
+        "First the B-CNN above, then a CNN+LSTM by hand with three mistakes: the state is lost, the CNN is run "
+        "under no_grad, and cross-entropy gets a softmax.",
+    )
     print("B-CNN\n" + str(check_model(task, batch)))
     x, y = clips
     broken = ByHand(keep_state=False, detach=True)
-    print("CNN+LSTM by hand\n" + str(check_model(broken, (x[:, :6], y),
-                                                 lambda out, y: F.cross_entropy(out.softmax(1), y))))
+    print(
+        "CNN+LSTM by hand\n"
+        + str(check_model(broken, (x[:, :6], y), lambda out, y: F.cross_entropy(out.softmax(1), y)))
+    )
 
 
 # -- one model
 
+
 def own_model(args: argparse.Namespace) -> BranchModel:
-    """The model that was asked for: the checkpoint as it is, or one that is built and then filled."""
+    """The model that was asked for.
+
+    The checkpoint as it is, or one that is built and then filled.
+    """
     if args.model:
         taps: Any = args.taps or ["5"]
         if args.head in ("unet", "rednet"):
             taps = [args.taps or [info.stage for info in list_taps(args.model)]]
-        model = create_branch_model(args.model, taps=taps, head=args.head or "pool", img_size=args.img_size,
-                                    num_classes=args.num_classes or 10)
+        model = create_branch_model(
+            args.model,
+            taps=taps,
+            head=args.head or "pool",
+            img_size=args.img_size,
+            num_classes=args.num_classes or 10,
+        )
         if args.checkpoint:
             load_weights(model, args.checkpoint)
     else:
         model = load_model(args.checkpoint)
     if args.frames and not temporal_heads(model):
-        raise ValueError(f"--frames has no effect: none of the heads {list(model.names)} takes clips.")
+        raise ValueError(
+            f"--frames has no effect: none of the heads {list(model.names)} takes clips."
+        )
     return model
 
 
 def examine(model: BranchModel, args: argparse.Namespace, output: Path) -> None:
-    """Report and check-up of one model: random input, random labels, a random picture for a decoder."""
-    temporal, dense = temporal_heads(model), [n for n in model.names if isinstance(model.head(n), SkipDecoder)]
-    shape = (args.batch_size or 4, *([args.frames or 8] if temporal else []), *model.pretrained_cfg["input_size"])
-    x = torch.randn(shape)
-    targets: dict[str, Tensor] = {}
+    """Report and check-up of one model.
 
-    def loss(name: str, y: Tensor) -> Tensor:
+    Random input, random labels, a random picture for a decoder.
+    """
+    temporal, dense = (
+        temporal_heads(model),
+        [n for n in model.names if isinstance(model.head(n), SkipDecoder)],
+    )
+    shape = (
+        args.batch_size or 4,
+        *([args.frames or 8] if temporal else []),
+        *model.pretrained_cfg["input_size"],
+    )
+    x = torch.randn(shape)
+    targets: dict[str, torch.Tensor] = {}
+
+    def loss(name: str, y: torch.Tensor) -> torch.Tensor:
         number = name in dense or y.shape[-1] == 1
         if name not in targets:
-            targets[name] = torch.rand(y.shape) if number else torch.randint(y.shape[-1], y.shape[:-1])
-        return F.mse_loss(y, targets[name]) if number else \
-            F.cross_entropy(y.flatten(0, -2), targets[name].flatten())
+            targets[name] = (
+                torch.rand(y.shape) if number else torch.randint(y.shape[-1], y.shape[:-1])
+            )
+        return (
+            F.mse_loss(y, targets[name])
+            if number
+            else F.cross_entropy(y.flatten(0, -2), targets[name].flatten())
+        )
 
-    heading(f"{args.model or args.checkpoint}: heads {', '.join(model.names)} on random input {shape}",
-            "Cross-entropy with random labels; the squared error to random numbers for a decoder or a single output.")
+    heading(
+        f"{args.model or args.checkpoint}: heads {', '.join(model.names)} on random input {shape}",
+        "Cross-entropy with random labels; the squared error to random numbers for a decoder or a single output.",
+    )
     model.train()
     diagnosis = check_model(model, x, lambda out: {name: loss(name, y) for name, y in out.items()})
     if diagnosis.report is not None:
@@ -254,14 +395,23 @@ def examine(model: BranchModel, args: argparse.Namespace, output: Path) -> None:
         save_figure(report_figure(diagnosis.report), output / "report.png")
     for name in temporal + dense:
         measure: Any = frame_gradients if name in temporal else path_gradients
-        print(f"{name}:", measure(model, x, lambda y, name=name: loss(name, y), head=name), sep="\n", end="\n\n")
+        print(
+            f"{name}:",
+            measure(model, x, lambda y, name=name: loss(name, y), head=name),
+            sep="\n",
+            end="\n\n",
+        )
     print(diagnosis)
 
 
 # -- small helpers
 
-def digits(count: int, size: int) -> tuple[Tensor, Tensor]:
-    """scikit-learn's first digits, enlarged: images (N, 1, size, size) in [0, 1] and leaf labels (N,)."""
+
+def digits(count: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """scikit-learn's first digits, enlarged.
+
+    Images (N, 1, size, size) in [0, 1] and leaf labels (N,).
+    """
     from sklearn.datasets import load_digits
 
     data = load_digits()

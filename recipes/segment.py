@@ -1,16 +1,20 @@
-"""Train a U-Net or RED-Net on any timm backbone to label every pixel, beside what a pixel's colour and place tell.
+"""Train a U-Net or RED-Net on any timm backbone to label every pixel, beside what a pixel's colour
+and place tell.
 
     python recipes/segment.py                         # a scene inside scikit-image, some three minutes of a CPU
-    python recipes/segment.py camvid/ --classes 11 --ignore-index 11 --model resnet34 --pretrained --amp
-    python recipes/segment.py --images photos/ --masks labels/ --classes names.txt --model convnext_tiny --input-skip
+    python recipes/segment.py camvid/ --classes 11 --ignore-index 11 --model resnet34 --pretrained
+    --amp python recipes/segment.py --images photos/ --masks labels/ --classes names.txt --model
+    convnext_tiny --input-skip
     python recipes/segment.py camvid/ --taxonomy tree.csv --ignore-index 11   # a map of each level, beside a flat one
-    python recipes/segment.py camvid/ --classes names.txt --ignore-index 11 --deep-supervision --loss ce+dice
-    torchrun --nproc-per-node 4 recipes/segment.py camvid/ --classes 11 --ignore-index 11 -b 8
+    python recipes/segment.py camvid/ --classes names.txt --ignore-index 11 --deep-supervision
+    --loss ce+dice torchrun --nproc-per-node 4 recipes/segment.py camvid/ --classes 11
+    --ignore-index 11 -b 8
     python recipes/segment.py camvid/ --classes 11 --ignore-index 11 --smp    # beside segmentation_models_pytorch
 
-A data folder holds train/ and trainannot/ (masks, named as their images), val/ and valannot/, and test/ and testannot/
-if there are any. With a test split the best epoch on validation is judged on test. Without, the last epoch is judged on
-validation: an epoch that was chosen there would flatter itself.
+A data folder holds train/ and trainannot/ (masks, named as their images), val/ and valannot/, and
+test/ and testannot/ if there are any. With a test split the best epoch on validation is judged on
+test. Without, the last epoch is judged on validation: an epoch that was chosen there would flatter
+itself.
 """
 
 import argparse
@@ -33,7 +37,14 @@ from timm.optim import create_optimizer_v2
 from timm.task import evaluation_sample_limit
 from torch.utils.data import Subset
 
-from timm_branches import BranchModel, RedNetHead, UNetHead, create_branch_model, list_taps, load_model
+from timm_branches import (
+    BranchModel,
+    RedNetHead,
+    UNetHead,
+    create_branch_model,
+    list_taps,
+    load_model,
+)
 from timm_branches.data import PairTransform, SegmentationDataset, create_loader
 from timm_branches.dense import (
     PixelBaseline,
@@ -52,53 +63,135 @@ from timm_branches.train.lr import create_scheduler
 from timm_branches.train.process import seed_everything
 from timm_branches.train.script import hardware, new_output, run_script
 
-# what the comparison with segmentation_models_pytorch leaves out: it has no such thing, or its loop here has not
-_NOT_SMP = ("attention", "deep_supervision", "input_skip", "resume", "layer_decay", "grad_accum_steps", "clip_grad",
-            "torchcompile", "grad_checkpointing", "freeze_backbone", "sync_bn", "model_ema")
+# what the comparison with segmentation_models_pytorch leaves out: it has no such thing, or its loop
+# here has not
+_NOT_SMP = (
+    "attention",
+    "deep_supervision",
+    "input_skip",
+    "resume",
+    "layer_decay",
+    "grad_accum_steps",
+    "clip_grad",
+    "torchcompile",
+    "grad_checkpointing",
+    "freeze_backbone",
+    "sync_bn",
+    "model_ema",
+)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Arguments; without data those of the small job."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", nargs="?", help="folder with train/, trainannot/, val/, valannot/ (default: the "
-                                                "motorcycle scene inside scikit-image)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "data",
+        nargs="?",
+        help="folder with train/, trainannot/, val/, valannot/ (default: the "
+        "motorcycle scene inside scikit-image)",
+    )
     group = parser.add_argument_group("data")
     group.add_argument("--images", help="a folder of images, instead of a data folder")
-    group.add_argument("--masks", help="the folder of their masks: palette or grey, values are class indices")
-    group.add_argument("--val-fraction", type=float, help="of --images set aside and judged (default: 0.2)")
+    group.add_argument(
+        "--masks", help="the folder of their masks: palette or grey, values are class indices"
+    )
+    group.add_argument(
+        "--val-fraction", type=float, help="of --images set aside and judged (default: 0.2)"
+    )
     group.add_argument("--classes", help="how many there are, or a text file with a name a line")
-    group.add_argument("--ignore-index", type=int, help="the masks' value for unlabelled pixels, such as 255")
-    group.add_argument("--taxonomy", help="a tree of the classes (.csv, .json): its coarser levels are reported, too")
-    group.add_argument("--resize", type=int, nargs=2, metavar=("H", "W"), help="bring images and masks to this size")
-    group.add_argument("--crop", type=int, nargs="+", help="side, or height and width, of training crops (default: "
-                                                           "256, without data 224 128)")
-    group.add_argument("--scale", type=float, nargs=2, default=(0.75, 1.5), metavar=("LOW", "HIGH"),
-                       help="range of a random factor before the crop (default: 0.75 1.5)")
+    group.add_argument(
+        "--ignore-index", type=int, help="the masks' value for unlabelled pixels, such as 255"
+    )
+    group.add_argument(
+        "--taxonomy",
+        help="a tree of the classes (.csv, .json): its coarser levels are reported, too",
+    )
+    group.add_argument(
+        "--resize",
+        type=int,
+        nargs=2,
+        metavar=("H", "W"),
+        help="bring images and masks to this size",
+    )
+    group.add_argument(
+        "--crop",
+        type=int,
+        nargs="+",
+        help="side, or height and width, of training crops (default: 256, without data 224 128)",
+    )
+    group.add_argument(
+        "--scale",
+        type=float,
+        nargs=2,
+        default=(0.75, 1.5),
+        metavar=("LOW", "HIGH"),
+        help="range of a random factor before the crop (default: 0.75 1.5)",
+    )
     group.add_argument("--hflip", type=float, default=0.5, help="chance of a flip")
-    group.add_argument("--color-jitter", type=float, default=0.0, help="strength of changes in brightness, contrast "
-                                                                       "and saturation (default: 0, without data 0.4)")
-    group.add_argument("--repeats", type=int, help="crops of each image an epoch (default: 1, without data 32)")
-    group.add_argument("-b", "--batch-size", type=int, default=8, help="batch size of one process (default: 8, without "
-                                                                       "data 4)")
-    group.add_argument("-j", "--workers", type=int, default=0, help="worker processes that load data")
+    group.add_argument(
+        "--color-jitter",
+        type=float,
+        default=0.0,
+        help="strength of changes in brightness, contrast "
+        "and saturation (default: 0, without data 0.4)",
+    )
+    group.add_argument(
+        "--repeats", type=int, help="crops of each image an epoch (default: 1, without data 32)"
+    )
+    group.add_argument(
+        "-b",
+        "--batch-size",
+        type=int,
+        default=8,
+        help="batch size of one process (default: 8, without data 4)",
+    )
+    group.add_argument(
+        "-j", "--workers", type=int, default=0, help="worker processes that load data"
+    )
     group = parser.add_argument_group("model")
     group.add_argument("--model", default="resnet18", help="any timm backbone (default: resnet18)")
     group.add_argument("--pretrained", action=argparse.BooleanOptionalAction, default=False)
     group.add_argument("--checkpoint-path", default="", help="timm checkpoint for the backbone")
-    group.add_argument("--taps", nargs="+", help="maps that the decoder reads (default: all stages; 2 to 5 of a ViT)")
+    group.add_argument(
+        "--taps",
+        nargs="+",
+        help="maps that the decoder reads (default: all stages; 2 to 5 of a ViT)",
+    )
     group.add_argument("--head", choices=("unet", "rednet"), default="unet")
-    group.add_argument("--channels", type=int, nargs="+", help="width of each decoder stage from the deepest on")
-    group.add_argument("--attention", action="store_true", help="attention gates on the skips (Oktay et al. 2018)")
-    group.add_argument("--input-skip", action="store_true", help="one more skip, from the image itself")
-    group.add_argument("--deep-supervision", action="store_true", help="a loss at each stage (Lee et al. 2014)")
+    group.add_argument(
+        "--channels", type=int, nargs="+", help="width of each decoder stage from the deepest on"
+    )
+    group.add_argument(
+        "--attention", action="store_true", help="attention gates on the skips (Oktay et al. 2018)"
+    )
+    group.add_argument(
+        "--input-skip", action="store_true", help="one more skip, from the image itself"
+    )
+    group.add_argument(
+        "--deep-supervision", action="store_true", help="a loss at each stage (Lee et al. 2014)"
+    )
     group.add_argument("--loss", choices=("ce", "dice", "ce+dice"), default="ce")
-    group.add_argument("--class-weights", nargs="+", help="of cross-entropy: a number a class, or 'auto' for median "
-                                                          "frequency balancing (Eigen and Fergus 2015)")
-    group.add_argument("--tile", type=int, help="judge in overlapping tiles of this side: for large images")
-    group.add_argument("--smp", action="store_true", help="also train segmentation_models_pytorch's Unet: same "
-                                                          "encoder and its first weights, data, schedule and seed")
+    group.add_argument(
+        "--class-weights",
+        nargs="+",
+        help="of cross-entropy: a number a class, or 'auto' for median "
+        "frequency balancing (Eigen and Fergus 2015)",
+    )
+    group.add_argument(
+        "--tile", type=int, help="judge in overlapping tiles of this side: for large images"
+    )
+    group.add_argument(
+        "--smp",
+        action="store_true",
+        help="also train segmentation_models_pytorch's Unet: same "
+        "encoder and its first weights, data, schedule and seed",
+    )
     add_fit_arguments(parser)
-    parser.set_defaults(output="output/segment", opt="adamw", lr=1e-3, weight_decay=1e-2, epochs=40, warmup_epochs=1)
+    parser.set_defaults(
+        output="output/segment", opt="adamw", lr=1e-3, weight_decay=1e-2, epochs=40, warmup_epochs=1
+    )
     own = parser.parse_known_args(argv)[0]
     small = not (own.data or own.images or own.masks)
     if small:  # the job without data
@@ -106,7 +199,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.repeats = 1 if args.repeats is None else args.repeats
     args.crop = args.crop or ([224, 128] if small else [256])
-    if small and args.model == "resnet10t" and args.head == "unet" and not (args.taps or args.channels):
+    if (
+        small
+        and args.model == "resnet10t"
+        and args.head == "unet"
+        and not (args.taps or args.channels)
+    ):
         args.channels = [64, 48, 32, 24, 16]  # quick, and enough for one scene
     if bool(args.images) != bool(args.masks) or (args.data and args.images):
         parser.error("give a data folder, or --images and --masks together")
@@ -118,15 +216,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if len(args.crop) > 2:
         parser.error("--crop takes one side, or height and width")
     if args.class_weights and args.loss == "dice":
-        parser.error("--class-weights has no effect with --loss dice, which counts all classes alike")
+        parser.error(
+            "--class-weights has no effect with --loss dice, which counts all classes alike"
+        )
     if args.smp:
         if args.head != "unet":
             parser.error("--smp compares U-Nets: leave out --head rednet")
         for name in _NOT_SMP:
             if getattr(args, name) != parser.get_default(name):
-                parser.error(f"--{name.replace('_', '-')} has no part in the comparison with --smp: leave one out")
+                parser.error(
+                    f"--{name.replace('_', '-')} has no part in the comparison with --smp: leave one out"
+                )
         if args.amp and args.amp_dtype != "bfloat16":
-            parser.error("--amp-dtype float16 has no part in the comparison with --smp: leave one out")
+            parser.error(
+                "--amp-dtype float16 has no part in the comparison with --smp: leave one out"
+            )
     return args
 
 
@@ -138,20 +242,27 @@ def read_classes(args: argparse.Namespace) -> int | list[str] | Taxonomy:
     tree = get_taxonomy(args.taxonomy) if args.taxonomy else None
     if args.classes is None:
         if tree is None:
-            raise ValueError("--classes is missing: how many classes the masks have, or a file with a name a line.")
+            raise ValueError(
+                "--classes is missing: how many classes the masks have, or a file with a name a line."
+            )
         return tree
     if not args.classes.isdigit():
-        names = [line.strip() for line in Path(args.classes).read_text().splitlines() if line.strip()]
+        names = [
+            line.strip() for line in Path(args.classes).read_text().splitlines() if line.strip()
+        ]
         return names if tree is None else tree.reorder(names)
     if tree is None:
         return int(args.classes)
     if tree.num_leaves != int(args.classes):
-        raise ValueError(f"--classes {args.classes}: {args.taxonomy} has {tree.num_leaves} classes.")
+        raise ValueError(
+            f"--classes {args.classes}: {args.taxonomy} has {tree.num_leaves} classes."
+        )
     return tree
 
 
-def read_pair(args: argparse.Namespace, images: Path, masks: Path, classes: Any, repeats: int = 1
-              ) -> SegmentationDataset:
+def read_pair(
+    args: argparse.Namespace, images: Path, masks: Path, classes: Any, repeats: int = 1
+) -> SegmentationDataset:
     """Images and masks of two folders."""
     for folder in (images, masks):
         if not folder.is_dir():
@@ -162,33 +273,58 @@ def read_pair(args: argparse.Namespace, images: Path, masks: Path, classes: Any,
     import cv2
 
     size = (args.resize[1], args.resize[0])
-    pairs = [data[i * repeats] for i in range(len(data) // repeats)]  # as they are: without a transform
-    smaller = [cv2.resize((255 * image).round().byte().movedim(0, -1).numpy(), size, interpolation=cv2.INTER_AREA)
-               for image, _ in pairs]
-    labels = [cv2.resize(mask.numpy().astype(np.int16), size, interpolation=cv2.INTER_NEAREST_EXACT)
-              for _, mask in pairs]
+    # as they are: without a transform
+    pairs = [data[i * repeats] for i in range(len(data) // repeats)]
+    smaller = [
+        cv2.resize(
+            (255 * image).round().byte().movedim(0, -1).numpy(), size, interpolation=cv2.INTER_AREA
+        )
+        for image, _ in pairs
+    ]
+    labels = [
+        cv2.resize(mask.numpy().astype(np.int16), size, interpolation=cv2.INTER_NEAREST_EXACT)
+        for _, mask in pairs
+    ]
     return SegmentationDataset(smaller, labels, classes, repeats=repeats)
 
 
 def read_data(args: argparse.Namespace) -> tuple[Any, Any, Any, Any]:
-    """Training, validation and test data (None without), and a view of the training data as they are."""
+    """Training, validation and test data (None without), and a view of the training data as they
+    are.
+    """
     if not (args.data or args.images):
         train, val, test = package_segmentation(args.repeats)
         return train, val, test, package_segmentation()[0]
     classes = read_classes(args)
     if args.images:
-        train, plain = (read_pair(args, Path(args.images), Path(args.masks), classes, n) for n in (args.repeats, 1))
+        train, plain = (
+            read_pair(args, Path(args.images), Path(args.masks), classes, n)
+            for n in (args.repeats, 1)
+        )
         fraction = 0.2 if args.val_fraction is None else args.val_fraction
         count = round(fraction * len(plain))
         if not 0 < count < len(plain):
-            raise ValueError(f"--val-fraction {fraction} of {len(plain)} images leaves nothing on one side.")
+            raise ValueError(
+                f"--val-fraction {fraction} of {len(plain)} images leaves nothing on one side."
+            )
         order = torch.randperm(len(plain), generator=torch.Generator().manual_seed(0)).tolist()
         kept = [i * args.repeats + k for i in sorted(order[count:]) for k in range(args.repeats)]
-        return Subset(train, kept), Subset(plain, sorted(order[:count])), None, Subset(plain, sorted(order[count:]))
+        return (
+            Subset(train, kept),
+            Subset(plain, sorted(order[:count])),
+            None,
+            Subset(plain, sorted(order[count:])),
+        )
     root = Path(args.data)
-    train, plain = (read_pair(args, root / "train", root / "trainannot", classes, n) for n in (args.repeats, 1))
+    train, plain = (
+        read_pair(args, root / "train", root / "trainannot", classes, n) for n in (args.repeats, 1)
+    )
     val = read_pair(args, root / "val", root / "valannot", classes)
-    held = read_pair(args, root / "test", root / "testannot", classes) if (root / "test").is_dir() else None
+    held = (
+        read_pair(args, root / "test", root / "testannot", classes)
+        if (root / "test").is_dir()
+        else None
+    )
     return train, val, held, plain
 
 
@@ -197,9 +333,13 @@ def source(data: Any) -> SegmentationDataset:
     return getattr(data, "dataset", data)
 
 
-def class_weights(args: argparse.Namespace, data: Any, num_classes: int, tree: Taxonomy | None
-                  ) -> dict[str, torch.Tensor]:
-    """The weights of the loss, if they are asked for: of the classes as given, or by frequency; also of each level."""
+def class_weights(
+    args: argparse.Namespace, data: Any, num_classes: int, tree: Taxonomy | None
+) -> dict[str, torch.Tensor]:
+    """The weights of the loss, if they are asked for.
+
+    Of the classes as given, or by frequency; also of each level.
+    """
     if args.class_weights is None:
         return {}
     if args.class_weights == ["auto"]:
@@ -207,15 +347,23 @@ def class_weights(args: argparse.Namespace, data: Any, num_classes: int, tree: T
         found = {"mask": median_frequency_weights(masks, num_classes)}
         if tree is not None:
             labels = [tree.expand(mask) for mask in masks]
-            found |= {level: median_frequency_weights((label[..., i] for label in labels), tree.num_classes[i])
-                      for i, level in enumerate(tree.levels)}
+            found |= {
+                level: median_frequency_weights(
+                    (label[..., i] for label in labels), tree.num_classes[i]
+                )
+                for i, level in enumerate(tree.levels)
+            }
         return found
     if tree is not None:
-        raise ValueError("--class-weights with --taxonomy: write auto, which weighs the classes of every level.")
+        raise ValueError(
+            "--class-weights with --taxonomy: write auto, which weighs the classes of every level."
+        )
     try:
         weights = torch.tensor([float(text) for text in args.class_weights])
     except ValueError:
-        raise ValueError(f"--class-weights {' '.join(args.class_weights)}: write auto or numbers.") from None
+        raise ValueError(
+            f"--class-weights {' '.join(args.class_weights)}: write auto or numbers."
+        ) from None
     if len(weights) != num_classes:
         raise ValueError(f"--class-weights has {len(weights)} numbers for {num_classes} classes.")
     return {"mask": weights}
@@ -225,22 +373,39 @@ def class_weights(args: argparse.Namespace, data: Any, num_classes: int, tree: T
 
 
 def make_model(args: argparse.Namespace, num_classes: int, tree: Taxonomy | None) -> BranchModel:
-    """A timm backbone and the decoder on all its stages, or on the taps asked for; with a tree it gives all levels."""
+    """A timm backbone and the decoder on all its stages, or on the taps asked for.
+
+    With a tree it gives all levels.
+    """
     torch.manual_seed(args.seed)
     kind = {"unet": UNetHead, "rednet": RedNetHead}[args.head]
-    head = kind(channels=args.channels, attention=args.attention, input_skip=args.input_skip,
-                deep_supervision=args.deep_supervision)
+    head = kind(
+        channels=args.channels,
+        attention=args.attention,
+        input_skip=args.input_skip,
+        deep_supervision=args.deep_supervision,
+    )
     rows = list(list_taps(args.model))
     pyramid = len({row.stride for row in rows}) > 1
     taps = args.taps or [row.stage for row in rows if pyramid or row.stage > 1]
-    return create_branch_model(args.model, taps=[tuple(taps)], head=[head], names=["mask"], taxonomy=tree,
-                               num_classes=num_classes if tree is None else None, pretrained=args.pretrained,
-                               checkpoint_path=args.checkpoint_path, img_size=(args.crop[0], args.crop[-1]))
+    return create_branch_model(
+        args.model,
+        taps=[tuple(taps)],
+        head=[head],
+        names=["mask"],
+        taxonomy=tree,
+        num_classes=num_classes if tree is None else None,
+        pretrained=args.pretrained,
+        checkpoint_path=args.checkpoint_path,
+        img_size=(args.crop[0], args.crop[-1]),
+    )
 
 
 def in_tiles(answer: Callable, tile: int | None) -> Callable:
     """The same answer, put together from overlapping tiles where a side is given."""
-    return answer if tile is None else partial(tiled_inference, answer, tile=tile, overlap=tile // 4)
+    return (
+        answer if tile is None else partial(tiled_inference, answer, tile=tile, overlap=tile // 4)
+    )
 
 
 class SegmentTask(DenseTask):
@@ -252,12 +417,19 @@ class SegmentTask(DenseTask):
         return in_tiles(model, self.tile)(input)
 
 
-def make_task(args: argparse.Namespace, model: BranchModel, evaluator: Callable, weights: dict[str, torch.Tensor],
-              device: torch.device) -> SegmentTask:
+def make_task(
+    args: argparse.Namespace,
+    model: BranchModel,
+    evaluator: Callable,
+    weights: dict[str, torch.Tensor],
+    device: torch.device,
+) -> SegmentTask:
     """The losses of the model's mask, or of its masks of all levels."""
     settings: dict[str, Any] = {}
     if weights and model.taxonomy:
-        settings["class_weights"] = {level: weights[level].to(device) for level in model.taxonomy.levels}
+        settings["class_weights"] = {
+            level: weights[level].to(device) for level in model.taxonomy.levels
+        }
     elif weights:
         settings["class_weights"] = weights["mask"].to(device)
     task = SegmentTask(model, args.loss, evaluator, device=device, **settings)
@@ -265,27 +437,43 @@ def make_task(args: argparse.Namespace, model: BranchModel, evaluator: Callable,
     return task
 
 
-def make_smp(args: argparse.Namespace, first: dict[str, torch.Tensor], num_classes: int) -> torch.nn.Module:
-    """segmentation_models_pytorch's Unet, whose encoder starts from the weights `first` of the backbone."""
+def make_smp(
+    args: argparse.Namespace, first: dict[str, torch.Tensor], num_classes: int
+) -> torch.nn.Module:
+    """segmentation_models_pytorch's Unet, whose encoder starts from the weights `first` of the
+    backbone.
+    """
     try:
         import segmentation_models_pytorch as smp
     except ImportError:
-        raise ImportError("--smp needs segmentation_models_pytorch: pip install segmentation-models-pytorch") from None
+        raise ImportError(
+            "--smp needs segmentation_models_pytorch: pip install segmentation-models-pytorch"
+        ) from None
     torch.manual_seed(args.seed)
     widths = {"decoder_channels": tuple(args.channels)} if args.channels else {}
     unet = smp.Unet(f"tu-{args.model}", encoder_weights=None, classes=num_classes, **widths)
     if lacking := unet.encoder.model.load_state_dict(first, strict=False).missing_keys:
-        raise ValueError(f"--smp: its encoder has tensors that the tapped backbone lacks, such as {lacking[0]}.")
+        raise ValueError(
+            f"--smp: its encoder has tensors that the tapped backbone lacks, such as {lacking[0]}."
+        )
     return unet
 
 
 def train_smp(unet: torch.nn.Module, config: FitConfig, loader: Any, loss_fn: Callable) -> float:
-    """Train it on the same batches in a loop of its own, a check of `fit` as well; the seconds that it took."""
+    """Train it on the same batches in a loop of its own, a check of `fit` as well.
+
+    The seconds that it took.
+    """
     began, device = time.monotonic(), torch.device(config.device)
     look: dict[str, Any] = {"memory_format": torch.channels_last} if config.channels_last else {}
     unet.to(device, **look)
-    optimizer = create_optimizer_v2(unet, opt=config.opt, lr=config.lr_at().get(0, config.lr),
-                                    weight_decay=config.weight_decay, momentum=config.momentum)
+    optimizer = create_optimizer_v2(
+        unet,
+        opt=config.opt,
+        lr=config.lr_at().get(0, config.lr),
+        weight_decay=config.weight_decay,
+        momentum=config.momentum,
+    )
     scheduler = create_scheduler(optimizer, config, len(loader))
     for epoch in range(config.epochs):
         seed_everything(config.seed, epoch, 0)
@@ -304,7 +492,9 @@ def train_smp(unet: torch.nn.Module, config: FitConfig, loader: Any, loss_fn: Ca
             if scheduler:
                 scheduler.step_update(epoch * len(loader) + index)
         if config.progress:
-            print(f"smp epoch {epoch + 1}/{config.epochs}  loss {total / len(loader):.4f}", flush=True)
+            print(
+                f"smp epoch {epoch + 1}/{config.epochs}  loss {total / len(loader):.4f}", flush=True
+            )
     unet.eval()
     return time.monotonic() - began
 
@@ -312,17 +502,23 @@ def train_smp(unet: torch.nn.Module, config: FitConfig, loader: Any, loss_fn: Ca
 def smp_answer(unet: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
     """Its logits; it takes multiples of 32 only, so images are continued and the answer is cut."""
     height, width = images.shape[2:]
-    return unet(F.pad(images, (0, -width % 32, 0, -height % 32), mode="replicate"))[..., :height, :width]
+    return unet(F.pad(images, (0, -width % 32, 0, -height % 32), mode="replicate"))[
+        ..., :height, :width
+    ]
 
 
 # -- judging
 
 
 @torch.no_grad()
-def judge(answer: Callable, task: DenseTask, data: Any, batch_size: int, workers: int) -> dict[str, float]:
+def judge(
+    answer: Callable, task: DenseTask, data: Any, batch_size: int, workers: int
+) -> dict[str, float]:
     """Metrics of the answers of all processes, by the name of their row in the table."""
     loader = create_loader(data, batch_size, num_workers=workers)
-    evaluator: SegmentationEvaluator = task.evaluator(device=task.device, max_samples=evaluation_sample_limit(loader))
+    evaluator: SegmentationEvaluator = task.evaluator(
+        device=task.device, max_samples=evaluation_sample_limit(loader)
+    )
     for images, masks in loader:
         evaluator.update(answer(images.to(task.device)), masks.to(task.device))
     metrics = evaluator.compute(distributed=dist.is_initialized())
@@ -333,12 +529,18 @@ def judge(answer: Callable, task: DenseTask, data: Any, batch_size: int, workers
         rows |= {f"{level} pixel accuracy": metrics[f"{level}_top1"] for level in evaluator.levels}
         rows |= {"full path": metrics["full_path"], "consistency": metrics["consistency"]}
     for level, ious in evaluator.class_iou().items():
-        rows |= {f"IoU {name}" if evaluator.taxonomy is None else f"{level} IoU {name}": x for name, x in ious.items()}
-    return {name: value for name, value in rows.items() if value == value}  # a class that is nowhere has no IoU
+        rows |= {
+            f"IoU {name}" if evaluator.taxonomy is None else f"{level} IoU {name}": x
+            for name, x in ious.items()
+        }
+    # a class that is nowhere has no IoU
+    return {name: value for name, value in rows.items() if value == value}
 
 
 @torch.no_grad()
-def draw(path: Path, answer: Callable, data: Any, classes: Sequence[str], device: torch.device) -> None:
+def draw(
+    path: Path, answer: Callable, data: Any, classes: Sequence[str], device: torch.device
+) -> None:
     """Up to three images beside their labels and answers, as PNG."""
     from matplotlib import colormaps
     from matplotlib.patches import Patch
@@ -357,15 +559,28 @@ def draw(path: Path, answer: Callable, data: Any, classes: Sequence[str], device
         ax.set_title(title, fontsize=10)
     for row, (image, mask) in zip(axes, picked, strict=True):
         logits = answer(image[None].to(device))
-        logits = list(logits.values())[-1] if isinstance(logits, dict) else logits  # of the finest level
+        # of the finest level
+        logits = list(logits.values())[-1] if isinstance(logits, dict) else logits
         said = logits[0].argmax(0).cpu()
-        shown = [(image * std + mean).clamp(0, 1).movedim(0, -1).numpy(),
-                 *(np.where((labels >= 0)[..., None], colours[labels.clamp(min=0)], 1) for labels in (mask, said))]
+        shown = [
+            (image * std + mean).clamp(0, 1).movedim(0, -1).numpy(),
+            *(
+                np.where((labels >= 0)[..., None], colours[labels.clamp(min=0)], 1)
+                for labels in (mask, said)
+            ),
+        ]
         for ax, pixels in zip(row, shown, strict=True):
             ax.imshow(pixels, interpolation="nearest")
             ax.set_axis_off()
-    figure.legend(handles=[Patch(color=colour, label=name) for colour, name in zip(colours, classes, strict=True)],
-                  loc="outside lower center", ncols=min(6, len(classes)), frameon=False, fontsize=9)
+    figure.legend(
+        handles=[
+            Patch(color=colour, label=name) for colour, name in zip(colours, classes, strict=True)
+        ],
+        loc="outside lower center",
+        ncols=min(6, len(classes)),
+        frameon=False,
+        fontsize=9,
+    )
     save_figure(figure, path)
 
 
@@ -382,29 +597,47 @@ def main(args: argparse.Namespace) -> None:
     train, val, test, plain = read_data(args)
     classes, tree = source(plain).classes, source(plain).taxonomy
     title = f"{'U-Net' if args.head == 'unet' else 'RED-Net'}, {args.model}"
-    # a hierarchy is worth having only where it beats the same network on the leaves alone, summed upwards
-    models = {title: make_model(args, len(classes), None)} if tree is None or tree.num_levels < 2 else {
-        f"{title}, all levels": make_model(args, len(classes), tree),
-        f"{title}, flat": make_model(args, len(classes), None)}
+    # a hierarchy is worth having only where it beats the same network on the leaves alone, summed
+    # upwards
+    models = (
+        {title: make_model(args, len(classes), None)}
+        if tree is None or tree.num_levels < 2
+        else {
+            f"{title}, all levels": make_model(args, len(classes), tree),
+            f"{title}, flat": make_model(args, len(classes), None),
+        }
+    )
     cfg = resolve_model_data_config(next(iter(models.values())))
     look = {"mean": cfg["mean"], "std": cfg["std"]}
     for data in (plain, val, test):
         if data is not None:
             source(data).transform = PairTransform(**look)
-    source(train).transform = PairTransform((args.crop[0], args.crop[-1]), tuple(args.scale), args.hflip,
-                                            args.color_jitter, **look)
+    source(train).transform = PairTransform(
+        (args.crop[0], args.crop[-1]), tuple(args.scale), args.hflip, args.color_jitter, **look
+    )
     weights = class_weights(args, plain, len(classes), tree)
     evaluator = partial(SegmentationEvaluator, classes, taxonomy=tree)
-    tasks = {name: make_task(args, model, evaluator, weights, device) for name, model in models.items()}
+    tasks = {
+        name: make_task(args, model, evaluator, weights, device) for name, model in models.items()
+    }
     *_, (model, task) = zip(models.values(), tasks.values(), strict=True)  # of the leaves alone
     # before the training, so that what cannot work fails at once
-    baselines = {"colour alone": PixelBaseline(plain, len(classes), height=False),
-                 "colour and height": PixelBaseline(plain, len(classes), height=True)}
+    baselines = {
+        "colour alone": PixelBaseline(plain, len(classes), height=False),
+        "colour and height": PixelBaseline(plain, len(classes), height=True),
+    }
     unet = make_smp(args, model.backbone.state_dict(), len(classes)) if args.smp else None
 
     output = new_output(args.output, args.resume)
-    make_loader = partial(create_loader, train, args.batch_size, is_training=True, num_workers=args.workers,
-                          seed=config.seed, pin_memory=device.type == "cuda")
+    make_loader = partial(
+        create_loader,
+        train,
+        args.batch_size,
+        is_training=True,
+        num_workers=args.workers,
+        seed=config.seed,
+        pin_memory=device.type == "cuda",
+    )
     batch = args.batch_size if args.resize else 1  # images of different sizes do not stack
     last = test is None or args.smp  # no epoch is chosen; smp's Unet has none to choose from
     seconds: dict[str, float] = {}
@@ -412,38 +645,64 @@ def main(args: argparse.Namespace) -> None:
     epochs: dict[str, int] = {}
     for name, model in models.items():
         if is_primary():
-            print(f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(train)} crops an "
-                  f"epoch of {len(plain)} images, {len(classes)} classes", flush=True)
-        own_output = output if len(models) == 1 else output / name.rpartition(", ")[2].replace(" ", "_")
-        run = fit(tasks[name], make_loader(), None if last else create_loader(val, batch, num_workers=args.workers),
-                  replace(config, output=str(own_output)),
-                  facts={"data": str(args.data or args.images or "motorcycle"), "classes": list(classes)})
+            print(
+                f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(train)} crops an "
+                f"epoch of {len(plain)} images, {len(classes)} classes",
+                flush=True,
+            )
+        own_output = (
+            output if len(models) == 1 else output / name.rpartition(", ")[2].replace(" ", "_")
+        )
+        run = fit(
+            tasks[name],
+            make_loader(),
+            None if last else create_loader(val, batch, num_workers=args.workers),
+            replace(config, output=str(own_output)),
+            facts={"data": str(args.data or args.images or "motorcycle"), "classes": list(classes)},
+        )
         best = load_model(run.model_path).to(device).eval()
         seconds[name], epochs[name] = run.seconds, run.best_epoch
         answers[name] = partial(tasks[name].answer, best)
     if unet is not None:
-        print(f"smp Unet: {sum(p.numel() for p in unet.parameters()) / 1e6:.2f} M parameters", flush=True)
+        print(
+            f"smp Unet: {sum(p.numel() for p in unet.parameters()) / 1e6:.2f} M parameters",
+            flush=True,
+        )
         seconds["smp Unet"] = train_smp(unet, config, make_loader(), task.losses["mask"])
         answers["smp Unet"] = in_tiles(partial(smp_answer, unet), args.tile)
     answers |= baselines
     judged, which = (val, "validation") if test is None else (test, "test")
-    results = {name: judge(answer, task, judged, batch, args.workers) for name, answer in answers.items()}
+    results = {
+        name: judge(answer, task, judged, batch, args.workers) for name, answer in answers.items()
+    }
     if not is_primary():
         return
-    facts = {"command": shlex.join(["python", *sys.argv]), "seed": config.seed, "epochs": config.epochs,
-             "epoch": epochs, "train_images": len(plain), "images": len(judged), "judged": which,
-             "hardware": hardware(device), "seconds": {name: round(value, 1) for name, value in seconds.items()}}
+    facts = {
+        "command": shlex.join(["python", *sys.argv]),
+        "seed": config.seed,
+        "epochs": config.epochs,
+        "epoch": epochs,
+        "train_images": len(plain),
+        "images": len(judged),
+        "judged": which,
+        "hardware": hardware(device),
+        "seconds": {name: round(value, 1) for name, value in seconds.items()},
+    }
     text = json.dumps({**facts, "results": results}, indent=2) + "\n"
     replace_file(output / "results.json", lambda path: Path(path).write_text(text))
-    rows = {row: [{name: found[row] for name, found in results.items() if row in found}]
-            for row in dict.fromkeys(row for found in results.values() for row in found)}
+    rows = {
+        row: [{name: found[row] for name, found in results.items() if row in found}]
+        for row in dict.fromkeys(row for found in results.values() for row in found)
+    }
     print(f"\n{comparison_table(rows, {name: name for name in results})}\n")
     chosen = ", ".join(str(epoch + 1) for epoch in epochs.values())
-    print(f"Percent, on the pixels of the {len(judged)} {which} image{'s' * (len(judged) > 1)}; model of "
-          f"{'the last epoch' if last else f'the best epoch on validation ({chosen})'}. Baselines: logistic regression "
-          f"on single pixels. Seed {config.seed}, {facts['hardware']}; training: "
-          f"{', '.join(f'{name} {value:.0f} s' for name, value in seconds.items())}; in all "
-          f"{time.monotonic() - began:.0f} s. Files: {output}")
+    print(
+        f"Percent, on the pixels of the {len(judged)} {which} image{'s' * (len(judged) > 1)}; model of "
+        f"{'the last epoch' if last else f'the best epoch on validation ({chosen})'}. Baselines: logistic regression "
+        f"on single pixels. Seed {config.seed}, {facts['hardware']}; training: "
+        f"{', '.join(f'{name} {value:.0f} s' for name, value in seconds.items())}; in all "
+        f"{time.monotonic() - began:.0f} s. Files: {output}"
+    )
     if args.plots:
         draw(output / "pictures.png", next(iter(answers.values())), judged, classes, device)
 

@@ -20,7 +20,9 @@ from timm_branches.inference.predict import predict
 
 @pytest.fixture(scope="module")
 def model_file(tmp_path_factory):
-    model = create_branch_model("test_resnet", taps=[3, 5], num_classes=[2, 7], names=["coarse", "fine"])
+    model = create_branch_model(
+        "test_resnet", taps=[3, 5], num_classes=[2, 7], names=["coarse", "fine"]
+    )
     path = tmp_path_factory.mktemp("model") / "model.safetensors"
     save_model(model, path, extra={"epoch": 4})
     return path
@@ -46,14 +48,20 @@ def test_info(model_file, capsys):
 
 
 def test_as_a_module(model_file):
-    done = subprocess.run([sys.executable, "-m", "timm_branches", "info", str(model_file)], capture_output=True,
-                          text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "timm_branches", "info", str(model_file)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["extra"] == {"epoch": 4}
 
 
-@pytest.mark.parametrize("case", ["unknown model", "no file", "a folder", "not safetensors", "someone else's",
-                                  "cut short"])
+@pytest.mark.parametrize(
+    "case",
+    ["unknown model", "no file", "a folder", "not safetensors", "someone else's", "cut short"],
+)
 def test_mistakes(case, model_file, tmp_path, capsys):
     from safetensors.torch import save_file
 
@@ -85,8 +93,10 @@ def test_usage(args, capsys):
 
 
 NAMES = ['a,"b"\n.png', "\u732b \u00e9.png", "plain.png"]
-TREE = Taxonomy([("animal, living", "\u732b"), ("animal, living", 'the "dog"'), ("thing\nor so", "van")],
-                levels=["coarse", "fine"])
+TREE = Taxonomy(
+    [("animal, living", "\u732b"), ("animal, living", 'the "dog"'), ("thing\nor so", "van")],
+    levels=["coarse", "fine"],
+)
 
 
 @pytest.fixture(scope="module")
@@ -102,17 +112,27 @@ def tree_file(tmp_path_factory):
 def photos(tmp_path_factory):
     root = tmp_path_factory.mktemp("photos")
     for i, name in enumerate(NAMES):
-        Image.fromarray(np.random.default_rng(i).integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(root / name)
+        Image.fromarray(
+            np.random.default_rng(i).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+        ).save(root / name)
     return root
 
 
 def _parse(kind, text, levels):
     """(file, [(name, probability), ...]) of every image, read back from a file's text."""
     if kind == "json":
-        return [(r["file"], [(x["name"], x["probability"]) for x in r["levels"]]) for r in json.loads(text)]
+        return [
+            (r["file"], [(x["name"], x["probability"]) for x in r["levels"]])
+            for r in json.loads(text)
+        ]
     rows = list(csv.DictReader(io.StringIO(text)))
-    return [(row["file"], [(row[level], float(row[f"{level}_probability"])) for level in levels if row[level]])
-            for row in rows]
+    return [
+        (
+            row["file"],
+            [(row[level], float(row[f"{level}_probability"])) for level in levels if row[level]],
+        )
+        for row in rows
+    ]
 
 
 @pytest.mark.parametrize("kind", ["json", "csv"])
@@ -120,8 +140,11 @@ def _parse(kind, text, levels):
 @pytest.mark.parametrize("where", ["stdout", "file", "by its ending"])
 def test_predict_formats(tree_file, photos, tmp_path, capsys, kind, threshold, where):
     limit = ["--threshold", threshold] if threshold else []
-    output = {"stdout": [], "file": ["--output", str(tmp_path / "out")],
-              "by its ending": ["--output", str(tmp_path / f"out.{kind.upper()}")]}[where]
+    output = {
+        "stdout": [],
+        "file": ["--output", str(tmp_path / "out")],
+        "by its ending": ["--output", str(tmp_path / f"out.{kind.upper()}")],
+    }[where]
     wanted = [] if where == "by its ending" else ["--format", kind]
     assert main(["predict", str(tree_file), str(photos), *wanted, *output, *limit]) == 0
     out, err = capsys.readouterr()
@@ -145,8 +168,10 @@ def test_predict_text(tree_file, photos, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(expected) == 3
     for line, record in zip(lines, expected, strict=True):
-        steps = [f"{name} {p:.2f}".replace("\n", "\\n") for name, p in zip(record.path, record.probabilities,
-                                                                            strict=True)]
+        steps = [
+            f"{name} {p:.2f}".replace("\n", "\\n")
+            for name, p in zip(record.path, record.probabilities, strict=True)
+        ]
         file = record.file.replace("\n", "\\n")
         assert line == f"{file}  {' > '.join(steps + ['(stopped)'] * record.stopped)}"
 
@@ -156,7 +181,10 @@ def test_predict_without_a_tree(model_file, photos, tmp_path, capsys):
     (record,) = predict(model_file, photos / "plain.png")
     assert main(args) == 0
     (coarse, fine), (p, q) = record.labels, record.probabilities
-    assert capsys.readouterr().out == f"{photos}/plain.png  coarse {coarse} {p:.2f}, fine {fine} {q:.2f}\n"
+    assert (
+        capsys.readouterr().out
+        == f"{photos}/plain.png  coarse {coarse} {p:.2f}, fine {fine} {q:.2f}\n"
+    )
     assert main([*args, "--format", "json"]) == 0
     (found,) = json.loads(capsys.readouterr().out)
     assert [level["class"] for level in found["levels"]] == [coarse, fine]
@@ -170,10 +198,24 @@ def test_predict_flat_model_with_a_tree(photos, tmp_path, capsys):
     model = create_branch_model("test_resnet", taps=[5], num_classes=3, names=["leaf"], img_size=32)
     save_model(model, tmp_path / "flat.safetensors")
     TREE.save_json(tmp_path / "tree.json")
-    assert main(["predict", str(tmp_path / "flat.safetensors"), str(photos), "--taxonomy", str(tmp_path / "tree.json"),
-                 "--format", "json"]) == 0
+    assert (
+        main(
+            [
+                "predict",
+                str(tmp_path / "flat.safetensors"),
+                str(photos),
+                "--taxonomy",
+                str(tmp_path / "tree.json"),
+                "--format",
+                "json",
+            ]
+        )
+        == 0
+    )
     found = json.loads(capsys.readouterr().out)
-    assert [tuple(r["path"]) for r in found] == [r.path for r in predict(model, photos, taxonomy=TREE)]
+    assert [tuple(r["path"]) for r in found] == [
+        r.path for r in predict(model, photos, taxonomy=TREE)
+    ]
     assert all(tuple(r["path"]) in TREE.leaves for r in found)
 
 
@@ -198,8 +240,11 @@ def test_predict_unreadable(tree_file, photos, tmp_path, capsys, kind, good):
     assert "2.png" in err.splitlines()[0]
     assert err.splitlines()[1] == f"timm-branches: 1 of {1 + good} images could not be read"
     text = output.read_text()
-    files = [line.split("  ")[0] for line in text.splitlines()] if kind == "text" else \
-        [file for file, _ in _parse(kind, text, TREE.levels)]
+    files = (
+        [line.split("  ")[0] for line in text.splitlines()]
+        if kind == "text"
+        else [file for file, _ in _parse(kind, text, TREE.levels)]
+    )
     assert files == [str(tmp_path / "1.png")] * good
     assert not list(tmp_path.glob(".*"))
 
@@ -237,22 +282,28 @@ def test_predict_pictures(tree_file, photos, tmp_path, capsys):
     assert "give a folder" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("args", "message"), [
-    (["{model}", "{photos}/none.png"], "none.png"),
-    (["{model}", "{tmp}"], "no images"),
-    (["{photos}/plain.png", "{photos}"], "safetensors"),
-    (["{model}", "{photos}", "--decoder", "greedy"], "best-path"),
-    (["{model}", "{photos}", "--threshold", "2"], "from 0 to 1"),
-    (["{model}", "{photos}", "--taxonomy", "cifar10"], "of its own"),
-    (["{model}", "{photos}", "--taxonomy", "none.json"], "none.json"),
-    (["{model}", "{photos}", "--device", "gpu"], "gpu"),
-    (["{model}", "{photos}", "-b", "0"], "batch_size"),
-    (["{model}", "{photos}", "--output", "{tmp}"], "is a folder"),
-    (["{model}", "{photos}", "--output", "{model}"], "among what is read"),
-    (["{model}", "{photos}", "--output", "{photos}/plain.png"], "among what is read"),
-    (["{model}", "{photos}/plain.png", "--picture", "{photos}/plain.png"], "among what is read"),
-    (["{model}", "{photos}", "--picture", "{model}"], ".png"),
-])
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["{model}", "{photos}/none.png"], "none.png"),
+        (["{model}", "{tmp}"], "no images"),
+        (["{photos}/plain.png", "{photos}"], "safetensors"),
+        (["{model}", "{photos}", "--decoder", "greedy"], "best-path"),
+        (["{model}", "{photos}", "--threshold", "2"], "from 0 to 1"),
+        (["{model}", "{photos}", "--taxonomy", "cifar10"], "of its own"),
+        (["{model}", "{photos}", "--taxonomy", "none.json"], "none.json"),
+        (["{model}", "{photos}", "--device", "gpu"], "gpu"),
+        (["{model}", "{photos}", "-b", "0"], "batch_size"),
+        (["{model}", "{photos}", "--output", "{tmp}"], "is a folder"),
+        (["{model}", "{photos}", "--output", "{model}"], "among what is read"),
+        (["{model}", "{photos}", "--output", "{photos}/plain.png"], "among what is read"),
+        (
+            ["{model}", "{photos}/plain.png", "--picture", "{photos}/plain.png"],
+            "among what is read",
+        ),
+        (["{model}", "{photos}", "--picture", "{model}"], ".png"),
+    ],
+)
 def test_predict_mistakes(tree_file, photos, tmp_path, capsys, args, message):
     before = {p: p.read_bytes() for p in [tree_file, *photos.iterdir()]}
     places = {"model": tree_file, "photos": photos, "tmp": tmp_path}
@@ -268,8 +319,12 @@ def test_predict_mistakes(tree_file, photos, tmp_path, capsys, args, message):
 def test_predict_into_a_closed_pipe(tree_file, photos):
     reading, writing = os.pipe()
     os.close(reading)
-    done = subprocess.run([sys.executable, "-m", "timm_branches", "predict", str(tree_file), str(photos)],
-                          stdout=writing, stderr=subprocess.PIPE, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "timm_branches", "predict", str(tree_file), str(photos)],
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        check=False,
+    )
     os.close(writing)
     assert done.stderr == b""
     assert done.returncode == 1

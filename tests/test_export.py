@@ -8,14 +8,26 @@ import torch
 from timm_branches import PoolHead, Tap, create_branch_model
 
 # the smallest variants, at the smallest size each takes
-MODELS = {"test_resnet": 32, "vgg11": 32, "test_vit": 32, "test_convnext": 32, "test_efficientnet": 32,
-          "swin_tiny_patch4_window7_224": 32}
+MODELS = {
+    "test_resnet": 32,
+    "vgg11": 32,
+    "test_vit": 32,
+    "test_convnext": 32,
+    "test_efficientnet": 32,
+    "swin_tiny_patch4_window7_224": 32,
+}
 
 
 def make(name, taps=(3, 5), **kwargs):
     torch.manual_seed(0)
-    options = {"window_size": 2, "depths": (1, 1, 1, 1), "drop_path_rate": 0.0} if name.startswith("swin") else {}
-    model = create_branch_model(name, taps=list(taps), num_classes=2, img_size=MODELS[name], **options, **kwargs)
+    options = (
+        {"window_size": 2, "depths": (1, 1, 1, 1), "drop_path_rate": 0.0}
+        if name.startswith("swin")
+        else {}
+    )
+    model = create_branch_model(
+        name, taps=list(taps), num_classes=2, img_size=MODELS[name], **options, **kwargs
+    )
     return model, torch.randn(4, 3, MODELS[name], MODELS[name])
 
 
@@ -46,13 +58,18 @@ class TestCompile:
     def test_train(self, name):
         model, x = make(name, taps=[3, Tap(4, detach=True), 5], head=PoolHead((8,)))
         twin = copy.deepcopy(model)
-        assert_close(compiled := torch.compile(model, fullgraph=True, backend="aot_eager")(x), eager := twin(x))
+        assert_close(
+            compiled := torch.compile(model, fullgraph=True, backend="aot_eager")(x),
+            eager := twin(x),
+        )
         for logits in (compiled, eager):
             sum(y.square().sum() for y in logits.values()).backward()
         for (n, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
             assert (p.grad is None) == (q.grad is None), n
             if p.grad is not None:
-                torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-4 * max(1.0, q.grad.abs().max().item()))
+                torch.testing.assert_close(
+                    p.grad, q.grad, rtol=1e-3, atol=1e-4 * max(1.0, q.grad.abs().max().item())
+                )
         for (n, p), q in zip(model.named_buffers(), twin.buffers(), strict=True):
             torch.testing.assert_close(p, q, msg=n)
 
@@ -99,7 +116,9 @@ class TestExport:
     def test_batch_of_any_size(self):
         model, x = make("test_resnet")
         model.eval()
-        program = torch.export.export(model, (x,), dynamic_shapes={"x": {0: torch.export.Dim("batch", min=2, max=64)}})
+        program = torch.export.export(
+            model, (x,), dynamic_shapes={"x": {0: torch.export.Dim("batch", min=2, max=64)}}
+        )
         y = torch.randn(7, *x.shape[1:])
         assert_close(program.module()(y), model(y))
 
@@ -108,10 +127,15 @@ class TestExport:
         model.eval()
         assert_close(torch.export.export(model, (x,)).module()(x), model(x))
 
-    @pytest.mark.parametrize(("name", "taps"), [("test_resnet", [3, "layer3.0.conv1"]),
-                                                ("test_vit", ["blocks.1.attn", "blocks.3.mlp"])])
+    @pytest.mark.parametrize(
+        ("name", "taps"),
+        [("test_resnet", [3, "layer3.0.conv1"]), ("test_vit", ["blocks.1.attn", "blocks.3.mlp"])],
+    )
     def test_last_tap_inside_a_stage(self, name, taps):
-        """An exception ends that pass: only the strict mode of export, which reads bytecode, follows it."""
+        """An exception ends that pass.
+
+        Only the strict mode of export, which reads bytecode, follows it.
+        """
         model, x = make(name, taps)
         model.eval()
         assert_close(torch.export.export(model, (x,), strict=True).module()(x), model(x))

@@ -1,4 +1,7 @@
-"""Clip models and streaming steps outside of eager Python: ``torch.export``, ONNX, ``torch.compile``."""
+"""Clip models and streaming steps outside of eager Python.
+
+``torch.export``, ONNX, ``torch.compile``.
+"""
 
 import importlib.util
 import warnings
@@ -16,8 +19,17 @@ BATCH = torch.export.Dim("batch", min=1, max=64)
 def make(name="test_resnet", seed=0):
     torch.manual_seed(seed)
     return create_branch_model(
-        name, taps=[3, 5, 5], names=["coarse", "clip", "frame"], num_classes=[2, 3, 4], img_size=32,
-        head=["pool", LSTMHead(hidden_size=6, num_layers=2), GRUHead(hidden_size=5, output="frame")]).eval()
+        name,
+        taps=[3, 5, 5],
+        names=["coarse", "clip", "frame"],
+        num_classes=[2, 3, 4],
+        img_size=32,
+        head=[
+            "pool",
+            LSTMHead(hidden_size=6, num_layers=2),
+            GRUHead(hidden_size=5, output="frame"),
+        ],
+    ).eval()
 
 
 def clips(batch=3, time=4):
@@ -44,37 +56,58 @@ class TestExport:
             assert_close(program.module()(x).values(), model(x).values())
 
     def test_lengths(self):
-        """The graph gathers at the lengths what eager mode packs; there, too, the padding does not matter."""
+        """The graph gathers at the lengths what eager mode packs.
+
+        There, too, the padding does not matter.
+        """
         model = make()
-        program = torch.export.export(model, (clips(), None, torch.tensor([4, 2, 1])),
-                                      dynamic_shapes={"x": {0: BATCH}, "heads": None, "lengths": {0: BATCH}})
+        program = torch.export.export(
+            model,
+            (clips(), None, torch.tensor([4, 2, 1])),
+            dynamic_shapes={"x": {0: BATCH}, "heads": None, "lengths": {0: BATCH}},
+        )
         x, lengths = clips(5), torch.tensor([1, 4, 3, 2, 4])
         x[0, 1:] = float("nan")
-        assert_close(program.module()(x, None, lengths).values(), model(x, lengths=lengths).values())
+        assert_close(
+            program.module()(x, None, lengths).values(), model(x, lengths=lengths).values()
+        )
 
     @pytest.mark.parametrize("readout", ["mean", "max", "attention"])
     def test_readouts_with_a_mask(self, readout):
         torch.manual_seed(0)
-        model = create_branch_model("test_resnet", head=GRUHead(hidden_size=4, readout=readout), num_classes=2,
-                                    img_size=32).eval()
+        model = create_branch_model(
+            "test_resnet", head=GRUHead(hidden_size=4, readout=readout), num_classes=2, img_size=32
+        ).eval()
         mask = torch.arange(4) < torch.tensor([[4], [2], [1]])
         program = torch.export.export(model, (clips(), None, mask.clone()))
         other = torch.arange(4) < torch.tensor([[1], [4], [3]])
-        assert_close(program.module()(clips(), None, other).values(), model(clips(), lengths=other).values())
+        assert_close(
+            program.module()(clips(), None, other).values(), model(clips(), lengths=other).values()
+        )
 
     def test_bidirectional(self):
         torch.manual_seed(0)
-        model = create_branch_model("test_resnet", head=LSTMHead(hidden_size=4, bidirectional=True), num_classes=2,
-                                    img_size=32).eval()
-        assert_close(torch.export.export(model, (clips(),)).module()(clips()).values(), model(clips()).values())
+        model = create_branch_model(
+            "test_resnet",
+            head=LSTMHead(hidden_size=4, bidirectional=True),
+            num_classes=2,
+            img_size=32,
+        ).eval()
+        assert_close(
+            torch.export.export(model, (clips(),)).module()(clips()).values(),
+            model(clips()).values(),
+        )
         with pytest.raises(ValueError, match="bidirectional head cannot be exported with lengths="):
             torch.export.export(model, (clips(), None, torch.tensor([4, 2, 1])))
 
     def test_step(self):
         step, x = StreamingStep(make()), clips(5)
         frame, state = clips()[:, 0], step.initial_state(3)
-        program = torch.export.export(step, (frame, *state), dynamic_shapes={
-            "frame": {0: BATCH}, "state": tuple({1: BATCH} for _ in state)})
+        program = torch.export.export(
+            step,
+            (frame, *state),
+            dynamic_shapes={"frame": {0: BATCH}, "state": tuple({1: BATCH} for _ in state)},
+        )
         assert_close(program.module()(frame, *state), step(frame, *state))
         mine, own = step.initial_state(5), step.initial_state(5)
         for t in range(3):
@@ -89,26 +122,50 @@ def onnx_session(model, args, path, dynamo, inputs, outputs, **kwargs):
         pytest.skip("torch's newer exporter needs onnxscript")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.onnx.export(model, args, path, dynamo=dynamo, input_names=inputs, output_names=outputs, verbose=False,
-                          **kwargs)
+        torch.onnx.export(
+            model,
+            args,
+            path,
+            dynamo=dynamo,
+            input_names=inputs,
+            output_names=outputs,
+            verbose=False,
+            **kwargs,
+        )
     session = ort.InferenceSession(path)
-    return lambda *values: session.run(None, {n: v.numpy() for n, v in zip(inputs, values, strict=True)})
+    return lambda *values: session.run(
+        None, {n: v.numpy() for n, v in zip(inputs, values, strict=True)}
+    )
 
 
 @pytest.mark.parametrize("dynamo", [True, False])
 class TestOnnx:
     def test_clips(self, dynamo, tmp_path):
         model = make()
-        shapes = {"dynamic_shapes": {"x": {0: BATCH}}} if dynamo else {}  # the older exporter fixes the batch
-        run = onnx_session(model, (clips(),), tmp_path / "m.onnx", dynamo, ["x"], list(model.names), **shapes)
+        # the older exporter fixes the batch
+        shapes = {"dynamic_shapes": {"x": {0: BATCH}}} if dynamo else {}
+        run = onnx_session(
+            model, (clips(),), tmp_path / "m.onnx", dynamo, ["x"], list(model.names), **shapes
+        )
         for batch in (3, 5) if dynamo else (3,):
             assert_close(run(clips(batch)), model(clips(batch)).values())
 
     def test_lengths(self, dynamo, tmp_path):
         model = make()
-        shapes = {"dynamic_shapes": {"x": {0: BATCH}, "heads": None, "lengths": {0: BATCH}}} if dynamo else {}
-        run = onnx_session(model, (clips(), None, torch.tensor([4, 2, 1])), tmp_path / "m.onnx", dynamo,
-                           ["x", "lengths"], list(model.names), **shapes)
+        shapes = (
+            {"dynamic_shapes": {"x": {0: BATCH}, "heads": None, "lengths": {0: BATCH}}}
+            if dynamo
+            else {}
+        )
+        run = onnx_session(
+            model,
+            (clips(), None, torch.tensor([4, 2, 1])),
+            tmp_path / "m.onnx",
+            dynamo,
+            ["x", "lengths"],
+            list(model.names),
+            **shapes,
+        )
         for values in ([1, 4, 3], [2, 4, 3, 1, 1]) if dynamo else ([1, 4, 3],):
             x, lengths = clips(len(values)), torch.tensor(values)
             assert_close(run(x, lengths), model(x, lengths=lengths).values())
@@ -116,18 +173,34 @@ class TestOnnx:
     def test_step(self, dynamo, tmp_path):
         step, x = StreamingStep(make()), clips()
         state = own = step.initial_state(3)
-        shapes = {"dynamic_shapes": {"frame": {0: BATCH}, "state": tuple({1: BATCH} for _ in state)}} if dynamo else {}
-        run = onnx_session(step, (x[:, 0], *state), tmp_path / "s.onnx", dynamo, step.input_names,
-                           step.output_names, **shapes)
+        shapes = (
+            {"dynamic_shapes": {"frame": {0: BATCH}, "state": tuple({1: BATCH} for _ in state)}}
+            if dynamo
+            else {}
+        )
+        run = onnx_session(
+            step,
+            (x[:, 0], *state),
+            tmp_path / "s.onnx",
+            dynamo,
+            step.input_names,
+            step.output_names,
+            **shapes,
+        )
         for t in range(4):
             answer, expected = run(x[:, t], *state), step(x[:, t], *own)
             assert_close(answer, expected)
             state, own = [torch.from_numpy(y) for y in answer[3:]], expected[3:]
-        assert_close(expected[:2], [v if v.ndim == 2 else v[:, -1] for v in list(step.model(x).values())[:2]])
+        assert_close(
+            expected[:2], [v if v.ndim == 2 else v[:, -1] for v in list(step.model(x).values())[:2]]
+        )
 
 
 def test_compile():
-    """nn.LSTM breaks the graph, so not ``fullgraph``; the results are those of eager mode, BatchNorm's included."""
+    """nn.LSTM breaks the graph, so not ``fullgraph``.
+
+    The results are those of eager mode, BatchNorm's included.
+    """
     torch.compiler.reset()
     model, twin, x = make().train(), make().train(), clips()
     lengths = torch.tensor([4, 2, 1])

@@ -15,7 +15,8 @@ def images(size=32, batch=2, in_chans=3):
 
 
 class HandWrittenBCNN(nn.Module):
-    """The network of the forum question (seed 4), cut by hand, with the branches behind conv blocks 3, 4 and 5."""
+    """The network of the forum question (seed 4), cut by hand, with the branches behind conv
+    blocks 3, 4 and 5."""
 
     def __init__(self, features, widths, classes, size):
         super().__init__()
@@ -24,10 +25,20 @@ class HandWrittenBCNN(nn.Module):
         self.conv4 = nn.Sequential(*layers[24:34])
         self.conv5 = nn.Sequential(*layers[34:44])
         flat = [256 * (size // 8) ** 2, 512 * (size // 16) ** 2, 512 * (size // 32) ** 2]
-        self.branches = nn.ModuleList(nn.Sequential(
-            nn.Linear(f, w), nn.ReLU(), nn.BatchNorm1d(w), nn.Dropout(0.5),
-            nn.Linear(w, w), nn.ReLU(), nn.BatchNorm1d(w), nn.Dropout(0.5),
-            nn.Linear(w, k)) for f, w, k in zip(flat, widths, classes, strict=True))
+        self.branches = nn.ModuleList(
+            nn.Sequential(
+                nn.Linear(f, w),
+                nn.ReLU(),
+                nn.BatchNorm1d(w),
+                nn.Dropout(0.5),
+                nn.Linear(w, w),
+                nn.ReLU(),
+                nn.BatchNorm1d(w),
+                nn.Dropout(0.5),
+                nn.Linear(w, k),
+            )
+            for f, w, k in zip(flat, widths, classes, strict=True)
+        )
 
     def forward(self, x):
         maps = []
@@ -42,8 +53,12 @@ class TestSeedNetwork:
     def both(self):
         torch.manual_seed(0)
         model = create_branch_model(
-            "vgg16_bn", taps=[3, 4, 5], num_classes=[2, 7, 25], img_size=32,
-            head=[FlattenHead((16, 16)), FlattenHead((24, 24)), FlattenHead((32, 32))])
+            "vgg16_bn",
+            taps=[3, 4, 5],
+            num_classes=[2, 7, 25],
+            img_size=32,
+            head=[FlattenHead((16, 16)), FlattenHead((24, 24)), FlattenHead((32, 32))],
+        )
         plain = timm.create_model("vgg16_bn")
         plain.features.load_state_dict(model.backbone.features.state_dict(), strict=False)
         own = HandWrittenBCNN(plain.features, (16, 24, 32), (2, 7, 25), 32)
@@ -73,7 +88,9 @@ class TestSeedNetwork:
         assert model.backbone.features[0].weight.grad.abs().sum() > 0
 
     def test_same_size(self, both):
-        assert sum(p.numel() for p in both[0].parameters()) == sum(p.numel() for p in both[1].parameters())
+        assert sum(p.numel() for p in both[0].parameters()) == sum(
+            p.numel() for p in both[1].parameters()
+        )
 
 
 class TestHeads:
@@ -100,7 +117,9 @@ class TestHeads:
         assert calls.count("backbone.conv1") == 1
 
     def test_order_and_values(self):
-        model = create_branch_model("resnet18", taps=[5, 2, "layer3.0.bn1"], num_classes=[2, 3, 4]).eval()
+        model = create_branch_model(
+            "resnet18", taps=[5, 2, "layer3.0.bn1"], num_classes=[2, 3, 4]
+        ).eval()
         everything = model(images())
         assert list(everything) == ["stage5", "stage2", "layer3_0_bn1"]
         some = model(images(), heads=("layer3_0_bn1", "stage5"))
@@ -117,8 +136,17 @@ class TestHeads:
 
     def test_one_per_tap(self):
         model = create_branch_model(
-            "test_resnet", taps=[2, 3, 4, 5], num_classes=[2, 3, 4, 0], img_size=32,
-            head=["pool", PoolHead((8,), "catavgmax", 0.25), FlattenHead(()), {"kind": "flatten", "hidden": [6, 5]}])
+            "test_resnet",
+            taps=[2, 3, 4, 5],
+            num_classes=[2, 3, 4, 0],
+            img_size=32,
+            head=[
+                "pool",
+                PoolHead((8,), "catavgmax", 0.25),
+                FlattenHead(()),
+                {"kind": "flatten", "hidden": [6, 5]},
+            ],
+        )
         model.eval()
         maps, logits = model.forward_taps(images()), model(images())
         assert [tuple(y.shape) for y in logits.values()] == [(2, 2), (2, 3), (2, 4), (2, 5)]
@@ -129,39 +157,77 @@ class TestHeads:
         y = second.hidden[2](torch.relu(second.hidden[0](y)))
         torch.testing.assert_close(logits["stage3"], second.fc(y))
         torch.testing.assert_close(logits["stage4"], third.fc(maps["stage4"].flatten(1)))
-        assert [m.p for m in model.heads.modules() if isinstance(m, nn.Dropout)] == [0.0, 0.25, 0.5, 0.5]
+        assert [m.p for m in model.heads.modules() if isinstance(m, nn.Dropout)] == [
+            0.0,
+            0.25,
+            0.5,
+            0.5,
+        ]
         assert isinstance(fourth.fc, nn.Identity)
 
     @pytest.mark.parametrize("pool", ["avg", "max", "avgmax", "catavgmax"])
     def test_pooling(self, pool):
-        model = create_branch_model("test_resnet", taps=[4], num_classes=3, head=PoolHead(pool_type=pool)).eval()
+        model = create_branch_model(
+            "test_resnet", taps=[4], num_classes=3, head=PoolHead(pool_type=pool)
+        ).eval()
         y, head = model.forward_taps(images())["stage4"], model.head("stage4")
         avg, top = y.mean((2, 3)), y.amax((2, 3))
-        v = {"avg": avg, "max": top, "avgmax": (avg + top) / 2, "catavgmax": torch.cat([avg, top], 1)}[pool]
+        v = {
+            "avg": avg,
+            "max": top,
+            "avgmax": (avg + top) / 2,
+            "catavgmax": torch.cat([avg, top], 1),
+        }[pool]
         torch.testing.assert_close(model(images())["stage4"], head.fc(v))
 
     def test_default_hidden_widths(self):
-        """Twice the channels: the 256, 512 and 1024 of B-CNN's branches on maps of 128, 256 and 512 channels."""
-        model = create_branch_model("vgg11", taps=[2, 3, 5], num_classes=2, head="flatten", img_size=32)
-        assert [[m.out_features for m in model.head(n).hidden if isinstance(m, nn.Linear)] for n in model.names] == [
-            [256, 256], [512, 512], [1024, 1024]]
+        """Twice the channels.
+
+        The 256, 512 and 1024 of B-CNN's branches on maps of 128, 256 and 512 channels.
+        """
+        model = create_branch_model(
+            "vgg11", taps=[2, 3, 5], num_classes=2, head="flatten", img_size=32
+        )
+        assert [
+            [m.out_features for m in model.head(n).hidden if isinstance(m, nn.Linear)]
+            for n in model.names
+        ] == [[256, 256], [512, 512], [1024, 1024]]
         kinds = [type(m).__name__ for m in model.head("stage2").hidden]
         assert kinds == ["Linear", "ReLU", "BatchNorm1d", "Dropout"] * 2
 
     def test_flatten_is_bound_to_a_size(self):
-        model = create_branch_model("test_resnet", taps=[4], num_classes=3, head="flatten", img_size=64).eval()
-        with pytest.raises(ValueError, match=r"'flatten' head at tap 'stage4' was made for a map of 4x4, got 2x2"):
+        model = create_branch_model(
+            "test_resnet", taps=[4], num_classes=3, head="flatten", img_size=64
+        ).eval()
+        with pytest.raises(
+            ValueError, match=r"'flatten' head at tap 'stage4' was made for a map of 4x4, got 2x2"
+        ):
             model(images(32))
 
-    @pytest.mark.parametrize(("head", "match"), [
-        ("nose", "Unknown head 'nose'"), ({"kind": "pool", "width": 3}, "head 'pool'"), (["pool"], "entries in head="),
-        (None, "Unknown head"), (3, "Unknown head")])
+    @pytest.mark.parametrize(
+        ("head", "match"),
+        [
+            ("nose", "Unknown head 'nose'"),
+            ({"kind": "pool", "width": 3}, "head 'pool'"),
+            (["pool"], "entries in head="),
+            (None, "Unknown head"),
+            (3, "Unknown head"),
+        ],
+    )
     def test_refused(self, head, match):
         with pytest.raises(ValueError, match=match):
             create_branch_model("test_resnet", taps=[3, 4], num_classes=2, head=head)
 
-    @pytest.mark.parametrize("kwargs", [{"hidden": (0,)}, {"hidden": (1.5,)}, {"drop_rate": 1.0}, {"drop_rate": -1},
-                                        {"pool_type": "min"}])
+    @pytest.mark.parametrize(
+        "kwargs",
+        [
+            {"hidden": (0,)},
+            {"hidden": (1.5,)},
+            {"drop_rate": 1.0},
+            {"drop_rate": -1},
+            {"pool_type": "min"},
+        ],
+    )
     def test_bad_options(self, kwargs):
         with pytest.raises(ValueError, match=next(iter(kwargs))):
             PoolHead(**kwargs)
@@ -172,7 +238,10 @@ class TestNamesAndClasses:
 
     def test_backbones_own_classes(self):
         assert create_branch_model("resnet18").num_classes == {"stage5": 1000}
-        assert create_branch_model("resnet18", taps=[3, 4]).num_classes == {"stage3": 1000, "stage4": 1000}
+        assert create_branch_model("resnet18", taps=[3, 4]).num_classes == {
+            "stage3": 1000,
+            "stage4": 1000,
+        }
 
     def test_a_backbone_without_classes(self):
         with pytest.raises(ValueError, match="give num_classes="):
@@ -181,7 +250,9 @@ class TestNamesAndClasses:
     def test_taxonomy(self):
         model = create_branch_model("test_resnet", taps=[3, 5], taxonomy=self.TREE)
         assert model.num_classes == {"coarse": 2, "fine": 3}
-        assert create_branch_model("test_resnet", taps=[3, 5], taxonomy=self.TREE, names=["u", "v"]).names == ("u", "v")
+        assert create_branch_model(
+            "test_resnet", taps=[3, 5], taxonomy=self.TREE, names=["u", "v"]
+        ).names == ("u", "v")
         with pytest.raises(ValueError, match="2 levels .* for 1 taps"):
             create_branch_model("test_resnet", taps=[3], taxonomy=self.TREE)
         with pytest.raises(ValueError, match="does not fit the taxonomy"):
@@ -189,11 +260,15 @@ class TestNamesAndClasses:
 
     def test_names(self):
         names = ["type", "a.b", "values", "keys"]
-        model = create_branch_model("test_resnet", taps=[2, 3, 4, 5], names=names, num_classes=2).eval()
+        model = create_branch_model(
+            "test_resnet", taps=[2, 3, 4, 5], names=names, num_classes=2
+        ).eval()
         assert list(model(images())) == names
         assert torch.equal(model(images(), heads=["a.b"])["a.b"], model(images())["a.b"])
 
-    @pytest.mark.parametrize("names", [["a"], ["a", "a"], ["a", ""], ["a.b", "a_b"], ["type", "type_"]])
+    @pytest.mark.parametrize(
+        "names", [["a"], ["a", "a"], ["a", ""], ["a.b", "a_b"], ["type", "type_"]]
+    )
     def test_bad_names(self, names):
         with pytest.raises(ValueError, match="names"):
             create_branch_model("test_resnet", taps=[3, 4], names=names, num_classes=2)
@@ -201,7 +276,9 @@ class TestNamesAndClasses:
     def test_same_tap_twice(self):
         with pytest.raises(ValueError, match="give names="):
             create_branch_model("test_resnet", taps=[3, "conv3"], num_classes=2)
-        model = create_branch_model("test_resnet", taps=[3, Tap(3, detach=True)], names=["a", "b"], num_classes=2)
+        model = create_branch_model(
+            "test_resnet", taps=[3, Tap(3, detach=True)], names=["a", "b"], num_classes=2
+        )
         a, b = model.eval().forward_taps(images()).values()
         assert torch.equal(a, b)
 
@@ -214,9 +291,18 @@ class TestNamesAndClasses:
 class TestOptions:
     def test_drop_rate(self):
         def rates(**kwargs):
-            model = create_branch_model("vit_tiny_patch16_224", taps=[3, 5], num_classes=2, img_size=32,
-                                        head=["pool", "flatten"], **kwargs)
-            return [{m.p for m in model.head(n).modules() if isinstance(m, nn.Dropout)} for n in model.names]
+            model = create_branch_model(
+                "vit_tiny_patch16_224",
+                taps=[3, 5],
+                num_classes=2,
+                img_size=32,
+                head=["pool", "flatten"],
+                **kwargs,
+            )
+            return [
+                {m.p for m in model.head(n).modules() if isinstance(m, nn.Dropout)}
+                for n in model.names
+            ]
 
         assert rates() == [{0.0}, {0.5}]
         assert rates(drop_rate=0.25) == [{0.25}, {0.25}]
@@ -229,10 +315,20 @@ class TestOptions:
         data = resolve_model_data_config(model)
         assert data["input_size"][0] == len(data["mean"]) == len(data["std"]) == 5
 
-    @pytest.mark.parametrize(("name", "size"), [("resnet18", 48), ("resnet18", (32, 64)), ("test_convnext", 64),
-                                                ("vit_tiny_patch16_224", 64), ("vit_tiny_patch16_224", (32, 64))])
+    @pytest.mark.parametrize(
+        ("name", "size"),
+        [
+            ("resnet18", 48),
+            ("resnet18", (32, 64)),
+            ("test_convnext", 64),
+            ("vit_tiny_patch16_224", 64),
+            ("vit_tiny_patch16_224", (32, 64)),
+        ],
+    )
     def test_img_size(self, name, size):
-        model = create_branch_model(name, taps=[4], num_classes=2, img_size=size, head="flatten").eval()
+        model = create_branch_model(
+            name, taps=[4], num_classes=2, img_size=size, head="flatten"
+        ).eval()
         height, width = (size, size) if isinstance(size, int) else size
         assert model.input_size == (3, height, width)
         assert model.taps[0].size == (height // 16, width // 16)
@@ -240,7 +336,9 @@ class TestOptions:
         assert resolve_model_data_config(model)["input_size"] == (3, height, width)
 
     def test_output_stride(self):
-        model = create_branch_model("resnet18", taps=[3, 4, 5], num_classes=2, output_stride=8, img_size=64).eval()
+        model = create_branch_model(
+            "resnet18", taps=[3, 4, 5], num_classes=2, output_stride=8, img_size=64
+        ).eval()
         assert [t.stride for t in model.taps] == [8, 8, 8]
         assert [y.shape[-1] for y in model.forward_taps(images(64)).values()] == [8, 8, 8]
 
@@ -253,12 +351,17 @@ class TestOptions:
 
         assert rates(model.backbone) == rates(plain) != []
 
-    @pytest.mark.parametrize(("kwargs", "match"), [
-        ({"features_only": True}, "features_only=: .*forward_taps"),
-        ({"global_pool": "max"}, "global_pool=: .*PoolHead"),
-        ({"global_pool": ""}, "global_pool=: .*PoolHead"), ({"out_indices": (1, 2)}, "out_indices=: choose taps="),
-        ({"nose": 3}, "nose"), ({"img_size": 32, "nose": 3}, "nose"),
-    ])
+    @pytest.mark.parametrize(
+        ("kwargs", "match"),
+        [
+            ({"features_only": True}, "features_only=: .*forward_taps"),
+            ({"global_pool": "max"}, "global_pool=: .*PoolHead"),
+            ({"global_pool": ""}, "global_pool=: .*PoolHead"),
+            ({"out_indices": (1, 2)}, "out_indices=: choose taps="),
+            ({"nose": 3}, "nose"),
+            ({"img_size": 32, "nose": 3}, "nose"),
+        ],
+    )
     def test_refused(self, kwargs, match):
         with pytest.raises(ValueError, match=match):
             create_branch_model("test_resnet", taps=[3], num_classes=2, **kwargs)
@@ -270,7 +373,9 @@ class TestOptions:
 
 class TestFreeze:
     def test_freeze(self):
-        model = create_branch_model("test_resnet", taps=[3, 5], num_classes=2, head=PoolHead((4,)), img_size=64)
+        model = create_branch_model(
+            "test_resnet", taps=[3, 5], num_classes=2, head=PoolHead((4,)), img_size=64
+        )
         before = {k: v.clone() for k, v in model.backbone.state_dict().items()}
         heads_before = {k: v.clone() for k, v in model.heads.state_dict().items()}
         assert model.freeze() is model
@@ -279,7 +384,9 @@ class TestFreeze:
         assert model.training
         assert model.heads.training
         assert not any(m.training for m in model.backbone.modules())
-        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0, weight_decay=0.1)
+        optimizer = torch.optim.SGD(
+            [p for p in model.parameters() if p.requires_grad], lr=1.0, weight_decay=0.1
+        )
         seen = []
         model.head("stage5").register_forward_pre_hook(lambda m, args: seen.append(args[0]))
         for _ in range(2):
@@ -290,7 +397,9 @@ class TestFreeze:
         assert all(p.grad is None for p in model.backbone.parameters())
         for key, value in model.backbone.state_dict().items():
             assert torch.equal(value, before[key]), key
-        assert not torch.equal(model.heads.state_dict()["stage3.fc.weight"], heads_before["stage3.fc.weight"])
+        assert not torch.equal(
+            model.heads.state_dict()["stage3.fc.weight"], heads_before["stage3.fc.weight"]
+        )
         assert torch.is_grad_enabled()
 
     def test_without_it_the_statistics_move(self):
@@ -300,16 +409,27 @@ class TestFreeze:
         assert not torch.equal(model.backbone.bn1.running_mean, before)
 
 
-GROUPED = ["vit_tiny_patch16_224", "convnext_atto", "swin_tiny_patch4_window7_224", "resnet18", "test_efficientnet",
-           "vgg11_bn", "beit_base_patch16_224", "levit_128s"]
+GROUPED = [
+    "vit_tiny_patch16_224",
+    "convnext_atto",
+    "swin_tiny_patch4_window7_224",
+    "resnet18",
+    "test_efficientnet",
+    "vgg11_bn",
+    "beit_base_patch16_224",
+    "levit_128s",
+]
 
 
 def groups(model, **kwargs):
     """(weight decay, learning rate) of every parameter, by name."""
     optimizer = create_optimizer_v2(model, opt="adamw", lr=1.0, weight_decay=0.05, **kwargs)
     names = {id(p): n for n, p in model.named_parameters()}
-    return {names[id(p)]: (group["weight_decay"], group.get("lr_scale", 1.0), group["lr"])
-            for group in optimizer.param_groups for p in group["params"]}
+    return {
+        names[id(p)]: (group["weight_decay"], group.get("lr_scale", 1.0), group["lr"])
+        for group in optimizer.param_groups
+        for p in group["params"]
+    }
 
 
 class TestTimmContract:
@@ -317,28 +437,39 @@ class TestTimmContract:
     @pytest.mark.parametrize("name", GROUPED)
     def test_optimizer_groups(self, name, layer_decay):
         with torch.device("meta"):
-            plain, model = timm.create_model(name), create_branch_model(name, taps=[3, 5], num_classes=2)
+            plain, model = (
+                timm.create_model(name),
+                create_branch_model(name, taps=[3, 5], num_classes=2),
+            )
         expected = groups(plain, layer_decay=layer_decay)
         actual = groups(model, layer_decay=layer_decay)
         assert set(actual) == {n for n, p in model.named_parameters() if p.requires_grad}
-        backbone = {n.removeprefix("backbone."): v for n, v in actual.items() if n.startswith("backbone.")}
+        backbone = {
+            n.removeprefix("backbone."): v for n, v in actual.items() if n.startswith("backbone.")
+        }
         assert set(backbone) <= set(expected)
         different = {n: (v, expected[n]) for n, v in backbone.items() if v[0] != expected[n][0]}
         assert not different
         scales = {n: (v[1], expected[n][1]) for n, v in backbone.items()}
-        # VGG's classifier has hidden layers of its own, which are pruned: the same decay counted from fewer layers
+        # VGG's classifier has hidden layers of its own, which are pruned: the same decay counted
+        # from fewer layers
         shift = {round(a / b, 6) for a, b in scales.values()}
         assert shift == {1.0} if name != "vgg11_bn" else len(shift) == 1
         assert {v[1] for n, v in actual.items() if n.startswith("heads.")} == {1.0}
         assert {n for n, v in actual.items() if n.startswith("heads.") and v[0]} == {
-            n for n, p in model.heads.named_parameters(prefix="heads") if p.ndim > 1}
+            n for n, p in model.heads.named_parameters(prefix="heads") if p.ndim > 1
+        }
 
     @pytest.mark.parametrize("name", GROUPED)
     @pytest.mark.parametrize("coarse", [False, True])
     def test_group_matcher(self, name, coarse):
         from timm.models import group_parameters
+
         with torch.device("meta"):
-            plain, model = timm.create_model(name), create_branch_model(name, taps=[3, 5], num_classes=2)
+            plain, model = (
+                timm.create_model(name),
+                create_branch_model(name, taps=[3, 5], num_classes=2),
+            )
         a = group_parameters(plain, plain.group_matcher(coarse=coarse), reverse=True)
         b = group_parameters(model, model.group_matcher(coarse=coarse), reverse=True)
         kept = {n.removeprefix("backbone."): v for n, v in b.items() if n.startswith("backbone.")}
@@ -348,35 +479,55 @@ class TestTimmContract:
 
     def test_no_weight_decay(self):
         model = create_branch_model("vit_tiny_patch16_224", taps=[3], num_classes=2)
-        assert model.no_weight_decay() == {"backbone." + n for n in timm.create_model(
-            "vit_tiny_patch16_224").no_weight_decay()} >= {"backbone.pos_embed", "backbone.cls_token"}
+        assert (
+            model.no_weight_decay()
+            == {
+                "backbone." + n for n in timm.create_model("vit_tiny_patch16_224").no_weight_decay()
+            }
+            >= {"backbone.pos_embed", "backbone.cls_token"}
+        )
         assert create_branch_model("resnet18", taps=[3], num_classes=2).no_weight_decay() == set()
 
     @pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224", "test_convnext"])
     def test_data_config(self, name):
-        assert resolve_model_data_config(create_branch_model(name, num_classes=2)) == resolve_model_data_config(
-            timm.create_model(name))
+        assert resolve_model_data_config(
+            create_branch_model(name, num_classes=2)
+        ) == resolve_model_data_config(timm.create_model(name))
 
     def test_pretrained_cfg(self):
-        model = create_branch_model("resnet18", taps=[3, 5], names=["a", "type"], num_classes=[2, 3])
+        model = create_branch_model(
+            "resnet18", taps=[3, 5], names=["a", "type"], num_classes=[2, 3]
+        )
         modules = dict(model.named_modules())
         assert modules[model.pretrained_cfg["first_conv"]] is model.backbone.conv1
-        assert [modules[n] for n in model.pretrained_cfg["classifier"]] == [model.head("a").fc, model.head("type").fc]
+        assert [modules[n] for n in model.pretrained_cfg["classifier"]] == [
+            model.head("a").fc,
+            model.head("type").fc,
+        ]
         assert model.default_cfg is model.pretrained_cfg
 
     def test_features(self):
         model = create_branch_model("resnet18", taps=[5, 3], num_classes=2, img_size=64).eval()
         assert model.num_features == 512
-        assert torch.equal(model.forward_features(images(64)), model.forward_taps(images(64))["stage5"])
+        assert torch.equal(
+            model.forward_features(images(64)), model.forward_taps(images(64))["stage5"]
+        )
         assert model.feature_info == [
             {"num_chs": 512, "reduction": 32, "module": "backbone.layer4", "stage": 5},
-            {"num_chs": 128, "reduction": 8, "module": "backbone.layer2", "stage": 3}]
+            {"num_chs": 128, "reduction": 8, "module": "backbone.layer2", "stage": 3},
+        ]
 
-    @pytest.mark.parametrize(("taps", "deepest"), [
-        (["layer3.1.conv1", "layer3.0.conv1"], "layer3_1_conv1"),
-        (["layer3.0.conv1", "layer3.1.conv1"], "layer3_1_conv1"),
-        ([3, "layer3.0.conv1"], "layer3_0_conv1"), (["layer3.0.conv1", 4], "stage4"), (["layer2.0", 3], "stage3"),
-        (["layer2.0", "layer1.0", 2], "layer2_0")])
+    @pytest.mark.parametrize(
+        ("taps", "deepest"),
+        [
+            (["layer3.1.conv1", "layer3.0.conv1"], "layer3_1_conv1"),
+            (["layer3.0.conv1", "layer3.1.conv1"], "layer3_1_conv1"),
+            ([3, "layer3.0.conv1"], "layer3_0_conv1"),
+            (["layer3.0.conv1", 4], "stage4"),
+            (["layer2.0", 3], "stage3"),
+            (["layer2.0", "layer1.0", 2], "layer2_0"),
+        ],
+    )
     def test_deepest(self, taps, deepest):
         model = create_branch_model("resnet18", taps=taps, num_classes=2, img_size=64).eval()
         maps = model.forward_taps(images(64))
@@ -434,12 +585,17 @@ class TestLoading:
             torch.save(plain.state_dict(), path)
         else:
             from safetensors.torch import save_file
+
             save_file(plain.state_dict(), path)
         return path
 
     def check_backbone(self, model, plain):
         state = plain.state_dict()
-        backbone = {k.removeprefix("backbone."): v for k, v in model.state_dict().items() if k.startswith("backbone.")}
+        backbone = {
+            k.removeprefix("backbone."): v
+            for k, v in model.state_dict().items()
+            if k.startswith("backbone.")
+        }
         assert len(backbone) > 20
         assert set(backbone) <= set(state)
         for key, value in backbone.items():
@@ -447,20 +603,35 @@ class TestLoading:
 
     @pytest.mark.parametrize("taps", [[3, 5], [3], ["layer3.0"]])
     def test_checkpoint_path(self, file, plain, taps):
-        self.check_backbone(create_branch_model("test_resnet", taps=taps, num_classes=2, checkpoint_path=file), plain)
+        self.check_backbone(
+            create_branch_model("test_resnet", taps=taps, num_classes=2, checkpoint_path=file),
+            plain,
+        )
 
     def test_pretrained(self, file, plain):
-        """Through timm's own loader; the classifier there has another number of classes than any head."""
+        """Through timm's own loader.
+
+        The classifier there has another number of classes than any head.
+        """
         overlay = {"file": str(file), "num_classes": 11, "hf_hub_id": None, "url": ""}
-        self.check_backbone(create_branch_model("test_resnet", taps=[3, 5], num_classes=[2, 3], pretrained=True,
-                                       pretrained_cfg_overlay=overlay), plain)
+        self.check_backbone(
+            create_branch_model(
+                "test_resnet",
+                taps=[3, 5],
+                num_classes=[2, 3],
+                pretrained=True,
+                pretrained_cfg_overlay=overlay,
+            ),
+            plain,
+        )
 
     def test_of_a_branch_model(self, tmp_path):
         """Weights of a pruned backbone under ``backbone.``, as a training checkpoint holds them."""
         first = create_branch_model("test_vit", taps=[2, 3], num_classes=2)
         torch.save({"state_dict": first.state_dict()}, tmp_path / "checkpoint.pth")
-        second = create_branch_model("test_vit", taps=[2, 3], num_classes=5,
-                                     checkpoint_path=tmp_path / "checkpoint.pth")
+        second = create_branch_model(
+            "test_vit", taps=[2, 3], num_classes=5, checkpoint_path=tmp_path / "checkpoint.pth"
+        )
         for key, value in second.backbone.state_dict().items():
             assert torch.equal(value, first.backbone.state_dict()[key])
 
@@ -474,20 +645,29 @@ class TestLoading:
     def test_not_a_checkpoint(self, tmp_path, name):
         (tmp_path / name).write_text("nothing of the kind")
         with pytest.raises(ValueError, match=name):
-            create_branch_model("test_resnet", taps=[3], num_classes=2, checkpoint_path=tmp_path / name)
+            create_branch_model(
+                "test_resnet", taps=[3], num_classes=2, checkpoint_path=tmp_path / name
+            )
 
     def test_no_file(self, tmp_path):
         with pytest.raises(FileNotFoundError, match="no such file"):
-            create_branch_model("test_resnet", taps=[3], num_classes=2, checkpoint_path=tmp_path / "none.pth")
+            create_branch_model(
+                "test_resnet", taps=[3], num_classes=2, checkpoint_path=tmp_path / "none.pth"
+            )
 
 
 class TestSources:
     def test_local_dir(self, tmp_path):
         """A backbone from a folder in timm's layout; the model's file does not need that folder."""
         from timm_branches import load_model, save_model
+
         plain = timm.create_model("test_resnet", num_classes=7, act_layer="silu")
-        timm.models.save_for_hf(plain, tmp_path / "folder", model_args={"act_layer": "silu"}, safe_serialization=True)
-        model = create_branch_model(f'local-dir:{tmp_path / "folder"}', taps=[3, 5], num_classes=2, pretrained=True)
+        timm.models.save_for_hf(
+            plain, tmp_path / "folder", model_args={"act_layer": "silu"}, safe_serialization=True
+        )
+        model = create_branch_model(
+            f"local-dir:{tmp_path / 'folder'}", taps=[3, 5], num_classes=2, pretrained=True
+        )
         model.eval()
         assert torch.equal(model.backbone.conv1[0].weight, plain.conv1[0].weight)
         save_model(model, tmp_path / "model.safetensors")
@@ -511,14 +691,20 @@ class TestHeadsBesideTheLevels:
 
     def test_free_head(self):
         model = self.make(num_classes=[None, None, 7])
-        assert {k: v.shape[1] for k, v in model(torch.randn(1, 3, 64, 64)).items()} == \
-            {"coarse": 2, "fine": 3, "stage5": 7}
+        assert {k: v.shape[1] for k, v in model(torch.randn(1, 3, 64, 64)).items()} == {
+            "coarse": 2,
+            "fine": 3,
+            "stage5": 7,
+        }
 
-    @pytest.mark.parametrize(("kwargs", "message"), [
-        ({}, r"not of \['stage5'\].*num_classes=\[None, None, '...'\]"),
-        ({"num_classes": [2, 4, 7]}, r"does not fit the taxonomy's \[2, 3\]"),
-        ({"num_classes": [None, None, None]}, "takes whole numbers"),
-    ])
+    @pytest.mark.parametrize(
+        ("kwargs", "message"),
+        [
+            ({}, r"not of \['stage5'\].*num_classes=\[None, None, '...'\]"),
+            ({"num_classes": [2, 4, 7]}, r"does not fit the taxonomy's \[2, 3\]"),
+            ({"num_classes": [None, None, None]}, "takes whole numbers"),
+        ],
+    )
     def test_classes_that_do_not_fit(self, kwargs, message):
         with pytest.raises(ValueError, match=message):
             self.make(**kwargs)

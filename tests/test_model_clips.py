@@ -17,9 +17,19 @@ def clips(batch=3, time=4, seed=0):
 def mixed(seed=0, **kwargs):
     torch.manual_seed(seed)
     return create_branch_model(
-        "test_resnet", taps=[3, 5, 5, 5], names=["coarse", "clip", "both", "frame"], num_classes=[2, 3, 4, 5],
-        head=["pool", LSTMHead(hidden_size=6, num_layers=2), GRUHead(hidden_size=5, bidirectional=True),
-              GRUHead(hidden_size=7, output="frame")], img_size=32, **kwargs)
+        "test_resnet",
+        taps=[3, 5, 5, 5],
+        names=["coarse", "clip", "both", "frame"],
+        num_classes=[2, 3, 4, 5],
+        head=[
+            "pool",
+            LSTMHead(hidden_size=6, num_layers=2),
+            GRUHead(hidden_size=5, bidirectional=True),
+            GRUHead(hidden_size=7, output="frame"),
+        ],
+        img_size=32,
+        **kwargs,
+    )
 
 
 def backbone_calls(model):
@@ -33,7 +43,11 @@ class TestShapes:
         model = mixed().eval()
         sizes = backbone_calls(model)
         assert {k: tuple(v.shape) for k, v in model(clips()).items()} == {
-            "coarse": (3, 4, 2), "clip": (3, 3), "both": (3, 4), "frame": (3, 4, 5)}
+            "coarse": (3, 4, 2),
+            "clip": (3, 3),
+            "both": (3, 4),
+            "frame": (3, 4, 5),
+        }
         assert sizes == [12]  # all frames of all clips in one pass
 
     def test_frames_of_an_image_head(self):
@@ -56,14 +70,19 @@ class TestShapes:
     def test_other_backbones(self, name):
         torch.manual_seed(0)
         size = 160 if name == "test_vit" else 32
-        model = create_branch_model(name, taps=[3, 5], head=["pool", LSTMHead(hidden_size=4)], num_classes=2).eval()
+        model = create_branch_model(
+            name, taps=[3, 5], head=["pool", LSTMHead(hidden_size=4)], num_classes=2
+        ).eval()
         x = torch.randn(2, 3, 3, size, size)
         y = model(x, lengths=[3, 1])
         assert [tuple(v.shape) for v in y.values()] == [(2, 3, 2), (2, 2)]
         torch.testing.assert_close(y["stage5"][1:], model(x[1:, :1])["stage5"])
 
     def test_statistics_in_training(self):
-        """In training, too, all frames share one batch: BatchNorm's statistics are those of all frames."""
+        """In training, too, all frames share one batch.
+
+        BatchNorm's statistics are those of all frames.
+        """
         model, twin = mixed().train(), mixed().train()
         x = clips()
         model(x)
@@ -72,26 +91,37 @@ class TestShapes:
 
 
 class TestRefused:
-    @pytest.mark.parametrize(("shape", "message"), [
-        ((2, 3, 32, 32), r"heads \['both', 'clip', 'frame'\] read clips .*x\[:, None\]"),
-        ((2, 3, 4, 32, 32), r"expected clips \(B, T, 3, H, W\).*transpose\(1, 2\)"),
-        ((2, 4, 1, 32, 32), r"expected clips \(B, T, 3, H, W\), got \(2, 4, 1, 32, 32\)"),
-        ((2, 0, 3, 32, 32), "have no frames"), ((3, 32, 32), r"expected images \(B, 3, H, W\)"),
-    ])
+    @pytest.mark.parametrize(
+        ("shape", "message"),
+        [
+            ((2, 3, 32, 32), r"heads \['both', 'clip', 'frame'\] read clips .*x\[:, None\]"),
+            ((2, 3, 4, 32, 32), r"expected clips \(B, T, 3, H, W\).*transpose\(1, 2\)"),
+            ((2, 4, 1, 32, 32), r"expected clips \(B, T, 3, H, W\), got \(2, 4, 1, 32, 32\)"),
+            ((2, 0, 3, 32, 32), "have no frames"),
+            ((3, 32, 32), r"expected images \(B, 3, H, W\)"),
+        ],
+    )
     def test_shape(self, shape, message):
         with pytest.raises(ValueError, match=message):
             mixed()(torch.zeros(shape))
 
-    @pytest.mark.parametrize(("lengths", "message"), [
-        (torch.tensor([0, 1, 2]), r"from 1 to 4.*got \[0, 1, 2\]"), (torch.tensor([5, 1, 2]), "from 1 to 4"),
-        (torch.tensor([-1, 1, 2]), "from 1 to 4"), (torch.tensor([1, 2]), r"\(3,\).*int64 \(2,\)"),
-        (torch.tensor([1.0, 2.0, 3.0]), "float32"), (torch.tensor([True, True, False]), "bool"),
-        (torch.ones(3, 4), r"float32 \(3, 4\)"), (torch.ones(3, 5, dtype=torch.bool), r"bool \(3, 5\)"),
-        (torch.tensor([[True, False, True, False]] * 3), "holes"),
-        (torch.tensor([[False, True, True, True]] * 3), "holes"),
-        (torch.zeros(3, 4, dtype=torch.bool), "from 1 to 4"),
-        (torch.ones(3, dtype=torch.int64, device="meta"), "is on meta, the clips are on cpu"),
-    ])
+    @pytest.mark.parametrize(
+        ("lengths", "message"),
+        [
+            (torch.tensor([0, 1, 2]), r"from 1 to 4.*got \[0, 1, 2\]"),
+            (torch.tensor([5, 1, 2]), "from 1 to 4"),
+            (torch.tensor([-1, 1, 2]), "from 1 to 4"),
+            (torch.tensor([1, 2]), r"\(3,\).*int64 \(2,\)"),
+            (torch.tensor([1.0, 2.0, 3.0]), "float32"),
+            (torch.tensor([True, True, False]), "bool"),
+            (torch.ones(3, 4), r"float32 \(3, 4\)"),
+            (torch.ones(3, 5, dtype=torch.bool), r"bool \(3, 5\)"),
+            (torch.tensor([[True, False, True, False]] * 3), "holes"),
+            (torch.tensor([[False, True, True, True]] * 3), "holes"),
+            (torch.zeros(3, 4, dtype=torch.bool), "from 1 to 4"),
+            (torch.ones(3, dtype=torch.int64, device="meta"), "is on meta, the clips are on cpu"),
+        ],
+    )
     def test_lengths(self, lengths, message):
         with pytest.raises(ValueError, match=message):
             mixed()(clips(), lengths=lengths)
@@ -109,8 +139,14 @@ class TestRefused:
 class TestPadding:
     LENGTHS = [4, 1, 3]
 
-    @pytest.mark.parametrize("given", [LENGTHS, torch.tensor(LENGTHS, dtype=torch.int32),
-                                       torch.arange(4) < torch.tensor(LENGTHS)[:, None]])
+    @pytest.mark.parametrize(
+        "given",
+        [
+            LENGTHS,
+            torch.tensor(LENGTHS, dtype=torch.int32),
+            torch.arange(4) < torch.tensor(LENGTHS)[:, None],
+        ],
+    )
     def test_each_clip_alone(self, given):
         """Whatever lies behind the length, NaN included, and whoever shares the batch."""
         model = mixed().eval()
@@ -119,7 +155,7 @@ class TestPadding:
             x[b, n:] = float("nan")
         y = model(x, lengths=given)
         for b, n in enumerate(self.LENGTHS):
-            alone = model(x[b:b + 1, :n])
+            alone = model(x[b : b + 1, :n])
             for name in ("clip", "both"):
                 torch.testing.assert_close(y[name][b], alone[name][0])
             for name in ("coarse", "frame"):
@@ -163,7 +199,9 @@ class TestPadding:
 
 
 class TestFramesPerPass:
-    @pytest.mark.parametrize(("per_pass", "sizes"), [(5, [5, 3]), (1, [1] * 8), (8, [8]), (100, [8])])
+    @pytest.mark.parametrize(
+        ("per_pass", "sizes"), [(5, [5, 3]), (1, [1] * 8), (8, [8]), (100, [8])]
+    )
     def test_same_result(self, per_pass, sizes):
         model = mixed().eval()
         expected = model(clips(), lengths=[4, 1, 3])
@@ -210,16 +248,23 @@ def test_dense_heads_get_the_images(monkeypatch):
             return image + y.mean((1, 2, 3), keepdim=True)
 
     monkeypatch.setitem(heads.HEADS, "sum", Sum)
-    model = create_branch_model("test_resnet", taps=[5, 5], names=["map", "clip"], num_classes=3,
-                                head=[Sum(), LSTMHead(hidden_size=4)]).eval()
+    model = create_branch_model(
+        "test_resnet",
+        taps=[5, 5],
+        names=["map", "clip"],
+        num_classes=3,
+        head=[Sum(), LSTMHead(hidden_size=4)],
+    ).eval()
     x = clips()
     y = model(x, lengths=[4, 1, 3])["map"]
     assert y.shape == x.shape
     assert not y[1, 1:].any()
     image = model(x[:, 0], heads=["map"])["map"]
     torch.testing.assert_close(y[:, 0], image)
-    torch.testing.assert_close(image - x[:, 0], model.forward_taps(x[:, 0])["map"].mean((1, 2, 3), keepdim=True)
-                               .expand_as(image))
+    torch.testing.assert_close(
+        image - x[:, 0],
+        model.forward_taps(x[:, 0])["map"].mean((1, 2, 3), keepdim=True).expand_as(image),
+    )
 
 
 def test_autocast():
@@ -231,10 +276,13 @@ def test_autocast():
 
 
 def test_deep_supervision_on_clips():
-    model = create_branch_model("test_resnet", taps=[3, 4, 5], head=UNetHead(deep_supervision=True), num_classes=2)
+    model = create_branch_model(
+        "test_resnet", taps=[3, 4, 5], head=UNetHead(deep_supervision=True), num_classes=2
+    )
     x = torch.randn(2, 3, 3, 64, 64)
     outputs = model.train()(x, lengths=[3, 1])
-    assert set(outputs) == {"unet", *(f"unet_aux{i}" for i in range(1, 5))}  # a stage for each doubling from stride 32
+    # a stage for each doubling from stride 32
+    assert set(outputs) == {"unet", *(f"unet_aux{i}" for i in range(1, 5))}
     for y in outputs.values():
         assert y.shape == (2, 3, 2, 64, 64)
         assert not y[1, 1:].any()

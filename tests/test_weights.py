@@ -46,8 +46,10 @@ def images():
 
 
 def bits(model):
-    return {k: (v.dtype, tuple(v.shape), v.contiguous().reshape(-1).view(torch.uint8).clone())
-            for k, v in model.state_dict().items()}
+    return {
+        k: (v.dtype, tuple(v.shape), v.contiguous().reshape(-1).view(torch.uint8).clone())
+        for k, v in model.state_dict().items()
+    }
 
 
 def assert_same(a, b):
@@ -64,16 +66,20 @@ def file(tmp_path):
 
 
 class TestRoundTrip:
-    @pytest.mark.parametrize("kwargs", [
-        {},
-        {"model_name": "test_vit", "img_size": 160, "taps": [2, Tap(4, detach=True)]},
-        {"taps": ["conv3", "layer4.0.conv1"]},
-        {"head": [PoolHead((7, 5), "catavgmax", 0.25), FlattenHead((6,), 0.1)]},
-        {"names": ["type", "x.y"], "drop_rate": 0.3, "in_chans": 3, "num_classes": [0, 3]},
-        {"taxonomy": TREE, "num_classes": None},
-        {"drop_path_rate": 0.1, "output_stride": 16},
-        {"img_size": (32, 64)},
-    ], ids=str)
+    @pytest.mark.parametrize(
+        "kwargs",
+        [
+            {},
+            {"model_name": "test_vit", "img_size": 160, "taps": [2, Tap(4, detach=True)]},
+            {"taps": ["conv3", "layer4.0.conv1"]},
+            {"head": [PoolHead((7, 5), "catavgmax", 0.25), FlattenHead((6,), 0.1)]},
+            {"names": ["type", "x.y"], "drop_rate": 0.3, "in_chans": 3, "num_classes": [0, 3]},
+            {"taxonomy": TREE, "num_classes": None},
+            {"drop_path_rate": 0.1, "output_stride": 16},
+            {"img_size": (32, 64)},
+        ],
+        ids=str,
+    )
     def test_bit_for_bit(self, tmp_path, kwargs):
         model = small(**kwargs)
         twin = load_model(save_model(model, tmp_path / "model.safetensors"))
@@ -160,21 +166,38 @@ class TestRoundTrip:
         before = other.head("stage3").fc.weight
         load_weights(other, file)
         assert_same(other, small())
-        assert other.head("stage3").fc.weight is before  # an optimizer that holds it goes on working
+        # an optimizer that holds it goes on working
+        assert other.head("stage3").fc.weight is before
 
     def test_checkpoint_path(self, file):
-        model = create_branch_model("test_resnet", taps=[3, 5], num_classes=[2, 3], img_size=32, checkpoint_path=file)
+        model = create_branch_model(
+            "test_resnet", taps=[3, 5], num_classes=[2, 3], img_size=32, checkpoint_path=file
+        )
         assert_same(model, small())
 
 
 def bad_files(good):
     """Name, content and what the error says."""
     header = int.from_bytes(good[:8], "little")
-    for length in (1, 7, 8, 9, 8 + header // 2, 8 + header, 8 + header + 1, len(good) // 2, len(good) - 1):
+    for length in (
+        1,
+        7,
+        8,
+        9,
+        8 + header // 2,
+        8 + header,
+        8 + header + 1,
+        len(good) // 2,
+        len(good) - 1,
+    ):
         yield f"cut at {length}", good[:length], "not a whole safetensors file"
     yield "longer", good + b"\0", "not a whole safetensors file"
     yield "empty", b"", "not a whole safetensors file"
-    yield "text", b"These are not the weights you are looking for.\n" * 100, "not a whole safetensors file"
+    yield (
+        "text",
+        b"These are not the weights you are looking for.\n" * 100,
+        "not a whole safetensors file",
+    )
     yield "zeros", bytes(len(good)), "not a whole safetensors file|not one of timm_branches"
     for place in (8 + header, 8 + header + 1001, len(good) - 1):
         data = bytearray(good)
@@ -228,10 +251,15 @@ class TestDamage:
         save_file({"weight": torch.ones(3)}, file)
         self.check_refused(file, "not one of timm_branches")
 
-    @pytest.mark.parametrize(("options", "match"), [
-        ({"model_name": "test_efficientnet"}, "tensors missing"), ({"taps": [3, 4]}, "missing"),
-        ({"num_classes": [2, 4]}, "of another shape"), ({"head": PoolHead((3,))}, "unexpected|missing|shape"),
-    ])
+    @pytest.mark.parametrize(
+        ("options", "match"),
+        [
+            ({"model_name": "test_efficientnet"}, "tensors missing"),
+            ({"taps": [3, 4]}, "missing"),
+            ({"num_classes": [2, 4]}, "of another shape"),
+            ({"head": PoolHead((3,))}, "unexpected|missing|shape"),
+        ],
+    )
     def test_of_another_model(self, file, options, match):
         model = small(**options)
         before = bits(model)
@@ -239,14 +267,25 @@ class TestDamage:
             load_weights(model, file)
         assert_same(model, before)
 
-    @pytest.mark.parametrize(("change", "match"), [
-        (lambda t: t.pop("heads.stage3.fc.bias"), r"1 tensors missing \['heads.stage3.fc.bias'\]"),
-        (lambda t: t.update(more=torch.ones(2)), r"1 unexpected \['more'\]"),
-        (lambda t: t.update({"heads.stage3.fc.bias": torch.ones(5)}), r"fc.bias: \(5,\) in the file, \(2,\)"),
-    ])
+    @pytest.mark.parametrize(
+        ("change", "match"),
+        [
+            (
+                lambda t: t.pop("heads.stage3.fc.bias"),
+                r"1 tensors missing \['heads.stage3.fc.bias'\]",
+            ),
+            (lambda t: t.update(more=torch.ones(2)), r"1 unexpected \['more'\]"),
+            (
+                lambda t: t.update({"heads.stage3.fc.bias": torch.ones(5)}),
+                r"fc.bias: \(5,\) in the file, \(2,\)",
+            ),
+        ],
+    )
     def test_tensors(self, file, change, match):
-        """A file whose checksum is right but whose tensors are not those of the model that it describes."""
+        """A file whose checksum is right but whose tensors are not those of the model that it
+        describes."""
         from timm_branches import weights
+
         tensors = dict(small().state_dict())
         change(tensors)
         metadata = read_metadata(file)
@@ -269,8 +308,18 @@ class TestDamage:
         save_file(small().state_dict(), file, metadata | {"version": "99"})
         self.check_refused(file, "later timm_branches")
 
-    @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"model": 3}', '{"model": {"nose": 1}, "pretrained_cfg": {}}',
-                                      '{"model": {"model_name": "test_resnet"}}', "\udcff"])
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "{",
+            "[]",
+            "{}",
+            '{"model": 3}',
+            '{"model": {"nose": 1}, "pretrained_cfg": {}}',
+            '{"model": {"model_name": "test_resnet"}}',
+            "\udcff",
+        ],
+    )
     def test_hub_config(self, tmp_path, text):
         folder = save_pretrained(small(), tmp_path / "hub")
         (folder / "config.json").write_bytes(text.encode(errors="surrogateescape"))
@@ -325,7 +374,9 @@ class TestWriting:
         assert file.read_bytes() == before
         assert [p.name for p in file.parent.iterdir()] == [file.name]
 
-    @pytest.mark.parametrize(("key", "value"), [("norm_layer", nn.BatchNorm2d), ("act_layer", nn.SiLU)])
+    @pytest.mark.parametrize(
+        ("key", "value"), [("norm_layer", nn.BatchNorm2d), ("act_layer", nn.SiLU)]
+    )
     def test_an_option_that_no_file_can_hold(self, file, key, value):
         before = file.read_bytes()
         model = create_branch_model("test_resnet", taps=[3, 5], num_classes=2, **{key: value})
@@ -341,7 +392,10 @@ class TestWriting:
 
     @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
     def test_killed_while_writing(self, tmp_path):
-        """SIGKILL at random moments: the file is always whole, with the weights of one write and no other."""
+        """SIGKILL at random moments.
+
+        The file is always whole, with the weights of one write and no other.
+        """
         path = save_model(small(), tmp_path / "model.safetensors")
         draw = random.Random(0)
         found = []
@@ -367,4 +421,5 @@ class TestWriting:
             assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
             values = {t.flatten()[0].item() for t in load_model(path).state_dict().values()}
             found.append(values)
-        assert all(len(values) == 1 and max(values) > 1 for values in found)  # all tensors are of one write
+        # all tensors are of one write
+        assert all(len(values) == 1 and max(values) > 1 for values in found)

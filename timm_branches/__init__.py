@@ -1,7 +1,15 @@
 """Branch classifiers, temporal heads and skip decoders on any timm backbone."""
 
 from timm_branches.factory import create_branch_model, load_model
-from timm_branches.heads import BranchClassifier, FlattenHead, GRUHead, LSTMHead, PoolHead, RedNetHead, UNetHead
+from timm_branches.heads import (
+    BranchClassifier,
+    FlattenHead,
+    GRUHead,
+    LSTMHead,
+    PoolHead,
+    RedNetHead,
+    UNetHead,
+)
 from timm_branches.inference import StreamingClassifier, StreamingStep, detach_state
 from timm_branches.model import BranchModel
 from timm_branches.taps import Tap, list_taps

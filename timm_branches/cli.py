@@ -1,4 +1,7 @@
-"""``timm-branches``: look at a backbone's taps or at a model's file, and let a model classify images."""
+"""``timm-branches``.
+
+Look at a backbone's taps or at a model's file, and let a model classify images.
+"""
 
 import argparse
 import csv
@@ -20,7 +23,8 @@ FORMATS = ("text", "json", "csv")
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status.
 
-    0 is success, 1 that some images could not be read, 2 (and one line on stderr) is for what a person got wrong.
+    0 is success, 1 that some images could not be read, 2 (and one line on stderr) is for what a
+    person got wrong.
     """
     parser = argparse.ArgumentParser(prog="timm-branches", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -33,17 +37,20 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.command == "taps":
             from timm_branches import list_taps
+
             print(list_taps(args.model))
         elif args.command == "predict":
             return _predict(args)
         else:
             from timm_branches.weights import read_metadata
+
             metadata = read_metadata(args.file)
             if metadata is None:
                 raise ValueError(f"{args.file} is a safetensors file but not one of timm_branches.")
             config = json.loads(metadata["config"])
             print(json.dumps({**config, "extra": json.loads(metadata["extra"])}, indent=2))
-    except BrokenPipeError:  # whoever read the output has seen enough; Python must not find out again on its way out
+    # whoever read the output has seen enough; Python must not find out again on its way out
+    except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ValueError, OSError) as error:
@@ -54,35 +61,81 @@ def main(argv: list[str] | None = None) -> int:
 
 def _add_predict(commands: Any) -> None:
     parser = commands.add_parser(
-        "predict", help="classify images on every level of a model's tree",
+        "predict",
+        help="classify images on every level of a model's tree",
         description="Classify images on every level of a model's tree. Images that cannot be read are named on stderr "
-                    "and left out, and the exit status is 1.")
-    parser.add_argument("model", help="model.safetensors, a folder in the Hub's layout, or hf-hub:user/name")
-    parser.add_argument("images", nargs="+", help="image files, folders (searched for images), tars of images")
-    parser.add_argument("--format", choices=FORMATS, help="text: a line an image. json: one array of objects. csv: a "
-                        "name and a probability per level (default: by the output's ending, else text)")
-    parser.add_argument("--output", metavar="FILE", help="write here instead of to stdout, in one piece at the end")
-    parser.add_argument("--decoder", help="independent, top-down, best-path (default), leaf-marginal (default of "
-                        "flat models) or crm")
-    parser.add_argument("--threshold", type=float, metavar="P", help="stop at the deepest level that is at least this "
-                        "probable, from 0 to 1")
-    parser.add_argument("--taxonomy", help="the tree of a model saved without one: a ready-made tree's name, a .csv or "
-                        ".json, or nested class folders")
-    parser.add_argument("--picture", metavar="PNG", help="draw the image beside its branch through the tree: a .png "
-                        "for one image, else a folder")
-    parser.add_argument("--strict", action="store_true", help="stop at the first image that cannot be read, status 2")
+        "and left out, and the exit status is 1.",
+    )
+    parser.add_argument(
+        "model", help="model.safetensors, a folder in the Hub's layout, or hf-hub:user/name"
+    )
+    parser.add_argument(
+        "images", nargs="+", help="image files, folders (searched for images), tars of images"
+    )
+    parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        help="text: a line an image. json: one array of objects. csv: a "
+        "name and a probability per level (default: by the output's ending, else text)",
+    )
+    parser.add_argument(
+        "--output", metavar="FILE", help="write here instead of to stdout, in one piece at the end"
+    )
+    parser.add_argument(
+        "--decoder",
+        help="independent, top-down, best-path (default), leaf-marginal (default of "
+        "flat models) or crm",
+    )
+    parser.add_argument(
+        "--threshold",
+        type=float,
+        metavar="P",
+        help="stop at the deepest level that is at least this probable, from 0 to 1",
+    )
+    parser.add_argument(
+        "--taxonomy",
+        help="the tree of a model saved without one: a ready-made tree's name, a .csv or "
+        ".json, or nested class folders",
+    )
+    parser.add_argument(
+        "--picture",
+        metavar="PNG",
+        help="draw the image beside its branch through the tree: a .png "
+        "for one image, else a folder",
+    )
+    parser.add_argument(
+        "--strict",
+        action="store_true",
+        help="stop at the first image that cannot be read, status 2",
+    )
     parser.add_argument("--device", help="cpu, cuda or cuda:1 (default: a GPU if there is one)")
-    parser.add_argument("-b", "--batch-size", type=int, default=64, help="images a batch (default: 64)")
-    parser.add_argument("-j", "--workers", type=int, default=0, help="worker processes that read images")
+    parser.add_argument(
+        "-b", "--batch-size", type=int, default=64, help="images a batch (default: 64)"
+    )
+    parser.add_argument(
+        "-j", "--workers", type=int, default=0, help="worker processes that read images"
+    )
 
 
 def _predict(args: argparse.Namespace) -> int:
     from timm_branches.files import replace_file
     from timm_branches.inference.predict import predict
 
-    found = predict(args.model, args.images, args.taxonomy, args.decoder, args.threshold, args.batch_size,
-                    args.workers, args.device, args.strict, top=5 if args.picture else 0)
-    kind = args.format or next((f for f in FORMATS if str(args.output).lower().endswith(f".{f}")), "text")
+    found = predict(
+        args.model,
+        args.images,
+        args.taxonomy,
+        args.decoder,
+        args.threshold,
+        args.batch_size,
+        args.workers,
+        args.device,
+        args.strict,
+        top=5 if args.picture else 0,
+    )
+    kind = args.format or next(
+        (f for f in FORMATS if str(args.output).lower().endswith(f".{f}")), "text"
+    )
     write = {"text": _write_text, "json": _write_json, "csv": _write_csv}[kind]
     picture = _Pictures(args.picture, found) if args.picture else None
     errors: list[str] = []
@@ -94,7 +147,9 @@ def _predict(args: argparse.Namespace) -> int:
 
         def write_file(temporary: str) -> None:
             # names of files need not be valid Unicode: the bytes come out as they came in
-            with open(temporary, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+            with open(
+                temporary, "w", encoding="utf-8", errors="surrogateescape", newline=""
+            ) as file:
                 write(records, found, file)
 
         replace_file(args.output, write_file)
@@ -104,12 +159,18 @@ def _predict(args: argparse.Namespace) -> int:
         write(records, found, sys.stdout)
         sys.stdout.flush()
     if errors:
-        print(f"timm-branches: {len(errors)} of {len(found)} images could not be read", file=sys.stderr)
+        print(
+            f"timm-branches: {len(errors)} of {len(found)} images could not be read",
+            file=sys.stderr,
+        )
     return 1 if errors else 0
 
 
-def _readable(found: "Predictions", errors: list[str], picture: "Callable[[int, Record], None] | None",
-              ) -> Iterator["Record"]:
+def _readable(
+    found: "Predictions",
+    errors: list[str],
+    picture: "Callable[[int, Record], None] | None",
+) -> Iterator["Record"]:
     """The records of the images that could be read; others are named on stderr."""
     from tqdm import tqdm
 
@@ -129,7 +190,8 @@ def _write_text(records: Iterator["Record"], found: "Predictions", file: TextIO)
     """A line an image: ``a.jpg  animal 0.98 > pet 0.91 > cat 0.87``."""
     for record in records:
         names: tuple[Any, ...] = record.path or tuple(
-            f"{level} {label}" for level, label in zip(found.levels, record.labels, strict=False))
+            f"{level} {label}" for level, label in zip(found.levels, record.labels, strict=False)
+        )
         steps = [f"{name} {p:.2f}" for name, p in zip(names, record.probabilities, strict=True)]
         steps += ["(stopped)"] if record.stopped else []
         line = (" > " if found.taxonomy is not None else ", ").join(steps)
@@ -141,8 +203,12 @@ def _write_json(records: Iterator["Record"], found: "Predictions", file: TextIO)
     before = "[\n"
     for record in records:
         names = record.path or [None] * len(record.labels)
-        levels = [{"level": level, "class": label, "name": name, "probability": _digits(p)} for level, label, name, p in
-                  zip(found.levels, record.labels, names, record.probabilities, strict=False)]
+        levels = [
+            {"level": level, "class": label, "name": name, "probability": _digits(p)}
+            for level, label, name, p in zip(
+                found.levels, record.labels, names, record.probabilities, strict=False
+            )
+        ]
         data: dict[str, Any] = {"file": record.file, "levels": levels}
         if found.taxonomy is not None:
             data |= {"path": record.path, "stopped": record.stopped}
@@ -152,9 +218,14 @@ def _write_json(records: Iterator["Record"], found: "Predictions", file: TextIO)
 
 
 def _write_csv(records: Iterator["Record"], found: "Predictions", file: TextIO) -> None:
-    """A row an image: its file, then name (or class index) and probability of every level; empty below the path."""
+    """A row an image.
+
+    Its file, then name (or class index) and probability of every level; empty below the path.
+    """
     table = csv.writer(file, lineterminator="\n")
-    table.writerow(["file", *(cell for level in found.levels for cell in (level, f"{level}_probability"))])
+    table.writerow(
+        ["file", *(cell for level in found.levels for cell in (level, f"{level}_probability"))]
+    )
     for record in records:
         pairs = zip(record.path or record.labels, map(_digits, record.probabilities), strict=True)
         cells: list[Any] = [cell for pair in pairs for cell in pair]
@@ -168,9 +239,13 @@ class _Pictures:
         self.path, self.found, self.used = Path(path), found, set[str]()
         self.single = path.lower().endswith(".png") and not self.path.is_dir()
         if self.single and len(found) > 1:
-            raise ValueError(f"--picture {path} is one file, and there are {len(found)} images: give a folder.")
+            raise ValueError(
+                f"--picture {path} is one file, and there are {len(found)} images: give a folder."
+            )
         if not self.single and self.path.is_file():
-            raise ValueError(f"--picture {path} is a file that does not end in .png: give a .png or a folder.")
+            raise ValueError(
+                f"--picture {path} is a file that does not end in .png: give a .png or a folder."
+            )
         if self.single:
             _spare(path, found.images.names)
 
@@ -179,7 +254,8 @@ class _Pictures:
 
         path = self.path
         if not self.single:
-            # an ending of its own, so that no image is overwritten; equal names of several folders are numbered
+            # an ending of its own, so that no image is overwritten; equal names of several folders
+            # are numbered
             name = stem = os.path.basename(record.file)
             count = 1
             while name in self.used:
@@ -187,12 +263,16 @@ class _Pictures:
                 name = f"{stem}.{count}"
             self.used.add(name)
             path = self.path / f"{name}.branch.png"
-        plot_prediction(record, self.found.images[index], self.found.levels, self.found.taxonomy, path)
+        plot_prediction(
+            record, self.found.images[index], self.found.levels, self.found.taxonomy, path
+        )
 
 
 def _spare(path: str, inputs: list[str]) -> None:
     """Refuse to write over what is read."""
-    if os.path.exists(path) and any(os.path.exists(name) and os.path.samefile(name, path) for name in inputs):
+    if os.path.exists(path) and any(
+        os.path.exists(name) and os.path.samefile(name, path) for name in inputs
+    ):
         raise ValueError(f"{path} is among what is read: write somewhere else.")
 
 

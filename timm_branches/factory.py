@@ -1,4 +1,7 @@
-"""``create_branch_model``: the one call that makes a branch model, in the manner of ``timm.create_model``."""
+"""``create_branch_model``.
+
+The one call that makes a branch model, in the manner of ``timm.create_model``.
+"""
 
 import json
 import os
@@ -29,42 +32,50 @@ _REFUSED = {
     "out_map": "choose names=",
 }
 
-_SOURCES = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source")  # where weights come from
+# where weights come from
+_SOURCES = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source")
 
 
 def create_branch_model(
-        model_name: str,
-        taps: "Sequence[int | str | Tap | Sequence[int | str | Tap]] | int | str | Tap" = (5,),
-        num_classes: "int | Sequence[int | None] | None" = None,
-        head: "str | Head | Sequence[str | Head]" = "pool",
-        names: Sequence[str] | None = None,
-        taxonomy: Taxonomy | None = None,
-        pretrained: bool = False,
-        in_chans: int | None = None,
-        img_size: "int | tuple[int, int] | None" = None,
-        drop_rate: float | None = None,
-        checkpoint_path: "str | os.PathLike" = "",
-        **kwargs: Any,
+    model_name: str,
+    taps: "Sequence[int | str | Tap | Sequence[int | str | Tap]] | int | str | Tap" = (5,),
+    num_classes: "int | Sequence[int | None] | None" = None,
+    head: "str | Head | Sequence[str | Head]" = "pool",
+    names: Sequence[str] | None = None,
+    taxonomy: Taxonomy | None = None,
+    pretrained: bool = False,
+    in_chans: int | None = None,
+    img_size: "int | tuple[int, int] | None" = None,
+    drop_rate: float | None = None,
+    checkpoint_path: "str | os.PathLike" = "",
+    **kwargs: Any,
 ) -> BranchModel:
     """A timm backbone with a head at each tap.
 
     Args:
         model_name: Any name that ``timm.create_model`` takes, weight tags and ``hf-hub:`` included.
-        taps: Where the heads listen: stage numbers (5 is the last), ``'conv3'``, module paths, ``Tap(...)``. One per
-            head; a head that reads several (a decoder) takes a tuple of them, or, if it is the only head, all.
-        num_classes: Classes of each head, or one number for all. None: the taxonomy's, else the backbone's own.
-        head: A kind (``'pool'``, ``'flatten'``; ``'lstm'``, ``'gru'`` for clips), a Head object, or one of these per
-            tap.
-        names: Names of the heads. By default the taxonomy's levels, else ``stageK``, a decoder's kind.
-        taxonomy: Label hierarchy, one level a head from coarse to fine; saved with the model. Heads after those of
-            the levels are free. A decoder that is the only head answers for all levels, each under its name.
+        taps: Where the heads listen: stage numbers (5 is the last), ``'conv3'``, module paths,
+            ``Tap(...)``. One per head; a head that reads several (a decoder) takes a tuple of them,
+            or, if it is the only head, all.
+        num_classes: Classes of each head, or one number for all. None: the taxonomy's, else the
+            backbone's own.
+        head: A kind (``'pool'``, ``'flatten'``; ``'lstm'``, ``'gru'`` for clips), a Head object, or
+            one of these per tap.
+        names: Names of the heads. By default the taxonomy's levels, else ``stageK``, a decoder's
+            kind.
+        taxonomy: Label hierarchy, one level a head from coarse to fine; saved with the model. Heads
+            after those of the levels are free. A decoder that is the only head answers for all
+            levels, each under its name.
         pretrained: Load timm's weights into the backbone.
         in_chans: Channels of the images, by default the backbone's own.
-        img_size: Height and width of the images. Backbones bound to one size are built for it; for others it
-            only sizes ``'flatten'`` heads and the preprocessing.
-        drop_rate: Dropout of the backbone, where it has some, and of heads that do not set their own.
-        checkpoint_path: A timm checkpoint for the backbone, or a file that ``save_model`` wrote for this model.
-        **kwargs: Whatever else the backbone takes (``drop_path_rate``, ``output_stride``, ``scriptable``, ...).
+        img_size: Height and width of the images. Backbones bound to one size are built for it; for
+            others it only sizes ``'flatten'`` heads and the preprocessing.
+        drop_rate: Dropout of the backbone, where it has some, and of heads that do not set their
+            own.
+        checkpoint_path: A timm checkpoint for the backbone, or a file that ``save_model`` wrote for
+            this model.
+        **kwargs: Whatever else the backbone takes (``drop_path_rate``, ``output_stride``,
+            ``scriptable``, ...).
 
     Returns:
         A :class:`BranchModel`; ``model(images)`` is ``{name: logits}`` in tap order.
@@ -83,31 +94,53 @@ def create_branch_model(
             raise ValueError(f"create_branch_model does not take {key}=: {why}.")
     groups = _parse_taps(taps)
     given: Any = list(head) if isinstance(head, (list, tuple)) else head
-    if not isinstance(given, list) and parse_head(given).multi_tap and all(len(g) == 1 for g in groups):
+    if (
+        not isinstance(given, list)
+        and parse_head(given).multi_tap
+        and all(len(g) == 1 for g in groups)
+    ):
         groups = [[tap for group in groups for tap in group]]  # the only head reads all taps
     heads = [parse_head(spec) for spec in _one_per_head(given, len(groups), "head")]
     for spec, group in zip(heads, groups, strict=True):
         if len(group) > 1 and not spec.multi_tap:
-            raise ValueError(f"head {spec.kind!r} reads one tap, got {[tap.name for tap in group]}: give it one.")
+            raise ValueError(
+                f"head {spec.kind!r} reads one tap, got {[tap.name for tap in group]}: give it one."
+            )
     head_names = _names(names, taxonomy, groups, heads)
 
     size = (img_size, img_size) if isinstance(img_size, int) else img_size
     backbone = _create_backbone(model_name, pretrained, in_chans, size, drop_rate, kwargs)
-    classes = _classes(num_classes, taxonomy, backbone, head_names, answers_all_levels(heads, taxonomy))
+    classes = _classes(
+        num_classes, taxonomy, backbone, head_names, answers_all_levels(heads, taxonomy)
+    )
     nominal = _input_size(backbone, size, in_chans)
     ours = _is_ours(checkpoint_path)
-    loaded = _load_backbone(backbone, os.fspath(checkpoint_path)) if checkpoint_path and not ours else None
+    loaded = (
+        _load_backbone(backbone, os.fspath(checkpoint_path))
+        if checkpoint_path and not ours
+        else None
+    )
     model = BranchModel(backbone, groups, heads, classes, head_names, nominal, drop_rate, taxonomy)
     missing = [] if loaded is None else [key for key in backbone.state_dict() if key not in loaded]
     if missing:  # of what the taps need; a checkpoint of a branch model has no more
-        raise ValueError(f"{checkpoint_path} does not fit {type(backbone).__name__}: {len(missing)} tensors missing "
-                         f"{missing[:3]}.")
+        raise ValueError(
+            f"{checkpoint_path} does not fit {type(backbone).__name__}: {len(missing)} tensors missing "
+            f"{missing[:3]}."
+        )
     model_name, kwargs = _without_source(model_name, kwargs)
     size = kwargs.pop("img_size", None) if size is None else size
     model.config = dict(
-        model_name=model_name, taps=[_group_to_dict(group) for group in groups], num_classes=list(classes),
-        head=[head_to_dict(h) for h in heads], names=list(head_names), taxonomy=taxonomy, in_chans=nominal[0],
-        img_size=list(size) if isinstance(size, (list, tuple)) else size, drop_rate=drop_rate, **kwargs)
+        model_name=model_name,
+        taps=[_group_to_dict(group) for group in groups],
+        num_classes=list(classes),
+        head=[head_to_dict(h) for h in heads],
+        names=list(head_names),
+        taxonomy=taxonomy,
+        in_chans=nominal[0],
+        img_size=list(size) if isinstance(size, (list, tuple)) else size,
+        drop_rate=drop_rate,
+        **kwargs,
+    )
     if ours:
         load_weights(model, checkpoint_path)
     return model
@@ -116,67 +149,103 @@ def create_branch_model(
 def _parse_taps(taps: Any) -> list[list[Tap]]:
     """For each head its taps."""
     single = (int, str, Tap, dict)
-    groups = [[Tap.parse(entry)] if isinstance(entry, single) else [Tap.parse(tap) for tap in entry]
-              for entry in ([taps] if isinstance(taps, single) else taps)]
+    groups = [
+        [Tap.parse(entry)] if isinstance(entry, single) else [Tap.parse(tap) for tap in entry]
+        for entry in ([taps] if isinstance(taps, single) else taps)
+    ]
     if not groups or not all(groups):
         raise ValueError("taps= is empty: name at least one, such as taps=[3, 4, 5].")
     return groups
 
 
 def _group_to_dict(group: Sequence[Tap]) -> Any:
-    """JSON-safe form of a head's taps, as ``taps=`` takes it; always a list when there are several."""
+    """JSON-safe form of a head's taps, as ``taps=`` takes it.
+
+    Always a list when there are several.
+    """
     return group[0].to_dict() if len(group) == 1 else [tap.to_dict() for tap in group]
 
 
 def _one_per_head(value: Any, count: int, what: str) -> list:
     values = list(value) if isinstance(value, (list, tuple)) else [value] * count
     if len(values) != count:
-        raise ValueError(f"{len(values)} entries in {what}= for {count} taps: give one for all or one per tap.")
+        raise ValueError(
+            f"{len(values)} entries in {what}= for {count} taps: give one for all or one per tap."
+        )
     return values
 
 
-def _names(names: Sequence[str] | None, taxonomy: Taxonomy | None, groups: Sequence[Sequence[Tap]],
-           heads: Sequence[Head]) -> list[str]:
+def _names(
+    names: Sequence[str] | None,
+    taxonomy: Taxonomy | None,
+    groups: Sequence[Sequence[Tap]],
+    heads: Sequence[Head],
+) -> list[str]:
     shared = answers_all_levels(heads, taxonomy)
     if taxonomy is not None and len(taxonomy.levels) > len(groups) and not shared:
-        raise ValueError(f"the taxonomy has {len(taxonomy.levels)} levels {list(taxonomy.levels)} for {len(groups)} "
-                         "taps: give one tap per level, from coarse to fine.")
-    own = [head.kind if head.multi_tap else group[0].name for head, group in zip(heads, groups, strict=True)]
+        raise ValueError(
+            f"the taxonomy has {len(taxonomy.levels)} levels {list(taxonomy.levels)} for {len(groups)} "
+            "taps: give one tap per level, from coarse to fine."
+        )
+    own = [
+        head.kind if head.multi_tap else group[0].name
+        for head, group in zip(heads, groups, strict=True)
+    ]
     levels = list(taxonomy.levels) if taxonomy and not shared else []
-    result = list(names) if names is not None else levels + own[len(levels):]
+    result = list(names) if names is not None else levels + own[len(levels) :]
     if len(result) != len(groups):
         raise ValueError(f"{len(result)} names {result} for {len(groups)} taps.")
     if len({module_key(n) for n in result}) != len(result) or not all(result):
-        raise ValueError(f"the heads' names must differ and not be empty, got {result}: give names=[...].")
+        raise ValueError(
+            f"the heads' names must differ and not be empty, got {result}: give names=[...]."
+        )
     return result
 
 
-def _classes(num_classes: Any, taxonomy: Taxonomy | None, backbone: nn.Module, names: Sequence[str],
-             shared: bool) -> list[int]:
+def _classes(
+    num_classes: Any,
+    taxonomy: Taxonomy | None,
+    backbone: nn.Module,
+    names: Sequence[str],
+    shared: bool,
+) -> list[int]:
     of_levels = list(taxonomy.num_classes) if taxonomy is not None else []
     of_levels = [sum(of_levels)] if shared else of_levels
-    free = names[len(of_levels):]
+    free = names[len(of_levels) :]
     if num_classes is None:
         if taxonomy is not None and free:
-            raise ValueError(f"the taxonomy names the classes of {len(of_levels)} heads, but not of {list(free)}: give "
-                             f"num_classes={[None] * len(of_levels) + ['...'] * len(free)} with theirs.")
+            raise ValueError(
+                f"the taxonomy names the classes of {len(of_levels)} heads, but not of {list(free)}: give "
+                f"num_classes={[None] * len(of_levels) + ['...'] * len(free)} with theirs."
+            )
         own = int(getattr(backbone, "pretrained_cfg", {}).get("num_classes") or 0)
         if free and own < 1:
-            raise ValueError("this backbone has no classes of its own (it was trained for features): "
-                             "give num_classes=.")
+            raise ValueError(
+                "this backbone has no classes of its own (it was trained for features): "
+                "give num_classes=."
+            )
         return of_levels or [own] * len(names)
     classes = _one_per_head(num_classes, len(names), "num_classes")
-    classes = [level if given is None else given for given, level in zip(classes, of_levels, strict=False)] \
-        + classes[len(of_levels):]
+    classes = [
+        level if given is None else given for given, level in zip(classes, of_levels, strict=False)
+    ] + classes[len(of_levels) :]
     if any(isinstance(c, bool) or not isinstance(c, int) or c < 0 for c in classes):
         raise ValueError(f"num_classes= takes whole numbers from 0, got {num_classes!r}.")
-    if classes[:len(of_levels)] != of_levels:
-        raise ValueError(f"num_classes={classes} does not fit the taxonomy's {of_levels}: leave num_classes out.")
+    if classes[: len(of_levels)] != of_levels:
+        raise ValueError(
+            f"num_classes={classes} does not fit the taxonomy's {of_levels}: leave num_classes out."
+        )
     return classes
 
 
-def _create_backbone(name: str, pretrained: bool, in_chans: int | None, size: tuple[int, int] | None,
-                     drop_rate: float | None, kwargs: dict) -> nn.Module:
+def _create_backbone(
+    name: str,
+    pretrained: bool,
+    in_chans: int | None,
+    size: tuple[int, int] | None,
+    drop_rate: float | None,
+    kwargs: dict,
+) -> nn.Module:
     options = dict(kwargs, in_chans=in_chans, drop_rate=drop_rate, num_classes=0)
     if size is not None:
         try:
@@ -196,7 +265,9 @@ def _bad_option(name: str, error: TypeError) -> Exception:
     return error
 
 
-def _input_size(backbone: nn.Module, size: tuple[int, int] | None, in_chans: int | None) -> tuple[int, int, int]:
+def _input_size(
+    backbone: nn.Module, size: tuple[int, int] | None, in_chans: int | None
+) -> tuple[int, int, int]:
     own = (getattr(backbone, "pretrained_cfg", None) or {}).get("input_size") or (3, 224, 224)
     height, width = size or own[-2:]
     return int(in_chans or getattr(backbone, "in_chans", None) or own[0]), int(height), int(width)
@@ -209,13 +280,17 @@ def _is_ours(path: "str | os.PathLike") -> bool:
 
 
 def _without_source(name: str, kwargs: dict) -> tuple[str, dict]:
-    """The same backbone without the Hub or folder it came from, for files: they bring their own weights."""
+    """The same backbone without the Hub or folder it came from, for files.
+
+    They bring their own weights.
+    """
     kwargs = {k: v for k, v in kwargs.items() if k != "cache_dir"}
     overlay = kwargs.get("pretrained_cfg_overlay")
     if isinstance(overlay, dict):
         overlay = {k: v for k, v in overlay.items() if k not in _SOURCES}
         kwargs = {k: v for k, v in kwargs.items() if k != "pretrained_cfg_overlay"}
-        kwargs |= {"pretrained_cfg_overlay": overlay} if overlay else {}  # what else it changed still holds
+        # what else it changed still holds
+        kwargs |= {"pretrained_cfg_overlay": overlay} if overlay else {}
     source, place = parse_model_name(name)
     if source is None:
         return name, kwargs
@@ -226,7 +301,10 @@ def _without_source(name: str, kwargs: dict) -> tuple[str, dict]:
 
 
 def _load_backbone(backbone: nn.Module, path: str) -> set[str]:
-    """Load a plain timm checkpoint; its classifier, of whatever size, is not needed. Returns the keys it has."""
+    """Load a plain timm checkpoint.
+
+    Its classifier, of whatever size, is not needed. Returns the keys it has.
+    """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"checkpoint_path={path!r}: there is no such file.")
     own = backbone.state_dict()
@@ -236,30 +314,47 @@ def _load_backbone(backbone: nn.Module, path: str) -> set[str]:
     try:
         state = load_state_dict(path)
     except Exception as error:
-        raise ValueError(f"checkpoint_path={path!r} cannot be read as a checkpoint: {error}") from error
-    state = {key.removeprefix("backbone."): value for key, value in state.items() if not key.startswith("heads.")}
+        raise ValueError(
+            f"checkpoint_path={path!r} cannot be read as a checkpoint: {error}"
+        ) from error
+    state = {
+        key.removeprefix("backbone."): value
+        for key, value in state.items()
+        if not key.startswith("heads.")
+    }
     classifier = (getattr(backbone, "pretrained_cfg", None) or {}).get("classifier") or ()
     classifier = (classifier,) if isinstance(classifier, str) else tuple(classifier)
-    state = {key: value for key, value in state.items() if not key.startswith(tuple(f"{c}." for c in classifier))}
+    state = {
+        key: value
+        for key, value in state.items()
+        if not key.startswith(tuple(f"{c}." for c in classifier))
+    }
     unexpected = [key for key in state if key not in own]
-    shapes = [f"{key} {tuple(state[key].shape)} for {tuple(own[key].shape)}" for key in state
-              if key in own and state[key].shape != own[key].shape]
+    shapes = [
+        f"{key} {tuple(state[key].shape)} for {tuple(own[key].shape)}"
+        for key in state
+        if key in own and state[key].shape != own[key].shape
+    ]
     if unexpected or shapes:
         missing = [key for key in own if key not in state]
         raise ValueError(
             f"{path} does not fit {type(backbone).__name__}: {len(missing)} tensors missing {missing[:3]}, "
-            f"{len(unexpected)} unexpected {unexpected[:3]}, {len(shapes)} of another shape {shapes[:3]}.")
+            f"{len(unexpected)} unexpected {unexpected[:3]}, {len(shapes)} of another shape {shapes[:3]}."
+        )
     with torch.no_grad():
         backbone.load_state_dict(state, strict=False)
     return {*state, *(key for key in own if key.endswith("num_batches_tracked"))}
 
 
-def load_model(path: "str | os.PathLike", map_location: "str | torch.device" = "cpu") -> BranchModel:
+def load_model(
+    path: "str | os.PathLike", map_location: "str | torch.device" = "cpu"
+) -> BranchModel:
     """Rebuild a model from its file, or from a folder in the Hub's layout, in eval mode.
 
     Args:
         path: A file that :func:`save_model` wrote, a folder that :func:`save_pretrained` wrote, or
-            ``'hf-hub:user/name'`` (``@revision`` behind it if wanted) for such a folder on the Hugging Face Hub.
+            ``'hf-hub:user/name'`` (``@revision`` behind it if wanted) for such a folder on the
+            Hugging Face Hub.
         map_location: Device to put the model on.
 
     Raises:
@@ -275,14 +370,20 @@ def load_model(path: "str | os.PathLike", map_location: "str | torch.device" = "
     metadata, tensors = read_weights(path)
     source = config_file if config_file and config_file.exists() else path
     try:
-        config = json.loads(metadata["config"] if source == path else source.read_text(encoding="utf-8"))
+        config = json.loads(
+            metadata["config"] if source == path else source.read_text(encoding="utf-8")
+        )
         arguments, pretrained_cfg = dict(config["model"]), dict(config["pretrained_cfg"])
         if arguments.get("taxonomy") is not None:
             arguments["taxonomy"] = Taxonomy.from_dict(arguments["taxonomy"])
         model = create_branch_model(**arguments)
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{source} does not say how its model is built, or says it wrongly: {error!r}") from error
-    model.pretrained_cfg.update({k: tuple(v) if isinstance(v, list) else v for k, v in pretrained_cfg.items()})
+        raise ValueError(
+            f"{source} does not say how its model is built, or says it wrongly: {error!r}"
+        ) from error
+    model.pretrained_cfg.update(
+        {k: tuple(v) if isinstance(v, list) else v for k, v in pretrained_cfg.items()}
+    )
     fill_model(model, tensors, path)
     return model.to(map_location).eval()
 
@@ -292,4 +393,6 @@ def _download(repository: str) -> str:
     from huggingface_hub import snapshot_download
 
     name, _, revision = repository.partition("@")
-    return snapshot_download(name, revision=revision or None, allow_patterns=["config.json", "model.safetensors"])
+    return snapshot_download(
+        name, revision=revision or None, allow_patterns=["config.json", "model.safetensors"]
+    )

@@ -1,7 +1,8 @@
 """What all pictures share: their figures, colours and files.
 
-Figures are built on matplotlib's objects with an Agg canvas of their own, so drawing one neither needs a display nor
-touches the backend, the style or the open figures of the program that asks for it.
+Figures are built on matplotlib's objects with an Agg canvas of their own, so drawing one neither
+needs a display nor touches the backend, the style or the open figures of the program that asks for
+it.
 """
 
 import io
@@ -15,9 +16,18 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["COLOURS", "FAINT", "INK", "MissingPackageError", "new_figure", "restrain", "save_figure"]
+__all__ = [
+    "COLOURS",
+    "FAINT",
+    "INK",
+    "MissingPackageError",
+    "new_figure",
+    "restrain",
+    "save_figure",
+]
 
-# Okabe & Ito's colours (https://jfly.uni-koeln.de/color/), told apart with every kind of colour vision
+# Okabe & Ito's colours (https://jfly.uni-koeln.de/color/), told apart with every kind of colour
+# vision
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
 INK, FAINT = "#333333", "#DDDDDD"
 
@@ -36,8 +46,10 @@ def new_figure(width: float, height: float) -> "Figure":
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise MissingPackageError(f"Plots need matplotlib, which is not installed ({error}). "
-                                  "Install it with: pip install 'timm_branches[recipes]'") from error
+        raise MissingPackageError(
+            f"Plots need matplotlib, which is not installed ({error}). "
+            "Install it with: pip install 'timm_branches[recipes]'"
+        ) from error
     figure = Figure(figsize=(width, height), dpi=150, facecolor="white")
     figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.1)
     FigureCanvasAgg(figure)

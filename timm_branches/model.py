@@ -33,23 +33,34 @@ class BranchModel(FreezableBackbone):
         drop_rate: Dropout of heads that do not set their own.
         taxonomy: The label hierarchy of the heads, if there is one.
 
-    Shapes: images (B, C, H, W) -> ``{name: (B, K)}`` in tap order. Clips (B, T, C, H, W) -> what temporal heads say,
+    Shapes: images (B, C, H, W) -> ``{name: (B, K)}`` in tap order. Clips (B, T, C, H, W) -> what
+        temporal heads say,
     (B, K) or (B, T, K), and (B, T, K) for the others.
 
     Attributes:
         names: Names of the heads in tap order.
         taps: Resolved taps (module, channels, size, stride) of all heads, one after the other.
         head_taps: For each head its taps, as positions in ``taps``.
-        taxonomy: The label hierarchy or None; the first heads are its levels, or a lone decoder gives them all.
+        taxonomy: The label hierarchy or None; the first heads are its levels, or a lone decoder
+            gives them all.
         config: What rebuilds the model, as ``create_branch_model`` takes it.
-        frames_per_pass: Frames of a clip that go through the backbone at once; None, the default, takes all. It
-            bounds memory and changes results only where BatchNorm takes its statistics from a batch.
+        frames_per_pass: Frames of a clip that go through the backbone at once; None, the default,
+            takes all. It bounds memory and changes results only where BatchNorm takes its
+            statistics from a batch.
         pretrained_cfg: The backbone's, with names of layers prefixed by ``backbone.``.
     """
 
-    def __init__(self, backbone: nn.Module, taps: Sequence[Sequence[Tap]], heads: Sequence[Head],
-                 num_classes: Sequence[int], names: Sequence[str], input_size: tuple[int, int, int],
-                 drop_rate: float | None = None, taxonomy: Taxonomy | None = None):
+    def __init__(
+        self,
+        backbone: nn.Module,
+        taps: Sequence[Sequence[Tap]],
+        heads: Sequence[Head],
+        num_classes: Sequence[int],
+        names: Sequence[str],
+        input_size: tuple[int, int, int],
+        drop_rate: float | None = None,
+        taxonomy: Taxonomy | None = None,
+    ):
         super().__init__()
         self.reader = TapReader(backbone, [tap for group in taps for tap in group], input_size)
         starts = [0, *accumulate(map(len, taps))]
@@ -62,49 +73,69 @@ class BranchModel(FreezableBackbone):
         self.config: dict[str, Any] = {}
         self._keys = {name: module_key(name) for name in self.names}
         self.heads = nn.ModuleDict()
-        for name, head, which, classes in zip(self.names, heads, self.head_taps, num_classes, strict=True):
+        for name, head, which, classes in zip(
+            self.names, heads, self.head_taps, num_classes, strict=True
+        ):
             of_images = {"in_chans": self.input_size[0]} if head.dense else {}
-            self.heads[self._keys[name]] = head.build([self.taps[i] for i in which], classes, drop_rate, **of_images)
+            self.heads[self._keys[name]] = head.build(
+                [self.taps[i] for i in which], classes, drop_rate, **of_images
+            )
         self.head_specs = tuple(heads)
-        self._temporal = {name for name, head in zip(self.names, heads, strict=True) if head.temporal}
+        self._temporal = {
+            name for name, head in zip(self.names, heads, strict=True) if head.temporal
+        }
         self._dense = {name for name, head in zip(self.names, heads, strict=True) if head.dense}
         self._shared = answers_all_levels(heads, taxonomy)
         self.frames_per_pass: int | None = None
         self._init_freezing()
         self.pretrained_cfg = self._prefixed_cfg()
 
-    # -- forward ---------------------------------------------------------------------------------------------
+    # -- forward
+    # ---------------------------------------------------------------------------------------------
 
     @property
     def taps(self):
         return tuple(self.reader.taps)
 
-    def forward(self, x: torch.Tensor, heads: Sequence[str] | None = None,
-                lengths: "torch.Tensor | Sequence[int] | None" = None) -> dict[str, torch.Tensor]:
+    def forward(
+        self,
+        x: torch.Tensor,
+        heads: Sequence[str] | None = None,
+        lengths: "torch.Tensor | Sequence[int] | None" = None,
+    ) -> dict[str, torch.Tensor]:
         """Logits of the heads.
 
         Args:
             x: Images (B, C, H, W), or clips (B, T, C, H, W), which temporal heads need.
-            heads: Names of the heads to compute, all by default. The backbone runs only as deep as they need.
-            lengths: Valid frames of each clip, (B,) whole numbers from 1 to T, or a mask (B, T) that is true for them.
-                What is behind them changes nothing: it does not go through the backbone.
+            heads: Names of the heads to compute, all by default. The backbone runs only as deep as
+                they need.
+            lengths: Valid frames of each clip, (B,) whole numbers from 1 to T, or a mask (B, T)
+                that is true for them. What is behind them changes nothing: it does not go through
+                the backbone.
 
         Returns:
-            ``{name: logits}`` in tap order. Logits are (B, K); for clips (B, T, K), or (B, K) from a temporal head with
-            ``output='clip'``. Frames behind a clip's length have zeros. Decoders give maps (B, K, H, W) of the images'
-            size, with deep supervision in training those of their other stages too, as ``name_aux1`` and so on. A
-            decoder that is the only head of a model with a taxonomy gives a map for each level, by the level's name.
+            ``{name: logits}`` in tap order. Logits are (B, K); for clips (B, T, K), or (B, K) from
+            a temporal head with ``output='clip'``. Frames behind a clip's length have zeros.
+            Decoders give maps (B, K, H, W) of the images' size, with deep supervision in training
+            those of their other stages too, as ``name_aux1`` and so on. A decoder that is the only
+            head of a model with a taxonomy gives a map for each level, by the level's name.
 
         Raises:
-            ValueError: Images that the backbone or a head cannot take, lengths that do not fit, or an unknown head.
+            ValueError: Images that the backbone or a head cannot take, lengths that do not fit, or
+                an unknown head.
         """
         return self._compute(x, self._select(heads), lengths)[0]
 
-    def forward_stream(self, clips: torch.Tensor, state: dict[str, State] | None = None,
-                       heads: Sequence[str] | None = None) -> tuple[dict[str, torch.Tensor], dict[str, State]]:
+    def forward_stream(
+        self,
+        clips: torch.Tensor,
+        state: dict[str, State] | None = None,
+        heads: Sequence[str] | None = None,
+    ) -> tuple[dict[str, torch.Tensor], dict[str, State]]:
         """Logits of the heads for the next frames of a video, and the state to go on from.
 
-        Frame by frame, in chunks or at once: the results are the same up to rounding. Answers of ``output='clip'`` are
+        Frame by frame, in chunks or at once: the results are the same up to rounding. Answers of
+            ``output='clip'`` are
         those for all frames so far.
 
         Args:
@@ -113,11 +144,12 @@ class BranchModel(FreezableBackbone):
             heads: As in :meth:`forward`.
 
         Returns:
-            The logits as :meth:`forward` gives them, and for each temporal head its state: hidden state
-            (layers, B, hidden_size), for an LSTM the cell state beside it.
+            The logits as :meth:`forward` gives them, and for each temporal head its state: hidden
+            state (layers, B, hidden_size), for an LSTM the cell state beside it.
 
         Raises:
-            ValueError: A head that cannot go on from a state, a state of other heads or another batch.
+            ValueError: A head that cannot go on from a state, a state of other heads or another
+                batch.
 
         Example: truncated backpropagation through time, over a video that is too long for one graph
 
@@ -138,48 +170,80 @@ class BranchModel(FreezableBackbone):
         which = self._select(heads)
         temporal = [self.names[i] for i in which if self.names[i] in self._temporal]
         if clips.ndim != 5 or not temporal:
-            raise ValueError(f"forward_stream takes clips (B, T, C, H, W) and needs a temporal head; got "
-                             f"{tuple(clips.shape)} for the heads {[self.names[i] for i in which]}.")
+            raise ValueError(
+                f"forward_stream takes clips (B, T, C, H, W) and needs a temporal head; got "
+                f"{tuple(clips.shape)} for the heads {[self.names[i] for i in which]}."
+            )
         if state is not None and set(state) != set(temporal):
-            raise ValueError(f"the state is that of the heads {sorted(state)}, these are {sorted(temporal)}.")
+            raise ValueError(
+                f"the state is that of the heads {sorted(state)}, these are {sorted(temporal)}."
+            )
         for name in temporal:
             self.head(name).check_stream(name, clips.shape[0], state and state[name])  # type: ignore[operator]
         return self._compute(clips, which, state=state)
 
-    def _compute(self, x: torch.Tensor, which: Sequence[int], lengths: Any = None,
-                 state: dict[str, State] | None = None) -> tuple[dict[str, torch.Tensor], dict[str, State]]:
+    def _compute(
+        self,
+        x: torch.Tensor,
+        which: Sequence[int],
+        lengths: Any = None,
+        state: dict[str, State] | None = None,
+    ) -> tuple[dict[str, torch.Tensor], dict[str, State]]:
         """Outputs of these heads for images or clips, and the new states of the temporal ones."""
-        clips = read_clips(x, lengths, self.input_size[0], self._temporal & {self.names[i] for i in which})
+        clips = read_clips(
+            x, lengths, self.input_size[0], self._temporal & {self.names[i] for i in which}
+        )
         frames = x if clips is None else clips.fold(x)
         outputs: dict[str, torch.Tensor] = {}
         states: dict[str, State] = {}
-        for name, maps in self._head_maps(frames, which, None if clips is None else self.frames_per_pass).items():
+        for name, maps in self._head_maps(
+            frames, which, None if clips is None else self.frames_per_pass
+        ).items():
             head = self.head(name)
             if name in self._temporal:
                 outputs[name], states[name] = head(*maps, clips, state and state[name])
             else:
                 y = head(*maps, image=frames) if name in self._dense else head(*maps)
                 several = self._by_name(name, y)
-                outputs |= several if clips is None else {k: clips.unfold(v) for k, v in several.items()}
+                outputs |= (
+                    several if clips is None else {k: clips.unfold(v) for k, v in several.items()}
+                )
         return outputs, states
 
-    def _by_name(self, head: str, y: torch.Tensor | dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """A head's answers by name: one a level where a decoder speaks for all, several with deep supervision."""
+    def _by_name(
+        self, head: str, y: torch.Tensor | dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """A head's answers by name.
+
+        One a level where a decoder speaks for all, several with deep supervision.
+        """
         found: dict[str, torch.Tensor] = {}
         for key, maps in (y if isinstance(y, dict) else {"main": y}).items():
             levels = {head: maps}
             if self._shared and self.taxonomy is not None:
-                levels = dict(zip(self.taxonomy.levels, maps.split(self.taxonomy.num_classes, 1), strict=True))
-            found |= {name if key == "main" else f"{name}_{key}": part for name, part in levels.items()}
+                levels = dict(
+                    zip(self.taxonomy.levels, maps.split(self.taxonomy.num_classes, 1), strict=True)
+                )
+            found |= {
+                name if key == "main" else f"{name}_{key}": part for name, part in levels.items()
+            }
         return found
 
     def forward_taps(self, x: torch.Tensor) -> dict[str, torch.Tensor | list[torch.Tensor]]:
-        """Feature maps ``{name: (B, C, H, W)}`` at the taps; a list of maps for a head that reads several taps."""
+        """Feature maps ``{name.
+
+        (B, C, H, W)}`` at the taps; a list of maps for a head that reads several taps.
+        """
         maps = self._head_maps(x, range(len(self.names)))
-        return {name: ys if self.head_specs[i].multi_tap else ys[0] for i, (name, ys) in enumerate(maps.items())}
+        return {
+            name: ys if self.head_specs[i].multi_tap else ys[0]
+            for i, (name, ys) in enumerate(maps.items())
+        }
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """The map (B, C, H, W) at the deepest tap, what a timm backbone's ``forward_features`` is to it."""
+        """The map (B, C, H, W) at the deepest tap, what a timm backbone's ``forward_features``
+        is to it.
+        """
         deepest = self._deepest()
         return self._maps(x, [deepest])[0]
 
@@ -196,21 +260,28 @@ class BranchModel(FreezableBackbone):
             raise ValueError(f"heads={wanted!r}: the model's heads are {list(self.names)}.")
         return [i for i, name in enumerate(self.names) if name in wanted]
 
-    def _head_maps(self, x: torch.Tensor, which: Sequence[int],
-                   per_pass: int | None = None) -> dict[str, list[torch.Tensor]]:
-        """The maps that each of these heads reads, by its name, from one pass, or one for ``per_pass`` images each."""
+    def _head_maps(
+        self, x: torch.Tensor, which: Sequence[int], per_pass: int | None = None
+    ) -> dict[str, list[torch.Tensor]]:
+        """The maps that each of these heads reads, by its name, from one pass, or one for
+        ``per_pass`` images each.
+        """
         taps = [tap for i in which for tap in self.head_taps[i]]
         if per_pass is None or len(x) <= per_pass:
             maps = iter(self._maps(x, taps))
         else:
             warn_of_batch_statistics(self.backbone)
-            maps = map(torch.cat, zip(*(self._maps(part, taps) for part in x.split(per_pass)), strict=True))
+            maps = map(
+                torch.cat, zip(*(self._maps(part, taps) for part in x.split(per_pass)), strict=True)
+            )
         return {self.names[i]: [next(maps) for _ in self.head_taps[i]] for i in which}
 
     def _maps(self, x: torch.Tensor, which: Sequence[int]) -> list[torch.Tensor]:
         if x.ndim != 4 or x.shape[1] != self.input_size[0]:
-            raise ValueError(f"expected images (B, {self.input_size[0]}, H, W), got {tuple(x.shape)}"
-                             + (f"; in_chans={x.shape[1]} makes a model for these." if x.ndim == 4 else "."))
+            raise ValueError(
+                f"expected images (B, {self.input_size[0]}, H, W), got {tuple(x.shape)}"
+                + (f"; in_chans={x.shape[1]} makes a model for these." if x.ndim == 4 else ".")
+            )
         if torch.compiler.is_compiling():
             return self._read(x, which)
         try:
@@ -218,8 +289,11 @@ class BranchModel(FreezableBackbone):
         except (RuntimeError, AssertionError, ValueError) as error:
             self.reader.captured = None
             # only a failed pass pays for finding out whether it was the size of the images
-            reason = None if isinstance(error, torch.cuda.OutOfMemoryError) else \
-                self.reader.explain(self.backbone, tuple(x.shape[1:]))
+            reason = (
+                None
+                if isinstance(error, torch.cuda.OutOfMemoryError)
+                else self.reader.explain(self.backbone, tuple(x.shape[1:]))
+            )
             if reason is None:
                 raise
             raise ValueError(reason) from error
@@ -234,8 +308,12 @@ class BranchModel(FreezableBackbone):
 
     @frames_per_pass.setter
     def frames_per_pass(self, value: int | None) -> None:
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ValueError(f"frames_per_pass takes a whole number from 1, or None for all frames, got {value!r}.")
+        if value is not None and (
+            isinstance(value, bool) or not isinstance(value, int) or value < 1
+        ):
+            raise ValueError(
+                f"frames_per_pass takes a whole number from 1, or None for all frames, got {value!r}."
+            )
         self._frames_per_pass = value
 
     def _deepest(self) -> int:
@@ -247,7 +325,8 @@ class BranchModel(FreezableBackbone):
 
         return max(range(len(self.taps)), key=depth)
 
-    # -- timm's contract -------------------------------------------------------------------------------------
+    # -- timm's contract
+    # -------------------------------------------------------------------------------------
 
     @property
     def default_cfg(self) -> dict:
@@ -269,65 +348,102 @@ class BranchModel(FreezableBackbone):
 
     @property
     def feature_info(self) -> list[dict]:
-        """timm's description of the maps at the taps, with module paths below ``backbone.``."""
-        return [{"num_chs": t.channels, "reduction": t.stride, "module": f"backbone.{t.module}", "stage": t.tap.stage}
-                for t in self.taps]
+        """Timm's description of the maps at the taps, with module paths below ``backbone.``."""
+        return [
+            {
+                "num_chs": t.channels,
+                "reduction": t.stride,
+                "module": f"backbone.{t.module}",
+                "stage": t.tap.stage,
+            }
+            for t in self.taps
+        ]
 
     def get_classifier(self) -> nn.ModuleDict:
         """The last layer of each head, by the head's name."""
         return nn.ModuleDict({self._keys[name]: self.head(name).fc for name in self.names})  # type: ignore[misc]
 
-    def reset_classifier(self, num_classes: "int | Sequence[int] | dict[str, int]",
-                         global_pool: str | None = None, taxonomy: Taxonomy | None = None) -> None:
+    def reset_classifier(
+        self,
+        num_classes: "int | Sequence[int] | dict[str, int]",
+        global_pool: str | None = None,
+        taxonomy: Taxonomy | None = None,
+    ) -> None:
         """New last layers. The taxonomy, which no longer fits, goes unless a new one is given.
 
         Args:
-            num_classes: Classes of all heads, of each in tap order, or by name (others stay as they are).
+            num_classes: Classes of all heads, of each in tap order, or by name (others stay as they
+                are).
             global_pool: Refused; the heads' pooling is set by ``PoolHead(pool_type=...)``.
             taxonomy: The hierarchy of the new classes.
 
         Raises:
-            ValueError: Another number of entries than heads, an unknown name, or ``global_pool`` given.
+            ValueError: Another number of entries than heads, an unknown name, or ``global_pool``
+                given.
         """
         if global_pool is not None:
-            raise ValueError("global_pool= has no effect on a branch model: choose PoolHead(pool_type=...).")
+            raise ValueError(
+                "global_pool= has no effect on a branch model: choose PoolHead(pool_type=...)."
+            )
         if isinstance(num_classes, dict):
             self._select(list(num_classes))
             new = {**self.num_classes, **num_classes}
             classes = [new[name] for name in self.names]
         else:
-            classes = [num_classes] * len(self.names) if isinstance(num_classes, int) else list(num_classes)
+            classes = (
+                [num_classes] * len(self.names)
+                if isinstance(num_classes, int)
+                else list(num_classes)
+            )
         if len(classes) != len(self.names):
-            raise ValueError(f"{len(classes)} class counts for {len(self.names)} heads {list(self.names)}.")
+            raise ValueError(
+                f"{len(classes)} class counts for {len(self.names)} heads {list(self.names)}."
+            )
         shared = answers_all_levels(self.head_specs, taxonomy)
-        if taxonomy is not None and tuple(classes[:taxonomy.num_levels]) != (
-                (sum(taxonomy.num_classes),) if shared else taxonomy.num_classes):
-            raise ValueError(f"classes {classes} do not fit the taxonomy's {list(taxonomy.num_classes)}"
-                             f"{', of which the decoder gives the sum' if shared else ''}.")
+        if taxonomy is not None and tuple(classes[: taxonomy.num_levels]) != (
+            (sum(taxonomy.num_classes),) if shared else taxonomy.num_classes
+        ):
+            raise ValueError(
+                f"classes {classes} do not fit the taxonomy's {list(taxonomy.num_classes)}"
+                f"{', of which the decoder gives the sum' if shared else ''}."
+            )
         for name, count in zip(self.names, classes, strict=True):
-            if count != self.num_classes[name] or not isinstance(num_classes, dict) or name in num_classes:
+            if (
+                count != self.num_classes[name]
+                or not isinstance(num_classes, dict)
+                or name in num_classes
+            ):
                 self.head(name).reset_classifier(count)  # type: ignore[operator]
         self.taxonomy, self._shared = taxonomy, shared
         self.config = {**self.config, "num_classes": classes, "taxonomy": taxonomy}
         self.pretrained_cfg = self._prefixed_cfg()
 
     def no_weight_decay(self) -> set[str]:
-        """The backbone's parameters without weight decay, prefixed; timm's optimizer factory asks for them."""
+        """The backbone's parameters without weight decay, prefixed.
+
+        Timm's optimizer factory asks for them.
+        """
         of_backbone = getattr(self.backbone, "no_weight_decay", set)
         return {f"backbone.{name}" for name in of_backbone()}
 
     def group_matcher(self, coarse: bool = False) -> Any:
-        """The backbone's layer groups, prefixed; the heads fall into the last group, as classifiers do in timm."""
+        """The backbone's layer groups, prefixed.
+
+        The heads fall into the last group, as classifiers do in timm.
+        """
         of_backbone = getattr(self.backbone, "group_matcher", None)
         matcher = of_backbone(coarse=coarse) if of_backbone else None
         if isinstance(matcher, dict):
             return {group: _prefix_patterns(spec) for group, spec in matcher.items()}
         if matcher is None:
             from timm.optim import auto_group_layers
+
             ids: dict[str, float] = dict(auto_group_layers(self.backbone))
         else:
-            ids = {**group_modules(self.backbone, matcher, reverse=True),
-                   **group_parameters(self.backbone, matcher, reverse=True)}
+            ids = {
+                **group_modules(self.backbone, matcher, reverse=True),
+                **group_parameters(self.backbone, matcher, reverse=True),
+            }
         return lambda name: ids.get(name.removeprefix("backbone."), float("inf"))
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -339,7 +455,9 @@ class BranchModel(FreezableBackbone):
         try:
             self.backbone.set_grad_checkpointing(enable)  # type: ignore[operator]
         except (AssertionError, AttributeError) as error:
-            raise ValueError(f"{self.reader.architecture} does not support gradient checkpointing in timm.") from error
+            raise ValueError(
+                f"{self.reader.architecture} does not support gradient checkpointing in timm."
+            ) from error
 
     def _prefixed_cfg(self) -> dict:
         cfg = dict(getattr(self.backbone, "pretrained_cfg", {}))
@@ -353,7 +471,8 @@ class BranchModel(FreezableBackbone):
             for key in ("test_input_size", "test_crop_pct"):
                 cfg.pop(key, None)
         cfg["input_size"] = self.input_size
-        for key in ("mean", "std"):  # the source's statistics, spread over another number of channels
+        # the source's statistics, spread over another number of channels
+        for key in ("mean", "std"):
             value = cfg.get(key)
             if value is not None and len(value) != self.input_size[0]:
                 cfg[key] = (sum(value) / len(value),) * self.input_size[0]
@@ -363,7 +482,10 @@ class BranchModel(FreezableBackbone):
 
 
 def answers_all_levels(heads: Sequence[Head], taxonomy: Taxonomy | None) -> bool:
-    """Whether the only head is a decoder and the taxonomy has several levels: its channels are then theirs together."""
+    """Whether the only head is a decoder and the taxonomy has several levels.
+
+    Its channels are then theirs together.
+    """
     return taxonomy is not None and taxonomy.num_levels > 1 and len(heads) == 1 and heads[0].dense
 
 
@@ -374,7 +496,9 @@ def module_key(name: str) -> str:
 
 
 def _prefix_patterns(spec: Any) -> Any:
-    """timm's group patterns (a regex, or pairs of regex and order) for names below ``backbone.``."""
+    """Timm's group patterns (a regex, or pairs of regex and order) for names below
+    ``backbone.``.
+    """
     if spec is None:
         return None
     if isinstance(spec, (tuple, list)):

@@ -1,6 +1,8 @@
-"""Model files: everything that rebuilds a branch model in one ``model.safetensors``, or in the Hub's layout.
+"""Model files: everything that rebuilds a branch model in one ``model.safetensors``, or in the
+Hub's layout.
 
-No pickle is ever read for weights. Writes are atomic: a kill at any moment leaves the old file or the new one.
+No pickle is ever read for weights. Writes are atomic: a kill at any moment leaves the old file or
+the new one.
 """
 
 import hashlib
@@ -15,7 +17,15 @@ from safetensors.torch import save_file
 from timm_branches.files import replace_file
 from timm_branches.model import BranchModel
 
-__all__ = ["digest_tensors", "fill_model", "load_weights", "read_metadata", "read_weights", "save_model", "save_pretrained"]
+__all__ = [
+    "digest_tensors",
+    "fill_model",
+    "load_weights",
+    "read_metadata",
+    "read_weights",
+    "save_model",
+    "save_pretrained",
+]
 
 _FORMAT = "timm_branches"
 _VERSION = 1
@@ -55,21 +65,27 @@ def save_model(model: BranchModel, path: "str | os.PathLike", extra: dict | None
     return path
 
 
-def save_pretrained(model: BranchModel, folder: "str | os.PathLike", extra: dict | None = None) -> Path:
+def save_pretrained(
+    model: BranchModel, folder: "str | os.PathLike", extra: dict | None = None
+) -> Path:
     """Write a folder in the Hugging Face Hub's layout: ``config.json`` and ``model.safetensors``.
 
-    ``huggingface-cli upload user/name folder`` puts it on the Hub, ``load_model('hf-hub:user/name')`` reads it there.
+    ``huggingface-cli upload user/name folder`` puts it on the Hub,
+    ``load_model('hf-hub:user/name')`` reads it there.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_model(model, folder / "model.safetensors", extra)
     text = json.dumps({"library_name": _FORMAT, **_config(model)}, indent=2) + "\n"
-    replace_file(folder / "config.json", lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+    replace_file(
+        folder / "config.json", lambda temporary: Path(temporary).write_text(text, encoding="utf-8")
+    )
     return folder
 
 
 def load_weights(model: BranchModel, path: "str | os.PathLike") -> None:
-    """Load a file's weights into a model that is built like it. The model changes only if everything fits.
+    """Load a file's weights into a model that is built like it. The model changes only if
+    everything fits.
 
     Raises:
         FileNotFoundError: No such file.
@@ -78,17 +94,25 @@ def load_weights(model: BranchModel, path: "str | os.PathLike") -> None:
     fill_model(model, read_weights(path)[1], path)
 
 
-def fill_model(model: BranchModel, tensors: dict[str, torch.Tensor], path: "str | os.PathLike") -> None:
+def fill_model(
+    model: BranchModel, tensors: dict[str, torch.Tensor], path: "str | os.PathLike"
+) -> None:
     """Put tensors into a model, in their own floating-point types, if all of them fit."""
     own = model.state_dict()
     missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
-    shapes = [f"{k}: {tuple(tensors[k].shape)} in the file, {tuple(own[k].shape)} in the model"
-              for k in own.keys() & tensors.keys() if tensors[k].shape != own[k].shape]
+    shapes = [
+        f"{k}: {tuple(tensors[k].shape)} in the file, {tuple(own[k].shape)} in the model"
+        for k in own.keys() & tensors.keys()
+        if tensors[k].shape != own[k].shape
+    ]
     if missing or unexpected or shapes:
-        raise ValueError(f"{path} does not fit this model: {len(missing)} tensors missing {missing[:3]}, "
-                         f"{len(unexpected)} unexpected {unexpected[:3]}, {len(shapes)} of another shape {shapes[:3]}.")
+        raise ValueError(
+            f"{path} does not fit this model: {len(missing)} tensors missing {missing[:3]}, "
+            f"{len(unexpected)} unexpected {unexpected[:3]}, {len(shapes)} of another shape {shapes[:3]}."
+        )
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if name in tensors and tensors[name].dtype != tensor.dtype:  # what was saved in bf16 comes back in bf16
+        # what was saved in bf16 comes back in bf16
+        if name in tensors and tensors[name].dtype != tensor.dtype:
             tensor.data = tensor.data.to(tensors[name].dtype)
     model.load_state_dict(tensors, strict=True)
 
@@ -103,30 +127,41 @@ def read_metadata(path: "str | os.PathLike") -> dict[str, str] | None:
     return _open(path, with_tensors=False)[0]
 
 
-def _open(path: "str | os.PathLike", with_tensors: bool) -> tuple[dict[str, str] | None, dict[str, torch.Tensor]]:
-    """Metadata and tensors of one and the same file, even if another is put in its place meanwhile."""
+def _open(
+    path: "str | os.PathLike", with_tensors: bool
+) -> tuple[dict[str, str] | None, dict[str, torch.Tensor]]:
+    """Metadata and tensors of one and the same file, even if another is put in its place
+    meanwhile.
+    """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: there is no such file.")
-    for _ in range(100):  # safetensors opens a file twice, by name: read again if it was replaced in between
+    # safetensors opens a file twice, by name: read again if it was replaced in between
+    for _ in range(100):
         before, failure = _identity(path), None
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()} if with_tensors else {}
+                tensors = (
+                    {name: file.get_tensor(name) for name in file.keys()} if with_tensors else {}
+                )
         except (SafetensorError, OSError, RuntimeError) as error:
             failure = error
         if before == _identity(path):
             break
     if failure is not None:
-        raise ValueError(f"{path} is not a whole safetensors file: it was cut, or is something else ({failure}).")
+        raise ValueError(
+            f"{path} is not a whole safetensors file: it was cut, or is something else ({failure})."
+        )
     if metadata.get("producer") != _FORMAT:
         return None, tensors
     version = metadata.get("version", "")
     if not version.isdecimal():
         raise ValueError(f"{path} is damaged: it gives {version!r} for the version of its format.")
     if int(version) > _VERSION:
-        raise ValueError(f"{path} was written by a later timm_branches (format {version}, "
-                         f"this one reads {_VERSION}): please upgrade.")
+        raise ValueError(
+            f"{path} was written by a later timm_branches (format {version}, "
+            f"this one reads {_VERSION}): please upgrade."
+        )
     return metadata, tensors
 
 
@@ -136,7 +171,9 @@ def _identity(path: "str | os.PathLike") -> tuple[int, int, int]:
 
 
 def _tensors(model: BranchModel) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Contiguous copies of all tensors, each shared one once, and which names are aliases of which."""
+    """Contiguous copies of all tensors, each shared one once, and which names are aliases of
+    which.
+    """
     tensors: dict[str, torch.Tensor] = {}
     tied: dict[str, str] = {}
     first: dict[tuple, str] = {}
@@ -156,7 +193,9 @@ def _tensors(model: BranchModel) -> tuple[dict[str, torch.Tensor], dict[str, str
 
 def digest_tensors(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> str:
     """Checksum of everything in a file: what it says of itself and the bits of its tensors."""
-    digest = hashlib.sha256(json.dumps(sorted((k, v) for k, v in metadata.items() if k != "sha256")).encode())
+    digest = hashlib.sha256(
+        json.dumps(sorted((k, v) for k, v in metadata.items() if k != "sha256")).encode()
+    )
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -168,10 +207,14 @@ def read_weights(path: "str | os.PathLike") -> tuple[dict[str, str], dict[str, t
     """Metadata and tensors, aliases included, of a file whose checksum is right."""
     metadata, tensors = _open(path, with_tensors=True)
     if metadata is None:
-        raise ValueError(f"{path} is a safetensors file but not one of timm_branches (it does not say how its model "
-                         "is built). Plain timm weights go into create_branch_model(..., checkpoint_path=).")
+        raise ValueError(
+            f"{path} is a safetensors file but not one of timm_branches (it does not say how its model "
+            "is built). Plain timm weights go into create_branch_model(..., checkpoint_path=)."
+        )
     if digest_tensors(tensors, metadata) != metadata.get("sha256"):
-        raise ValueError(f"{path} is damaged: it does not hold what was saved (the checksum differs).")
+        raise ValueError(
+            f"{path} is damaged: it does not hold what was saved (the checksum differs)."
+        )
     tensors |= {alias: tensors[name] for alias, name in json.loads(metadata["tied"]).items()}
     return metadata, tensors
 
@@ -184,7 +227,9 @@ def _config(model: BranchModel) -> dict:
         try:
             json.dumps(value)
         except TypeError:
-            raise ValueError(f"the model was made with {key}={value!r}, which a file cannot hold: use a name that timm "
-                             "knows (a string or a number) instead.") from None
+            raise ValueError(
+                f"the model was made with {key}={value!r}, which a file cannot hold: use a name that timm "
+                "knows (a string or a number) instead."
+            ) from None
     cfg = {k: model.pretrained_cfg[k] for k in _PREPROCESSING if k in model.pretrained_cfg}
     return {"model": arguments, "pretrained_cfg": cfg}

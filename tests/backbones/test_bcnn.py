@@ -1,4 +1,5 @@
-"""The B-CNN backbones against networks written out by hand, and against what timm asks of a model."""
+"""The B-CNN backbones against networks written out by hand, and against what timm asks of a
+model."""
 
 import pytest
 import timm
@@ -15,7 +16,13 @@ from timm_branches.backbones.bcnn import _vgg16_filter
 FACTS = {
     "bcnn_a": ((1, 28, 28), [(32, 2), (64, 4), (128, 8)], 128 * 3 * 3, 256, 10),
     "bcnn_b": ((3, 32, 32), [(64, 2), (128, 4), (256, 8), (512, 16)], 512 * 2 * 2, 1024, 10),
-    "bcnn_vgg16": ((3, 32, 32), [(64, 2), (128, 4), (256, 8), (512, 16), (512, 16)], 512 * 2 * 2, 4096, 100),
+    "bcnn_vgg16": (
+        (3, 32, 32),
+        [(64, 2), (128, 4), (256, 8), (512, 16), (512, 16)],
+        512 * 2 * 2,
+        4096,
+        100,
+    ),
 }
 SMALL = [BlockCfg(4, 2), BlockCfg(6, 1), BlockCfg(8, 2, pool=False)]
 
@@ -29,17 +36,33 @@ def by_hand(in_chans: int = 3, in_width: int = 8 * 3 * 3, hidden: int = 5, class
     """SMALL written out: three blocks and the head, with the layers in the paper's order."""
 
     def conv(a, b):
-        return [nn.Conv2d(a, b, 3, padding=1), nn.ReLU(), nn.BatchNorm2d(b, eps=1e-3, momentum=0.01)]
+        return [
+            nn.Conv2d(a, b, 3, padding=1),
+            nn.ReLU(),
+            nn.BatchNorm2d(b, eps=1e-3, momentum=0.01),
+        ]
 
     def dense(a, b):
-        return [nn.Linear(a, b), nn.ReLU(), nn.BatchNorm1d(b, eps=1e-3, momentum=0.01), nn.Dropout(0.5)]
+        return [
+            nn.Linear(a, b),
+            nn.ReLU(),
+            nn.BatchNorm1d(b, eps=1e-3, momentum=0.01),
+            nn.Dropout(0.5),
+        ]
 
-    return nn.ModuleList([
-        nn.Sequential(*conv(in_chans, 4), *conv(4, 4), nn.MaxPool2d(2)),
-        nn.Sequential(*conv(4, 6), nn.MaxPool2d(2)),
-        nn.Sequential(*conv(6, 8), *conv(8, 8)),
-        nn.Sequential(nn.Flatten(), *dense(in_width, hidden), *dense(hidden, hidden), nn.Linear(hidden, classes)),
-    ])
+    return nn.ModuleList(
+        [
+            nn.Sequential(*conv(in_chans, 4), *conv(4, 4), nn.MaxPool2d(2)),
+            nn.Sequential(*conv(4, 6), nn.MaxPool2d(2)),
+            nn.Sequential(*conv(6, 8), *conv(8, 8)),
+            nn.Sequential(
+                nn.Flatten(),
+                *dense(in_width, hidden),
+                *dense(hidden, hidden),
+                nn.Linear(hidden, classes),
+            ),
+        ]
+    )
 
 
 def copy_weights(source: nn.Module, target: nn.Module) -> None:
@@ -54,7 +77,8 @@ def test_values_at_every_tap_are_those_of_the_network_by_hand():
     model, hand = small(), by_hand()
     copy_weights(model, hand)
     x = torch.randn(4, 3, 12, 12)
-    for training in (True, False):  # running statistics after a training step are part of the comparison
+    # running statistics after a training step are part of the comparison
+    for training in (True, False):
         model.train(training)
         hand.train(training)
         last, taps = model.forward_intermediates(x)
@@ -109,7 +133,8 @@ def test_module_path_is_the_feature():
     model, seen = small().eval(), {}
     for info in model.feature_info:
         model.get_submodule(info["module"]).register_forward_hook(
-            lambda _m, _i, out, path=info["module"]: seen.__setitem__(path, out))
+            lambda _m, _i, out, path=info["module"]: seen.__setitem__(path, out)
+        )
     taps = model.forward_intermediates(torch.randn(2, 3, 12, 12), intermediates_only=True)
     for info, tap in zip(model.feature_info, taps, strict=True):
         assert seen[info["module"]] is tap
@@ -160,7 +185,9 @@ def test_prune_keeps_what_the_deepest_tap_needs():
     assert not list(model.head.parameters())
     assert model.num_features == 6
     want = whole.forward_intermediates(x, [0, 1], intermediates_only=True, stop_early=True)
-    for a, b in zip(model.forward_intermediates(x, [0, 1], intermediates_only=True), want, strict=True):
+    for a, b in zip(
+        model.forward_intermediates(x, [0, 1], intermediates_only=True), want, strict=True
+    ):
         torch.testing.assert_close(a, b)
     torch.testing.assert_close(model(x), want[-1])
     model.reset_classifier(4, "flatten")  # a classifier on the shorter network, sized for its map
@@ -212,21 +239,34 @@ def test_layer_decay_reaches_every_depth():
     assert len(scales) == 9  # eight convolutions and the head
     by_param = {id(p): g["lr_scale"] for g in optimizer.param_groups for p in g["params"]}
     assert by_param[id(model.head.fc.weight)] == 1
-    assert by_param[id(model.blocks[0].conv1.weight)] == by_param[id(model.blocks[0].norm1.weight)] == min(scales)
+    assert (
+        by_param[id(model.blocks[0].conv1.weight)]
+        == by_param[id(model.blocks[0].norm1.weight)]
+        == min(scales)
+    )
     coarse = timm.models.group_parameters(model, model.group_matcher(coarse=True))
     assert len(coarse) == 5
 
 
 def test_vgg16_takes_the_convolutions_of_an_imagenet_vgg16(tmp_path):
     vgg = timm.create_model("vgg16", num_classes=2)
-    torch.save({k: v for k, v in vgg.state_dict().items() if k.startswith("features.")}, tmp_path / "vgg16.pth")
+    torch.save(
+        {k: v for k, v in vgg.state_dict().items() if k.startswith("features.")},
+        tmp_path / "vgg16.pth",
+    )
     overlay = {"file": str(tmp_path / "vgg16.pth"), "hf_hub_id": None}
-    model = timm.create_model("bcnn_vgg16", pretrained=True, pretrained_cfg_overlay=overlay, in_chans=3)
+    model = timm.create_model(
+        "bcnn_vgg16", pretrained=True, pretrained_cfg_overlay=overlay, in_chans=3
+    )
     torch.testing.assert_close(model.blocks[0].conv2.weight, vgg.features[2].weight)
     torch.testing.assert_close(model.blocks[4].conv3.bias, vgg.features[28].bias)
     assert (model.blocks[0].norm1.weight == 1).all()
-    grey = timm.create_model("bcnn_vgg16", pretrained=True, pretrained_cfg_overlay=overlay, in_chans=1, num_classes=7)
-    torch.testing.assert_close(grey.blocks[0].conv1.weight, vgg.features[0].weight.sum(1, keepdim=True))
+    grey = timm.create_model(
+        "bcnn_vgg16", pretrained=True, pretrained_cfg_overlay=overlay, in_chans=1, num_classes=7
+    )
+    torch.testing.assert_close(
+        grey.blocks[0].conv1.weight, vgg.features[0].weight.sum(1, keepdim=True)
+    )
     own = model.state_dict()
     assert _vgg16_filter(own, model) is own
 

@@ -27,4 +27,7 @@ def test_strides_are_measured(name):
 
 
 def test_one_channel():
-    assert timm.create_model("resnet18_cifar", in_chans=1)(torch.randn(1, 1, 28, 28)).shape == (1, 10)
+    assert timm.create_model("resnet18_cifar", in_chans=1)(torch.randn(1, 1, 28, 28)).shape == (
+        1,
+        10,
+    )

@@ -9,8 +9,17 @@ from timm_branches import create_branch_model, list_taps
 def test_against_plain_layers():
     torch.manual_seed(0)
     model = timm.create_model("conv2_24x48", num_classes=4).eval()
-    plain = nn.Sequential(nn.Conv2d(1, 20, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(20, 50, 5), nn.ReLU(),
-                          nn.MaxPool2d(2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(50, 4))
+    plain = nn.Sequential(
+        nn.Conv2d(1, 20, 5),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(20, 50, 5),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(50, 4),
+    )
     plain.load_state_dict(dict(zip(plain.state_dict(), model.state_dict().values(), strict=True)))
     x = torch.randn(2, 1, 24, 48)
     torch.testing.assert_close(model(x), plain(x))
@@ -20,7 +29,9 @@ def test_against_plain_layers():
 
 def test_taps():
     assert [(r.stage, r.module, r.channels, r.stride) for r in list_taps("conv2_24x48")] == [
-        (4, "blocks.0", 20, 2), (5, "blocks.1", 50, 4)]
+        (4, "blocks.0", 20, 2),
+        (5, "blocks.1", 50, 4),
+    ]
     model = create_branch_model("conv2_24x48", taps=[4, 5], num_classes=[2, 3])
     maps = model.forward_taps(torch.randn(1, 1, 24, 48))
     assert [tuple(y.shape[1:]) for y in maps.values()] == [(20, 10, 22), (50, 3, 9)]
@@ -43,8 +54,10 @@ def test_timm_contract():
     assert model(torch.randn(2, 3, 24, 48)).shape == (2, 50, 3, 9)
     features = timm.create_model("conv2_24x48", features_only=True)
     assert [y.shape[1] for y in features(torch.randn(1, 1, 24, 48))] == [20, 50]
-    assert [y.shape[1] for y in model.forward_intermediates(torch.randn(1, 3, 24, 48), 1, intermediates_only=True)] \
-        == [50]
+    assert [
+        y.shape[1]
+        for y in model.forward_intermediates(torch.randn(1, 3, 24, 48), 1, intermediates_only=True)
+    ] == [50]
     with pytest.raises(ValueError, match="NCHW"):
         model.forward_intermediates(torch.randn(1, 3, 24, 48), output_fmt="NLC")
 

@@ -1,4 +1,5 @@
-"""The strided autoencoder with additive skips, from one call, against the same network written by hand."""
+"""The strided autoencoder with additive skips, from one call, against the same network written
+by hand."""
 
 import timm
 import torch
@@ -12,7 +13,10 @@ SIZE, CODE = 32, 5
 
 
 class ByHand(nn.Module):
-    """As a beginner writes it: strided convolutions, linear code, deconvolutions that add the encoder's maps."""
+    """As a beginner writes it.
+
+    Strided convolutions, linear code, deconvolutions that add the encoder's maps.
+    """
 
     def __init__(self, chans=3):
         super().__init__()
@@ -65,7 +69,10 @@ def test_nominal_size_gives_the_map_of_the_code():
         assert backbone.default_cfg["input_size"] == (3, 512, 512)
         assert backbone.forward_features(torch.empty(1, 3, 512, 512)).shape == (1, 64, 64, 64)
     assert [(row.stage, row.channels, row.stride) for row in list_taps("rednet_small")] == [
-        (3, 16, 2), (4, 32, 4), (5, 64, 8)]
+        (3, 16, 2),
+        (4, 32, 4),
+        (5, 64, 8),
+    ]
 
 
 def test_grey_images():
@@ -76,9 +83,17 @@ def test_grey_images():
 def test_it_learns_to_denoise():
     """A few steps on noisy stripes beat the noise itself."""
     torch.manual_seed(0)
-    model = create_branch_model("rednet_small", taps=[3, 4, 5], num_classes=1, in_chans=1, img_size=SIZE,
-                                head=RedNetHead(residual=True, input_skip=True))
-    clean = torch.sin(torch.arange(SIZE) * torch.rand(8, 1, 1, 1) + 6 * torch.rand(8, 1, 1, 1)).expand(8, 1, SIZE, SIZE)
+    model = create_branch_model(
+        "rednet_small",
+        taps=[3, 4, 5],
+        num_classes=1,
+        in_chans=1,
+        img_size=SIZE,
+        head=RedNetHead(residual=True, input_skip=True),
+    )
+    clean = torch.sin(
+        torch.arange(SIZE) * torch.rand(8, 1, 1, 1) + 6 * torch.rand(8, 1, 1, 1)
+    ).expand(8, 1, SIZE, SIZE)
     noisy = clean + 0.5 * torch.randn(clean.shape)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     for _ in range(60):
@@ -94,7 +109,9 @@ class TestBackbone:
         model = timm.create_model("rednet_small", num_classes=5, drop_rate=0.5).eval()
         x = torch.rand(2, 3, 33, 17)
         maps = model.forward_features(x)
-        torch.testing.assert_close(model(x), maps.mean((2, 3)) @ model.head.fc.weight.T + model.head.fc.bias)
+        torch.testing.assert_close(
+            model(x), maps.mean((2, 3)) @ model.head.fc.weight.T + model.head.fc.bias
+        )
         assert model.get_classifier() is model.head.fc
         model.reset_classifier(2)
         assert model(x).shape == (2, 2)
@@ -117,5 +134,7 @@ class TestBackbone:
         x = torch.rand(1, 3, 16, 16)
         plain = torch.autograd.grad(model(x).sum(), list(model.parameters()))
         model.set_grad_checkpointing()
-        for a, b in zip(plain, torch.autograd.grad(model(x).sum(), list(model.parameters())), strict=True):
+        for a, b in zip(
+            plain, torch.autograd.grad(model(x).sum(), list(model.parameters())), strict=True
+        ):
             torch.testing.assert_close(a, b)

@@ -58,7 +58,14 @@ def check_nested(data):
     assert tree.leaves == (("animal", "cat"), ("animal", "dog"), ("transport", "ship"))
     found = sorted((tuple(colour(data, i)), tuple(data[i][1].tolist())) for i in range(len(data)))
     assert found == sorted(
-        [(RED, (0, 1)), (RED, (0, 1)), (GREEN, (0, 0)), (BLUE, (1, 2)), ((9, 9, 9), (1, 2)), ((1, 2, 3), (0, -1))]
+        [
+            (RED, (0, 1)),
+            (RED, (0, 1)),
+            (GREEN, (0, 0)),
+            (BLUE, (1, 2)),
+            ((9, 9, 9), (1, 2)),
+            ((1, 2, 3), (0, -1)),
+        ]
     )
 
 
@@ -114,7 +121,12 @@ def test_split_folders_share_one_tree(tmp_path):
     for split, names in {"train": "abc", "validation": "ac", "Test": "c"}.items():
         for name in names:
             save(tmp_path / split / name / "1.png")
-    for split, labels in {"train": [0, 1, 2], "val": [0, 2], "test": [2], "trainval": [0, 1, 2, 0, 2]}.items():
+    for split, labels in {
+        "train": [0, 1, 2],
+        "val": [0, 2],
+        "test": [2],
+        "trainval": [0, 1, 2, 0, 2],
+    }.items():
         data = create_dataset(tmp_path, split)
         assert sorted(data.labels.flatten().tolist()) == sorted(labels)
         assert data.taxonomy.num_classes == (3,)
@@ -138,7 +150,9 @@ def test_flat_folders_with_a_taxonomy(tmp_path):
     assert data.labels.tolist() == [[0, -1], [0, 1], [1, 2]]
     save(tmp_path / "plane/1.png")
     save(tmp_path / "boat/1.png")
-    with pytest.raises(ValueError, match="2 class names are not in the taxonomy: 'boat', 'plane'.*'dog'"):
+    with pytest.raises(
+        ValueError, match="2 class names are not in the taxonomy: 'boat', 'plane'.*'dog'"
+    ):
         create_dataset(tmp_path, taxonomy=tree)
 
 
@@ -157,12 +171,12 @@ def test_csv(tmp_path):
         save(tmp_path / f"images/{i}.png", (i, 0, 0))
     path = tmp_path / "list.csv"
     path.write_text(
-        'path,coarse,fine,split\n'
-        'images/0.png,animal,dog,train\n'
-        'images/1.png,animal,,train\n'
-        'images/2.png,,ship,val\n'
+        "path,coarse,fine,split\n"
+        "images/0.png,animal,dog,train\n"
+        "images/1.png,animal,,train\n"
+        "images/2.png,,ship,val\n"
         '"images/3.png",,,test\n'
-        'images/4.png,transport,ship,valid\n',
+        "images/4.png,transport,ship,valid\n",
         encoding="utf-8-sig",  # as a spreadsheet writes it
     )
     data = create_dataset(path, "all")
@@ -176,7 +190,9 @@ def test_csv(tmp_path):
     tree = Taxonomy(["animal/cat", "animal/dog", "transport/ship"], levels=["coarse", "fine"])
     assert create_dataset(path, "all", taxonomy=tree).labels.tolist()[0] == [0, 1]
     with pytest.raises(ValueError, match=r"no class fits the row .*'ship'.* line 4"):
-        create_dataset(path, taxonomy=Taxonomy(["animal/dog", "transport/car"], levels=["coarse", "fine"]))
+        create_dataset(
+            path, taxonomy=Taxonomy(["animal/dog", "transport/car"], levels=["coarse", "fine"])
+        )
     with pytest.raises(ValueError, match="level columns"):
         create_dataset(path, taxonomy=Taxonomy(["a/b/c"]))
 
@@ -230,7 +246,9 @@ def test_broken_file_is_named(tmp_path, name, kind):
     content = {"text": b"<html>404</html>", "empty": b"", "cut": path.read_bytes()[:-40]}[kind]
     path.write_bytes(content)
     data = create_dataset(tmp_path)
-    with pytest.raises(ValueError, match=rf"cannot read the image .*class.{name} \({len(content)} bytes\)"):
+    with pytest.raises(
+        ValueError, match=rf"cannot read the image .*class.{name} \({len(content)} bytes\)"
+    ):
         data[0]
 
 
@@ -295,15 +313,21 @@ def test_cifar10_with_another_tree(tmp_path, monkeypatch):
         create_dataset("cifar10", taxonomy=Taxonomy(names[:1]), root=str(tmp_path))
 
 
-@pytest.mark.parametrize(("name", "folder"), [("mnist", "MNIST"), ("fashion_mnist", "FashionMNIST")])
+@pytest.mark.parametrize(
+    ("name", "folder"), [("mnist", "MNIST"), ("fashion_mnist", "FashionMNIST")]
+)
 def test_mnist(tmp_path, name, folder):
     raw = tmp_path / folder / "raw"
     raw.mkdir(parents=True)
     for part, count in (("train", 12), ("t10k", 5)):
         labels = (np.arange(count) * 3 % 10).astype(np.uint8)
         pixels = np.repeat(labels, 28 * 28)
-        (raw / f"{part}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 2051, count, 28, 28) + pixels.tobytes())
-        (raw / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, count) + labels.tobytes())
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(
+            struct.pack(">4i", 2051, count, 28, 28) + pixels.tobytes()
+        )
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(
+            struct.pack(">2i", 2049, count) + labels.tobytes()
+        )
         with gzip.open(raw / f"{part}-images-idx3-ubyte.gz", "wb") as file:
             file.write(b"")
     for in_chans in (1, 3):
@@ -321,7 +345,9 @@ def test_missing_download(tmp_path, name):
 
 
 def test_digits():
-    parts = {split: create_dataset("digits", split, in_chans=1) for split in ("train", "val", "test")}
+    parts = {
+        split: create_dataset("digits", split, in_chans=1) for split in ("train", "val", "test")
+    }
     assert [len(part) for part in parts.values()] == [1077, 360, 360]
     ids = torch.cat([part.sample_ids for part in parts.values()])
     assert sorted(ids.tolist()) == list(range(1797))
@@ -333,7 +359,9 @@ def test_digits():
     source = load_digits()
     image, labels = parts["test"][17]
     sample = int(parts["test"].sample_ids[17])
-    torch.testing.assert_close(image[0], torch.from_numpy(source.images[sample] / 16).float(), atol=1 / 500, rtol=0)
+    torch.testing.assert_close(
+        image[0], torch.from_numpy(source.images[sample] / 16).float(), atol=1 / 500, rtol=0
+    )
     assert labels.tolist() == parts["test"].taxonomy.expand(int(source.target[sample])).tolist()
 
 
@@ -401,10 +429,12 @@ def test_errors(tmp_path):
 def test_importing_is_light():
     # in a new process: other tests have imported everything already
     code = (
-        'import sys; from timm_branches.data import *; '
+        "import sys; from timm_branches.data import *; "
         'print([name for name in ("albumentations", "sklearn", "cv2") if name in sys.modules])'
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     assert result.stdout.strip() == "[]"
 
 
@@ -428,7 +458,9 @@ class TestCoarsenLabels:
         assert (data.labels >= 0).all()
 
     def test_seed(self):
-        masks = [coarsen_labels(self.data(), 0.5, seed=seed)[0].labels[:, 1] < 0 for seed in (0, 0, 1)]
+        masks = [
+            coarsen_labels(self.data(), 0.5, seed=seed)[0].labels[:, 1] < 0 for seed in (0, 0, 1)
+        ]
         assert torch.equal(masks[0], masks[1])
         assert not torch.equal(masks[0], masks[2])
 

@@ -78,7 +78,9 @@ def test_a_subset_is_augmented_as_the_whole():
     assert not torch.equal(part[1][0], data[7][0])
 
 
-@pytest.mark.parametrize("wrap", [lambda d: TorchSubset(d, range(24)), lambda d: ConcatDataset([d])])
+@pytest.mark.parametrize(
+    "wrap", [lambda d: TorchSubset(d, range(24)), lambda d: ConcatDataset([d])]
+)
 def test_epoch_reaches_wrapped_datasets_in_persistent_workers(wrap):
     expected, _ = epochs(create_loader(make(), 4, True, seed=5))
     images, _ = epochs(create_loader(wrap(make()), 4, True, 1, seed=5))
@@ -88,7 +90,10 @@ def test_epoch_reaches_wrapped_datasets_in_persistent_workers(wrap):
 def test_timms_loop_sets_the_epoch_on_dataset_or_sampler():
     expected = create_loader(make(), 4, True)
     expected.set_epoch(3)
-    for tell in (lambda loader: loader.sampler.set_epoch(3), lambda loader: loader.dataset.set_epoch(3)):
+    for tell in (
+        lambda loader: loader.sampler.set_epoch(3),
+        lambda loader: loader.dataset.set_epoch(3),
+    ):
         loader = create_loader(make(), 4, True)
         tell(loader)
         for ours, theirs in zip(expected, loader, strict=True):
@@ -109,7 +114,9 @@ def test_ranks_join_to_the_single_process_batch(drop_last):
     world, batch = 2, 3
     whole = create_loader(make(26), world * batch, True, seed=9, drop_last=drop_last)
     ranks = [
-        create_loader(make(26), batch, True, seed=9, rank=rank, world_size=world, drop_last=drop_last)
+        create_loader(
+            make(26), batch, True, seed=9, rank=rank, world_size=world, drop_last=drop_last
+        )
         for rank in range(world)
     ]
     for epoch in range(2):
@@ -118,13 +125,18 @@ def test_ranks_join_to_the_single_process_batch(drop_last):
         steps = list(zip(whole, *ranks, strict=True))
         assert len(steps) == (4 if drop_last else 5) == len(whole) == len(ranks[0])
         for together, *parts in steps:
-            images, labels = (torch.stack([part[i] for part in parts], 1).flatten(0, 1) for i in range(2))
+            images, labels = (
+                torch.stack([part[i] for part in parts], 1).flatten(0, 1) for i in range(2)
+            )
             assert torch.equal(labels, together[1])
             assert torch.equal(images, together[0])
 
 
 def test_last_batches_are_even_on_all_ranks():
-    loaders = [create_loader(make(7), 2, True, rank=rank, world_size=3, drop_last=False) for rank in range(3)]
+    loaders = [
+        create_loader(make(7), 2, True, rank=rank, world_size=3, drop_last=False)
+        for rank in range(3)
+    ]
     seen = [torch.cat([labels for _, labels in loader]).flatten().tolist() for loader in loaders]
     assert [len(part) for part in seen] == [3, 3, 3]
     assert set(sum(seen, [])) == set(range(7))

@@ -41,19 +41,28 @@ def test_smoothing_is_per_level_and_spares_the_unknown():
 def test_equals_timm_on_each_level(mode, alphas):
     labels = LABELS.clamp(min=0)
     images = torch.rand(4, 3, 16, 16)
-    options = {"mixup_alpha": alphas[0], "cutmix_alpha": alphas[1], "mode": mode, "label_smoothing": 0.1}
+    options = {
+        "mixup_alpha": alphas[0],
+        "cutmix_alpha": alphas[1],
+        "mode": mode,
+        "label_smoothing": 0.1,
+    }
     np.random.seed(3)
     mixed, target = HierarchicalMixup(num_classes=SIZES, **options)(images.clone(), labels)
     for level, part in enumerate(split_levels(target, SIZES)):
         np.random.seed(3)
-        timm_mixed, timm_target = Mixup(num_classes=SIZES[level], **options)(images.clone(), labels[:, level])
+        timm_mixed, timm_target = Mixup(num_classes=SIZES[level], **options)(
+            images.clone(), labels[:, level]
+        )
         torch.testing.assert_close(mixed, timm_mixed, rtol=0, atol=0)
         torch.testing.assert_close(part, timm_target)
 
 
 @pytest.mark.parametrize("mode", ["batch", "elem"])
 def test_odd_batches(mode):
-    images, target = HierarchicalMixup(num_classes=SIZES, mode=mode)(torch.rand(3, 1, 8, 8), LABELS[[0, 2, 3]])
+    images, target = HierarchicalMixup(num_classes=SIZES, mode=mode)(
+        torch.rand(3, 1, 8, 8), LABELS[[0, 2, 3]]
+    )
     assert images.shape == (3, 1, 8, 8)
     torch.testing.assert_close(target.sum(1), torch.full((3,), 2.0))
 
@@ -68,7 +77,9 @@ def test_disabled_gives_plain_labels():
 
 
 def test_half_precision_images_leave_the_target_in_float():
-    _, target = HierarchicalMixup(num_classes=SIZES, mode="elem")(torch.rand(4, 1, 8, 8).bfloat16(), LABELS)
+    _, target = HierarchicalMixup(num_classes=SIZES, mode="elem")(
+        torch.rand(4, 1, 8, 8).bfloat16(), LABELS
+    )
     assert target.dtype == torch.float32
     torch.testing.assert_close(target[:, :2].sum(1), torch.ones(4))
 

@@ -1,4 +1,7 @@
-"""Pairs for dense outputs: files that the tests write, geometry against coordinates, noise against its statistics."""
+"""Pairs for dense outputs.
+
+Files that the tests write, geometry against coordinates, noise against its statistics.
+"""
 
 import copy
 
@@ -47,7 +50,9 @@ def test_folders(tmp_path, mode):
     write_pair(tmp_path, "deep/2", [[2, 2], [255, 0]], mode)
     write_pair(tmp_path, "2", [[1], [1]], mode)
     (tmp_path / "images/notes.txt").write_text("no image")
-    data = SegmentationDataset(tmp_path / "images", str(tmp_path / "masks"), ["a", "b", "c"], ignore_index=255)
+    data = SegmentationDataset(
+        tmp_path / "images", str(tmp_path / "masks"), ["a", "b", "c"], ignore_index=255
+    )
     assert [name.split("images/")[1] for name in data.names] == ["2.bmp", "10.bmp", "deep/2.bmp"]
     assert [data[i][1].tolist() for i in range(3)] == [[[1], [1]], [[0, 1, 2]], [[2, 2], [-1, 0]]]
     assert data.classes == ("a", "b", "c")
@@ -63,7 +68,9 @@ def test_files_without_partner_are_named(tmp_path):
         write_pair(tmp_path, name, [[0]])
     (tmp_path / "images/one.bmp").unlink()
     (tmp_path / "masks/two.png").unlink()
-    with pytest.raises(ValueError, match=r"two in .*images has no mask in .*; one in .*masks has no image in"):
+    with pytest.raises(
+        ValueError, match=r"two in .*images has no mask in .*; one in .*masks has no image in"
+    ):
         SegmentationDataset(tmp_path / "images", tmp_path / "masks", 2)
 
 
@@ -74,12 +81,15 @@ def test_two_files_of_one_name(tmp_path):
         SegmentationDataset(tmp_path / "images", tmp_path / "masks", 2)
 
 
-@pytest.mark.parametrize(("mask", "kwargs", "message"), [
-    ([[0, 3]], {}, r"x\.bmp holds \[3\]; the 3 classes are 0 to 2"),
-    ([[0, 255]], {"ignore_index": 11}, r"holds \[255\].*ignore_index is 11"),
-    ([[0, 1]], {"size": (2, 2)}, r"x\.bmp has \(1, 2\) pixels, the image \(2, 2\)"),
-    ([[0, 1]], {"mode": "RGB"}, r"x\.bmp.*not colours"),
-])
+@pytest.mark.parametrize(
+    ("mask", "kwargs", "message"),
+    [
+        ([[0, 3]], {}, r"x\.bmp holds \[3\]; the 3 classes are 0 to 2"),
+        ([[0, 255]], {"ignore_index": 11}, r"holds \[255\].*ignore_index is 11"),
+        ([[0, 1]], {"size": (2, 2)}, r"x\.bmp has \(1, 2\) pixels, the image \(2, 2\)"),
+        ([[0, 1]], {"mode": "RGB"}, r"x\.bmp.*not colours"),
+    ],
+)
 def test_masks_that_are_none(tmp_path, mask, kwargs, message):
     ignored = kwargs.pop("ignore_index", None)
     write_pair(tmp_path, "x", mask, **kwargs)
@@ -100,9 +110,15 @@ def test_a_taxonomy_names_the_classes_and_grey_images_become_rgb():
         data[3]
 
 
-@pytest.mark.parametrize(("size", "shape", "scale"), [
-    (16, (40, 33), (1.0, 1.0)), ((20, 12), (9, 40), (1.0, 1.0)), (24, (40, 40), (0.5, 1.5)), (24, (24, 24), (1.0, 1.0)),
-])
+@pytest.mark.parametrize(
+    ("size", "shape", "scale"),
+    [
+        (16, (40, 33), (1.0, 1.0)),
+        ((20, 12), (9, 40), (1.0, 1.0)),
+        (24, (40, 40), (0.5, 1.5)),
+        (24, (24, 24), (1.0, 1.0)),
+    ],
+)
 @pytest.mark.parametrize("classes", [200, 254])
 def test_image_and_mask_move_alike(size, shape, scale, classes):
     image, mask = coded(*shape, classes)
@@ -110,7 +126,9 @@ def test_image_and_mask_move_alike(size, shape, scale, classes):
     seen = set()
     for sample in range(12):
         picture, labels = transform(image, mask, key=(0, 0, sample))
-        assert labels.shape == picture.shape[1:] == ((size, size) if isinstance(size, int) else size)
+        assert (
+            labels.shape == picture.shape[1:] == ((size, size) if isinstance(size, int) else size)
+        )
         if scale == (1.0, 1.0):  # otherwise the image is interpolated, the mask is not
             assert torch.equal(decode(picture), labels)
         assert set(labels.unique().tolist()) <= set(mask.flatten().tolist()) | {-1}
@@ -147,7 +165,10 @@ def test_padding_is_the_mean_and_normalisation_is_timms():
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_color_jitter_leaves_mask_and_geometry(channels):
-    """Brightness scales, contrast stretches about the mean, saturation leaves grey alone: so grey stays affine."""
+    """Brightness scales, contrast stretches about the mean, saturation leaves grey alone.
+
+    So grey stays affine.
+    """
     rng = np.random.default_rng(0)
     image = np.repeat(rng.integers(60, 120, (16, 16, 1), np.uint8), channels, 2)
     mask = rng.integers(0, 3, (16, 16))
@@ -155,26 +176,35 @@ def test_color_jitter_leaves_mask_and_geometry(channels):
     for sample in range(8):
         key = (0, 0, sample)
         plain, labels = PairTransform(16, hflip=0, mean=(0,), std=(1,))(image, mask, key)
-        picture, same = PairTransform(16, hflip=0, color_jitter=0.4, mean=(0,), std=(1,))(image, mask, key)
+        picture, same = PairTransform(16, hflip=0, color_jitter=0.4, mean=(0,), std=(1,))(
+            image, mask, key
+        )
         assert torch.equal(labels, same)
         x, y = (255 * z.flatten().double().numpy() for z in (plain, picture))
         slope, offset = np.polyfit(x, y, 1)
         assert abs(slope * x + offset - y).max() < 2.1  # rounding to whole values, twice
-        assert 0.6 ** 2 - 0.05 < slope < 1.4 ** 2 + 0.05
+        assert 0.6**2 - 0.05 < slope < 1.4**2 + 0.05
         found.append(slope)
     assert np.ptp(found) > 0.1
 
 
 def make_segmentation(repeats=4):
     pairs = [coded(40, 40), coded(50, 30)]
-    return SegmentationDataset([p[0] for p in pairs], [p[1] for p in pairs], 200, repeats=repeats,
-                               transform=PairTransform(16, mean=(0,), std=(1,)))
+    return SegmentationDataset(
+        [p[0] for p in pairs],
+        [p[1] for p in pairs],
+        200,
+        repeats=repeats,
+        transform=PairTransform(16, mean=(0,), std=(1,)),
+    )
 
 
 def make_denoising(repeats=4):
     rng = np.random.default_rng(0)
     images = [rng.integers(0, 256, size, dtype=np.uint8) for size in ((40, 40), (50, 30))]
-    return DenoisingDataset(images, sigma=(5, 50), blur=(0, 2), is_training=True, patch_size=16, repeats=repeats)
+    return DenoisingDataset(
+        images, sigma=(5, 50), blur=(0, 2), is_training=True, patch_size=16, repeats=repeats
+    )
 
 
 @pytest.mark.parametrize("make", [make_segmentation, make_denoising])
@@ -184,7 +214,9 @@ def test_loader_is_a_function_of_seed_and_epoch(make):
         found = {}
         for epoch in epochs:
             loader.set_epoch(epoch)
-            found[epoch] = torch.cat([torch.cat([a.float().flatten(), b.float().flatten()]) for a, b in loader])
+            found[epoch] = torch.cat(
+                [torch.cat([a.float().flatten(), b.float().flatten()]) for a, b in loader]
+            )
         return found
 
     found = batches([0, 1])
@@ -244,24 +276,43 @@ def test_blur_is_scipys_and_reaches_beyond_the_patch():
     np.testing.assert_allclose(degraded.numpy().transpose(1, 2, 0), expected, atol=1e-5)
     np.testing.assert_allclose(clean.numpy().transpose(1, 2, 0), image / 255, atol=1e-6)
 
-    patch, sharp = DenoisingDataset([image], sigma=0, blur=1.5, in_chans=3, is_training=True, patch_size=12)[0]
+    patch, sharp = DenoisingDataset(
+        [image], sigma=0, blur=1.5, in_chans=3, is_training=True, patch_size=12
+    )[0]
     # find the patch and its turn in the image, and compare with the same place of the blurred whole
     turns = [(k, flip) for k in range(4) for flip in (False, True)]
-    undo = [lambda x, k=k, flip=flip: torch.rot90(x.flip(2) if flip else x, -k, (1, 2)) for k, flip in turns]
+    undo = [
+        lambda x, k=k, flip=flip: torch.rot90(x.flip(2) if flip else x, -k, (1, 2))
+        for k, flip in turns
+    ]
     places = [(turned(sharp), turned(patch)) for turned in undo]
-    hits = [(y, x, blurred) for plain, blurred in places for y in range(29) for x in range(39)
-            if np.array_equal(np.rint(plain.numpy().transpose(1, 2, 0) * 255), image[y : y + 12, x : x + 12])]
+    hits = [
+        (y, x, blurred)
+        for plain, blurred in places
+        for y in range(29)
+        for x in range(39)
+        if np.array_equal(
+            np.rint(plain.numpy().transpose(1, 2, 0) * 255), image[y : y + 12, x : x + 12]
+        )
+    ]
     assert len(hits) == 1
     y, x, blurred = hits[0]
-    np.testing.assert_allclose(blurred.numpy().transpose(1, 2, 0), expected[y : y + 12, x : x + 12], atol=1e-5)
+    np.testing.assert_allclose(
+        blurred.numpy().transpose(1, 2, 0), expected[y : y + 12, x : x + 12], atol=1e-5
+    )
 
 
 def test_patches_come_from_everywhere_in_all_eight_positions():
     image = np.arange(9, dtype=np.uint8).reshape(3, 3)
     data = DenoisingDataset([image], sigma=1, is_training=True, patch_size=2, repeats=400)
     found = {tuple((data[i][1] * 255).round().int().flatten().tolist()) for i in range(400)}
-    expected = {tuple(np.rot90(turned, k).flatten().tolist()) for y in (0, 1) for x in (0, 1) for k in range(4)
-                for turned in (image[y : y + 2, x : x + 2], image[y : y + 2, x : x + 2].T)}
+    expected = {
+        tuple(np.rot90(turned, k).flatten().tolist())
+        for y in (0, 1)
+        for x in (0, 1)
+        for k in range(4)
+        for turned in (image[y : y + 2, x : x + 2], image[y : y + 2, x : x + 2].T)
+    }
     assert found == expected
 
 
@@ -273,26 +324,53 @@ def test_denoising_folder_in_grey_and_colour(tmp_path):
     assert clean[:, 0, 0].tolist() == [1, 0, 0]
 
 
-@pytest.mark.parametrize(("call", "message"), [
-    (lambda: SegmentationDataset("images", np.zeros((1, 2, 2)), 2), "two folders, or both arrays"),
-    (lambda: SegmentationDataset(np.zeros((2, 4, 4), np.uint8), np.zeros((1, 4, 4)), 2), "2 images have 1 masks"),
-    (lambda: SegmentationDataset([], [], 2), "no images"),
-    (lambda: SegmentationDataset([], [], 2, ignore_index=1), "one of the 2"),
-    (lambda: SegmentationDataset(np.zeros((1, 4, 4), np.uint8), np.zeros((1, 4, 4)), 2)[0], "float64"),
-    (lambda: SegmentationDataset(np.zeros((1, 4, 4), np.uint8), np.zeros((1, 4, 4), int), 2, repeats=0), "repeats"),
-    (lambda: PairTransform(8, augment="none"), "no effect"),
-    (lambda: PairTransform(scale=(0.5, 2)), "need size="),
-    (lambda: PairTransform(color_jitter=0.4), "need size="),
-    (lambda: PairTransform(8, color_jitter=-1), "color_jitter"),
-    (lambda: PairTransform(8, scale=(2, 1)), "increasing"),
-    (lambda: PairTransform(8, hflip=2), "probability"),
-    (lambda: PairTransform(mean=(0, 0))(np.zeros((4, 4, 3), np.uint8), np.zeros((4, 4), int)), "3 channels"),
-    (lambda: DenoisingDataset(np.zeros((1, 4, 4), np.uint8), sigma=0), "nothing is degraded"),
-    (lambda: DenoisingDataset(np.zeros((1, 4, 4), np.uint8), sigma=-1), "sigma"),
-    (lambda: DenoisingDataset(np.zeros((1, 4, 4), np.uint8), blur=(2, 1)), "blur"),
-    (lambda: DenoisingDataset(np.zeros((1, 4, 4), np.uint8), patch_size=2), "is_training"),
-    (lambda: DenoisingDataset(np.zeros((1, 4, 4), np.uint8), is_training=True, patch_size=5)[0], "patch_size=5"),
-])
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: SegmentationDataset("images", np.zeros((1, 2, 2)), 2),
+            "two folders, or both arrays",
+        ),
+        (
+            lambda: SegmentationDataset(np.zeros((2, 4, 4), np.uint8), np.zeros((1, 4, 4)), 2),
+            "2 images have 1 masks",
+        ),
+        (lambda: SegmentationDataset([], [], 2), "no images"),
+        (lambda: SegmentationDataset([], [], 2, ignore_index=1), "one of the 2"),
+        (
+            lambda: SegmentationDataset(np.zeros((1, 4, 4), np.uint8), np.zeros((1, 4, 4)), 2)[0],
+            "float64",
+        ),
+        (
+            lambda: SegmentationDataset(
+                np.zeros((1, 4, 4), np.uint8), np.zeros((1, 4, 4), int), 2, repeats=0
+            ),
+            "repeats",
+        ),
+        (lambda: PairTransform(8, augment="none"), "no effect"),
+        (lambda: PairTransform(scale=(0.5, 2)), "need size="),
+        (lambda: PairTransform(color_jitter=0.4), "need size="),
+        (lambda: PairTransform(8, color_jitter=-1), "color_jitter"),
+        (lambda: PairTransform(8, scale=(2, 1)), "increasing"),
+        (lambda: PairTransform(8, hflip=2), "probability"),
+        (
+            lambda: PairTransform(mean=(0, 0))(
+                np.zeros((4, 4, 3), np.uint8), np.zeros((4, 4), int)
+            ),
+            "3 channels",
+        ),
+        (lambda: DenoisingDataset(np.zeros((1, 4, 4), np.uint8), sigma=0), "nothing is degraded"),
+        (lambda: DenoisingDataset(np.zeros((1, 4, 4), np.uint8), sigma=-1), "sigma"),
+        (lambda: DenoisingDataset(np.zeros((1, 4, 4), np.uint8), blur=(2, 1)), "blur"),
+        (lambda: DenoisingDataset(np.zeros((1, 4, 4), np.uint8), patch_size=2), "is_training"),
+        (
+            lambda: DenoisingDataset(np.zeros((1, 4, 4), np.uint8), is_training=True, patch_size=5)[
+                0
+            ],
+            "patch_size=5",
+        ),
+    ],
+)
 def test_refusals(call, message):
     with pytest.raises(ValueError, match=message):
         call()

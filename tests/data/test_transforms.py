@@ -21,7 +21,9 @@ def photo(height=60, width=90, channels=3):
 @pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])
 @pytest.mark.parametrize("size", [(3, 48, 48), (3, 40, 56)])
 def test_evaluation_is_timm_to_the_last_bit(size, crop_mode):
-    config = timm.data.resolve_data_config({"input_size": size}, {"interpolation": "bicubic", "crop_pct": 0.9})
+    config = timm.data.resolve_data_config(
+        {"input_size": size}, {"interpolation": "bicubic", "crop_pct": 0.9}
+    )
     config["crop_mode"] = crop_mode
     theirs = timm.data.create_transform(**config)(Image.fromarray(photo()))
     ours = create_transform(**config)(photo())
@@ -41,7 +43,9 @@ def test_small_images_are_not_cropped_unless_asked():
 @pytest.mark.parametrize("augment", ["none", "light", "cifar", "imagenet", "auto"])
 @pytest.mark.parametrize("side", [32, 80])
 def test_shapes(augment, side, channels):
-    transform = create_transform((channels, side, side), is_training=True, augment=augment, interpolation="random")
+    transform = create_transform(
+        (channels, side, side), is_training=True, augment=augment, interpolation="random"
+    )
     result = transform(photo(channels=channels), key=(0, 0, 0))
     assert result.shape == (channels, side, side)
     assert result.dtype == torch.float32
@@ -69,7 +73,9 @@ def test_transforms_in_one_compose_are_independent():
     # Compose.set_random_seed gives each transform the same seed: both flips, or none
     A = pytest.importorskip("albumentations")
     flips = A.Compose([A.HorizontalFlip(p=0.5), A.VerticalFlip(p=0.5)])
-    transform = create_transform((1, 2, 2), is_training=True, augment=flips, mean=(0.0,), std=(1.0,))
+    transform = create_transform(
+        (1, 2, 2), is_training=True, augment=flips, mean=(0.0,), std=(1.0,)
+    )
     image = np.array([[[0], [10]], [[20], [30]]], np.uint8)
     seen: dict[tuple, int] = {}
     for sample in range(1000):

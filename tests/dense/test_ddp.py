@@ -26,7 +26,9 @@ def measure(part, distributed):
     found = {}
     for evaluator in (SegmentationEvaluator(3), SegmentationEvaluator(3, taxonomy=TREE)):
         evaluator.update(logits[part], target[part])
-        found |= {f"{len(evaluator.levels)}_{k}": v for k, v in evaluator.compute(distributed).items()}
+        found |= {
+            f"{len(evaluator.levels)}_{k}": v for k, v in evaluator.compute(distributed).items()
+        }
         found |= evaluator.class_iou()
         found |= {f"own_{len(evaluator.levels)}_{k}": v for k, v in evaluator.compute().items()}
     evaluator = RestorationEvaluator(data_range=8)

@@ -30,7 +30,11 @@ def plain_dice(logits, target, ignored, smooth):
                 label = int(target[b, y, x])
                 if label in (ignored, -1):
                     continue
-                z = [0.0, *logits[b, :, y, x].tolist()] if classes == 1 else logits[b, :, y, x].tolist()
+                z = (
+                    [0.0, *logits[b, :, y, x].tolist()]
+                    if classes == 1
+                    else logits[b, :, y, x].tolist()
+                )
                 total = sum(math.exp(v) for v in z)
                 for k, entry in sums.items():
                     p = math.exp(z[k]) / total
@@ -76,7 +80,9 @@ def test_dice_is_smps_where_all_classes_occur(classes, smooth):
 
     logits, target = make(classes)
     # smp adds its smooth to (I + s) / (I + FP / 2 + FN / 2 + s), which is ours divided by 2
-    reference = DiceLoss("binary" if classes == 1 else "multiclass", smooth=smooth / 2, ignore_index=255)
+    reference = DiceLoss(
+        "binary" if classes == 1 else "multiclass", smooth=smooth / 2, ignore_index=255
+    )
     torch.testing.assert_close(dice_loss(logits, target, 255, smooth), reference(logits, target))
 
 
@@ -86,7 +92,9 @@ def test_dice_of_sure_answers():
     assert float(dice_loss(right, target, smooth=0)) == 0
     assert float(dice_loss(-right, target, smooth=0)) == 1
     # without foreground, a binary answer of 4 foreground pixels: 1 - 1 / (4 + 1)
-    assert float(dice_loss(torch.full((1, 1, 2, 2), 100.0), torch.zeros(1, 2, 2).long())) == pytest.approx(0.8)
+    assert float(
+        dice_loss(torch.full((1, 1, 2, 2), 100.0), torch.zeros(1, 2, 2).long())
+    ) == pytest.approx(0.8)
 
 
 def test_charbonnier_by_hand_and_towards_l1():
@@ -121,7 +129,9 @@ def test_gradient_of_restoration_against_differences(name):
 def test_nothing_labelled_costs_nothing(name, classes, ignored, value):
     logits = torch.full((1, classes, 2, 3), value, requires_grad=True)
     smooth = {} if name == "ce" else {"smooth": 0}
-    loss = get_dense_loss(name, ignore_index=ignored, **smooth)(logits, torch.full((1, 2, 3), ignored))
+    loss = get_dense_loss(name, ignore_index=ignored, **smooth)(
+        logits, torch.full((1, 2, 3), ignored)
+    )
     loss.backward()
     assert loss == 0
     assert logits.grad.abs().max() == 0
@@ -144,8 +154,12 @@ def test_ignored_pixels_have_no_part(name):
 def test_a_sum_is_the_sum_of_its_parts():
     logits, target = make()
     weights = torch.tensor([1.0, 2, 3, 4])
-    found = get_dense_loss("ce+dice", ignore_index=255, class_weights=weights, smooth=3)(logits, target)
-    expected = pixel_cross_entropy(logits, target, 255, weights) + dice_loss(logits, target, 255, smooth=3)
+    found = get_dense_loss("ce+dice", ignore_index=255, class_weights=weights, smooth=3)(
+        logits, target
+    )
+    expected = pixel_cross_entropy(logits, target, 255, weights) + dice_loss(
+        logits, target, 255, smooth=3
+    )
     torch.testing.assert_close(found, expected)
 
 
@@ -168,22 +182,52 @@ def test_float32_inside_under_autocast(name):
     torch.testing.assert_close(found, get_dense_loss(name)(half.float(), whole))
 
 
-@pytest.mark.parametrize(("call", "message"), [
-    (lambda: get_dense_loss("focal"), "ce, dice, ce\\+dice"),
-    (lambda: get_dense_loss("dice", class_weights=torch.ones(3)), "no setting 'class_weights'"),
-    (lambda: get_dense_loss("l1", ignore_index=3), "no setting 'ignore_index'"),
-    (lambda: get_dense_loss("ce", share=True), "no setting 'share'"),
-    (lambda: get_dense_loss("dice")(torch.zeros(1, 3, 2, 2), torch.full((1, 2, 2), 3)), "holds 3"),
-    (lambda: get_dense_loss("ce")(torch.zeros(1, 3, 2, 2), torch.full((1, 2, 2), 255)), "holds 255"),
-    (lambda: get_dense_loss("ce")(torch.zeros(1, 3, 2, 2), torch.full((1, 2, 2), -2)), "holds -2"),
-    (lambda: get_dense_loss("ce")(torch.zeros(1, 1, 2, 2), torch.full((1, 2, 2), 2)), "holds 2"),
-    (lambda: dice_loss(torch.zeros(1, 3, 2, 2), torch.zeros(1, 2, 2).long(), ignore_index=2), "one of the 3"),
-    (lambda: get_dense_loss("ce")(torch.zeros(1, 3, 2, 2), torch.zeros(1, 4, 4).long()), r"\(1, 4, 4\)"),
-    (lambda: get_dense_loss("ce")(torch.zeros(1, 3, 2, 2), torch.zeros(1, 2, 2)), "integers"),
-    (lambda: get_dense_loss("l2")(torch.zeros(1, 3, 2, 2), torch.zeros(1, 1, 2, 2)), "one shape"),
-    (lambda: charbonnier_loss(torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 2, 2), eps=0), "above 0"),
-    (lambda: dice_loss(torch.zeros(1, 3, 2, 2), torch.zeros(1, 2, 2).long(), smooth=-1), "upwards"),
-])
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: get_dense_loss("focal"), "ce, dice, ce\\+dice"),
+        (lambda: get_dense_loss("dice", class_weights=torch.ones(3)), "no setting 'class_weights'"),
+        (lambda: get_dense_loss("l1", ignore_index=3), "no setting 'ignore_index'"),
+        (lambda: get_dense_loss("ce", share=True), "no setting 'share'"),
+        (
+            lambda: get_dense_loss("dice")(torch.zeros(1, 3, 2, 2), torch.full((1, 2, 2), 3)),
+            "holds 3",
+        ),
+        (
+            lambda: get_dense_loss("ce")(torch.zeros(1, 3, 2, 2), torch.full((1, 2, 2), 255)),
+            "holds 255",
+        ),
+        (
+            lambda: get_dense_loss("ce")(torch.zeros(1, 3, 2, 2), torch.full((1, 2, 2), -2)),
+            "holds -2",
+        ),
+        (
+            lambda: get_dense_loss("ce")(torch.zeros(1, 1, 2, 2), torch.full((1, 2, 2), 2)),
+            "holds 2",
+        ),
+        (
+            lambda: dice_loss(torch.zeros(1, 3, 2, 2), torch.zeros(1, 2, 2).long(), ignore_index=2),
+            "one of the 3",
+        ),
+        (
+            lambda: get_dense_loss("ce")(torch.zeros(1, 3, 2, 2), torch.zeros(1, 4, 4).long()),
+            r"\(1, 4, 4\)",
+        ),
+        (lambda: get_dense_loss("ce")(torch.zeros(1, 3, 2, 2), torch.zeros(1, 2, 2)), "integers"),
+        (
+            lambda: get_dense_loss("l2")(torch.zeros(1, 3, 2, 2), torch.zeros(1, 1, 2, 2)),
+            "one shape",
+        ),
+        (
+            lambda: charbonnier_loss(torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 2, 2), eps=0),
+            "above 0",
+        ),
+        (
+            lambda: dice_loss(torch.zeros(1, 3, 2, 2), torch.zeros(1, 2, 2).long(), smooth=-1),
+            "upwards",
+        ),
+    ],
+)
 def test_refusals(call, message):
     with pytest.raises(ValueError, match=message):
         call()

@@ -1,4 +1,5 @@
-"""Metrics of segmentation against torchmetrics, scikit-learn, and pixels counted in plain Python."""
+"""Metrics of segmentation against torchmetrics, scikit-learn, and pixels counted in plain
+Python."""
 
 import math
 
@@ -19,17 +20,25 @@ UNEVEN = Taxonomy(["a/x", "a/y", "b"], levels=["coarse", "fine"])
 def make(classes=5, ignored=255, images=6, seed=0, size=(7, 9)):
     generator = torch.Generator().manual_seed(seed)
     target = torch.randint(classes, (images, *size), generator=generator)
-    logits = torch.randn(images, classes, *size, generator=generator) + 1.5 * F.one_hot(target, classes).movedim(-1, 1)
+    logits = torch.randn(images, classes, *size, generator=generator) + 1.5 * F.one_hot(
+        target, classes
+    ).movedim(-1, 1)
     target[torch.rand(target.shape, generator=generator) < 0.2] = ignored
     return logits, target
 
 
 def plain_iou(answers, target, classes, ignored):
     """IoU of each class by counting pixels one by one; None for a class in neither."""
-    pairs = [(a, t) for a, t in zip(answers.flatten().tolist(), target.flatten().tolist(), strict=True)
-             if t not in (ignored, -1)]
+    pairs = [
+        (a, t)
+        for a, t in zip(answers.flatten().tolist(), target.flatten().tolist(), strict=True)
+        if t not in (ignored, -1)
+    ]
     unions = [sum(k in pair for pair in pairs) for k in range(classes)]
-    return [sum(pair == (k, k) for pair in pairs) / union if union else None for k, union in enumerate(unions)]
+    return [
+        sum(pair == (k, k) for pair in pairs) / union if union else None
+        for k, union in enumerate(unions)
+    ]
 
 
 @pytest.mark.parametrize("ignored", [-1, 11, 255])
@@ -44,21 +53,29 @@ def test_against_torchmetrics_and_scikit_learn(ignored):
     metrics = evaluator.compute()
     known = target != ignored
     answers = logits.argmax(1)
-    assert evaluator.confusion_matrices()[0].tolist() == confusion_matrix(target[known], answers[known]).tolist()
+    assert (
+        evaluator.confusion_matrices()[0].tolist()
+        == confusion_matrix(target[known], answers[known]).tolist()
+    )
     jaccard = multiclass_jaccard_index(logits, target, 5, ignore_index=ignored)
     accuracy = multiclass_accuracy(logits, target, 5, average="micro", ignore_index=ignored)
     assert metrics["miou"] == pytest.approx(100 * float(jaccard), abs=1e-4)
     assert metrics["pixel_accuracy"] == pytest.approx(100 * float(accuracy), abs=1e-4)
-    assert metrics["loss"] == pytest.approx(float(pixel_cross_entropy(logits, target, ignored)), rel=1e-6)
+    assert metrics["loss"] == pytest.approx(
+        float(pixel_cross_entropy(logits, target, ignored)), rel=1e-6
+    )
     assert list(evaluator.class_iou()["pixel"].values()) == pytest.approx(
-        [100 * iou for iou in plain_iou(answers, target, 5, ignored)])
+        [100 * iou for iou in plain_iou(answers, target, 5, ignored)]
+    )
 
 
 def test_absent_classes_are_left_out_and_answers_of_an_unlabelled_class_are_not():
     #                     labels 0 0 1 1, answers 0 0 1 2; class 3 is in neither
     evaluator = SegmentationEvaluator(["a", "b", "c", "d"])
-    evaluator.update(9 * F.one_hot(torch.tensor([[[0, 0, 1, 2]]]), 4).movedim(-1, 1).float(),
-                     torch.tensor([[[0, 0, 1, 1]]]))
+    evaluator.update(
+        9 * F.one_hot(torch.tensor([[[0, 0, 1, 2]]]), 4).movedim(-1, 1).float(),
+        torch.tensor([[[0, 0, 1, 1]]]),
+    )
     iou = evaluator.class_iou()["pixel"]
     assert {name: iou[name] for name in "abc"} == {"a": 100, "b": 50, "c": 0}
     assert math.isnan(iou["d"])
@@ -108,7 +125,10 @@ def test_unknown_pixels_never_count_beside_an_ignore_index():
 
 def test_one_channel_is_the_logit_of_the_second_class():
     logits, target = make(2)
-    one, two = SegmentationEvaluator(["sky", "sea"], 255), SegmentationEvaluator(["sky", "sea"], 255)
+    one, two = (
+        SegmentationEvaluator(["sky", "sea"], 255),
+        SegmentationEvaluator(["sky", "sea"], 255),
+    )
     difference = logits[:, 1:] - logits[:, :1]
     one.update(difference, target)
     two.update(logits, target)
@@ -126,8 +146,10 @@ def test_hierarchy_per_pixel(tree, flat):
     generator = torch.Generator().manual_seed(3)
     output = logits
     if not flat:  # heads that contradict each other
-        output = {name: torch.randn(len(target), k, *target.shape[1:], generator=generator)
-                  for name, k in zip(tree.levels, tree.num_classes, strict=True)}
+        output = {
+            name: torch.randn(len(target), k, *target.shape[1:], generator=generator)
+            for name, k in zip(tree.levels, tree.num_classes, strict=True)
+        }
         levels = [maps.movedim(1, -1)[known] for maps in output.values()]
     answers = torch.stack([level.argmax(-1) for level in levels], 1)
     labels = tree.expand(target[known])
@@ -139,7 +161,9 @@ def test_hierarchy_per_pixel(tree, flat):
     assert metrics["consistency"] == pytest.approx(100 * float(consistency(answers, tree)))
     assert metrics["distance"] == pytest.approx(float(hierarchical_distance(answers, labels, tree)))
     for level, (name, k) in enumerate(zip(tree.levels, tree.num_classes, strict=True)):
-        ious = [iou for iou in plain_iou(answers[:, level], labels[:, level], k, -1) if iou is not None]
+        ious = [
+            iou for iou in plain_iou(answers[:, level], labels[:, level], k, -1) if iou is not None
+        ]
         assert metrics[f"{name}_miou"] == pytest.approx(100 * sum(ious) / len(ious))
         told = labels[:, level] >= 0
         right = (answers[:, level] == labels[:, level])[told].double().mean()
@@ -159,28 +183,58 @@ def test_without_a_labelled_pixel_all_is_nan():
 
 def test_half_precision_and_to_masks():
     logits, target = make()
-    plain, cut = SegmentationEvaluator(5, 255), SegmentationEvaluator(5, 255, to_masks=lambda output: output["x"][0])
+    plain, cut = (
+        SegmentationEvaluator(5, 255),
+        SegmentationEvaluator(5, 255, to_masks=lambda output: output["x"][0]),
+    )
     plain.update(logits.bfloat16().float(), target)
     cut.update({"x": [logits.bfloat16()], "y": None}, target)
     assert cut.compute() == plain.compute()
 
 
 def test_direction():
-    assert [name for name in SegmentationEvaluator(3).metric_names if SegmentationEvaluator.lower_is_better(name)] == [
-        "loss", "ece"]
+    assert [
+        name
+        for name in SegmentationEvaluator(3).metric_names
+        if SegmentationEvaluator.lower_is_better(name)
+    ] == ["loss", "ece"]
 
 
-@pytest.mark.parametrize(("call", "message"), [
-    (lambda: SegmentationEvaluator(1), "2 to 1000"),
-    (lambda: SegmentationEvaluator(["a", "a"]), "different names"),
-    (lambda: SegmentationEvaluator(3, ignore_index=2), "one of the 3"),
-    (lambda: SegmentationEvaluator(3, taxonomy=TREE), "5 leaves"),
-    (lambda: SegmentationEvaluator(3).update(torch.zeros(1, 3, 4, 4), torch.zeros(1, 2, 2).long()), "got"),
-    (lambda: SegmentationEvaluator(3).update(torch.zeros(1, 4, 4, 4), torch.zeros(1, 4, 4).long()), "got"),
-    (lambda: SegmentationEvaluator(3).update(torch.zeros(1, 3, 4, 4), torch.zeros(1, 4, 4)), "integers"),
-    (lambda: SegmentationEvaluator(3).update(torch.zeros(1, 3, 4, 4), torch.full((1, 4, 4), 255)), "255"),
-    (lambda: SegmentationEvaluator(3).update({"a": 1, "b": 2}, torch.zeros(1, 4, 4).long()), "to_masks"),
-])
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: SegmentationEvaluator(1), "2 to 1000"),
+        (lambda: SegmentationEvaluator(["a", "a"]), "different names"),
+        (lambda: SegmentationEvaluator(3, ignore_index=2), "one of the 3"),
+        (lambda: SegmentationEvaluator(3, taxonomy=TREE), "5 leaves"),
+        (
+            lambda: SegmentationEvaluator(3).update(
+                torch.zeros(1, 3, 4, 4), torch.zeros(1, 2, 2).long()
+            ),
+            "got",
+        ),
+        (
+            lambda: SegmentationEvaluator(3).update(
+                torch.zeros(1, 4, 4, 4), torch.zeros(1, 4, 4).long()
+            ),
+            "got",
+        ),
+        (
+            lambda: SegmentationEvaluator(3).update(torch.zeros(1, 3, 4, 4), torch.zeros(1, 4, 4)),
+            "integers",
+        ),
+        (
+            lambda: SegmentationEvaluator(3).update(
+                torch.zeros(1, 3, 4, 4), torch.full((1, 4, 4), 255)
+            ),
+            "255",
+        ),
+        (
+            lambda: SegmentationEvaluator(3).update({"a": 1, "b": 2}, torch.zeros(1, 4, 4).long()),
+            "to_masks",
+        ),
+    ],
+)
 def test_refusals(call, message):
     with pytest.raises(ValueError, match=message):
         call()

@@ -22,14 +22,27 @@ def make(shape=(1, 24, 31), data_range=1.0, images=3, seed=0):
 def skimage_ssim(output, target, data_range):
     from skimage.metrics import structural_similarity as reference
 
-    return [reference(b.numpy(), a.numpy(), data_range=data_range, channel_axis=0, gaussian_weights=True, sigma=1.5,
-                      use_sample_covariance=False) for a, b in zip(output, target, strict=True)]
+    return [
+        reference(
+            b.numpy(),
+            a.numpy(),
+            data_range=data_range,
+            channel_axis=0,
+            gaussian_weights=True,
+            sigma=1.5,
+            use_sample_covariance=False,
+        )
+        for a, b in zip(output, target, strict=True)
+    ]
 
 
 def skimage_psnr(output, target, data_range):
     from skimage.metrics import peak_signal_noise_ratio as reference
 
-    return [reference(b.numpy(), a.numpy(), data_range=data_range) for a, b in zip(output, target, strict=True)]
+    return [
+        reference(b.numpy(), a.numpy(), data_range=data_range)
+        for a, b in zip(output, target, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("shape", SIZES)
@@ -37,18 +50,23 @@ def skimage_psnr(output, target, data_range):
 def test_values_are_scikit_images(shape, data_range):
     output, target = make(shape, data_range)
     assert structural_similarity(output, target, data_range).tolist() == pytest.approx(
-        skimage_ssim(output, target, data_range), abs=1e-9)
+        skimage_ssim(output, target, data_range), abs=1e-9
+    )
     assert peak_signal_noise_ratio(output, target, data_range).tolist() == pytest.approx(
-        skimage_psnr(output, target, data_range), abs=1e-9)
+        skimage_psnr(output, target, data_range), abs=1e-9
+    )
 
 
 def test_ssim_is_torchmetrics_away_from_the_edge():
     from torchmetrics.functional.image import structural_similarity_index_measure
 
     output, target = make((2, 30, 20))
-    _, maps = structural_similarity_index_measure(output, target, data_range=1.0, return_full_image=True,
-                                                  reduction="none")
-    torch.testing.assert_close(structural_similarity(output, target), maps[..., 5:-5, 5:-5].mean((1, 2, 3)))
+    _, maps = structural_similarity_index_measure(
+        output, target, data_range=1.0, return_full_image=True, reduction="none"
+    )
+    torch.testing.assert_close(
+        structural_similarity(output, target), maps[..., 5:-5, 5:-5].mean((1, 2, 3))
+    )
 
 
 @pytest.mark.parametrize("border", [0, 3])
@@ -65,10 +83,15 @@ def test_evaluator_gives_means_over_images(border, data_range, eight_bit):
     if border:
         output, target = (x[..., border:-border, border:-border] for x in (output, target))
     metrics = evaluator.compute()
-    assert metrics["psnr"] == pytest.approx(np.mean(skimage_psnr(output, target, data_range)), abs=1e-9)
-    assert metrics["ssim"] == pytest.approx(np.mean(skimage_ssim(output, target, data_range)), abs=1e-9)
+    assert metrics["psnr"] == pytest.approx(
+        np.mean(skimage_psnr(output, target, data_range)), abs=1e-9
+    )
+    assert metrics["ssim"] == pytest.approx(
+        np.mean(skimage_ssim(output, target, data_range)), abs=1e-9
+    )
     pooled = 10 * math.log10(data_range**2 / float((output - target).square().mean()))
-    assert metrics["psnr"] > pooled + 0.1  # noise differs from image to image: the two definitions do
+    # noise differs from image to image: the two definitions do
+    assert metrics["psnr"] > pooled + 0.1
 
 
 def test_float32_images_are_measured_in_float64():
@@ -100,14 +123,35 @@ def test_without_error_and_without_images():
     assert not any(map(RestorationEvaluator.lower_is_better, evaluator.metric_names))
 
 
-@pytest.mark.parametrize(("call", "message"), [
-    (lambda: RestorationEvaluator(0), "data_range"),
-    (lambda: RestorationEvaluator(border=-1), "border"),
-    (lambda: RestorationEvaluator().update(torch.zeros(1, 1, 10, 20), torch.zeros(1, 1, 10, 20)), "11 x 11"),
-    (lambda: RestorationEvaluator(border=6).update(torch.zeros(1, 1, 22, 22), torch.zeros(1, 1, 22, 22)), "11 x 11"),
-    (lambda: RestorationEvaluator().update(torch.zeros(1, 3, 20, 20), torch.zeros(1, 1, 20, 20)), "must both"),
-    (lambda: RestorationEvaluator().update({"a": 1, "b": 2}, torch.zeros(1, 1, 20, 20)), "to_image"),
-])
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: RestorationEvaluator(0), "data_range"),
+        (lambda: RestorationEvaluator(border=-1), "border"),
+        (
+            lambda: RestorationEvaluator().update(
+                torch.zeros(1, 1, 10, 20), torch.zeros(1, 1, 10, 20)
+            ),
+            "11 x 11",
+        ),
+        (
+            lambda: RestorationEvaluator(border=6).update(
+                torch.zeros(1, 1, 22, 22), torch.zeros(1, 1, 22, 22)
+            ),
+            "11 x 11",
+        ),
+        (
+            lambda: RestorationEvaluator().update(
+                torch.zeros(1, 3, 20, 20), torch.zeros(1, 1, 20, 20)
+            ),
+            "must both",
+        ),
+        (
+            lambda: RestorationEvaluator().update({"a": 1, "b": 2}, torch.zeros(1, 1, 20, 20)),
+            "to_image",
+        ),
+    ],
+)
 def test_refusals(call, message):
     with pytest.raises(ValueError, match=message):
         call()

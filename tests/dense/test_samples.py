@@ -54,14 +54,21 @@ def test_the_segmentation_task():
     masks = np.full((250, 370), -2)
     for start, (image, mask) in strips:
         width = image.shape[2]
-        assert (masks[:, max(0, start - 4):start + width] == -2).all()  # not seen before, and no neighbour of what was
-        masks[:, start:start + width] = mask
-        assert abs(255 * image.numpy() - pixels[:, :, start:start + width]).max() < 0.51
-        assert (mask.numpy()[~known[:, start:start + width]] == -1).all()
-        assert (mask.numpy()[known[:, start:start + width]] == -1).mean() < 0.01
+        # not seen before, and no neighbour of what was
+        assert (masks[:, max(0, start - 4) : start + width] == -2).all()
+        masks[:, start : start + width] = mask
+        assert abs(255 * image.numpy() - pixels[:, :, start : start + width]).max() < 0.51
+        assert (mask.numpy()[~known[:, start : start + width]] == -1).all()
+        assert (mask.numpy()[known[:, start : start + width]] == -1).mean() < 0.01
         assert min((mask == k).float().mean() for k in range(3)) > 0.05
     for part in parts:
         assert part.classes == ("wall", "floor", "motorcycle")
     # by eye: the door, the concrete in front, tank and seat, front wheel
-    for (row, column), label in {(100, 220): 0, (480, 300): 1, (230, 430): 2, (210, 280): 2, (380, 665): 2}.items():
+    for (row, column), label in {
+        (100, 220): 0,
+        (480, 300): 1,
+        (230, 430): 2,
+        (210, 280): 2,
+        (380, 665): 2,
+    }.items():
         assert masks[row // 2, column // 2] == label, (row, column)

@@ -1,4 +1,7 @@
-"""Features of a frozen backbone on the disk: the same training as on images, and never a stale one."""
+"""Features of a frozen backbone on the disk.
+
+The same training as on images, and never a stale one.
+"""
 
 import copy
 import json
@@ -49,8 +52,16 @@ SIDE = 32
 
 def make_model(taps=(4, 5), head="pool", num_classes=(2, 3), name="test_resnet", seed=0, **kwargs):
     torch.manual_seed(seed)
-    model = create_branch_model(name, taps=taps, head=head, num_classes=list(num_classes), in_chans=1, img_size=SIDE,
-                                names=["coarse", "fine"][-len(taps):], **kwargs)
+    model = create_branch_model(
+        name,
+        taps=taps,
+        head=head,
+        num_classes=list(num_classes),
+        in_chans=1,
+        img_size=SIDE,
+        names=["coarse", "fine"][-len(taps) :],
+        **kwargs,
+    )
     torch.manual_seed(seed)
     for module in model.backbone.modules():  # statistics as after a training
         if isinstance(module, torch.nn.BatchNorm2d):
@@ -61,16 +72,22 @@ def make_model(taps=(4, 5), head="pool", num_classes=(2, 3), name="test_resnet",
 def make_data(size=12, augment="none", seed=0):
     rng = np.random.default_rng(seed)
     labels = torch.stack([torch.arange(size) % 2, torch.arange(size) % 3], 1)
-    return HierarchicalDataset(rng.integers(0, 256, (size, SIDE, SIDE, 1), np.uint8), labels,
-                               transform=create_transform((1, SIDE, SIDE), augment != "none", augment))
+    return HierarchicalDataset(
+        rng.integers(0, 256, (size, SIDE, SIDE, 1), np.uint8),
+        labels,
+        transform=create_transform((1, SIDE, SIDE), augment != "none", augment),
+    )
 
 
 def make_clips(size=7, is_training=False):
     rng = np.random.default_rng(0)
     clips = [rng.integers(0, 256, (2 + i % 4, SIDE, SIDE, 1), np.uint8) for i in range(size)]
-    return ClipDataset(clips, torch.stack([torch.arange(size) % 2, torch.arange(size) % 3], 1),
-                       transform=create_transform((1, SIDE, SIDE), is_training, "light"),
-                       sampler=FrameSampler(4, is_training=is_training))
+    return ClipDataset(
+        clips,
+        torch.stack([torch.arange(size) % 2, torch.arange(size) % 3], 1),
+        transform=create_transform((1, SIDE, SIDE), is_training, "light"),
+        sampler=FrameSampler(4, is_training=is_training),
+    )
 
 
 def passes(model):
@@ -91,7 +108,9 @@ def rows(features, epochs=(0,)):
 def train(model, dataset, epochs=(0,), collate=None, **kwargs):
     """Losses by step of heads and weights at the end, by a plain loop."""
     task = BranchTask(model)
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
+    optimizer = torch.optim.SGD(
+        [p for p in model.parameters() if p.requires_grad], lr=0.1, momentum=0.9
+    )
     make = create_loader if collate is None else create_clip_loader
     loader = make(dataset, 4, is_training=True, seed=3, **kwargs)
     losses = []
@@ -118,8 +137,15 @@ HEADS = {
 }
 
 
-@pytest.mark.parametrize(("head", "taps"), [*((head, (4, 5)) for head in HEADS), ("pool", (5, 5)), ("mixed", (5, 5)),
-                                            ("mixed", ("layer4.0.conv1", 3))])
+@pytest.mark.parametrize(
+    ("head", "taps"),
+    [
+        *((head, (4, 5)) for head in HEADS),
+        ("pool", (5, 5)),
+        ("mixed", (5, 5)),
+        ("mixed", ("layer4.0.conv1", 3)),
+    ],
+)
 def test_training_is_the_same(head, taps, tmp_path):
     whole, cached = make_model(taps, HEADS[head]), make_model(taps, HEADS[head])
     data = make_data(14)
@@ -133,7 +159,9 @@ def test_training_is_the_same(head, taps, tmp_path):
     assert losses == pytest.approx(expected, abs=1e-5)
     for key, value in whole.state_dict().items():
         torch.testing.assert_close(cached.state_dict()[key], value, rtol=1e-4, atol=1e-5)
-    assert all(torch.equal(value, frozen[key]) for key, value in cached.backbone.state_dict().items())
+    assert all(
+        torch.equal(value, frozen[key]) for key, value in cached.backbone.state_dict().items()
+    )
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -151,19 +179,24 @@ def test_training_on_views_is_the_same(num_workers, tmp_path):
         loader.set_epoch(epoch)
         order = list(loader.sampler)
         data.set_epoch(view)
-        expected += [torch.stack([data[i][0] for i in order[k:k + 4]]) for k in (0, 4, 8)], [order]
+        expected += (
+            [torch.stack([data[i][0] for i in order[k : k + 4]]) for k in (0, 4, 8)],
+            [order],
+        )
     assert losses == pytest.approx(train_on(whole, expected, data.labels), abs=1e-5)
 
 
 def train_on(model, given, labels):
     task = BranchTask(model)
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
+    optimizer = torch.optim.SGD(
+        [p for p in model.parameters() if p.requires_grad], lr=0.1, momentum=0.9
+    )
     losses = []
     task.train()
     for batches, (order,) in zip(given[::2], given[1::2], strict=True):
         for k, images in enumerate(batches):
             optimizer.zero_grad()
-            loss = task(images, labels[order[4 * k:4 * k + 4]])["loss"]
+            loss = task(images, labels[order[4 * k : 4 * k + 4]])["loss"]
             loss.backward()
             optimizer.step()
             losses.append(loss.item())
@@ -192,7 +225,9 @@ def test_items(tmp_path):
 
 def test_workers_read_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr(feature_files, "SHARD_BYTES", 10_000)
-    features = cache_features(make_model(), make_data(augment="light"), tmp_path, views=3, batch_size=3)
+    features = cache_features(
+        make_model(), make_data(augment="light"), tmp_path, views=3, batch_size=3
+    )
     assert len(list(features.place.glob("*.safetensors"))) > 3
     alone = create_loader(features, 4, is_training=True)
     several = create_loader(copy.deepcopy(features), 4, is_training=True, num_workers=2)
@@ -220,7 +255,8 @@ def test_dtype(dtype, tmp_path):
         assert torch.equal(outputs[name], y)
 
 
-# -- stale or not --------------------------------------------------------------------------------------------
+# -- stale or not
+# --------------------------------------------------------------------------------------------
 
 
 def changed_weight(model, data):
@@ -267,8 +303,10 @@ CHANGES = {
     "module": (replaced(taps=("layer2.0.conv1", 5)), "structure, taps"),
     "pooling": (replaced(head=PoolHead(pool_type="max")), "taps"),
     "tag": (replaced(name="test_resnet.r160_in1k"), "options"),
-    "backbone": (replaced(name="test_efficientnet"),
-                 r"backbone \(test_resnet, now test_efficientnet\), options, structure, weights, taps"),
+    "backbone": (
+        replaced(name="test_efficientnet"),
+        r"backbone \(test_resnet, now test_efficientnet\), options, structure, weights, taps",
+    ),
     "option": (replaced(output_stride=16), "options, structure"),
     "activation": (changed_activation, "structure"),
     "mean": (changed_mean, "preprocessing"),
@@ -278,7 +316,10 @@ CHANGES = {
     "subset": (lambda model, data: (model, Subset(data, range(11))), "data, samples"),
     "seed": (changed_seed, r"seed \(0, now 1\)"),
     "views": (lambda model, data: (model, data, {"views": 3}), r"views \(2, now 3\)"),
-    "dtype": (lambda model, data: (model, data, {"dtype": torch.float16}), r"dtype \(float32, now float16\)"),
+    "dtype": (
+        lambda model, data: (model, data, {"dtype": torch.float16}),
+        r"dtype \(float32, now float16\)",
+    ),
 }
 
 
@@ -290,7 +331,9 @@ def test_stale(change, tmp_path):
     apply, words = CHANGES[change]
     model, data, *more = apply(model, data) or (model, data)
     kwargs = {"views": 2, **(more[0] if more else {})}
-    with pytest.warns(UserWarning, match=rf"{first.place} are stale, they differ in: {words}\. New"):
+    with pytest.warns(
+        UserWarning, match=rf"{first.place} are stale, they differ in: {words}\. New"
+    ):
         second = cache_features(model, data, tmp_path, **kwargs)
     assert second.place != first.place
     with warnings.catch_warnings():
@@ -335,7 +378,9 @@ def same(model, data, folder):
     return model, data
 
 
-@pytest.mark.parametrize("change", [same, saved_and_loaded, other_labels, other_heads, other_order, in_training])
+@pytest.mark.parametrize(
+    "change", [same, saved_and_loaded, other_labels, other_heads, other_order, in_training]
+)
 def test_not_stale(change, tmp_path):
     first = cache_features(make_model(), make_data(), tmp_path / "features")
     model, data = change(make_model(), make_data(), tmp_path)
@@ -370,7 +415,10 @@ def pack(folder, name):
 
 
 def rewrite(path):
-    """Another image of the same size in bytes would have another time: here only the time differs."""
+    """Another image of the same size in bytes would have another time.
+
+    Here only the time differs.
+    """
     stat = path.stat()
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
 
@@ -384,7 +432,9 @@ def test_changed_files(kind, folder):
             lines = [f"images/{i % 2}/{i}.png,{i % 2}" for i in range(6)]
             (folder / "data.csv").write_text("\n".join(["path,label", *lines]))
         where = {"files": folder / "images", "csv": folder / "data.csv"}
-        return create_dataset(where[kind] if kind in where else pack(folder, f"data.{kind}"), in_chans=1)
+        return create_dataset(
+            where[kind] if kind in where else pack(folder, f"data.{kind}"), in_chans=1
+        )
 
     model = make_model(taps=[5], num_classes=[2])
     data = read()
@@ -401,7 +451,8 @@ def test_changed_files(kind, folder):
         cache_features(model, read(), folder / "features")
 
 
-# -- interruption and damage ---------------------------------------------------------------------------------
+# -- interruption and damage
+# ---------------------------------------------------------------------------------
 
 
 class Stop(BaseException):
@@ -482,13 +533,15 @@ def test_damaged(damage, tmp_path, monkeypatch):
     apply, message = DAMAGES[damage]
     cache_features(model, data, tmp_path, verify=True)
     apply(path)
-    with pytest.raises(ValueError, match=f"{path} is damaged: .*{message}.*Delete the folder {features.place}"):
+    with pytest.raises(
+        ValueError, match=f"{path} is damaged: .*{message}.*Delete the folder {features.place}"
+    ):
         cache_features(model, data, tmp_path, verify=damage == "flipped")
 
 
 def test_damaged_after_opening(tmp_path):
     features = cache_features(make_model(), make_data(), tmp_path)
-    path, = features.place.glob("*.safetensors")
+    (path,) = features.place.glob("*.safetensors")
     path.write_bytes(b"\xff" * path.stat().st_size)
     with pytest.raises(ValueError, match=f"{path} is damaged"):
         features[0]
@@ -511,7 +564,8 @@ def test_foreign_index(tmp_path):
         cache_features(make_model(), make_data(), tmp_path)
 
 
-# -- refusals ------------------------------------------------------------------------------------------------
+# -- refusals
+# ------------------------------------------------------------------------------------------------
 
 
 def trained_bias():
@@ -520,12 +574,15 @@ def trained_bias():
     return model
 
 
-@pytest.mark.parametrize(("make", "message"), [
-    (lambda: make_model().unfreeze(), "backbone is not frozen"),
-    (lambda: make_model().unfreeze().freeze(3), "frozen up to stage 3 only"),
-    (trained_bias, "backbone is not frozen"),
-    (lambda: torch.nn.DataParallel(make_model()), "expected a branch model, not DataParallel"),
-])
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: make_model().unfreeze(), "backbone is not frozen"),
+        (lambda: make_model().unfreeze().freeze(3), "frozen up to stage 3 only"),
+        (trained_bias, "backbone is not frozen"),
+        (lambda: torch.nn.DataParallel(make_model()), "expected a branch model, not DataParallel"),
+    ],
+)
 def test_not_frozen(make, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         cache_features(make(), make_data(), tmp_path)
@@ -535,7 +592,9 @@ def test_not_frozen(make, message, tmp_path):
 
 
 def test_decoder(tmp_path):
-    model = create_branch_model("test_resnet", taps=[4, 5], head="unet", num_classes=2, names=["mask"]).freeze()
+    model = create_branch_model(
+        "test_resnet", taps=[4, 5], head="unet", num_classes=2, names=["mask"]
+    ).freeze()
     with pytest.raises(ValueError, match="'mask' .unet. reads the images too"):
         cache_features(model, make_data(), tmp_path)
 
@@ -552,21 +611,44 @@ def large():
     return model
 
 
-@pytest.mark.parametrize(("model", "data", "kwargs", "message"), [
-    (make_model, make_data, {"views": 0}, "views must be at least 1"),
-    (make_model, make_data, {"views": 2}, "views=2 has no effect"),
-    (make_model, lambda: with_transform(None), {"views": 2}, "views=2 has no effect"),
-    (make_model, make_data, {"dtype": torch.int8}, "dtype=torch.int8 cannot hold features"),
-    (large, make_data, {"dtype": torch.float16}, "do not fit torch.float16"),
-    (make_model, lambda: with_transform(lambda image: None), {}, "cannot be told from another one"),
-    (make_model, lambda: [(torch.zeros(1, SIDE, SIDE), 0)], {}, "expected a HierarchicalDataset"),
-    (make_model, lambda: Subset(make_data(), []), {}, "with samples, not Subset of 0"),
-    (lambda: make_model(head=["pool", "lstm"]), make_data, {}, "'fine'.* read clips"),
-    (lambda: make_model(head="flatten"), lambda: with_transform(create_transform((1, 64, 64))), {},
-     "map at stage 4 is .* for images of .1, 64, 64."),
-    (make_model, lambda: HierarchicalDataset([np.zeros((s, s), np.uint8) for s in (32, 40)], torch.zeros(2, 2)), {},
-     "shapes .*transform makes them equal"),
-])
+@pytest.mark.parametrize(
+    ("model", "data", "kwargs", "message"),
+    [
+        (make_model, make_data, {"views": 0}, "views must be at least 1"),
+        (make_model, make_data, {"views": 2}, "views=2 has no effect"),
+        (make_model, lambda: with_transform(None), {"views": 2}, "views=2 has no effect"),
+        (make_model, make_data, {"dtype": torch.int8}, "dtype=torch.int8 cannot hold features"),
+        (large, make_data, {"dtype": torch.float16}, "do not fit torch.float16"),
+        (
+            make_model,
+            lambda: with_transform(lambda image: None),
+            {},
+            "cannot be told from another one",
+        ),
+        (
+            make_model,
+            lambda: [(torch.zeros(1, SIDE, SIDE), 0)],
+            {},
+            "expected a HierarchicalDataset",
+        ),
+        (make_model, lambda: Subset(make_data(), []), {}, "with samples, not Subset of 0"),
+        (lambda: make_model(head=["pool", "lstm"]), make_data, {}, "'fine'.* read clips"),
+        (
+            lambda: make_model(head="flatten"),
+            lambda: with_transform(create_transform((1, 64, 64))),
+            {},
+            "map at stage 4 is .* for images of .1, 64, 64.",
+        ),
+        (
+            make_model,
+            lambda: HierarchicalDataset(
+                [np.zeros((s, s), np.uint8) for s in (32, 40)], torch.zeros(2, 2)
+            ),
+            {},
+            "shapes .*transform makes them equal",
+        ),
+    ],
+)
 def test_refused(model, data, kwargs, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         cache_features(model(), data(), tmp_path, **kwargs)
@@ -587,7 +669,8 @@ def test_augmentation_without_views(tmp_path):
         cache_features(make_model(), data, tmp_path / "always the same")
 
 
-# -- heads ---------------------------------------------------------------------------------------------------
+# -- heads
+# ---------------------------------------------------------------------------------------------------
 
 
 def test_heads_are_the_models(tmp_path):
@@ -610,15 +693,24 @@ def test_heads_are_the_models(tmp_path):
     assert twin(rows(features))["coarse"].shape == (12, 2)
 
 
-@pytest.mark.parametrize(("call", "message"), [
-    (lambda heads: heads(torch.zeros(2, 287)), r"expected features \(B, 288\)"),
-    (lambda heads: heads(torch.zeros(2, 1, SIDE, SIDE)), r"expected features \(B, 288\)"),
-    (lambda heads: heads(torch.zeros(2, 288), lengths=[1, 1]), "lengths= belongs to features of clips"),
-    (lambda heads: heads(torch.zeros(2, 288), heads=["stage3"]), "stage3"),
-    (lambda heads: heads.set_grad_checkpointing(), "has no effect on heads alone"),
-    (lambda heads: heads.unfreeze(4)(torch.zeros(2, 288)), "was unfrozen"),
-    (lambda heads: HeadsOnly(make_model(head=["pool", "gru"]))(torch.zeros(2, 288)), r"\['fine'\] read features"),
-])
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda heads: heads(torch.zeros(2, 287)), r"expected features \(B, 288\)"),
+        (lambda heads: heads(torch.zeros(2, 1, SIDE, SIDE)), r"expected features \(B, 288\)"),
+        (
+            lambda heads: heads(torch.zeros(2, 288), lengths=[1, 1]),
+            "lengths= belongs to features of clips",
+        ),
+        (lambda heads: heads(torch.zeros(2, 288), heads=["stage3"]), "stage3"),
+        (lambda heads: heads.set_grad_checkpointing(), "has no effect on heads alone"),
+        (lambda heads: heads.unfreeze(4)(torch.zeros(2, 288)), "was unfrozen"),
+        (
+            lambda heads: HeadsOnly(make_model(head=["pool", "gru"]))(torch.zeros(2, 288)),
+            r"\['fine'\] read features",
+        ),
+    ],
+)
 def test_heads_refuse(call, message):
     with pytest.raises(ValueError, match=message):
         call(HeadsOnly(make_model()))
@@ -626,9 +718,15 @@ def test_heads_refuse(call, message):
 
 def test_fit_refuses_what_has_no_effect_on_features(tmp_path):
     features = cache_features(model := make_model(), make_data(), tmp_path / "features")
-    config = FitConfig(output=str(tmp_path / "run"), epochs=1, channels_last=True, plots=False, progress=False)
+    config = FitConfig(
+        output=str(tmp_path / "run"), epochs=1, channels_last=True, plots=False, progress=False
+    )
     with pytest.raises(ValueError, match="--channels-last has no effect on features"):
-        fit(BranchTask(HeadsOnly(model)), create_loader(features, 4, is_training=True), config=config)
+        fit(
+            BranchTask(HeadsOnly(model)),
+            create_loader(features, 4, is_training=True),
+            config=config,
+        )
 
 
 @pytest.mark.parametrize("ema", [False, True])
@@ -641,9 +739,13 @@ def test_fit(ema, tmp_path):
     def run(name, cached, epochs, **kwargs):
         model, parts = make_model(), (Subset(data, range(12)), val)
         if cached:
-            parts = [cache_features(model, part, tmp_path / f"part{i}") for i, part in enumerate(parts)]
+            parts = [
+                cache_features(model, part, tmp_path / f"part{i}") for i, part in enumerate(parts)
+            ]
         loaders = [create_loader(part, 4, is_training=i == 0) for i, part in enumerate(parts)]
-        config = FitConfig(output=str(tmp_path / name), epochs=epochs, sched="none", **settings, **kwargs)
+        config = FitConfig(
+            output=str(tmp_path / name), epochs=epochs, sched="none", **settings, **kwargs
+        )
         return fit(BranchTask(HeadsOnly(model) if cached else model), *loaders, config=config)
 
     expected = run("images", False, 3)
@@ -651,21 +753,35 @@ def test_fit(ema, tmp_path):
     found = run("cached", True, 3, resume="auto")
     assert found.best_epoch == expected.best_epoch
     assert [row["train_loss"] for row in found.history] == pytest.approx(
-        [row["train_loss"] for row in expected.history], abs=1e-5)
+        [row["train_loss"] for row in expected.history], abs=1e-5
+    )
     images = torch.stack([val[i][0] for i in range(len(val))])
     for name, y in load_model(expected.model_path)(images).items():
-        torch.testing.assert_close(load_model(found.model_path)(images)[name], y, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            load_model(found.model_path)(images)[name], y, rtol=1e-4, atol=1e-5
+        )
 
 
-# -- clips ---------------------------------------------------------------------------------------------------
+# -- clips
+# ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("per_pass", [None, 3])
-@pytest.mark.parametrize("head", [
-    [LSTMHead(hidden_size=8), "pool"],
-    [LSTMHead(hidden_size=8, output="frame"), GRUHead(hidden_size=4, pool_type="attention", bidirectional=True)],
-    [GRUHead(hidden_size=8, pool_type="flatten"), LSTMHead(hidden_size=8, pool_type="max", readout="mean")],
-], ids=["pool", "frames", "flatten"])
+@pytest.mark.parametrize(
+    "head",
+    [
+        [LSTMHead(hidden_size=8), "pool"],
+        [
+            LSTMHead(hidden_size=8, output="frame"),
+            GRUHead(hidden_size=4, pool_type="attention", bidirectional=True),
+        ],
+        [
+            GRUHead(hidden_size=8, pool_type="flatten"),
+            LSTMHead(hidden_size=8, pool_type="max", readout="mean"),
+        ],
+    ],
+    ids=["pool", "frames", "flatten"],
+)
 def test_clips(head, per_pass, tmp_path, monkeypatch):
     monkeypatch.setattr(feature_files, "SHARD_BYTES", 4000)
     model, data = make_model(head=head).eval(), make_clips()
@@ -692,22 +808,30 @@ def test_views_of_clips(tmp_path):
         features.set_epoch(epoch)
         for i in range(len(data)):
             maps = model.forward_taps(data[i][0])
-            torch.testing.assert_close(features[i][0], torch.cat([y.mean((2, 3)) for y in maps.values()], 1))
+            torch.testing.assert_close(
+                features[i][0], torch.cat([y.mean((2, 3)) for y in maps.values()], 1)
+            )
     data.sampler = FrameSampler(3, is_training=True)
     with pytest.warns(UserWarning, match="differ in: preprocessing\\."):
         cache_features(model, data, tmp_path, views=2)
 
 
 def test_clip_that_cannot_be_read(folder):
-    """In training another clip with its own label takes its place; features have the labels of all."""
+    """In training another clip with its own label takes its place.
+
+    Features have the labels of all.
+    """
     (folder / "clips/1/3/0.png").write_bytes(b"no image")
     data = create_clip_dataset(folder / "clips", in_chans=1, num_frames=1)
     with pytest.raises(ClipError, match="0.png"):
-        cache_features(make_model(taps=[5], num_classes=[2], head="lstm"), data, folder / "features")
+        cache_features(
+            make_model(taps=[5], num_classes=[2], head="lstm"), data, folder / "features"
+        )
     assert not data.strict
 
 
-# -- two processes -------------------------------------------------------------------------------------------
+# -- two processes
+# -------------------------------------------------------------------------------------------
 
 
 def process(rank, folder):
@@ -725,7 +849,9 @@ def process(rank, folder):
 
 
 def test_two_processes(tmp_path):
-    processes = multiprocessing.start_processes(process, (tmp_path,), 2, join=False, start_method="fork")
+    processes = multiprocessing.start_processes(
+        process, (tmp_path,), 2, join=False, start_method="fork"
+    )
     deadline = time.monotonic() + 100
     while not processes.join(timeout=5):  # raises what a process raises
         if time.monotonic() > deadline:
@@ -736,4 +862,6 @@ def test_two_processes(tmp_path):
     assert (first["passes"], second["passes"]) == (1, 0)
     assert first["sum"] == second["sum"]
     assert first["error"].startswith("ValueError: the heads")
-    assert "the first process could not compute the features: ValueError: the heads" in second["error"]
+    assert (
+        "the first process could not compute the features: ValueError: the heads" in second["error"]
+    )

@@ -1,4 +1,7 @@
-"""The report against autograd by hand and closed forms; what gets no gradient and why; nothing is disturbed."""
+"""The report against autograd by hand and closed forms.
+
+What gets no gradient and why; nothing is disturbed.
+"""
 
 import json
 
@@ -8,7 +11,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from timm_branches import Tap, Taxonomy, create_branch_model
-from timm_branches.gradients import branch_cosines, gradient_report, group_by_stage, plot_conflicts, plot_report
+from timm_branches.gradients import (
+    branch_cosines,
+    gradient_report,
+    group_by_stage,
+    plot_conflicts,
+    plot_report,
+)
 from timm_branches.task import BranchTask
 
 TREE = Taxonomy(["a/x/1", "a/x/2", "a/y/3", "b/z/4", "b/z/5"], levels=["coarse", "middle", "fine"])
@@ -16,7 +25,9 @@ TREE = Taxonomy(["a/x/1", "a/x/2", "a/y/3", "b/z/4", "b/z/5"], levels=["coarse",
 
 def make_task(taps=(3, 4, 5), schedule=None, **kwargs):
     torch.manual_seed(0)
-    model = create_branch_model("test_resnet", taps=list(taps), taxonomy=TREE, img_size=64, **kwargs)
+    model = create_branch_model(
+        "test_resnet", taps=list(taps), taxonomy=TREE, img_size=64, **kwargs
+    )
     return BranchTask(model, schedule=schedule)
 
 
@@ -49,9 +60,15 @@ def squares(output):
 
 
 def state(model):
-    return ({n: (t.data_ptr(), t.clone()) for n, t in model.state_dict(keep_vars=True).items()},
-            {n: (p.grad, None if p.grad is None else p.grad.clone()) for n, p in model.named_parameters()},
-            [m.training for m in model.modules()], torch.get_rng_state())
+    return (
+        {n: (t.data_ptr(), t.clone()) for n, t in model.state_dict(keep_vars=True).items()},
+        {
+            n: (p.grad, None if p.grad is None else p.grad.clone())
+            for n, p in model.named_parameters()
+        },
+        [m.training for m in model.modules()],
+        torch.get_rng_state(),
+    )
 
 
 def assert_same(before, after):
@@ -69,8 +86,12 @@ class TestNumbers:
     def test_of_a_module_by_hand(self):
         torch.manual_seed(0)
         net, x, target = Linears(torch.tanh), torch.randn(5, 3), torch.randn(5, 1)
-        report = gradient_report(net, (x, target), lambda out, y: {k: (v - y).square().mean() for k, v in out.items()},
-                                 weights={"a": 3.0, "b": 0.5})
+        report = gradient_report(
+            net,
+            (x, target),
+            lambda out, y: {k: (v - y).square().mean() for k, v in out.items()},
+            weights={"a": 3.0, "b": 0.5},
+        )
         grads = {}
         for name in "ab":
             net.zero_grad()
@@ -82,7 +103,9 @@ class TestNumbers:
             cell = report.cell(name, "trunk")
             assert cell.norm == pytest.approx(float(grads[name].norm()), rel=1e-5)
             assert cell.relative == pytest.approx(float(grads[name].norm() / size), rel=1e-5)
-            assert cell.share == pytest.approx(float(weight * grads[name] @ total / total.square().sum()), rel=1e-4)
+            assert cell.share == pytest.approx(
+                float(weight * grads[name] @ total / total.square().sum()), rel=1e-4
+            )
         assert report.cell("total", "trunk").norm == pytest.approx(float(total.norm()), rel=1e-5)
         cosine = float(F.cosine_similarity(grads["a"], grads["b"], dim=0))
         assert report.cosines == {("a", "b"): {"trunk": pytest.approx(cosine, abs=1e-6)}}
@@ -92,8 +115,11 @@ class TestNumbers:
 
     def test_opposed_losses(self):
         net = Linears(torch.tanh)
-        report = gradient_report(net, torch.randn(4, 3), {"up": lambda out: out["a"].mean(),
-                                                          "down": lambda out: -2 * out["a"].mean()})
+        report = gradient_report(
+            net,
+            torch.randn(4, 3),
+            {"up": lambda out: out["a"].mean(), "down": lambda out: -2 * out["a"].mean()},
+        )
         assert report.cosines["up", "down"]["trunk"] == pytest.approx(-1)
         assert report.cell("up", "trunk").share == pytest.approx(-1)
         assert report.cell("down", "trunk").share == pytest.approx(2)
@@ -111,8 +137,12 @@ class TestNumbers:
         task(images, labels)["loss"].backward()
         for stage, group in group_by_stage(task.trainable_module).items():
             grad = flat([p.grad for p in group.values()])
-            assert report.cell("total", stage).norm == pytest.approx(float(grad.norm()), rel=1e-3), stage
-            assert sum(report.cell(h, stage).share or 0 for h in report.heads) == pytest.approx(1, abs=1e-4)
+            assert report.cell("total", stage).norm == pytest.approx(
+                float(grad.norm()), rel=1e-3
+            ), stage
+            assert sum(report.cell(h, stage).share or 0 for h in report.heads) == pytest.approx(
+                1, abs=1e-4
+            )
         assert report.cell("coarse", "stage4").status == "none"
         assert report.cell("fine", "stage4").status == "ok"
         if not uncertainty:
@@ -120,17 +150,24 @@ class TestNumbers:
 
     def test_stages_of_a_resnet(self):
         groups = group_by_stage(make_task().trainable_module)
-        assert list(groups) == [*(f"stage{k}" for k in range(1, 6)), *(f"heads.{n}" for n in TREE.levels)]
+        assert list(groups) == [
+            *(f"stage{k}" for k in range(1, 6)),
+            *(f"heads.{n}" for n in TREE.levels),
+        ]
         for k in range(2, 6):
             assert all(name.startswith(f"backbone.layer{k - 1}.") for name in groups[f"stage{k}"])
         every = [name for group in groups.values() for name in group]
-        assert sorted(every) == sorted(name for name, _ in make_task().trainable_module.named_parameters())
+        assert sorted(every) == sorted(
+            name for name, _ in make_task().trainable_module.named_parameters()
+        )
 
     def test_stages_of_ones_own(self):
         net = Linears()
-        report = gradient_report(net, torch.randn(4, 3), squares, stages={"bias": [net.trunk.bias], "head": net.a})
+        report = gradient_report(
+            net, torch.randn(4, 3), squares, stages={"bias": [net.trunk.bias], "head": net.a}
+        )
         assert report.stages == ["bias", "head"]
-        grad, = torch.autograd.grad(squares(net(torch.ones(2, 3)))["a"], net.trunk.bias)
+        (grad,) = torch.autograd.grad(squares(net(torch.ones(2, 3)))["a"], net.trunk.bias)
         ones = gradient_report(net, torch.ones(2, 3), squares, stages={"bias": [net.trunk.bias]})
         assert ones.cell("a", "bias").norm == pytest.approx(float(grad.norm()), rel=1e-5)
 
@@ -152,14 +189,26 @@ class Parallel(nn.Module):
 
 
 class TestReasons:
-    @pytest.mark.parametrize(("use", "reason"), [
-        (lambda y: y.detach(), "detached"), (no_grad, "detached"), (lambda y: torch.tensor(y.tolist()), "detached"),
-        (lambda y: 0, "unused"), (lambda y: 0 * y, "zero"), (lambda y: F.relu(-y.abs() - 1), "dead"),
-        (lambda y: y.detach().relu_().neg_().relu_(), "unused"),  # detached, and then nothing is left of it
-        (lambda y: (y - y.detach()).sqrt(), "not finite")])
+    @pytest.mark.parametrize(
+        ("use", "reason"),
+        [
+            (lambda y: y.detach(), "detached"),
+            (no_grad, "detached"),
+            (lambda y: torch.tensor(y.tolist()), "detached"),
+            (lambda y: 0, "unused"),
+            (lambda y: 0 * y, "zero"),
+            (lambda y: F.relu(-y.abs() - 1), "dead"),
+            # detached, and then nothing is left of it
+            (lambda y: y.detach().relu_().neg_().relu_(), "unused"),
+            (lambda y: (y - y.detach()).sqrt(), "not finite"),
+        ],
+    )
     def test_every_reason(self, use, reason):
         report = gradient_report(Parallel(use), torch.randn(4, 3), lambda y: y.sum())
-        assert {item.parameter: item.reason for item in report.silent} == {"two.weight": reason, "two.bias": reason}
+        assert {item.parameter: item.reason for item in report.silent} == {
+            "two.weight": reason,
+            "two.bias": reason,
+        }
         status = {"unused": "none"}.get(reason, reason)
         assert report.cell("loss", "two").status == report.cell("total", "two").status == status
         assert report.cell("loss", "one").status == "ok"
@@ -167,7 +216,9 @@ class TestReasons:
         assert reason != "dead" or report.dead == ["the model's own forward"]
 
     def test_a_faint_dependence_is_one(self):
-        report = gradient_report(Parallel(lambda y: 1e-5 * y.detach()), torch.randn(4, 3), torch.mean)
+        report = gradient_report(
+            Parallel(lambda y: 1e-5 * y.detach()), torch.randn(4, 3), torch.mean
+        )
         assert {item.reason for item in report.silent} == {"detached"}
 
     def test_frozen(self):
@@ -182,7 +233,12 @@ class TestReasons:
         net = Parallel(lambda y: scale * y)
         report = gradient_report(net, torch.ones(4, 3), torch.mean)
         assert report.cell("loss", "two").status == status
-        assert gradient_report(net, torch.ones(4, 3), torch.mean, vanishing=0).cell("loss", "two").status == "ok"
+        assert (
+            gradient_report(net, torch.ones(4, 3), torch.mean, vanishing=0)
+            .cell("loss", "two")
+            .status
+            == "ok"
+        )
         assert any("vanishes" in line for line in report.findings) == (status == "vanishing")
 
     def test_dead_relu_is_named(self):
@@ -192,22 +248,33 @@ class TestReasons:
         report = gradient_report(net, torch.randn(4, 3), lambda y: y.sum())
         assert report.dead == ["1"]
         assert [(i.parameter, i.reason) for i in report.silent] == [
-            ("0.weight", "dead"), ("0.bias", "dead"), ("2.weight", "dead")]
+            ("0.weight", "dead"),
+            ("0.bias", "dead"),
+            ("2.weight", "dead"),
+        ]
 
     def test_frozen_and_detached_as_asked_for(self):
         task = make_task(taps=(3, Tap(stage=4, detach=True), 5))
         task.trainable_module.freeze(stages=2)
         report = gradient_report(task, make_batch())
-        assert [report.cell("middle", f"stage{k}").status for k in range(1, 6)] == \
-            ["frozen", "frozen", "detached", "detached", "none"]
+        assert [report.cell("middle", f"stage{k}").status for k in range(1, 6)] == [
+            "frozen",
+            "frozen",
+            "detached",
+            "detached",
+            "none",
+        ]
         assert report.cell("fine", "stage4").status == "ok"
         assert any("Tap(detach=True)" in line for line in report.findings)
 
     def test_levels_that_are_off(self):
         report = gradient_report(make_task(schedule=[0.0, 1.0, 0.0]), make_batch())
         assert report.heads == ["middle"]
-        assert {i.reason for i in report.silent if i.stage in ("stage5", "heads.coarse", "heads.fine")} == {"off"}
-        assert {i.reason for i in report.silent if i.stage == "stage4"} == {"zero"}  # norms that begin at 0
+        assert {
+            i.reason for i in report.silent if i.stage in ("stage5", "heads.coarse", "heads.fine")
+        } == {"off"}
+        # norms that begin at 0
+        assert {i.reason for i in report.silent if i.stage == "stage4"} == {"zero"}
 
 
 class Fails(nn.Module):
@@ -252,11 +319,17 @@ class TestUndisturbed:
 
 
 class TestRefused:
-    @pytest.mark.parametrize(("kwargs", "match"), [
-        ({}, "losses= is missing"), ({"losses": lambda out: {}}, "no loss"),
-        ({"losses": lambda out: out["a"]}, "must be a scalar"), ({"losses": lambda out: 1.0}, "must be a scalar"),
-        ({"losses": squares, "weights": {"c": 1}}, "the losses are"),
-        ({"losses": squares, "stages": {"other": nn.Linear(1, 1)}}, "of the model itself")])
+    @pytest.mark.parametrize(
+        ("kwargs", "match"),
+        [
+            ({}, "losses= is missing"),
+            ({"losses": lambda out: {}}, "no loss"),
+            ({"losses": lambda out: out["a"]}, "must be a scalar"),
+            ({"losses": lambda out: 1.0}, "must be a scalar"),
+            ({"losses": squares, "weights": {"c": 1}}, "the losses are"),
+            ({"losses": squares, "stages": {"other": nn.Linear(1, 1)}}, "of the model itself"),
+        ],
+    )
     def test_a_module(self, kwargs, match):
         with pytest.raises(ValueError, match=match):
             gradient_report(Linears(), torch.randn(2, 3), **kwargs)
@@ -273,7 +346,10 @@ class TestForms:
         report = gradient_report(Linears(lambda x: x.detach()), torch.randn(4, 3), squares)
         text = str(report)
         assert "detached" in text
-        assert all(word in text for word in ("gradient norm", "relative to the weights", "share of the total"))
+        assert all(
+            word in text
+            for word in ("gradient norm", "relative to the weights", "share of the total")
+        )
         data = json.loads(json.dumps(report.to_dict(), allow_nan=False))
         assert len(data["rows"]) == 3 * 3
         assert {item["reason"] for item in data["silent"]} == {"detached"}
@@ -282,10 +358,20 @@ class TestForms:
 
     def test_figure_says_what_the_cells_are(self):
         from timm_branches.gradients.report_figures import report_figure
+
         figure = report_figure(gradient_report(make_task(), make_batch()))
         top, bottom = figure.axes[:2]
-        assert [t.get_text() for t in top.get_yticklabels()] == ["coarse", "middle", "fine", "total"]
-        assert [t.get_text() for t in bottom.get_yticklabels()] == ["coarse, middle", "coarse, fine", "middle, fine"]
+        assert [t.get_text() for t in top.get_yticklabels()] == [
+            "coarse",
+            "middle",
+            "fine",
+            "total",
+        ]
+        assert [t.get_text() for t in bottom.get_yticklabels()] == [
+            "coarse, middle",
+            "coarse, fine",
+            "middle, fine",
+        ]
 
 
 class TestConflicts:
@@ -299,7 +385,8 @@ class TestConflicts:
         assert list(cosines) == [("coarse", "middle"), ("coarse", "fine"), ("middle", "fine")]
         assert cosines == {pair: pytest.approx(report.cosines[pair][where]) for pair in cosines}
         assert branch_cosines(task, batch, where="stage1") == {
-            pair: pytest.approx(values["stage1"]) for pair, values in report.cosines.items()}
+            pair: pytest.approx(values["stage1"]) for pair, values in report.cosines.items()
+        }
 
     def test_a_tap_inside_a_stage(self):
         task, (images, labels) = make_task((Tap(module="layer3.0.bn1"), 4, 5)), make_batch()
@@ -308,24 +395,43 @@ class TestConflicts:
             block.bn3.weight.fill_(1)  # at 0 the block's gradients would be 0
         losses = task(images, labels)["losses"]
         shared = [block.conv1.weight, block.bn1.weight, block.bn1.bias]
-        a, b = (flat(torch.autograd.grad(losses[name], shared, retain_graph=True)) for name in ("coarse", "fine"))
+        a, b = (
+            flat(torch.autograd.grad(losses[name], shared, retain_graph=True))
+            for name in ("coarse", "fine")
+        )
         expected = float(F.cosine_similarity(a, b, dim=0))
-        assert branch_cosines(task, (images, labels))["coarse", "fine"] == pytest.approx(expected, abs=1e-4)
+        assert branch_cosines(task, (images, labels))["coarse", "fine"] == pytest.approx(
+            expected, abs=1e-4
+        )
 
     def test_nothing_to_compare(self):
         assert branch_cosines(make_task(schedule=[0.0, 0.0, 1.0]), make_batch()) == {}
         task = make_task()
         task.trainable_module.freeze()
         assert branch_cosines(task, make_batch()) == {}
-        assert list(branch_cosines(make_task(schedule=[0.5, 0.0, 0.5]), make_batch())) == [("coarse", "fine")]
+        assert list(branch_cosines(make_task(schedule=[0.5, 0.0, 0.5]), make_batch())) == [
+            ("coarse", "fine")
+        ]
         with pytest.raises(ValueError, match="the stages are"):
             branch_cosines(task, make_batch(), where="stage9")
 
     def test_picture(self, tmp_path):
         from timm_branches.gradients.report_figures import conflicts_figure
-        rows = [{"epoch": e, "weight_a": 1 - e / 4, "weight_b_c": e / 4, "cosine_a_b_c": None if e % 2 else e / 8}
-                for e in range(5)]
-        line, = [entry for entry in conflicts_figure(rows).axes[0].get_lines() if entry.get_label() == "a, b_c"]
+
+        rows = [
+            {
+                "epoch": e,
+                "weight_a": 1 - e / 4,
+                "weight_b_c": e / 4,
+                "cosine_a_b_c": None if e % 2 else e / 8,
+            }
+            for e in range(5)
+        ]
+        (line,) = [
+            entry
+            for entry in conflicts_figure(rows).axes[0].get_lines()
+            if entry.get_label() == "a, b_c"
+        ]
         assert list(line.get_xdata()) == [0, 2, 4]
         assert list(line.get_ydata()) == [0, 0.25, 0.5]
         assert plot_conflicts(rows, tmp_path / "c.png").exists()

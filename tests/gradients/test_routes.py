@@ -11,7 +11,10 @@ from timm_branches.heads import LSTMHead
 
 
 class AutoEncoder(nn.Module):
-    """Strided encoder, linear bottleneck, decoder that adds the encoder's maps; skips can be cut by hand."""
+    """Strided encoder, linear bottleneck, decoder that adds the encoder's maps.
+
+    Skips can be cut by hand.
+    """
 
     def __init__(self, cut=()):
         super().__init__()
@@ -48,13 +51,19 @@ class TestSkips:
     @pytest.mark.parametrize(("path", "other"), [("code", "skip1"), ("skip1", "code")])
     def test_a_path_is_what_is_left_when_the_other_is_cut(self, path, other):
         net, (noisy, clean) = make()
-        found = path_gradients(net, (noisy, clean), F.mse_loss, encode=net.encode, decode=net.decode)
+        found = path_gradients(
+            net, (noisy, clean), F.mse_loss, encode=net.encode, decode=net.decode
+        )
         net.cut = (other,)
         F.mse_loss(net(noisy), clean).backward()
         assert found.stages == ["enc1", "enc2", "squeeze"]
-        assert found.norms[path]["enc1"] == pytest.approx(norm([p.grad for p in net.enc1.parameters()]), rel=1e-5)
+        assert found.norms[path]["enc1"] == pytest.approx(
+            norm([p.grad for p in net.enc1.parameters()]), rel=1e-5
+        )
         assert found.error < 1e-6
-        assert found.shares["code"]["enc1"] + found.shares["skip1"]["enc1"] == pytest.approx(1, abs=1e-5)
+        assert found.shares["code"]["enc1"] + found.shares["skip1"]["enc1"] == pytest.approx(
+            1, abs=1e-5
+        )
         assert found.norms["skip1"]["enc2"] == 0
         assert found.findings == []
 
@@ -63,9 +72,15 @@ class TestSkips:
         found = path_gradients(net, batch, F.mse_loss, encode=net.encode, decode=net.decode)
         assert [line for line in found.findings if line.startswith("skip1: no gradient arrives")]
         net, batch = make()
-        found = path_gradients(net, batch, F.mse_loss, decode=net.decode,
-                               encode=lambda x: {k: v.detach() if k == "skip1" else v
-                                                 for k, v in net.encode(x).items()})
+        found = path_gradients(
+            net,
+            batch,
+            F.mse_loss,
+            decode=net.decode,
+            encode=lambda x: {
+                k: v.detach() if k == "skip1" else v for k, v in net.encode(x).items()
+            },
+        )
         assert [line for line in found.findings if line.startswith("skip1: its map is detached")]
         assert found.shares["code"]["enc1"] == pytest.approx(1, abs=1e-6)
 
@@ -77,12 +92,25 @@ class TestSkips:
         assert [line for line in found.findings if line.startswith("code: brings")]
         assert "add up" in str(found)
 
-    @pytest.mark.parametrize("head", ["unet", "rednet", {"kind": "unet", "attention": True, "input_skip": True},
-                                      {"kind": "rednet", "residual": True}])
+    @pytest.mark.parametrize(
+        "head",
+        [
+            "unet",
+            "rednet",
+            {"kind": "unet", "attention": True, "input_skip": True},
+            {"kind": "rednet", "residual": True},
+        ],
+    )
     def test_our_decoders(self, head):
         torch.manual_seed(0)
-        model = create_branch_model("test_resnet", taps=[[3, 5, 2], 4], head=[head, "pool"], names=["map", "class"],
-                                    num_classes=[3, 2], img_size=64)
+        model = create_branch_model(
+            "test_resnet",
+            taps=[[3, 5, 2], 4],
+            head=[head, "pool"],
+            names=["map", "class"],
+            num_classes=[3, 2],
+            img_size=64,
+        )
         x, y = torch.rand(2, 3, 64, 64), torch.rand(2, 3, 64, 64)
         found = path_gradients(model, (x, y), F.mse_loss)
         assert found.paths == ["trunk (stage5)", "skip (stage3)", "skip (stage2)"]
@@ -93,9 +121,14 @@ class TestSkips:
         assert found.norms["skip (stage3)"]["stage4"] == found.norms["skip (stage2)"]["stage3"] == 0
         assert all(p.grad is None for p in model.parameters())
         # the same with the other taps detached
-        cut = create_branch_model("test_resnet", taps=[[Tap(stage=3), Tap(stage=5, detach=True),
-                                                       Tap(stage=2, detach=True)], 4], head=[head, "pool"],
-                                  names=["map", "class"], num_classes=[3, 2], img_size=64)
+        cut = create_branch_model(
+            "test_resnet",
+            taps=[[Tap(stage=3), Tap(stage=5, detach=True), Tap(stage=2, detach=True)], 4],
+            head=[head, "pool"],
+            names=["map", "class"],
+            num_classes=[3, 2],
+            img_size=64,
+        )
         cut.load_state_dict(model.state_dict())
         for p in cut.parameters():
             p.requires_grad_(True)
@@ -111,8 +144,14 @@ class TestSkips:
         net, batch = make()
         with pytest.raises(ValueError, match="encode= and decode="):
             path_gradients(net, batch, F.mse_loss, encode=net.encode)
-        two = create_branch_model("test_resnet", taps=[[3, 5], [3, 5]], head="unet", names=["a", "b"], num_classes=2,
-                                  img_size=32)
+        two = create_branch_model(
+            "test_resnet",
+            taps=[[3, 5], [3, 5]],
+            head="unet",
+            names=["a", "b"],
+            num_classes=2,
+            img_size=32,
+        )
         with pytest.raises(ValueError, match="give head="):
             path_gradients(two, x, lambda y: y.sum())
         assert path_gradients(two, x, lambda y: y.square().sum(), head="b").error < 1e-5
@@ -158,7 +197,9 @@ class TestFrames:
 
     @pytest.mark.parametrize("no_grad", [False, True])
     def test_a_forgotten_state(self, no_grad):
-        found = frame_gradients(Loop(keep_state=False, no_grad=no_grad), clips(), F.cross_entropy, features="cnn")
+        found = frame_gradients(
+            Loop(keep_state=False, no_grad=no_grad), clips(), F.cross_entropy, features="cnn"
+        )
         assert found.seen == [3]
         assert any("only the last frame (3" in line for line in found.findings)
         assert any("run without autograd" in line for line in found.findings) == no_grad
@@ -185,12 +226,20 @@ class TestFrames:
         found = frame_gradients(net, clips(), F.cross_entropy, features="cnn")
         assert any("fades over time" in line and "[0, 1" in line for line in found.findings)
 
-    @pytest.mark.parametrize(("options", "lengths", "seen"), [
-        ({}, None, [0, 1, 2, 3]), ({"readout": "mean"}, [2, 3, 1], [0, 1, 2]),
-        ({"output": "frame"}, None, [0, 1, 2, 3]), ({"bidirectional": True}, [4, 1, 1], [0, 1, 2, 3])])
+    @pytest.mark.parametrize(
+        ("options", "lengths", "seen"),
+        [
+            ({}, None, [0, 1, 2, 3]),
+            ({"readout": "mean"}, [2, 3, 1], [0, 1, 2]),
+            ({"output": "frame"}, None, [0, 1, 2, 3]),
+            ({"bidirectional": True}, [4, 1, 1], [0, 1, 2, 3]),
+        ],
+    )
     def test_our_heads(self, options, lengths, seen):
         torch.manual_seed(0)
-        model = create_branch_model("test_resnet", head=LSTMHead(hidden_size=8, **options), num_classes=2, img_size=32)
+        model = create_branch_model(
+            "test_resnet", head=LSTMHead(hidden_size=8, **options), num_classes=2, img_size=32
+        )
         x = torch.randn(3, 4, 3, 32, 32)
         found = frame_gradients(model, x, lambda y: y.square().sum(), lengths=lengths)
         assert found.seen == seen

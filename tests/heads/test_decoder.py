@@ -1,4 +1,7 @@
-"""Skip decoders: against segmentation_models_pytorch, against decoders written by hand; options and files."""
+"""Skip decoders.
+
+Against segmentation_models_pytorch, against decoders written by hand; options and files.
+"""
 
 import json
 
@@ -14,7 +17,9 @@ KINDS = {"unet": UNetHead, "rednet": RedNetHead}
 
 def make(taps=(2, 3, 5), head="unet", num_classes=3, name="test_resnet", img_size=32, **kwargs):
     torch.manual_seed(0)
-    return create_branch_model(name, taps=taps, head=head, num_classes=num_classes, img_size=img_size, **kwargs)
+    return create_branch_model(
+        name, taps=taps, head=head, num_classes=num_classes, img_size=img_size, **kwargs
+    )
 
 
 def images(*size, chans=3):
@@ -22,7 +27,7 @@ def images(*size, chans=3):
 
 
 def answer(model, x):
-    y, = model(x).values()
+    (y,) = model(x).values()
     return y
 
 
@@ -32,18 +37,33 @@ class TestAgainstSmp:
     @pytest.mark.parametrize(("mode", "depth"), [("nearest", 5), ("bilinear", 5), ("nearest", 3)])
     def test_same_parameters_and_output(self, mode, depth):
         smp = pytest.importorskip("segmentation_models_pytorch")
-        channels = (256, 128, 64, 32, 16)[5 - depth:]
-        theirs = smp.Unet("tu-resnet18", encoder_weights=None, encoder_depth=depth, decoder_channels=channels,
-                          classes=11, decoder_interpolation=mode)
+        channels = (256, 128, 64, 32, 16)[5 - depth :]
+        theirs = smp.Unet(
+            "tu-resnet18",
+            encoder_weights=None,
+            encoder_depth=depth,
+            decoder_channels=channels,
+            classes=11,
+            decoder_interpolation=mode,
+        )
         ours = make(range(1, depth + 1), UNetHead(upsample=mode), 11, "resnet18")
         decoder = ours.head("unet")
         theirs.encoder.model.load_state_dict(ours.backbone.state_dict())
-        for part, other in ((decoder.stages, theirs.decoder), (decoder.fc, theirs.segmentation_head)):
-            other.load_state_dict(dict(zip(other.state_dict(), part.state_dict().values(), strict=True)))
-        assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters())
+        for part, other in (
+            (decoder.stages, theirs.decoder),
+            (decoder.fc, theirs.segmentation_head),
+        ):
+            other.load_state_dict(
+                dict(zip(other.state_dict(), part.state_dict().values(), strict=True))
+            )
+        assert sum(p.numel() for p in ours.parameters()) == sum(
+            p.numel() for p in theirs.parameters()
+        )
         x = images(64, 32)
         for mode in (True, False):
-            torch.testing.assert_close(answer(ours.train(mode), x), theirs.train(mode)(x), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(
+                answer(ours.train(mode), x), theirs.train(mode)(x), rtol=1e-4, atol=1e-5
+            )
 
 
 class TestByHand:
@@ -51,9 +71,15 @@ class TestByHand:
 
     @pytest.mark.parametrize("upsample", ["nearest", "bilinear", "transposed", "shuffle"])
     def test_unet_stage(self, upsample):
-        """Two maps: up by the mode, attention gate, concatenation, two convolutions; then a stage without a skip."""
-        model = make(("layer1", "layer2"), UNetHead(norm=None, act="gelu", upsample=upsample, attention=True,
-                                                     channels=(12, 8, 6)))
+        """Two maps.
+
+        Up by the mode, attention gate, concatenation, two convolutions; then a stage without a
+        skip.
+        """
+        model = make(
+            ("layer1", "layer2"),
+            UNetHead(norm=None, act="gelu", upsample=upsample, attention=True, channels=(12, 8, 6)),
+        )
         x = images(32, 32)
         skip, deep = model.forward_taps(x)["unet"]
         w = {key.removeprefix("heads.unet."): value for key, value in model.state_dict().items()}
@@ -74,10 +100,15 @@ class TestByHand:
 
         y = up(deep, 0)
         gate = "stages.0.gate."
-        logit = F.relu(torch.einsum("kc,bchw->bkhw", w[gate + "skip.weight"][..., 0, 0], skip)
-                       + torch.einsum("kc,bchw->bkhw", w[gate + "gate.weight"][..., 0, 0], y)
-                       + w[gate + "gate.bias"].view(-1, 1, 1))
-        alpha = torch.einsum("kc,bchw->bkhw", w[gate + "psi.weight"][..., 0, 0], logit) + w[gate + "psi.bias"]
+        logit = F.relu(
+            torch.einsum("kc,bchw->bkhw", w[gate + "skip.weight"][..., 0, 0], skip)
+            + torch.einsum("kc,bchw->bkhw", w[gate + "gate.weight"][..., 0, 0], y)
+            + w[gate + "gate.bias"].view(-1, 1, 1)
+        )
+        alpha = (
+            torch.einsum("kc,bchw->bkhw", w[gate + "psi.weight"][..., 0, 0], logit)
+            + w[gate + "psi.bias"]
+        )
         y = convs(torch.cat([y, alpha.sigmoid() * skip], 1), 0)
         y = convs(up(convs(up(y, 1), 1), 2), 2)
         expected = F.conv2d(y, w["fc.weight"], w["fc.bias"], padding=1)
@@ -86,7 +117,8 @@ class TestByHand:
 
     @pytest.mark.parametrize("upsample", ["nearest", "bilinear", "transposed", "shuffle"])
     def test_rednet_stage(self, upsample):
-        """A skip of the stage's width is added as it is, one of another width through a 1x1 convolution."""
+        """A skip of the stage's width is added as it is, one of another width through a 1x1
+        convolution."""
         model = make((3, 4, 5), RedNetHead(channels=(48, 20, 8, 8), upsample=upsample))
         x = images(32, 32)
         skip3, skip4, y = model.forward_taps(x)["rednet"]
@@ -97,30 +129,46 @@ class TestByHand:
 
         def up(y, name):
             if upsample == "transposed":
-                return F.conv_transpose2d(y, w[f"{name}.weight"], w[f"{name}.bias"], stride=2, padding=1)
+                return F.conv_transpose2d(
+                    y, w[f"{name}.weight"], w[f"{name}.bias"], stride=2, padding=1
+                )
             if upsample == "shuffle":
-                return F.pixel_shuffle(F.conv2d(y, w[f"{name}.0.weight"], w[f"{name}.0.bias"], padding=1), 2)
-            return F.conv2d(F.interpolate(y, scale_factor=2, mode=upsample), w[f"{name}.weight"], w[f"{name}.bias"],
-                            padding=1)
+                return F.pixel_shuffle(
+                    F.conv2d(y, w[f"{name}.0.weight"], w[f"{name}.0.bias"], padding=1), 2
+                )
+            return F.conv2d(
+                F.interpolate(y, scale_factor=2, mode=upsample),
+                w[f"{name}.weight"],
+                w[f"{name}.bias"],
+                padding=1,
+            )
 
         for stage, skip in enumerate((skip4, skip3, None, None)):
             y = up(y, f"stages.{stage}.up.conv")
             if skip is not None:
                 name = f"stages.{stage}.project"
-                y = y + (F.conv2d(skip, w[f"{name}.weight"], w[f"{name}.bias"]) if f"{name}.weight" in w else skip)
+                y = y + (
+                    F.conv2d(skip, w[f"{name}.weight"], w[f"{name}.bias"])
+                    if f"{name}.weight" in w
+                    else skip
+                )
             y = F.relu(y)
         torch.testing.assert_close(answer(model, x), up(y, "fc.conv"), rtol=1e-4, atol=1e-5)
 
     def test_pyramid_of_a_vit(self):
-        """Maps of one stride: the deepest stays, each shallower one is projected and enlarged twofold more."""
+        """Maps of one stride.
+
+        The deepest stays, each shallower one is projected and enlarged twofold more.
+        """
         model = make((3, 4, 5), UNetHead(norm=None), name="test_vit")
         x = images(32, 32)
         maps = model.forward_taps(x)["unet"]
         assert {tuple(y.shape[2:]) for y in maps} == {(2, 2)}
         decoder = model.head("unet")
         y = maps[2]
-        for stage, lateral, skip, side in zip(decoder.stages[:2], decoder.lateral, (maps[1], maps[0]), (4, 8),
-                                              strict=True):
+        for stage, lateral, skip, side in zip(
+            decoder.stages[:2], decoder.lateral, (maps[1], maps[0]), (4, 8), strict=True
+        ):
             skip = F.interpolate(F.relu(lateral[0](skip)), size=(side, side), mode="bilinear")
             y = stage.conv2(stage.conv1(torch.cat([F.interpolate(y, scale_factor=2), skip], 1)))
         for stage in decoder.stages[2:]:
@@ -129,19 +177,36 @@ class TestByHand:
 
 
 class TestSizes:
-    @pytest.mark.parametrize("head", [UNetHead(), UNetHead(upsample="transposed", input_skip=True),
-                                      RedNetHead(), RedNetHead(upsample="shuffle", residual=True)])
-    @pytest.mark.parametrize("name", ["test_resnet", "test_convnext", "test_efficientnet", "rednet_small"])
+    @pytest.mark.parametrize(
+        "head",
+        [
+            UNetHead(),
+            UNetHead(upsample="transposed", input_skip=True),
+            RedNetHead(),
+            RedNetHead(upsample="shuffle", residual=True),
+        ],
+    )
+    @pytest.mark.parametrize(
+        "name", ["test_resnet", "test_convnext", "test_efficientnet", "rednet_small"]
+    )
     def test_convolutional(self, name, head):
         model = make((3, 4, 5), head, name=name, img_size=64).eval()
         with torch.no_grad():
-            for size in ((97, 131), (33, 40) if name == "test_convnext" else (33, 17), (40, 72)):  # it needs 32 px
+            # it needs 32 px
+            for size in ((97, 131), (33, 40) if name == "test_convnext" else (33, 17), (40, 72)):
                 assert answer(model, images(*size)).shape == (2, 3, *size)
 
     @pytest.mark.parametrize("size", [(48, 80), (97, 131)])
     @pytest.mark.parametrize("kind", KINDS)
     def test_vit_of_any_size(self, kind, size):
-        model = make((2, 3, 4, 5), kind, name="test_vit", img_size=160, dynamic_img_size=True, dynamic_img_pad=True)
+        model = make(
+            (2, 3, 4, 5),
+            kind,
+            name="test_vit",
+            img_size=160,
+            dynamic_img_size=True,
+            dynamic_img_pad=True,
+        )
         assert answer(model.eval(), images(*size)).shape == (2, 3, *size)
 
     @pytest.mark.parametrize("kind", KINDS)
@@ -159,7 +224,9 @@ class TestSizes:
 
 class TestTaps:
     @pytest.mark.parametrize("kind", KINDS)
-    @pytest.mark.parametrize("taps", [(5,), (1, 5), (2, 4), ("layer1.0.conv1", 3, 5), (1, 2, 3, 4, 5)])
+    @pytest.mark.parametrize(
+        "taps", [(5,), (1, 5), (2, 4), ("layer1.0.conv1", 3, 5), (1, 2, 3, 4, 5)]
+    )
     def test_any_subset_in_any_order(self, kind, taps):
         model, turned = make(taps, kind), make(tuple(reversed(taps)), kind)
         turned.load_state_dict(model.state_dict())
@@ -169,7 +236,11 @@ class TestTaps:
     def test_maps_of_one_stride_with_a_module_path_go_by_the_order_given(self):
         model = make(("layer2.0.conv1", 3, 5), UNetHead(channels=(8,) * 5 + (4,)), output_stride=32)
         decoder = model.head("unet")
-        assert [(step.stride, step.skip) for step in decoder.steps][:3] == [(16, None), (8, 0), (8, 1)]
+        assert [(step.stride, step.skip) for step in decoder.steps][:3] == [
+            (16, None),
+            (8, 0),
+            (8, 1),
+        ]
         assert decoder.order == [2, 1, 0]
         assert make((3, "layer2.0.conv1", 5)).head("unet").order == [2, 1, 0]
 
@@ -190,12 +261,19 @@ class TestTaps:
         assert not torch.allclose(before, model.head(kind)(*maps, image=x))
 
     def test_beside_classifiers(self):
-        model = make([3, 5, (1, 2, 3, 4, 5)], ["pool", "pool", "unet"], [2, 10, 11],
-                     names=["coarse", "fine", "mask"]).eval()
+        model = make(
+            [3, 5, (1, 2, 3, 4, 5)],
+            ["pool", "pool", "unet"],
+            [2, 10, 11],
+            names=["coarse", "fine", "mask"],
+        ).eval()
         x = images(32, 32)
         y = model(x)
         assert {name: tuple(v.shape) for name, v in y.items()} == {
-            "coarse": (2, 2), "fine": (2, 10), "mask": (2, 11, 32, 32)}
+            "coarse": (2, 2),
+            "fine": (2, 10),
+            "mask": (2, 11, 32, 32),
+        }
         assert torch.equal(model(x, heads=["mask"])["mask"], y["mask"])
         assert model.get_classifier()["mask"] is model.head("mask").fc
         model.reset_classifier({"mask": 4})
@@ -203,7 +281,9 @@ class TestTaps:
 
     def test_maps_of_other_heads_stay_as_they_are(self):
         """No activation of the decoder works in place on a map that someone else reads."""
-        model = make([3, (3, 4, 5), (3, 4, 5)], ["pool", "rednet", "unet"], 3, names=["a", "b", "c"]).eval()
+        model = make(
+            [3, (3, 4, 5), (3, 4, 5)], ["pool", "rednet", "unet"], 3, names=["a", "b", "c"]
+        ).eval()
         x = images(32, 32)
         together = model(x)
         for name in model.names:
@@ -253,14 +333,19 @@ class TestOptions:
             maps = model.forward_taps(x)[kind]
             other = x.clone()
             other[:, :, 16, 16] += 1
-            changed = (model.head(kind)(*maps, image=x) != model.head(kind)(*maps, image=other)).any(1)
+            changed = (
+                model.head(kind)(*maps, image=x) != model.head(kind)(*maps, image=other)
+            ).any(1)
             assert changed.any() == with_skip
             assert changed[:, 16, 16].all() == with_skip  # where the pixel is, and not far from it
             assert not changed[:, :8].any()
 
     @pytest.mark.parametrize("kind", KINDS)
     def test_deep_supervision(self, kind):
-        """In training an answer of each stage before the last, at the size of the image; the main one is as without."""
+        """In training an answer of each stage before the last, at the size of the image.
+
+        The main one is as without.
+        """
         head = KINDS[kind](deep_supervision=True, out_act="tanh")
         model, plain = make(head=head), make(head=KINDS[kind](out_act="tanh"))
         plain.load_state_dict({k: v for k, v in model.state_dict().items() if ".aux." not in k})
@@ -273,15 +358,23 @@ class TestOptions:
         assert list(y) == [kind, *(f"{kind}_aux{i}" for i in range(1, stages))]
         torch.testing.assert_close(y[kind], answer(plain.train(), x))
         for i in range(1, stages):
-            expected = F.interpolate(decoder.aux[f"aux{i}"](found[i - 1]), size=(33, 47), mode="bilinear").tanh()
+            expected = F.interpolate(
+                decoder.aux[f"aux{i}"](found[i - 1]), size=(33, 47), mode="bilinear"
+            ).tanh()
             torch.testing.assert_close(y[f"{kind}_aux{i}"], expected)
         assert list(model.eval()(x)) == [kind]
 
     def test_bottleneck_is_all_that_passes(self):
-        """Without skips the output is a function of the code: where that is constant, all images give one output."""
+        """Without skips the output is a function of the code.
+
+        Where that is constant, all images give one output.
+        """
         model = make((5,), RedNetHead(bottleneck=2)).eval()
         decoder = model.head("rednet")
-        assert (decoder.bottleneck.encode.out_features, decoder.bottleneck.decode.in_features) == (2, 2)
+        assert (decoder.bottleneck.encode.out_features, decoder.bottleneck.decode.in_features) == (
+            2,
+            2,
+        )
         x = images(32, 32)
         assert not torch.equal(*answer(model, x))
         with torch.no_grad():
@@ -290,14 +383,22 @@ class TestOptions:
 
     def test_bottleneck_is_bound_to_its_size(self):
         model = make(head=UNetHead(bottleneck=2))
-        with pytest.raises(ValueError, match="'stage5' was made for a map of 1x1, got 2x2.*img_size="):
+        with pytest.raises(
+            ValueError, match="'stage5' was made for a map of 1x1, got 2x2.*img_size="
+        ):
             model(images(64, 64))
 
-    @pytest.mark.parametrize("norm", ["batchnorm2d", "groupnorm", "groupnorm1", "layernorm2d", "rmsnorm2d", None])
+    @pytest.mark.parametrize(
+        "norm", ["batchnorm2d", "groupnorm", "groupnorm1", "layernorm2d", "rmsnorm2d", None]
+    )
     @pytest.mark.parametrize("kind", KINDS)
     def test_norms(self, kind, norm):
         """Of every width; those over one image do not depend on batch mates."""
-        model = make(head=KINDS[kind](norm=norm, act="silu", channels=(24, 12, 10, 6, 6)[:5 if kind == "unet" else 4]))
+        model = make(
+            head=KINDS[kind](
+                norm=norm, act="silu", channels=(24, 12, 10, 6, 6)[: 5 if kind == "unet" else 4]
+            )
+        )
         decoder, x = model.head(kind), images(32, 32)
         maps = model.eval().forward_taps(x)[kind]
         decoder.train()
@@ -321,39 +422,62 @@ class TestOptions:
         assert y.dtype == torch.float64
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({"channels": (8, 8)}, r"one width per decoder stage, here 5 \(at strides 16, 8, 4, 2, 1\), got \(8, 8\)"),
-    ({"channels": ()}, "widths of the decoder stages"),
-    ({"channels": (8, 8, 0, 8, 8)}, "widths of the decoder stages"),
-    ({"channels": (8, 8, True, 8, 8)}, "widths of the decoder stages"),
-    ({"norm": "layernorm"}, "norm= must be None or one of 'batchnorm2d'"),
-    ({"act": "rellu"}, "act= takes timm's names of activations.*'rellu'"),
-    ({"act": ""}, "act= takes timm's names"),
-    ({"out_act": ("sigmoid", None)}, "out_act= takes timm's names"),
-    ({"upsample": "bicubic"}, "upsample= must be one of 'nearest', .*'bicubic'"),
-    ({"bottleneck": 0}, "bottleneck= takes the size of the code.*got 0"),
-    ({"bottleneck": 0.5}, "bottleneck= takes the size of the code"),
-    ({"drop_rate": 1}, r"drop_rate= must be in \[0, 1\)"),
-    ({"skips": True}, "unexpected keyword argument 'skips'"),
-])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"channels": (8, 8)},
+            r"one width per decoder stage, here 5 \(at strides 16, 8, 4, 2, 1\), got \(8, 8\)",
+        ),
+        ({"channels": ()}, "widths of the decoder stages"),
+        ({"channels": (8, 8, 0, 8, 8)}, "widths of the decoder stages"),
+        ({"channels": (8, 8, True, 8, 8)}, "widths of the decoder stages"),
+        ({"norm": "layernorm"}, "norm= must be None or one of 'batchnorm2d'"),
+        ({"act": "rellu"}, "act= takes timm's names of activations.*'rellu'"),
+        ({"act": ""}, "act= takes timm's names"),
+        ({"out_act": ("sigmoid", None)}, "out_act= takes timm's names"),
+        ({"upsample": "bicubic"}, "upsample= must be one of 'nearest', .*'bicubic'"),
+        ({"bottleneck": 0}, "bottleneck= takes the size of the code.*got 0"),
+        ({"bottleneck": 0.5}, "bottleneck= takes the size of the code"),
+        ({"drop_rate": 1}, r"drop_rate= must be in \[0, 1\)"),
+        ({"skips": True}, "unexpected keyword argument 'skips'"),
+    ],
+)
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         make(head={"kind": "unet", **options})
 
 
-@pytest.mark.parametrize(("taps", "head", "message"), [
-    ((5,), UNetHead(attention=True), "attention= has no effect on a decoder without skips"),
-    ((1,), UNetHead(deep_supervision=True), "deep_supervision= has no effect on a decoder of fewer than two stages"),
-    ((1, 5), RedNetHead(channels=(8,) * 5), "here 4 "),
-])
+@pytest.mark.parametrize(
+    ("taps", "head", "message"),
+    [
+        ((5,), UNetHead(attention=True), "attention= has no effect on a decoder without skips"),
+        (
+            (1,),
+            UNetHead(deep_supervision=True),
+            "deep_supervision= has no effect on a decoder of fewer than two stages",
+        ),
+        ((1, 5), RedNetHead(channels=(8,) * 5), "here 4 "),
+    ],
+)
 def test_options_without_effect(taps, head, message):
     with pytest.raises(ValueError, match=message):
         make(taps, head)
 
 
 class TestFiles:
-    HEAD = {"channels": [16, 8, 8, 4], "norm": "groupnorm", "act": "gelu", "upsample": "bilinear", "attention": True,
-            "bottleneck": 4, "residual": True, "out_act": ["tanh"], "deep_supervision": True, "drop_rate": 0.5}
+    HEAD = {
+        "channels": [16, 8, 8, 4],
+        "norm": "groupnorm",
+        "act": "gelu",
+        "upsample": "bilinear",
+        "attention": True,
+        "bottleneck": 4,
+        "residual": True,
+        "out_act": ["tanh"],
+        "deep_supervision": True,
+        "drop_rate": 0.5,
+    }
 
     @pytest.mark.parametrize("kind", KINDS)
     @pytest.mark.parametrize("options", [{}, HEAD, {"input_skip": True, "out_act": "sigmoid"}])
@@ -365,7 +489,11 @@ class TestFiles:
         assert hash(read) == hash(head)
 
     def test_round_trip(self, tmp_path):
-        model = make([4, (1, 5, Tap(3, detach=True))], ["pool", RedNetHead(**self.HEAD)], names=["label", "image"])
+        model = make(
+            [4, (1, 5, Tap(3, detach=True))],
+            ["pool", RedNetHead(**self.HEAD)],
+            names=["label", "image"],
+        )
         save_model(model, tmp_path / "model.safetensors")
         read = load_model(tmp_path / "model.safetensors")
         assert read.head_specs == model.head_specs
@@ -375,18 +503,31 @@ class TestFiles:
 
     def test_names_of_parameters(self):
         """Files depend on them."""
-        decoder = make((4, 5), UNetHead(channels=(8,) * 5, upsample="transposed", attention=True, input_skip=True,
-                                        bottleneck=2, deep_supervision=True)).head("unet")
+        decoder = make(
+            (4, 5),
+            UNetHead(
+                channels=(8,) * 5,
+                upsample="transposed",
+                attention=True,
+                input_skip=True,
+                bottleneck=2,
+                deep_supervision=True,
+            ),
+        ).head("unet")
         conv = {"0.weight", "1.weight", "1.bias"}
         expected = {f"stem.{k}" for k in conv} | {"fc.weight", "fc.bias"}
-        expected |= {f"bottleneck.{part}.{k}" for part in ("encode", "decode") for k in ("weight", "bias")}
+        expected |= {
+            f"bottleneck.{part}.{k}" for part in ("encode", "decode") for k in ("weight", "bias")
+        }
         expected |= {f"aux.aux{i}.{k}" for i in range(1, 5) for k in ("weight", "bias")}
         for i in range(5):
             expected |= {f"stages.{i}.conv{c}.{k}" for c in (1, 2) for k in conv}
             expected |= {f"stages.{i}.up.conv.{k}" for k in ("weight", "bias")}
         for i in (0, 4):
-            expected |= {f"stages.{i}.gate.{k}" for k in ("skip.weight", "gate.weight", "gate.bias", "psi.weight",
-                                                         "psi.bias")}
+            expected |= {
+                f"stages.{i}.gate.{k}"
+                for k in ("skip.weight", "gate.weight", "gate.bias", "psi.weight", "psi.bias")
+            }
         assert {name for name, _ in decoder.named_parameters()} == expected
 
 

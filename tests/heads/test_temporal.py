@@ -11,17 +11,27 @@ HEADS = {"lstm": LSTMHead, "gru": GRUHead}
 
 
 def clips(batch=2, time=4, size=32, in_chans=3, seed=0):
-    return torch.randn(batch, time, in_chans, size, size, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(
+        batch, time, in_chans, size, size, generator=torch.Generator().manual_seed(seed)
+    )
 
 
 def make(head, name="test_resnet", num_classes=3, seed=0, **kwargs):
     torch.manual_seed(seed)
-    return create_branch_model(name, taps=[5], head=head, num_classes=num_classes,
-                               **{"img_size": 32, "names": ["y"], **kwargs})
+    return create_branch_model(
+        name,
+        taps=[5],
+        head=head,
+        num_classes=num_classes,
+        **{"img_size": 32, "names": ["y"], **kwargs},
+    )
 
 
 class SeedCNNLSTM(nn.Module):
-    """A network of the first forum question, corrected: all frames through one CNN, its vectors into an LSTM."""
+    """A network of the first forum question, corrected.
+
+    All frames through one CNN, its vectors into an LSTM.
+    """
 
     def __init__(self):
         super().__init__()
@@ -50,7 +60,12 @@ class TestSmallFrames:
         model = create_branch_model("conv2_24x48", taps=[5], head=head, num_classes=1)
         own = SeedCNNLSTM()
         values = list(model.state_dict().values())
-        keys = [k for part in ("conv1", "conv2", "out", "fc", "lstm") for k in own.state_dict() if k.startswith(part)]
+        keys = [
+            k
+            for part in ("conv1", "conv2", "out", "fc", "lstm")
+            for k in own.state_dict()
+            if k.startswith(part)
+        ]
         # the classifier is the first layer that a head makes
         own.load_state_dict(dict(zip(keys, values, strict=True)))
         return model, own
@@ -79,7 +94,10 @@ class TestSmallFrames:
 
 
 class SeedVideo(nn.Module):
-    """The network of the second forum question in its corrected form: a loop over frames that hands on the state."""
+    """The network of the second forum question in its corrected form.
+
+    A loop over frames that hands on the state.
+    """
 
     def __init__(self, backbone, width, layers, hidden):
         super().__init__()
@@ -92,7 +110,9 @@ class SeedVideo(nn.Module):
         hidden = None
         for t in range(x.shape[1]):
             with torch.no_grad():
-                y = self.backbone.forward_intermediates(x[:, t], indices=[4], intermediates_only=True)[0].mean((2, 3))
+                y = self.backbone.forward_intermediates(
+                    x[:, t], indices=[4], intermediates_only=True
+                )[0].mean((2, 3))
             _, hidden = self.lstm(self.project(y)[None], hidden)
         return self.fc2(torch.relu(self.fc1(hidden[0][-1])))
 
@@ -119,17 +139,20 @@ def test_video_network(name, width):
 class TestPerFrame:
     def test_shape_of_the_question(self):
         """(16, 30, 1): one answer a frame."""
-        model = make(LSTMHead(hidden_size=4, output="frame"), "conv2_24x48", num_classes=1, img_size=None)
+        model = make(
+            LSTMHead(hidden_size=4, output="frame"), "conv2_24x48", num_classes=1, img_size=None
+        )
         assert model(torch.randn(16, 30, 1, 24, 48))["y"].shape == (16, 30, 1)
 
     @pytest.mark.parametrize("kind", HEADS)
     def test_causal(self, kind):
-        """A unidirectional answer at a frame knows that frame and those before it, and nothing else."""
+        """A unidirectional answer at a frame knows that frame and those before it, and nothing
+        else."""
         model = make(HEADS[kind](hidden_size=5, output="frame")).eval()
         x = clips(1, 4).requires_grad_()
         y = model(x)["y"]
         for t in range(4):
-            grad, = torch.autograd.grad(y[0, t].sum(), x, retain_graph=True)
+            (grad,) = torch.autograd.grad(y[0, t].sum(), x, retain_graph=True)
             seen = grad[0].flatten(1).abs().sum(1) > 0
             assert seen.tolist() == [i <= t for i in range(4)]
 
@@ -152,9 +175,12 @@ class TestReadouts:
 
     def by_hand(self, head, vectors):
         """LSTM equations for one layer, one clip (T, F): the outputs (T, H)."""
+
         def direction(x, suffix):
-            w, u, b, c_ = (getattr(head.rnn, f"{n}_l0{suffix}") for n in ("weight_ih", "weight_hh", "bias_ih",
-                                                                          "bias_hh"))
+            w, u, b, c_ = (
+                getattr(head.rnn, f"{n}_l0{suffix}")
+                for n in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+            )
             h = c = torch.zeros(u.shape[1])
             out = []
             for v in x:
@@ -178,7 +204,9 @@ class TestReadouts:
         head, x, lengths = model.head("y"), clips(3, 5), [5, 2, 1]
         y = model(x, lengths=lengths)["y"]
         for b, n in enumerate(lengths):
-            vectors = torch.stack([model.forward_taps(x[b, t:t + 1])["y"][0].mean((1, 2)) for t in range(n)])
+            vectors = torch.stack(
+                [model.forward_taps(x[b, t : t + 1])["y"][0].mean((1, 2)) for t in range(n)]
+            )
             out, last = self.by_hand(head, vectors)
             if readout == "frame":
                 torch.testing.assert_close(y[b, :n], out @ head.fc.weight.T + head.fc.bias)
@@ -187,7 +215,9 @@ class TestReadouts:
             vector = {"last": last, "mean": out.mean(0), "max": out.amax(0)}.get(readout)
             if readout == "attention":
                 score = head.attention.score
-                weights = (torch.tanh(out @ score[0].weight.T + score[0].bias) @ score[2].weight.T).softmax(0)
+                weights = (
+                    torch.tanh(out @ score[0].weight.T + score[0].bias) @ score[2].weight.T
+                ).softmax(0)
                 vector = (weights * out).sum(0)
             torch.testing.assert_close(y[b], head.fc(vector))
 
@@ -199,12 +229,19 @@ class TestPooling:
         x = clips(1, 2, 64)
         maps, head = model.forward_taps(x[0])["y"], model.head("y")
         avg, top = maps.mean((2, 3)), maps.amax((2, 3))
-        vectors = {"avg": avg, "max": top, "avgmax": (avg + top) / 2, "catavgmax": torch.cat([avg, top], 1),
-                   "flatten": maps.flatten(1)}.get(pool)
+        vectors = {
+            "avg": avg,
+            "max": top,
+            "avgmax": (avg + top) / 2,
+            "catavgmax": torch.cat([avg, top], 1),
+            "flatten": maps.flatten(1),
+        }.get(pool)
         if pool == "attention":
             score = head.to_vector.score
             flat = maps.flatten(2)
-            weight = (score[2].weight @ torch.tanh(score[0].weight @ flat + score[0].bias[:, None])).softmax(2)
+            weight = (
+                score[2].weight @ torch.tanh(score[0].weight @ flat + score[0].bias[:, None])
+            ).softmax(2)
             vectors = (weight * flat).sum(2)
         out, _ = head.rnn(vectors[None])
         torch.testing.assert_close(model(x)["y"], head.fc(out[:, -1]))
@@ -225,21 +262,35 @@ class TestOptions:
         assert make("lstm").head("y").drop.p == 0.0
 
     @pytest.mark.parametrize("cls", [LSTMHead, GRUHead])
-    @pytest.mark.parametrize(("kwargs", "match"), [
-        ({"hidden_size": 0}, "hidden_size= takes a whole number from 1, got 0"),
-        ({"hidden_size": True}, "hidden_size="), ({"pool_type": "min"}, "'flatten'"),
-        ({"num_layers": 1.5}, "num_layers="), ({"projection": 0}, "projection="), ({"hidden": (0,)}, "hidden="),
-        ({"drop_rate": 1.0}, "drop_rate="), ({"bidirectional": 1}, "bidirectional="),
-        ({"output": "video"}, "output= must be one of 'clip', 'frame'"), ({"readout": "first"}, "readout="),
-        ({"output": "frame", "readout": "mean"}, "no effect with output='frame'"),
-        ({"activation": "relu"}, "give projection="), ({"projection": 2, "activation": "nose"}, "not one of timm's"),
-    ])
+    @pytest.mark.parametrize(
+        ("kwargs", "match"),
+        [
+            ({"hidden_size": 0}, "hidden_size= takes a whole number from 1, got 0"),
+            ({"hidden_size": True}, "hidden_size="),
+            ({"pool_type": "min"}, "'flatten'"),
+            ({"num_layers": 1.5}, "num_layers="),
+            ({"projection": 0}, "projection="),
+            ({"hidden": (0,)}, "hidden="),
+            ({"drop_rate": 1.0}, "drop_rate="),
+            ({"bidirectional": 1}, "bidirectional="),
+            ({"output": "video"}, "output= must be one of 'clip', 'frame'"),
+            ({"readout": "first"}, "readout="),
+            ({"output": "frame", "readout": "mean"}, "no effect with output='frame'"),
+            ({"activation": "relu"}, "give projection="),
+            ({"projection": 2, "activation": "nose"}, "not one of timm's"),
+        ],
+    )
     def test_refused(self, cls, kwargs, match):
         with pytest.raises(ValueError, match=match):
             cls(**kwargs)
 
-    @pytest.mark.parametrize("head", [
-        LSTMHead(8, 2, True, 0.1, "attention", 7, "gelu", "clip", "attention", (5, 4)), GRUHead(output="frame")])
+    @pytest.mark.parametrize(
+        "head",
+        [
+            LSTMHead(8, 2, True, 0.1, "attention", 7, "gelu", "clip", "attention", (5, 4)),
+            GRUHead(output="frame"),
+        ],
+    )
     def test_round_trip(self, head, tmp_path):
         assert parse_head(head_to_dict(head)) == head
         model = make(head).eval()
@@ -258,14 +309,21 @@ class TestOptions:
         assert model.head("y").fc.weight.dtype == torch.bfloat16
 
     def test_optimizer_groups(self):
-        """Biases of the recurrence are not decayed; the head is in the last group of layer decay."""
+        """Biases of the recurrence are not decayed.
+
+        The head is in the last group of layer decay.
+        """
         from timm.optim import create_optimizer_v2
+
         model = make(LSTMHead(hidden_size=4, projection=5, hidden=(3,)))
-        optimizer = create_optimizer_v2(model, opt="adamw", lr=1.0, weight_decay=0.05, layer_decay=0.5)
+        optimizer = create_optimizer_v2(
+            model, opt="adamw", lr=1.0, weight_decay=0.05, layer_decay=0.5
+        )
         names = {id(p): n for n, p in model.named_parameters()}
         groups = {names[id(p)]: g for g in optimizer.param_groups for p in g["params"]}
         own = {n: g for n, g in groups.items() if n.startswith("heads.")}
         assert set(own) == {n for n, _ in model.named_parameters() if n.startswith("heads.")}
         assert {g["lr_scale"] for g in own.values()} == {1.0}
-        assert {n for n, g in own.items() if g["weight_decay"]} == {n for n in own if n.endswith("weight")
-                                                                    or ".rnn.weight" in n}
+        assert {n for n, g in own.items() if g["weight_decay"]} == {
+            n for n in own if n.endswith("weight") or ".rnn.weight" in n
+        }

@@ -1,4 +1,8 @@
-"""Decoders, against plain Python over small random forests: every node and leaf one by one, matrices of costs."""
+"""Decoders, against plain Python over small random forests.
+
+Every node and leaf one by one, matrices of costs.
+"""
+
 import math
 import random
 
@@ -19,7 +23,9 @@ from timm_branches.hierarchy.decode import (
 from timm_branches.taxonomy import Taxonomy, cifar10
 
 PATHS = [method for method in DECODERS if method != "independent"]
-UNEVEN = Taxonomy(["animal/pet/cat", "animal/pet/dog", "plant", "animal/bird", "transport/sea/ship"])
+UNEVEN = Taxonomy(
+    ["animal/pet/cat", "animal/pet/dog", "plant", "animal/bird", "transport/sea/ship"]
+)
 
 
 def random_tree(seed, uneven=True):
@@ -43,10 +49,13 @@ def random_tree(seed, uneven=True):
 
 def random_logits(tree, seed, n=5, dtype=torch.double):
     g = torch.Generator().manual_seed(seed)
-    return [(3 * torch.randn(n, k, generator=g, dtype=torch.double)).to(dtype) for k in tree.num_classes]
+    return [
+        (3 * torch.randn(n, k, generator=g, dtype=torch.double)).to(dtype) for k in tree.num_classes
+    ]
 
 
 # ---- the oracles: one sample, dicts from node to probability
+
 
 def softmax(scores):
     exps = {node: math.exp(score) for node, score in scores.items()}
@@ -54,7 +63,7 @@ def softmax(scores):
 
 
 def height(leaves, node):
-    return max(len(leaf) - len(node) for leaf in leaves if leaf[:len(node)] == node)
+    return max(len(leaf) - len(node) for leaf in leaves if leaf[: len(node)] == node)
 
 
 def oracle_leaves(tree, scores):
@@ -69,8 +78,10 @@ def oracle_leaves(tree, scores):
 
 
 def oracle_path(tree, leaf, p):
-    row = [(tree.nodes[d].index(leaf[:d + 1]), sum(p[j] for j in p if j[:d + 1] == leaf[:d + 1]))
-           for d in range(len(leaf))]
+    row = [
+        (tree.nodes[d].index(leaf[: d + 1]), sum(p[j] for j in p if j[: d + 1] == leaf[: d + 1]))
+        for d in range(len(leaf))
+    ]
     return row + [(-1, 0.0)] * (tree.num_levels - len(leaf))
 
 
@@ -78,7 +89,9 @@ def oracle(tree, scores, method):
     """A list with (label, probability) for each level."""
     if method == "independent":
         best = [max(level, key=level.get) for level in scores]
-        return [(tree.nodes[d].index(node), softmax(scores[d])[node]) for d, node in enumerate(best)]
+        return [
+            (tree.nodes[d].index(node), softmax(scores[d])[node]) for d, node in enumerate(best)
+        ]
     if method == "top-down":
         node, path, row = (), 1.0, []
         for d, level in enumerate(scores):
@@ -93,9 +106,11 @@ def oracle(tree, scores, method):
         return row
     if method == "best-path":
         q = [softmax(level) for level in scores]
-        product = {leaf: math.prod(q[d][leaf[:d + 1]] for d in range(len(leaf))) for leaf in tree.leaves}
+        product = {
+            leaf: math.prod(q[d][leaf[: d + 1]] for d in range(len(leaf))) for leaf in tree.leaves
+        }
         mean = {leaf: product[leaf] ** (1 / len(leaf)) for leaf in tree.leaves}
-        product = {leaf: m ** tree.num_levels for leaf, m in mean.items()}
+        product = {leaf: m**tree.num_levels for leaf, m in mean.items()}
         p = {leaf: product[leaf] / sum(product.values()) for leaf in tree.leaves}
         return oracle_path(tree, max(mean, key=mean.get), p)
     p = oracle_leaves(tree, scores)
@@ -110,8 +125,13 @@ def oracle(tree, scores, method):
 
 
 def per_sample(tree, logits):
-    return [[dict(zip(nodes, level[i].tolist(), strict=True)) for nodes, level in zip(tree.nodes, logits, strict=True)]
-            for i in range(len(logits[0]))]
+    return [
+        [
+            dict(zip(nodes, level[i].tolist(), strict=True))
+            for nodes, level in zip(tree.nodes, logits, strict=True)
+        ]
+        for i in range(len(logits[0]))
+    ]
 
 
 @pytest.mark.parametrize("method", DECODERS)
@@ -132,16 +152,23 @@ def test_leaf_distribution(seed):
     tree = random_tree(seed)
     logits = random_logits(tree, seed)
     p = leaf_log_probs(logits, tree).exp()
-    expected = [[oracle_leaves(tree, scores)[leaf] for leaf in tree.leaves] for scores in per_sample(tree, logits)]
+    expected = [
+        [oracle_leaves(tree, scores)[leaf] for leaf in tree.leaves]
+        for scores in per_sample(tree, logits)
+    ]
     torch.testing.assert_close(p, torch.tensor(expected, dtype=torch.double))
-    leaf_logits = torch.randn(4, tree.num_leaves, generator=torch.Generator().manual_seed(seed), dtype=torch.double)
+    leaf_logits = torch.randn(
+        4, tree.num_leaves, generator=torch.Generator().manual_seed(seed), dtype=torch.double
+    )
     back = leaf_log_probs(sum_upwards(leaf_logits, tree), tree)
     torch.testing.assert_close(back, leaf_logits.log_softmax(-1))
 
 
 def test_flat_model_agrees_with_its_own_sums():
     tree = random_tree(3)
-    leaf_logits = torch.randn(50, tree.num_leaves, generator=torch.Generator().manual_seed(0), dtype=torch.double)
+    leaf_logits = torch.randn(
+        50, tree.num_leaves, generator=torch.Generator().manual_seed(0), dtype=torch.double
+    )
     levels = sum_upwards(leaf_logits, tree)
     labels, probabilities = decode(levels, tree, "leaf-marginal")
     assert torch.equal(labels, tree.expand(leaf_logits.argmax(-1)))
@@ -159,8 +186,10 @@ def test_remaining_mass_does_not_cancel():
 
 # ---- promises
 
+
 def tangle(kind, tree, rng, n):
     """Logits no network should give."""
+
     def number():
         if kind == "half":
             return rng.choice([-65504.0, 65504.0, 0.0, rng.gauss(0, 10), -math.inf])
@@ -172,7 +201,9 @@ def tangle(kind, tree, rng, n):
             return rng.choice([-math.inf, -math.inf, -math.inf, rng.gauss(0, 3)])
         return rng.choice([0.0, 1.0])  # ties
 
-    return [torch.tensor([[number() for _ in range(k)] for _ in range(n)]) for k in tree.num_classes]
+    return [
+        torch.tensor([[number() for _ in range(k)] for _ in range(n)]) for k in tree.num_classes
+    ]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -200,8 +231,11 @@ def test_any_logits_give_a_path(kind, dtype):
 
 @pytest.mark.parametrize("method", PATHS)
 def test_what_is_impossible_is_not_chosen(method):
-    """Cat is masked, so it is the dog, however unlikely it was and whatever other pets' relatives say."""
-    logits = [torch.tensor([row]) for row in ([9.0, 0.0, 0.0], [9.0, 0.0, 0.0], [-torch.inf, -4.0, -9.0])]
+    """Cat is masked, so it is the dog, however unlikely it was and whatever other pets'
+    relatives say."""
+    logits = [
+        torch.tensor([row]) for row in ([9.0, 0.0, 0.0], [9.0, 0.0, 0.0], [-torch.inf, -4.0, -9.0])
+    ]
     assert decode(logits, UNEVEN, method).labels.tolist() == [[0, 0, 1]]
 
 
@@ -216,18 +250,26 @@ def test_silence_is_uniform(method):
 
 @pytest.mark.parametrize("method", DECODERS)
 def test_ties_go_to_the_lowest_index(method):
-    """Leaf decoders to the lowest leaf, the others to the lowest node at each step; the coarse orders are turned."""
+    """Leaf decoders to the lowest leaf, the others to the lowest node at each step.
+
+    The coarse orders are turned.
+    """
     leaves = [f"{a}/{a}{b}/{a}{b}{c}" for a in "xy" for b in "12" for c in "abcdefg"]
     tree = Taxonomy(leaves, order=[["y", "x"], ["y/y2", "x/x1", "x/x2", "y/y1"], None])
     first_leaf = [1, 1, 0]
-    expected = {"independent": [0, 0, 0], "top-down": [0, 0, leaves.index("y/y2/y2a")]}.get(method, first_leaf)
+    expected = {"independent": [0, 0, 0], "top-down": [0, 0, leaves.index("y/y2/y2a")]}.get(
+        method, first_leaf
+    )
     for logit in (0.0, 0.1, 7.3):
         logits = [torch.full((3, k), logit) for k in tree.num_classes]
         assert decode(logits, tree, method).labels.tolist() == [expected] * 3
 
 
 def test_ties_of_crm_outlast_rounding():
-    """Two trees with the same leaf probabilities, turned round: their sums are equal but for the last bit."""
+    """Two trees with the same leaf probabilities, turned round.
+
+    Their sums are equal but for the last bit.
+    """
     tree = Taxonomy([f"{a}/{i}" for a in "ab" for i in range(50)])
     half = torch.randn(200, 50, generator=torch.Generator().manual_seed(0))
     logits = sum_upwards(torch.cat([half, half.flip(1)], 1), tree)
@@ -236,7 +278,9 @@ def test_ties_of_crm_outlast_rounding():
 
 def test_masked_siblings_are_equally_likely():
     """Both pets are masked; a transport with three kinds does not make them three."""
-    tree = Taxonomy(["animal/cat", "animal/dog", "transport/car", "transport/ship", "transport/train"])
+    tree = Taxonomy(
+        ["animal/cat", "animal/dog", "transport/car", "transport/ship", "transport/train"]
+    )
     logits = [torch.tensor([[2.0, 0.0]]), torch.tensor([[-torch.inf, -torch.inf, 1.0, 2.0, 3.0]])]
     labels, probabilities = decode(logits, tree, "top-down")
     assert labels.tolist() == [[0, 0]]
@@ -259,12 +303,16 @@ def test_short_paths_are_not_favoured():
     logits = [torch.tensor([[0.4, 0.6]]).log(), torch.tensor([[0.6, 0.4]]).log()]
     labels, probabilities = decode(logits, tree, "best-path")
     assert labels.tolist() == [[1, 0]]
-    products = torch.tensor([0.4 ** 2, 0.6 * 0.6, 0.6 * 0.4])
-    torch.testing.assert_close(probabilities, torch.stack([products[1:].sum(), products[1]])[None] / products.sum())
+    products = torch.tensor([0.4**2, 0.6 * 0.6, 0.6 * 0.4])
+    torch.testing.assert_close(
+        probabilities, torch.stack([products[1:].sum(), products[1]])[None] / products.sum()
+    )
 
 
 @pytest.mark.parametrize("method", DECODERS)
-@pytest.mark.parametrize("tree", [cifar10(), UNEVEN, Taxonomy("abc"), Taxonomy(["a"]), Taxonomy(["a/b/c"])])
+@pytest.mark.parametrize(
+    "tree", [cifar10(), UNEVEN, Taxonomy("abc"), Taxonomy(["a"]), Taxonomy(["a/b/c"])]
+)
 def test_few_samples(method, tree):
     for n in (0, 1):
         labels, probabilities = decode(random_logits(tree, 0, n), tree, method)
@@ -274,7 +322,9 @@ def test_few_samples(method, tree):
     logits = random_logits(tree, 1, 4)
     if tree.num_levels == 1:
         assert torch.equal(decode(logits, tree, method).labels, logits[0].argmax(-1, keepdim=True))
-        torch.testing.assert_close(decode(logits, tree, method).probabilities[:, 0], logits[0].softmax(-1).amax(-1))
+        torch.testing.assert_close(
+            decode(logits, tree, method).probabilities[:, 0], logits[0].softmax(-1).amax(-1)
+        )
 
 
 @pytest.mark.parametrize("method", DECODERS)
@@ -301,7 +351,9 @@ def test_gradient():
     assert not decode(logits, tree, "crm").probabilities.requires_grad
     masked = [torch.zeros(2, k, requires_grad=True) for k in UNEVEN.num_classes]
     hidden = [level.masked_fill(torch.arange(level.shape[1]) != 1, -torch.inf) for level in masked]
-    leaf_log_probs([hidden[0], torch.full_like(hidden[1], -torch.inf), hidden[2]], UNEVEN)[:, 2].sum().backward()
+    leaf_log_probs([hidden[0], torch.full_like(hidden[1], -torch.inf), hidden[2]], UNEVEN)[
+        :, 2
+    ].sum().backward()
     assert all(level.grad is None or level.grad.isfinite().all() for level in masked)
 
 
@@ -317,16 +369,25 @@ def test_nan_is_not_hidden():
         assert back_off(Prediction(labels, probabilities), 0.0).labels[0].tolist() == [-1, -1, -1]
 
 
-@pytest.mark.parametrize(("logits", "message"), [
-    ([torch.zeros(2, 2), torch.zeros(2, 7)], r"shapes \(N, 2\), \(N, 7\), \(N, 10\), got \[\(2, 2\), \(2, 7\)\]"),
-    ([torch.zeros(2, 2), torch.zeros(2, 10), torch.zeros(2, 7)], "shapes"),
-    ([torch.zeros(2, 2), torch.zeros(3, 7), torch.zeros(2, 10)], "shapes"),
-    ([torch.zeros(2), torch.zeros(7), torch.zeros(10)], "shapes"),
-    ([], r"got \[\]"),
-    ([torch.zeros(2, 2), torch.zeros(2, 7), torch.zeros(2, 10, dtype=torch.long)], "'fine' must be floating point"),
-    (torch.zeros(3, 2), "sequence of tensors.*got a Tensor"),
-    ({"coarse": torch.zeros(2, 2)}, r"list\(logits.values\(\)\)"),
-])
+@pytest.mark.parametrize(
+    ("logits", "message"),
+    [
+        (
+            [torch.zeros(2, 2), torch.zeros(2, 7)],
+            r"shapes \(N, 2\), \(N, 7\), \(N, 10\), got \[\(2, 2\), \(2, 7\)\]",
+        ),
+        ([torch.zeros(2, 2), torch.zeros(2, 10), torch.zeros(2, 7)], "shapes"),
+        ([torch.zeros(2, 2), torch.zeros(3, 7), torch.zeros(2, 10)], "shapes"),
+        ([torch.zeros(2), torch.zeros(7), torch.zeros(10)], "shapes"),
+        ([], r"got \[\]"),
+        (
+            [torch.zeros(2, 2), torch.zeros(2, 7), torch.zeros(2, 10, dtype=torch.long)],
+            "'fine' must be floating point",
+        ),
+        (torch.zeros(3, 2), "sequence of tensors.*got a Tensor"),
+        ({"coarse": torch.zeros(2, 2)}, r"list\(logits.values\(\)\)"),
+    ],
+)
 def test_wrong_logits(logits, message):
     with pytest.raises(ValueError, match=message):
         decode(logits, cifar10())
@@ -335,11 +396,14 @@ def test_wrong_logits(logits, message):
 
 
 def test_wrong_method():
-    with pytest.raises(ValueError, match="no decoder 'topdown'; there are 'independent', 'top-down'"):
+    with pytest.raises(
+        ValueError, match="no decoder 'topdown'; there are 'independent', 'top-down'"
+    ):
         decode(random_logits(UNEVEN, 0), UNEVEN, "topdown")
 
 
 # ---- backing off
+
 
 @pytest.mark.parametrize("method", DECODERS)
 def test_back_off_by_hand(method):
@@ -357,17 +421,34 @@ def test_back_off_by_hand(method):
 
 
 def test_back_off_limits():
-    prediction = Prediction(torch.tensor([[1, 2, 3], [1, 2, -1]]), torch.tensor([[0.4, 0.9, 0.7], [0.8, 0.7, 0.0]]))
-    assert back_off(prediction, 0.5).labels.tolist() == [[-1, -1, -1], [1, 2, -1]]  # level 0 fails, so all below do
-    assert back_off(prediction, 0.9 - 0.1).labels.tolist() == [[-1, -1, -1], [1, -1, -1]]  # float32's 0.8 is its equal
-    assert back_off(prediction, torch.tensor([0.4, 0.9, 0.8])).labels.tolist() == [[1, 2, -1], [1, -1, -1]]
-    assert back_off(prediction, torch.tensor(0.4).double()).labels.tolist() == prediction.labels.tolist()
+    prediction = Prediction(
+        torch.tensor([[1, 2, 3], [1, 2, -1]]), torch.tensor([[0.4, 0.9, 0.7], [0.8, 0.7, 0.0]])
+    )
+    # level 0 fails, so all below do
+    assert back_off(prediction, 0.5).labels.tolist() == [[-1, -1, -1], [1, 2, -1]]
+    # float32's 0.8 is its equal
+    assert back_off(prediction, 0.9 - 0.1).labels.tolist() == [[-1, -1, -1], [1, -1, -1]]
+    assert back_off(prediction, torch.tensor([0.4, 0.9, 0.8])).labels.tolist() == [
+        [1, 2, -1],
+        [1, -1, -1],
+    ]
+    assert (
+        back_off(prediction, torch.tensor(0.4).double()).labels.tolist()
+        == prediction.labels.tolist()
+    )
 
 
-@pytest.mark.parametrize(("threshold", "message"), [
-    (1.5, r"in \[0, 1\], got 1.5"), (-0.1, "got -0.1"), (math.nan, "got nan"), (torch.tensor([0.5, 0.5, 2.0]), "got 2"),
-    (torch.tensor([0.5, 0.5]), r"3 levels, got shape \(2,\)"), (torch.zeros(4, 3), "3 levels"),
-])
+@pytest.mark.parametrize(
+    ("threshold", "message"),
+    [
+        (1.5, r"in \[0, 1\], got 1.5"),
+        (-0.1, "got -0.1"),
+        (math.nan, "got nan"),
+        (torch.tensor([0.5, 0.5, 2.0]), "got 2"),
+        (torch.tensor([0.5, 0.5]), r"3 levels, got shape \(2,\)"),
+        (torch.zeros(4, 3), "3 levels"),
+    ],
+)
 def test_wrong_threshold(threshold, message):
     with pytest.raises(ValueError, match=message):
         back_off(Prediction(torch.zeros(4, 3, dtype=torch.long), torch.ones(4, 3)), threshold)
@@ -395,7 +476,9 @@ def test_curve_by_counting(method, seed):
             both = [(a, b) for a, b in zip(row, truth, strict=True) if a >= 0 and b >= 0]
             judged += [both[-1][0] == both[-1][1]] if both else []
         assert curve.mean_depth[t].item() == pytest.approx(sum(depths) / 30)
-        assert curve.shares[t].tolist() == pytest.approx([depths.count(d) / 30 for d in range(tree.num_levels + 1)])
+        assert curve.shares[t].tolist() == pytest.approx(
+            [depths.count(d) / 30 for d in range(tree.num_levels + 1)]
+        )
         expected = sum(judged) / len(judged) if judged else math.nan
         assert curve.accuracy[t].item() == pytest.approx(expected, nan_ok=True)
 
@@ -409,7 +492,9 @@ def test_default_thresholds_are_the_written_numbers():
 
 
 def test_curve_leaves_nan_unanswered():
-    nan = Prediction(torch.zeros(2, 2, dtype=torch.long), torch.tensor([[torch.nan, 0.5], [0.5, torch.nan]]))
+    nan = Prediction(
+        torch.zeros(2, 2, dtype=torch.long), torch.tensor([[torch.nan, 0.5], [0.5, torch.nan]])
+    )
     curve = depth_accuracy_curve(nan, torch.zeros(2, 2, dtype=torch.long), torch.tensor([0.0, 0.5]))
     assert curve.shares.tolist() == [[0.5, 0.5, 0.0]] * 2
 
@@ -421,20 +506,29 @@ def test_curve_without_samples():
     assert all(values.isnan().all() for values in curve[1:])
 
 
-@pytest.mark.parametrize(("labels", "thresholds", "message"), [
-    (torch.zeros(2, 3, dtype=torch.long), None, r"\(2, 2\) and \(2, 3\)"),
-    (torch.zeros(2, 2), None, "class indices"),
-    (torch.zeros(2, 2, dtype=torch.long), torch.tensor([0.5, 1.1]), r"\[0, 1\], got 1.1"),
-    (torch.zeros(2, 2, dtype=torch.long), torch.tensor(0.5), r"shape \(T,\), got \(\)"),
-])
+@pytest.mark.parametrize(
+    ("labels", "thresholds", "message"),
+    [
+        (torch.zeros(2, 3, dtype=torch.long), None, r"\(2, 2\) and \(2, 3\)"),
+        (torch.zeros(2, 2), None, "class indices"),
+        (torch.zeros(2, 2, dtype=torch.long), torch.tensor([0.5, 1.1]), r"\[0, 1\], got 1.1"),
+        (torch.zeros(2, 2, dtype=torch.long), torch.tensor(0.5), r"shape \(T,\), got \(\)"),
+    ],
+)
 def test_wrong_curve_arguments(labels, thresholds, message):
     with pytest.raises(ValueError, match=message):
-        depth_accuracy_curve(Prediction(torch.zeros(2, 2, dtype=torch.long), torch.ones(2, 2)), labels, thresholds)
+        depth_accuracy_curve(
+            Prediction(torch.zeros(2, 2, dtype=torch.long), torch.ones(2, 2)), labels, thresholds
+        )
 
 
 class TestPlot:
-    curve = DepthAccuracy(torch.tensor([0.0, 0.5, 1.0]), torch.tensor([3.0, 2.0, 0.0]),
-                          torch.tensor([0.5, 0.8, torch.nan]), torch.zeros(3, 4))
+    curve = DepthAccuracy(
+        torch.tensor([0.0, 0.5, 1.0]),
+        torch.tensor([3.0, 2.0, 0.0]),
+        torch.tensor([0.5, 0.8, torch.nan]),
+        torch.zeros(3, 4),
+    )
 
     @pytest.mark.parametrize("several", [False, True])
     def test_draws(self, several, tmp_path):
@@ -442,7 +536,10 @@ class TestPlot:
         curves = {"crm": self.curve, "top-down": self.curve} if several else self.curve
         file = plot_depth_accuracy(curves, tmp_path / "new" / "trade.png")
         assert [found.name for found in file.parent.iterdir()] == ["trade.png"]
-        pixels = {tuple(pixel) for pixel in (255 * image.imread(file)).round().astype(int)[..., :3].reshape(-1, 3)}
+        pixels = {
+            tuple(pixel)
+            for pixel in (255 * image.imread(file)).round().astype(int)[..., :3].reshape(-1, 3)
+        }
         assert (0x00, 0x72, 0xB2) in pixels  # the first curve's colour
         assert ((0xD5, 0x5E, 0x00) in pixels) == several
 

@@ -1,4 +1,6 @@
-"""The evaluator against the metrics' functional forms on all samples at once, sklearn, and itself in two processes."""
+"""The evaluator against the metrics' functional forms on all samples at once, sklearn, and
+itself in two processes."""
+
 import json
 import math
 from datetime import timedelta
@@ -13,7 +15,11 @@ from sklearn.metrics import classification_report, confusion_matrix
 from timm_branches.hierarchy import consistency, full_path_accuracy, level_accuracy, sum_upwards
 from timm_branches.hierarchy.decode import DECODERS, decode, leaf_log_probs
 from timm_branches.hierarchy.evaluator import HierarchyEvaluator
-from timm_branches.hierarchy.metrics import expected_calibration_error, format_class_report, top_k_accuracy
+from timm_branches.hierarchy.metrics import (
+    expected_calibration_error,
+    format_class_report,
+    top_k_accuracy,
+)
 from timm_branches.hierarchy.tree_metrics import (
     distance_at_k,
     hierarchical_distance,
@@ -22,8 +28,10 @@ from timm_branches.hierarchy.tree_metrics import (
 )
 from timm_branches.taxonomy import Taxonomy, cifar10, cifar100
 
-UNEVEN = Taxonomy([*(f"animal/pet/{name}" for name in "abcdef"), "plant", "animal/bird", "transport/sea/ship"],
-                  levels=["coarse", "middle", "fine"])
+UNEVEN = Taxonomy(
+    [*(f"animal/pet/{name}" for name in "abcdef"), "plant", "animal/bird", "transport/sea/ship"],
+    levels=["coarse", "middle", "fine"],
+)
 TREES = {"even": cifar10(), "uneven": UNEVEN, "large": cifar100()}
 trees = pytest.mark.parametrize("tree", TREES.values(), ids=TREES)
 
@@ -32,8 +40,10 @@ def random_case(tree, size=41, seed=0):
     """Logits by level that know something, and labels of which some are unknown."""
     torch.manual_seed(seed)
     labels = tree.expand(torch.randint(tree.num_leaves, (size,)))
-    logits = {name: 2 * torch.randn(size, k) + 4 * F.one_hot(labels[:, i].clamp(min=0), k)
-              for i, (name, k) in enumerate(zip(tree.levels, tree.num_classes, strict=True))}
+    logits = {
+        name: 2 * torch.randn(size, k) + 4 * F.one_hot(labels[:, i].clamp(min=0), k)
+        for i, (name, k) in enumerate(zip(tree.levels, tree.num_classes, strict=True))
+    }
     labels[::5, 2:] = -1
     labels[7:9, 1:] = -1
     labels[11:13] = -1
@@ -74,7 +84,9 @@ def all_at_once(tree, logits, labels, decoder):
     want["distance"] = hierarchical_distance(answers, labels, tree)
     for k in (5, 20):
         if k < tree.num_leaves:
-            want[f"dist@{k}"] = distance_at_k(leaf_log_probs(list(logits.values()), tree), labels, tree, k)
+            want[f"dist@{k}"] = distance_at_k(
+                leaf_log_probs(list(logits.values()), tree), labels, tree, k
+            )
     want["severity"], top1 = mistake_severity(answers, labels, tree)
     if (tree.leaf_table < 0).any():
         want["top1"] = top1 * 100
@@ -102,10 +114,13 @@ def test_only_so_many_samples():
     tree = TREES["large"]
     logits, labels = random_case(tree)
     evaluator = update_in_batches(make_evaluator(tree, max_samples=30), logits, labels)
-    want = update_in_batches(make_evaluator(tree), {name: y[:30] for name, y in logits.items()}, labels[:30])
+    want = update_in_batches(
+        make_evaluator(tree), {name: y[:30] for name, y in logits.items()}, labels[:30]
+    )
     assert evaluator.num_samples == want.num_samples == 30
     assert evaluator.compute() == pytest.approx(want.compute(), rel=1e-12)
-    assert json.dumps(evaluator.class_report()) == json.dumps(want.class_report())  # as text nan is nan
+    # as text nan is nan
+    assert json.dumps(evaluator.class_report()) == json.dumps(want.class_report())
 
 
 def test_half_precision_logits():
@@ -129,7 +144,15 @@ def test_names(tree):
     assert evaluator.default_metric in names
     assert names > set(evaluator.headline)
     bare = HierarchyEvaluator(["a", "b"], [2, 7])
-    assert bare.metric_names == ("loss", "a_top1", "b_top1", "b_top5", "full_path", "a_ece", "b_ece")
+    assert bare.metric_names == (
+        "loss",
+        "a_top1",
+        "b_top1",
+        "b_top5",
+        "full_path",
+        "a_ece",
+        "b_ece",
+    )
     assert bare.headline == ("a_top1", "b_top1", "full_path")
     # as many classes and leaves as are looked at: all models would be equal
     small = Taxonomy([f"a/{i}" for i in range(5)])
@@ -163,14 +186,28 @@ def test_without_samples_nothing_is_claimed(tree):
     logits, labels = random_case(tree)
     evaluator.update(logits, torch.full_like(labels, -1))
     answered = evaluator.compute()
-    assert [name for name, value in answered.items() if not math.isnan(value)] == ["consistency", "tice"]
+    assert [name for name, value in answered.items() if not math.isnan(value)] == [
+        "consistency",
+        "tice",
+    ]
     evaluator.reset()
     labels[:, 1:] = -1
     coarse = tree.parents[1].bincount() > 0  # leaves of the first level would be known leaves
     labels[~coarse[labels[:, 0].clamp(min=0)], 0] = -1
     evaluator.update(logits, labels)
-    unknown = {"middle_top1", "middle_top5", "middle_ece", "fine_top1", "fine_top5", "fine_ece", "distance", "dist@5",
-               "dist@20", "top1", "severity"} & set(evaluator.metric_names)
+    unknown = {
+        "middle_top1",
+        "middle_top5",
+        "middle_ece",
+        "fine_top1",
+        "fine_top5",
+        "fine_ece",
+        "distance",
+        "dist@5",
+        "dist@20",
+        "top1",
+        "severity",
+    } & set(evaluator.metric_names)
     assert {name for name, value in evaluator.compute().items() if math.isnan(value)} == unknown
 
 
@@ -184,7 +221,8 @@ def test_levels_that_are_not_a_number():
     assert math.isnan(metrics["fine_ece"])
 
 
-# -- classes -------------------------------------------------------------------------------------------------------
+# -- classes
+# -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("decoder", ["independent", "leaf-marginal"])
@@ -195,17 +233,26 @@ def test_class_report_is_sklearns(decoder):
     answers = decode(list(logits.values()), UNEVEN, decoder).labels
     rows = evaluator.class_report()
     assert [(row["level"], row["class"]) for row in rows] == [
-        (level, name) for level, names in zip(UNEVEN.levels, UNEVEN.classes, strict=True) for name in names]
+        (level, name)
+        for level, names in zip(UNEVEN.levels, UNEVEN.classes, strict=True)
+        for name in names
+    ]
     matrices = evaluator.confusion_matrices()
     for i, (level, k) in enumerate(zip(UNEVEN.levels, UNEVEN.num_classes, strict=True)):
         known = labels[:, i] >= 0
         truth, guess = labels[known, i], answers[known, i]
-        want = classification_report(truth, guess, labels=range(k), output_dict=True, zero_division=np.nan)
+        want = classification_report(
+            truth, guess, labels=range(k), output_dict=True, zero_division=np.nan
+        )
         for c, row in enumerate(row for row in rows if row["level"] == level):
             got = [row["precision"], row["recall"], row["f1"], row["support"]]
             wanted = [want[str(c)][key] for key in ("precision", "recall", "f1-score", "support")]
-            assert got == pytest.approx([*(100 * x for x in wanted[:3]), wanted[3]], rel=1e-12, nan_ok=True)
-        np.testing.assert_array_equal(matrices[i].numpy(), confusion_matrix(truth, guess, labels=range(k)))
+            assert got == pytest.approx(
+                [*(100 * x for x in wanted[:3]), wanted[3]], rel=1e-12, nan_ok=True
+            )
+        np.testing.assert_array_equal(
+            matrices[i].numpy(), confusion_matrix(truth, guess, labels=range(k))
+        )
     assert any(math.isnan(row["recall"]) for row in rows)
 
 
@@ -227,20 +274,36 @@ def test_no_matrix_of_very_many_classes():
     logits = [torch.randn(2, k) for k in (1000, 1001, 2)]
     logits[1][:, 1000] = 10
     evaluator.update(dict(zip("abc", logits, strict=True)), labels)
-    shapes = [matrix if matrix is None else tuple(matrix.shape) for matrix in evaluator.confusion_matrices()]
+    shapes = [
+        matrix if matrix is None else tuple(matrix.shape)
+        for matrix in evaluator.confusion_matrices()
+    ]
     assert shapes == [(1000, 1000), None, (2, 2)]
     row = evaluator.class_report()[2000]
-    assert row == {"level": "b", "class": "1000", "precision": 100, "recall": 100, "f1": 100, "support": 2}
+    assert row == {
+        "level": "b",
+        "class": "1000",
+        "precision": 100,
+        "recall": 100,
+        "f1": 100,
+        "support": 2,
+    }
     assert evaluator.compute()["b_top1"] == 100
 
 
-# -- several processes ---------------------------------------------------------------------------------------------
+# -- several processes
+# ---------------------------------------------------------------------------------------------
 
 
 def worker(rank, folder):
     """Each of two processes takes its share of the samples; shares differ in size."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2,
-                            timeout=timedelta(seconds=60))
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=2,
+        timeout=timedelta(seconds=60),
+    )
     result = {}
     for name, tree in TREES.items():
         logits, labels = random_case(tree)
@@ -248,8 +311,12 @@ def worker(rank, folder):
         evaluator = make_evaluator(tree, decoder="top-down")
         update_in_batches(evaluator, {key: y[part] for key, y in logits.items()}, labels[part])
         own = evaluator.compute()
-        result[name] = [evaluator.compute(distributed=True), evaluator.class_report(), own == evaluator.summary(),
-                        [matrix.tolist() for matrix in evaluator.confusion_matrices()]]
+        result[name] = [
+            evaluator.compute(distributed=True),
+            evaluator.class_report(),
+            own == evaluator.summary(),
+            [matrix.tolist() for matrix in evaluator.confusion_matrices()],
+        ]
     (folder / f"{rank}.json").write_text(json.dumps(result))
     dist.destroy_process_group()
 
@@ -257,8 +324,12 @@ def worker(rank, folder):
 def test_two_processes_count_as_one(tmp_path):
     torch.multiprocessing.spawn(worker, (tmp_path,), nprocs=2)
     for rank in (0, 1):
-        for name, (metrics, report, own_stays, matrices) in json.loads((tmp_path / f"{rank}.json").read_text()).items():
-            want = update_in_batches(make_evaluator(TREES[name], decoder="top-down"), *random_case(TREES[name]))
+        for name, (metrics, report, own_stays, matrices) in json.loads(
+            (tmp_path / f"{rank}.json").read_text()
+        ).items():
+            want = update_in_batches(
+                make_evaluator(TREES[name], decoder="top-down"), *random_case(TREES[name])
+            )
             assert metrics == pytest.approx(want.compute(), rel=1e-12)
             assert json.dumps(report) == json.dumps(want.class_report())  # as text nan is nan
             assert matrices == [matrix.tolist() for matrix in want.confusion_matrices()]
@@ -266,7 +337,10 @@ def test_two_processes_count_as_one(tmp_path):
 
 
 def test_an_update_ends_the_joined_count(monkeypatch):
-    """Three processes that happen to hold the same: classes and matrices are of all of them until counting goes on."""
+    """Three processes that happen to hold the same.
+
+    Classes and matrices are of all of them until counting goes on.
+    """
     monkeypatch.setattr(dist, "all_reduce", lambda tensor: tensor.mul_(3))
     logits, labels = random_case(cifar10())
     evaluator = make_evaluator(cifar10())
@@ -287,7 +361,8 @@ def test_an_update_ends_the_joined_count(monkeypatch):
     assert counted() == [0, 0]
 
 
-# -- what is refused -----------------------------------------------------------------------------------------------
+# -- what is refused
+# -----------------------------------------------------------------------------------------------
 
 
 def test_what_is_refused():

@@ -1,4 +1,6 @@
-"""Losses on a hierarchy, against sums in plain Python that follow the papers' equations, and torch's own functions."""
+"""Losses on a hierarchy, against sums in plain Python that follow the papers' equations, and
+torch's own functions."""
+
 import math
 
 import pytest
@@ -20,7 +22,10 @@ LEAF_LOSSES = [marginal_loss, hxe_loss, soft_label_loss]
 
 
 def level_logits(tree, batch, generator, dtype=torch.float32):
-    return [torch.randn(batch, size, generator=generator, dtype=dtype).requires_grad_() for size in tree.num_classes]
+    return [
+        torch.randn(batch, size, generator=generator, dtype=dtype).requires_grad_()
+        for size in tree.num_classes
+    ]
 
 
 class TestTreePathKL:
@@ -43,7 +48,13 @@ class TestTreePathKL:
         generator = torch.Generator().manual_seed(0)
         logits = level_logits(tree, 10, generator)
         labels = tree.expand(range(10))
-        target = torch.cat([F.one_hot(y, k) for y, k in zip(labels.unbind(1), tree.num_classes, strict=True)], 1) / 3
+        target = (
+            torch.cat(
+                [F.one_hot(y, k) for y, k in zip(labels.unbind(1), tree.num_classes, strict=True)],
+                1,
+            )
+            / 3
+        )
         expected = F.kl_div(torch.cat(logits, 1).log_softmax(1), target, reduction="batchmean")
         torch.testing.assert_close(tree_path_kl(logits, labels, tree), expected)
 
@@ -52,8 +63,11 @@ class TestTreePathKL:
         logits = level_logits(UNEVEN, 1, generator)
         labels = UNEVEN.expand([0])
         labels[0, 1] = -1
-        expected = F.kl_div(torch.cat([logits[0], logits[2]], 1).log_softmax(1),
-                            torch.tensor([[0.5, 0, 0, 0.5, 0, 0]]), reduction="batchmean")
+        expected = F.kl_div(
+            torch.cat([logits[0], logits[2]], 1).log_softmax(1),
+            torch.tensor([[0.5, 0, 0, 0.5, 0, 0]]),
+            reduction="batchmean",
+        )
         result = tree_path_kl(logits, labels, UNEVEN)
         torch.testing.assert_close(result, expected)
         result.backward()
@@ -64,13 +78,19 @@ class TestTreePathKL:
         logits = level_logits(UNEVEN, 4, generator, torch.double)
         assert torch.autograd.gradcheck(lambda *x: tree_path_kl(x, labels, UNEVEN), logits)
 
-    @pytest.mark.parametrize(("change", "message"), [
-        (lambda x, y: (x[:2], y), r"one \(N, K\) for each level, K in \(3, 3, 3\), got \[\(1, 3\), \(1, 3\)\]"),
-        (lambda x, y: ([], y), "for each level"),
-        (lambda x, y: ([x[0], x[1][:, :2], x[2]], y), r"\(1, 2\)"),
-        (lambda x, y: (x, torch.cat([y, y])), r"shape \(1, 3\)"),
-        (lambda x, y: (x, y.clamp(max=0) + 3), "out of range"),
-    ])
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (
+                lambda x, y: (x[:2], y),
+                r"one \(N, K\) for each level, K in \(3, 3, 3\), got \[\(1, 3\), \(1, 3\)\]",
+            ),
+            (lambda x, y: ([], y), "for each level"),
+            (lambda x, y: ([x[0], x[1][:, :2], x[2]], y), r"\(1, 2\)"),
+            (lambda x, y: (x, torch.cat([y, y])), r"shape \(1, 3\)"),
+            (lambda x, y: (x, y.clamp(max=0) + 3), "out of range"),
+        ],
+    )
     def test_wrong_arguments(self, change, message):
         logits, labels = change(level_logits(UNEVEN, 1, None), UNEVEN.expand([0]))
         with pytest.raises(ValueError, match=message):
@@ -87,9 +107,17 @@ def plain_consistency(tree, rows):
     for level in range(tree.num_levels - 1):
         ends = [path in tree.leaves for path in tree.nodes[level]]
         rest = sum(x for x, end in zip(p[level], ends, strict=True) if not end)
-        q = [p[level][i] if end else
-             rest * sum(x for x, child in zip(p[level + 1], tree.nodes[level + 1], strict=True) if child[:-1] == path)
-             for i, (path, end) in enumerate(zip(tree.nodes[level], ends, strict=True))]
+        q = [
+            p[level][i]
+            if end
+            else rest
+            * sum(
+                x
+                for x, child in zip(p[level + 1], tree.nodes[level + 1], strict=True)
+                if child[:-1] == path
+            )
+            for i, (path, end) in enumerate(zip(tree.nodes[level], ends, strict=True))
+        ]
         for a, b in ((p[level], q), (q, p[level])):
             total += sum(x * math.log(2 * x / (x + y)) for x, y in zip(a, b, strict=True)) / 2
     return total / (tree.num_levels - 1)
@@ -99,14 +127,20 @@ class TestConsistency:
     @pytest.mark.parametrize("tree", [tree for tree in TREES if tree.num_levels > 1])
     def test_the_equation(self, tree):
         logits = level_logits(tree, 6, torch.Generator().manual_seed(0), torch.double)
-        expected = sum(plain_consistency(tree, [x[row].tolist() for x in logits]) for row in range(6)) / 6
+        expected = (
+            sum(plain_consistency(tree, [x[row].tolist() for x in logits]) for row in range(6)) / 6
+        )
         assert consistency_loss(logits, tree).item() == pytest.approx(expected, abs=1e-12)
 
     @pytest.mark.parametrize("tree", [tree for tree in TREES if tree.num_levels > 1])
     def test_0_if_consistent(self, tree):
         """Answers that come from one distribution of leaves agree, wherever the leaves end."""
-        p = torch.rand(6, tree.num_leaves, dtype=torch.double, generator=torch.Generator().manual_seed(0))
-        logits = [(p @ tree.leaf_to_level(level).double()).log().requires_grad_() for level in tree.levels]
+        p = torch.rand(
+            6, tree.num_leaves, dtype=torch.double, generator=torch.Generator().manual_seed(0)
+        )
+        logits = [
+            (p @ tree.leaf_to_level(level).double()).log().requires_grad_() for level in tree.levels
+        ]
         result = consistency_loss(logits, tree)
         result.backward()
         assert result.item() == pytest.approx(0, abs=1e-12)
@@ -114,7 +148,10 @@ class TestConsistency:
 
     def test_log_2_if_contradictory(self):
         tree = Taxonomy(["a/x", "a/y", "b/z"])
-        logits = [torch.tensor([[1e4, -1e4]], requires_grad=True), torch.tensor([[-1e4, -1e4, 1e4]])]
+        logits = [
+            torch.tensor([[1e4, -1e4]], requires_grad=True),
+            torch.tensor([[-1e4, -1e4, 1e4]]),
+        ]
         result = consistency_loss(logits, tree)
         result.backward()
         assert result.item() == pytest.approx(math.log(2))
@@ -131,15 +168,20 @@ class TestConsistency:
         """The same two distributions with their places exchanged."""
         tree = Taxonomy(["a/x", "b/y", "c/z"])
         logits = level_logits(tree, 5, torch.Generator().manual_seed(0))
-        torch.testing.assert_close(consistency_loss(logits, tree), consistency_loss(logits[::-1], tree))
+        torch.testing.assert_close(
+            consistency_loss(logits, tree), consistency_loss(logits[::-1], tree)
+        )
 
     def test_gradcheck(self):
         logits = level_logits(UNEVEN, 3, torch.Generator().manual_seed(0), torch.double)
         assert torch.autograd.gradcheck(lambda *x: consistency_loss(x, UNEVEN), logits)
 
     def test_masked_classes(self):
-        logits = [torch.tensor([[0.0, -math.inf, 0.0]], requires_grad=True),
-                  torch.tensor([[0.0, -math.inf, 0.0]], requires_grad=True), torch.zeros(1, 3)]
+        logits = [
+            torch.tensor([[0.0, -math.inf, 0.0]], requires_grad=True),
+            torch.tensor([[0.0, -math.inf, 0.0]], requires_grad=True),
+            torch.zeros(1, 3),
+        ]
         result = consistency_loss(logits, UNEVEN)
         result.backward()
         assert 0 < result.item() < math.log(2)
@@ -197,15 +239,26 @@ class TestUnknown:
         torch.testing.assert_close(result, loss(logits.float(), labels, UNEVEN), rtol=0, atol=0)
 
     def test_half_precision_without_labels(self):
-        logits = [torch.randn(4, 3, generator=torch.Generator().manual_seed(0)).bfloat16() for _ in range(3)]
-        torch.testing.assert_close(consistency_loss(logits, UNEVEN),
-                                   consistency_loss([x.float() for x in logits], UNEVEN), rtol=0, atol=0)
+        logits = [
+            torch.randn(4, 3, generator=torch.Generator().manual_seed(0)).bfloat16()
+            for _ in range(3)
+        ]
+        torch.testing.assert_close(
+            consistency_loss(logits, UNEVEN),
+            consistency_loss([x.float() for x in logits], UNEVEN),
+            rtol=0,
+            atol=0,
+        )
 
 
 def random_level(seed=0, batch=8, classes=5):
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(batch, classes, generator=generator, requires_grad=True)
-    return logits, torch.randint(classes, (batch,), generator=generator), torch.rand(classes, generator=generator)
+    return (
+        logits,
+        torch.randint(classes, (batch,), generator=generator),
+        torch.rand(classes, generator=generator),
+    )
 
 
 class TestLevelCrossEntropy:
@@ -224,8 +277,10 @@ class TestLevelCrossEntropy:
         logits, target, weights = random_level()
         soft = (5 * torch.rand(8, 5, generator=torch.Generator().manual_seed(1))).softmax(1)
         weights = weights if weighted else None
-        torch.testing.assert_close(level_cross_entropy(logits, soft, class_weights=weights),
-                                   F.cross_entropy(logits, soft, weights))
+        torch.testing.assert_close(
+            level_cross_entropy(logits, soft, class_weights=weights),
+            F.cross_entropy(logits, soft, weights),
+        )
 
     @pytest.mark.parametrize("smoothing", [0.0, 0.1])
     @pytest.mark.parametrize("weighted", [False, True])
@@ -235,10 +290,16 @@ class TestLevelCrossEntropy:
         target[[0, 5]] = -1
         spoilt = logits.detach().clone()
         spoilt[0], spoilt[5] = math.inf, math.nan
-        expected = F.cross_entropy(logits[target >= 0], target[target >= 0], weights, label_smoothing=smoothing)
-        torch.testing.assert_close(level_cross_entropy(spoilt, target, smoothing, weights), expected)
+        expected = F.cross_entropy(
+            logits[target >= 0], target[target >= 0], weights, label_smoothing=smoothing
+        )
+        torch.testing.assert_close(
+            level_cross_entropy(spoilt, target, smoothing, weights), expected
+        )
         torch.testing.assert_close(  # torch has an index to ignore
-            expected, F.cross_entropy(logits, target, weights, label_smoothing=smoothing, ignore_index=-1))
+            expected,
+            F.cross_entropy(logits, target, weights, label_smoothing=smoothing, ignore_index=-1),
+        )
 
     def test_partly_known_soft_labels(self):
         """Mixed with an unknown image, a label keeps its share of the mass and of the mean."""
@@ -246,9 +307,12 @@ class TestLevelCrossEntropy:
         target = torch.tensor([[0, 0.3, 0, 0, 0], [0, 0, 1, 0, 0]])
         log_p = logits.log_softmax(1)
         assert level_cross_entropy(logits, target).item() == pytest.approx(
-            -(0.3 * log_p[0, 1] + log_p[1, 2]).item() / 1.3)
+            -(0.3 * log_p[0, 1] + log_p[1, 2]).item() / 1.3
+        )
 
-    @pytest.mark.parametrize("target", [torch.tensor([-1, -1]), torch.zeros(2, 3), torch.tensor([1, 1])])
+    @pytest.mark.parametrize(
+        "target", [torch.tensor([-1, -1]), torch.zeros(2, 3), torch.tensor([1, 1])]
+    )
     def test_nothing_counts(self, target):
         logits = torch.full((2, 3), 1.0 if target.max() > 0 else -math.inf, requires_grad=True)
         result = level_cross_entropy(logits, target, class_weights=torch.tensor([1.0, 0.0, 1.0]))
@@ -259,21 +323,29 @@ class TestLevelCrossEntropy:
     def test_half_precision(self):
         logits, target, weights = random_level()
         result = level_cross_entropy(logits.bfloat16(), target, 0.1, weights.bfloat16())
-        expected = F.cross_entropy(logits.bfloat16().float(), target, weights.bfloat16().float(), label_smoothing=0.1)
+        expected = F.cross_entropy(
+            logits.bfloat16().float(), target, weights.bfloat16().float(), label_smoothing=0.1
+        )
         torch.testing.assert_close(result, expected)
 
     def test_wrong_weights(self):
         with pytest.raises(ValueError, match=r"each of the 5 classes, got shape \(4,\)"):
-            level_cross_entropy(torch.zeros(2, 5), torch.tensor([0, 1]), class_weights=torch.ones(4))
+            level_cross_entropy(
+                torch.zeros(2, 5), torch.tensor([0, 1]), class_weights=torch.ones(4)
+            )
 
 
 def test_a_level_loss_of_leaves_is_the_leaf_loss():
-    """On a tree of one level, all leaf losses that have no more to say are the level's cross-entropy."""
+    """On a tree of one level, all leaf losses that have no more to say are the level's
+    cross-entropy."""
     labels, _, generator = case(SINGLE)
     logits = torch.randn(12, 3, generator=generator)
     expected = level_cross_entropy(logits, labels[:, 0])
-    for result in (marginal_loss(logits, labels, SINGLE), hxe_loss(logits, labels, SINGLE, alpha=3),
-                   tree_path_kl([logits], labels, SINGLE)):
+    for result in (
+        marginal_loss(logits, labels, SINGLE),
+        hxe_loss(logits, labels, SINGLE, alpha=3),
+        tree_path_kl([logits], labels, SINGLE),
+    ):
         torch.testing.assert_close(result, expected)
 
 
@@ -282,16 +354,23 @@ def all_losses(rows, **kwargs):
     labels, _, generator = case(UNEVEN, batch=9)
     leaves, levels = torch.randn(9, 5, generator=generator), torch.randn(9, 9, generator=generator)
     split, labels = levels[rows].split(UNEVEN.num_classes, 1), labels[rows]
-    return torch.stack([
-        *(loss(leaves[rows], labels, UNEVEN, **kwargs) for loss in LEAF_LOSSES),
-        tree_path_kl(split, labels, UNEVEN, **kwargs),
-        consistency_loss(split, UNEVEN, **kwargs),
-        level_cross_entropy(split[0], labels[:, 0], 0.1, torch.tensor([1.0, 2.0, 3.0]), **kwargs),
-    ])
+    return torch.stack(
+        [
+            *(loss(leaves[rows], labels, UNEVEN, **kwargs) for loss in LEAF_LOSSES),
+            tree_path_kl(split, labels, UNEVEN, **kwargs),
+            consistency_loss(split, UNEVEN, **kwargs),
+            level_cross_entropy(
+                split[0], labels[:, 0], 0.1, torch.tensor([1.0, 2.0, 3.0]), **kwargs
+            ),
+        ]
+    )
 
 
 def test_shared_means_are_those_of_the_global_batch(monkeypatch):
-    """Two processes, one after the other: a first pass notes what they would add up, a second one gets the sums."""
+    """Two processes, one after the other.
+
+    A first pass notes what they would add up, a second one gets the sums.
+    """
     noted, sums = [], []
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
     monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)

@@ -1,4 +1,6 @@
-"""Accuracies and calibration, against counting by hand, torchmetrics and sums of plain probabilities."""
+"""Accuracies and calibration, against counting by hand, torchmetrics and sums of plain
+probabilities."""
+
 import math
 import random
 
@@ -21,7 +23,9 @@ from timm_branches.hierarchy.metrics import (
 )
 from timm_branches.taxonomy import Taxonomy, cifar10
 
-UNEVEN = Taxonomy(["animal/pet/cat", "animal/pet/dog", "plant", "animal/bird", "transport/sea/ship"])
+UNEVEN = Taxonomy(
+    ["animal/pet/cat", "animal/pet/dog", "plant", "animal/bird", "transport/sea/ship"]
+)
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -32,7 +36,9 @@ def test_accuracies_by_counting(seed):
     labels = [[rng.randrange(-1, 3) for _ in range(3)] for _ in rows]
     by_level = []
     for level in range(3):
-        pairs = [(p[level], t[level]) for p, t in zip(predictions, labels, strict=True) if t[level] >= 0]
+        pairs = [
+            (p[level], t[level]) for p, t in zip(predictions, labels, strict=True) if t[level] >= 0
+        ]
         by_level.append(sum(p == t for p, t in pairs) / len(pairs) if pairs else math.nan)
     counted = [(p, t) for p, t in zip(predictions, labels, strict=True) if any(x >= 0 for x in t)]
     exact = [all(y in (-1, x) for x, y in zip(p, t, strict=True)) for p, t in counted]
@@ -63,12 +69,19 @@ def test_no_samples():
 
 
 @pytest.mark.parametrize("metric", [level_accuracy, full_path_accuracy])
-@pytest.mark.parametrize(("predictions", "labels", "message"), [
-    (torch.zeros(3, 2, dtype=torch.long), torch.zeros(3, dtype=torch.long), r"\(3, 2\) and \(3,\)"),
-    (torch.zeros(3, dtype=torch.long), torch.zeros(3, dtype=torch.long), r"\(N, L\)"),
-    (torch.zeros(3, 2), torch.zeros(3, 2, dtype=torch.long), "take the argmax"),
-    (torch.zeros(3, 2, dtype=torch.long), torch.full((3, 2), -100), "got -100"),
-])
+@pytest.mark.parametrize(
+    ("predictions", "labels", "message"),
+    [
+        (
+            torch.zeros(3, 2, dtype=torch.long),
+            torch.zeros(3, dtype=torch.long),
+            r"\(3, 2\) and \(3,\)",
+        ),
+        (torch.zeros(3, dtype=torch.long), torch.zeros(3, dtype=torch.long), r"\(N, L\)"),
+        (torch.zeros(3, 2), torch.zeros(3, 2, dtype=torch.long), "take the argmax"),
+        (torch.zeros(3, 2, dtype=torch.long), torch.full((3, 2), -100), "got -100"),
+    ],
+)
 def test_wrong_arguments(metric, predictions, labels, message):
     with pytest.raises(ValueError, match=message):
         metric(predictions, labels)
@@ -117,8 +130,12 @@ def test_class_scores_are_torchmetrics():
     known = labels >= 0
     counts = [(labels[known & (labels == predictions)]), predictions[known], labels[known]]
     scores = class_scores(*(count.bincount(minlength=7) for count in counts))
-    for got, metric, undefined in zip(scores, (multiclass_precision, multiclass_recall, multiclass_f1_score),
-                                      ([5], [3], []), strict=True):
+    for got, metric, undefined in zip(
+        scores,
+        (multiclass_precision, multiclass_recall, multiclass_f1_score),
+        ([5], [3], []),
+        strict=True,
+    ):
         want = metric(predictions, labels, 7, average=None, ignore_index=-1)
         assert got.isnan().nonzero()[:, 0].tolist() == undefined
         torch.testing.assert_close(got.nan_to_num(0.0), want.double(), rtol=1e-6, atol=0)
@@ -136,15 +153,20 @@ def test_calibration_error_is_torchmetrics(num_bins):
     assert got.item() == pytest.approx(want.item(), rel=1e-6)
 
 
-@pytest.mark.parametrize(("confidences", "right", "num_bins", "expected"), [
-    ([1.0, 0.95], [False, True], 15, (1.95 - 1) / 2),  # 1 belongs to the last bin
-    ([0.5, 0.4], [True, False], 2, (1 - 0.9) / 2),  # an upper edge belongs to its bin
-    ([0.0, 0.5], [False, False], 2, 0.25),  # 0 to the first
-    ([0.25, 0.75], [True, False], 2, 0.75),  # bins do not cancel each other out
-    ([0.9, math.nan], [True, True], 15, math.nan),
-])
+@pytest.mark.parametrize(
+    ("confidences", "right", "num_bins", "expected"),
+    [
+        ([1.0, 0.95], [False, True], 15, (1.95 - 1) / 2),  # 1 belongs to the last bin
+        ([0.5, 0.4], [True, False], 2, (1 - 0.9) / 2),  # an upper edge belongs to its bin
+        ([0.0, 0.5], [False, False], 2, 0.25),  # 0 to the first
+        ([0.25, 0.75], [True, False], 2, 0.75),  # bins do not cancel each other out
+        ([0.9, math.nan], [True, True], 15, math.nan),
+    ],
+)
 def test_calibration_error_by_hand(confidences, right, num_bins, expected):
-    got = expected_calibration_error(torch.tensor(confidences, dtype=torch.double), torch.tensor(right), num_bins)
+    got = expected_calibration_error(
+        torch.tensor(confidences, dtype=torch.double), torch.tensor(right), num_bins
+    )
     assert got.item() == pytest.approx(expected, nan_ok=True)
 
 
@@ -156,13 +178,15 @@ def test_calibration_error_of_other_shapes():
 class TestSumUpwards:
     @pytest.mark.parametrize("tree", [cifar10(), UNEVEN])
     def test_against_plain_sums(self, tree):
-        logits = torch.randn(2, 3, tree.num_leaves, dtype=torch.double, generator=torch.Generator().manual_seed(0))
+        logits = torch.randn(
+            2, 3, tree.num_leaves, dtype=torch.double, generator=torch.Generator().manual_seed(0)
+        )
         p = logits.softmax(-1)
         levels = sum_upwards(logits, tree)
         assert [level.shape for level in levels] == [(2, 3, n) for n in tree.num_classes]
         for depth, (level, nodes) in enumerate(zip(levels, tree.nodes, strict=True)):
             for i, node in enumerate(nodes):
-                members = [j for j, leaf in enumerate(tree.leaves) if leaf[:depth + 1] == node]
+                members = [j for j, leaf in enumerate(tree.leaves) if leaf[: depth + 1] == node]
                 torch.testing.assert_close(level[..., i].exp(), p[..., members].sum(-1))
             torch.testing.assert_close(level.exp(), p @ tree.leaf_to_level(depth).double())
 
@@ -171,7 +195,8 @@ class TestSumUpwards:
         coarse, fine = sum_upwards(logits, Taxonomy(["a/x", "b/y", "b/z"]))
         norm = 300 + math.log1p(math.exp(-1))
         assert coarse.tolist() == pytest.approx([300 - norm, 299 - norm])
-        assert fine.tolist() == pytest.approx([300 - norm, 299 - norm, -300 - norm])  # exp(-600) is 0 in float32
+        # exp(-600) is 0 in float32
+        assert fine.tolist() == pytest.approx([300 - norm, 299 - norm, -300 - norm])
 
     def test_half_precision(self):
         tree = Taxonomy([f"a/{i}" for i in range(1000)] + ["b/x"])
@@ -183,22 +208,32 @@ class TestSumUpwards:
         assert result.exp().tolist() == pytest.approx([1000 / 1001, 1 / 1001], rel=1e-4)
 
     def test_gradient(self):
-        logits = torch.randn(2, 5, dtype=torch.double, generator=torch.Generator().manual_seed(0), requires_grad=True)
+        logits = torch.randn(
+            2, 5, dtype=torch.double, generator=torch.Generator().manual_seed(0), requires_grad=True
+        )
         assert torch.autograd.gradcheck(lambda x: tuple(sum_upwards(x, UNEVEN)), logits)
 
     def test_masked_leaves(self):
         logits = torch.tensor([0.0, -torch.inf, 0.0, -torch.inf], requires_grad=True)
         coarse, fine = sum_upwards(logits, Taxonomy(["a/w", "b/x", "a/y", "b/z"]))
         assert coarse.tolist() == [pytest.approx(0.0, abs=1e-6), -math.inf]
-        assert fine.tolist() == [pytest.approx(-math.log(2)), -math.inf, pytest.approx(-math.log(2)), -math.inf]
+        assert fine.tolist() == [
+            pytest.approx(-math.log(2)),
+            -math.inf,
+            pytest.approx(-math.log(2)),
+            -math.inf,
+        ]
         (coarse[0] + fine[2]).backward()
         assert logits.grad.isfinite().all()
 
-    @pytest.mark.parametrize(("logits", "message"), [
-        (torch.zeros(2, 9), r"shape \(..., 10\), got \(2, 9\)"),
-        (torch.zeros(()), r"shape \(..., 10\)"),
-        (torch.zeros(2, 10, dtype=torch.long), "floating point"),
-    ])
+    @pytest.mark.parametrize(
+        ("logits", "message"),
+        [
+            (torch.zeros(2, 9), r"shape \(..., 10\), got \(2, 9\)"),
+            (torch.zeros(()), r"shape \(..., 10\)"),
+            (torch.zeros(2, 10, dtype=torch.long), "floating point"),
+        ],
+    )
     def test_wrong_logits(self, logits, message):
         with pytest.raises(ValueError, match=message):
             sum_upwards(logits, cifar10())

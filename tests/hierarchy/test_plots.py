@@ -1,4 +1,8 @@
-"""What the pictures of trees show is read off the figure's own objects; the files are opened again."""
+"""What the pictures of trees show is read off the figure's own objects.
+
+The files are opened again.
+"""
+
 import math
 
 import numpy as np
@@ -10,14 +14,23 @@ from matplotlib.colors import same_color
 from PIL import Image
 
 from tests.taxonomy.forests import UNEVEN, random_paths
-from timm_branches.hierarchy.plots import dendrogram_figure, plot_dendrogram, plot_taxonomy, taxonomy_figure
+from timm_branches.hierarchy.plots import (
+    dendrogram_figure,
+    plot_dendrogram,
+    plot_taxonomy,
+    taxonomy_figure,
+)
 from timm_branches.taxonomy import Taxonomy, cifar10, cifar100, linkage_from_embeddings
 
 
 def read(figure):
-    """The texts with their places, the nodes' places, and the plain and the marked edges as pairs of nodes."""
+    """The texts with their places, the nodes' places, and the plain and the marked edges as
+    pairs of nodes."""
     axes = figure.axes[0]
-    texts = {(round(t.get_position()[0] - 6, 3), round(t.get_position()[1], 3)): t.get_text() for t in axes.texts}
+    texts = {
+        (round(t.get_position()[0] - 6, 3), round(t.get_position()[1], 3)): t.get_text()
+        for t in axes.texts
+    }
     [dots] = [c for c in axes.collections if isinstance(c, PathCollection)]
     nodes = [tuple(np.round(spot, 3).tolist()) for spot in dots.get_offsets()]
     plain, marked = (c for c in axes.collections if isinstance(c, LineCollection))
@@ -44,7 +57,9 @@ class TestTaxonomy:
         place = dict(zip(everyone, nodes, strict=True))
         expected = sorted((place[node[:-1]][1], place[node]) for node in everyone if len(node) > 1)
         drawn = sorted((s[0][1], (s[-1][0] + 3, s[-1][1])) for s in plain.get_segments())
-        assert np.allclose([(y, *spot) for y, spot in drawn], [(y, *spot) for y, spot in expected], atol=1e-2)
+        assert np.allclose(
+            [(y, *spot) for y, spot in drawn], [(y, *spot) for y, spot in expected], atol=1e-2
+        )
         rows = sorted(place[leaf][1] for leaf in tree.leaves)
         assert np.allclose(np.diff(rows), 13)  # a line for each leaf
         assert len({x for x, _ in nodes}) == tree.num_levels
@@ -52,22 +67,33 @@ class TestTaxonomy:
     @pytest.mark.parametrize("tree", [cifar10(), cifar100(), Taxonomy(UNEVEN), Taxonomy(["a"])])
     def test_nothing_overlaps_or_is_cut(self, tree):
         values = [torch.full((n,), 0.123) for n in tree.num_classes]
-        figure = taxonomy_figure(tree, values, tree.expand(0), title="a title", value_name="accuracy")
-        extents = boxes(figure, figure.axes[0].texts) + boxes(figure, figure.axes[1].get_yticklabels())
+        figure = taxonomy_figure(
+            tree, values, tree.expand(0), title="a title", value_name="accuracy"
+        )
+        extents = boxes(figure, figure.axes[0].texts) + boxes(
+            figure, figure.axes[1].get_yticklabels()
+        )
         assert not overlaps(extents)
         width, height = figure.get_size_inches() * figure.dpi
-        assert all(0 <= box.x0 <= box.x1 <= width and 0 <= box.y0 <= box.y1 <= height for box in extents)
+        assert all(
+            0 <= box.x0 <= box.x1 <= width and 0 <= box.y0 <= box.y1 <= height for box in extents
+        )
 
     def test_a_long_title_fits(self):
-        figure = taxonomy_figure(Taxonomy(["a"]), title="a title that is longer than the tree is wide by far")
+        figure = taxonomy_figure(
+            Taxonomy(["a"]), title="a title that is longer than the tree is wide by far"
+        )
         assert boxes(figure, figure.axes[0].texts)[0].x1 <= figure.get_size_inches()[0] * figure.dpi
 
-    @pytest.mark.parametrize(("row", "nodes", "edges"), [
-        ([1, 5, 5], ["animal", "pet", "dog"], 2),
-        ([1, 5, -1], ["animal", "pet"], 1),
-        ([0, 5, 3], ["transport", "pet", "cat"], 1),  # contradicts itself on the first step
-        ([-1, -1, -1], [], 0),
-    ])
+    @pytest.mark.parametrize(
+        ("row", "nodes", "edges"),
+        [
+            ([1, 5, 5], ["animal", "pet", "dog"], 2),
+            ([1, 5, -1], ["animal", "pet"], 1),
+            ([0, 5, 3], ["transport", "pet", "cat"], 1),  # contradicts itself on the first step
+            ([-1, -1, -1], [], 0),
+        ],
+    )
     def test_highlight(self, row, nodes, edges):
         figure = taxonomy_figure(cifar10(), highlight=torch.tensor(row))
         assert [t.get_text() for t in figure.axes[0].texts if t.get_weight() == "bold"] == nodes
@@ -99,17 +125,25 @@ class TestTaxonomy:
             assert len(np.unique(np.asarray(image.convert("L")))) > 10
 
     def test_names_are_no_formulas(self):
-        assert "a$\\b$c" in [t.get_text() for t in taxonomy_figure(Taxonomy(["a$\\b$c"])).axes[0].texts]
+        assert "a$\\b$c" in [
+            t.get_text() for t in taxonomy_figure(Taxonomy(["a$\\b$c"])).axes[0].texts
+        ]
         taxonomy_figure(Taxonomy(["a$\\b$c"])).canvas.draw()  # as a formula it would be an error
 
-    @pytest.mark.parametrize(("arguments", "message"), [
-        ({"values": [torch.zeros(2), torch.zeros(7)]}, r"shapes \[\(2,\), \(7,\), \(10,\)\]; got \[\(2,\), \(7,\)\]"),
-        ({"values": [torch.zeros(2), torch.zeros(7), torch.zeros(1, 10)]}, "got"),
-        ({"highlight": torch.tensor([0, 1])}, r"shape \(3,\), got \(2,\)"),
-        ({"highlight": torch.tensor([0, 1, 10])}, "label of level 'fine' 10 is out of range"),
-        ({"highlight": torch.tensor([0.0, 1.0, 2.0])}, "must be an integer"),
-        ({"value_name": "accuracy"}, "there are none"),
-    ])
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (
+                {"values": [torch.zeros(2), torch.zeros(7)]},
+                r"shapes \[\(2,\), \(7,\), \(10,\)\]; got \[\(2,\), \(7,\)\]",
+            ),
+            ({"values": [torch.zeros(2), torch.zeros(7), torch.zeros(1, 10)]}, "got"),
+            ({"highlight": torch.tensor([0, 1])}, r"shape \(3,\), got \(2,\)"),
+            ({"highlight": torch.tensor([0, 1, 10])}, "label of level 'fine' 10 is out of range"),
+            ({"highlight": torch.tensor([0.0, 1.0, 2.0])}, "must be an integer"),
+            ({"value_name": "accuracy"}, "there are none"),
+        ],
+    )
     def test_errors(self, arguments, message):
         with pytest.raises(ValueError, match=message):
             taxonomy_figure(cifar10(), **arguments)
@@ -149,8 +183,12 @@ class TestDendrogram:
     @pytest.mark.parametrize("count", [5, 100])
     def test_nothing_overlaps(self, count):
         vectors = torch.randn(count, 8, generator=torch.Generator().manual_seed(0))
-        figure = dendrogram_figure(linkage_from_embeddings(vectors), [f"class number {i}" for i in range(count)],
-                                   (2, 3, 4), title="a title")
+        figure = dendrogram_figure(
+            linkage_from_embeddings(vectors),
+            [f"class number {i}" for i in range(count)],
+            (2, 3, 4),
+            title="a title",
+        )
         figure.canvas.draw()
         axes = figure.axes[0]
         assert not overlaps(boxes(figure, [*axes.texts, *axes.get_yticklabels(), *figure.texts]))

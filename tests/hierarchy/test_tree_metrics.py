@@ -1,4 +1,5 @@
 """hP, hR, hF, distances and severity, against hiclass and plain Python on paths of names."""
+
 import random
 
 import hiclass.metrics
@@ -15,13 +16,23 @@ from timm_branches.hierarchy.tree_metrics import (
 )
 from timm_branches.taxonomy import Taxonomy, cifar10
 
-UNEVEN = Taxonomy(["animal/pet/cat", "animal/pet/dog", "plant", "animal/bird", "transport/sea/ship", "stone/gem",
-                   "animal/fish/flat/sole"])
+UNEVEN = Taxonomy(
+    [
+        "animal/pet/cat",
+        "animal/pet/dog",
+        "plant",
+        "animal/bird",
+        "transport/sea/ship",
+        "stone/gem",
+        "animal/fish/flat/sole",
+    ]
+)
 TREES = {"even": cifar10(), "uneven": UNEVEN, "one level": Taxonomy(["a", "b", "c"])}
 trees = pytest.mark.parametrize("tree", TREES.values(), ids=TREES)
 
 
-# -- by hand -------------------------------------------------------------------------------------------------------
+# -- by hand
+# -------------------------------------------------------------------------------------------------------
 
 
 def answered(tree, row):
@@ -70,7 +81,10 @@ def mean(values):
 
 
 def random_rows(tree, seed, size=60):
-    """Labels that are partly unknown, and predictions: paths, paths that stop early, and anything."""
+    """Labels that are partly unknown, and predictions.
+
+    Paths, paths that stop early, and anything.
+    """
     rng = random.Random(seed)
     table = tree.leaf_table.tolist()
     labels, predictions = [], []
@@ -81,9 +95,9 @@ def random_rows(tree, seed, size=60):
         if rng.random() < 0.3:
             row = [rng.randrange(-1, k) for k in tree.num_classes]
         elif rng.random() < 0.3:
-            row[rng.randrange(tree.num_levels):] = []
+            row[rng.randrange(tree.num_levels) :] = []
         if rng.random() < 0.3:
-            label[rng.randrange(tree.num_levels):] = []
+            label[rng.randrange(tree.num_levels) :] = []
         if rng.random() < 0.2 and label:
             label[0] = -1
         labels.append(label + [-1] * (tree.num_levels - len(label)))
@@ -99,11 +113,15 @@ def test_against_plain_python(tree, seed, size):
     right, predicted, true = overlap_by_hand(tree, predictions, labels)
     distances = distances_by_hand(tree, predictions, labels)
     predictions, labels = torch.tensor(predictions), torch.tensor(labels)
-    want = [np.divide(a, b) if b else np.nan for a, b in
-            ((right, predicted), (right, true), (2 * right, predicted + true))]
+    want = [
+        np.divide(a, b) if b else np.nan
+        for a, b in ((right, predicted), (right, true), (2 * right, predicted + true))
+    ]
     got = hierarchical_precision_recall_f1(predictions, labels, tree)
     assert [x.item() for x in got] == pytest.approx(want, rel=1e-12, nan_ok=True)
-    assert hierarchical_distance(predictions, labels, tree).item() == pytest.approx(mean(distances), nan_ok=True)
+    assert hierarchical_distance(predictions, labels, tree).item() == pytest.approx(
+        mean(distances), nan_ok=True
+    )
     severity, top1 = (x.item() for x in mistake_severity(predictions, labels, tree))
     assert severity == pytest.approx(mean([d for d in distances if d]), nan_ok=True)
     assert top1 == pytest.approx(mean([d == 0 for d in distances]), nan_ok=True)
@@ -131,11 +149,19 @@ def test_distance_at_1_is_the_distance(tree):
     scores, truth = torch.rand(50, tree.num_leaves), torch.randint(tree.num_leaves, (50,))
     labels = tree.expand(truth)
     predictions = tree.expand(scores.argmax(1))
-    assert distance_at_k(scores, labels, tree, 1) == hierarchical_distance(predictions, labels, tree) > 0
-    assert hierarchical_distance(predictions, labels, tree) == tree.lca_height(labels, predictions).double().mean()
+    assert (
+        distance_at_k(scores, labels, tree, 1)
+        == hierarchical_distance(predictions, labels, tree)
+        > 0
+    )
+    assert (
+        hierarchical_distance(predictions, labels, tree)
+        == tree.lca_height(labels, predictions).double().mean()
+    )
 
 
-# -- hiclass -------------------------------------------------------------------------------------------------------
+# -- hiclass
+# -------------------------------------------------------------------------------------------------------
 
 
 def texts(tree, row):
@@ -143,15 +169,19 @@ def texts(tree, row):
 
 
 def scores_of_hiclass(true, predicted):
-    return [metric(np.array(true), np.array(predicted)) for metric in
-            (hiclass.metrics.precision, hiclass.metrics.recall, hiclass.metrics.f1)]
+    return [
+        metric(np.array(true), np.array(predicted))
+        for metric in (hiclass.metrics.precision, hiclass.metrics.recall, hiclass.metrics.f1)
+    ]
 
 
 @trees
 def test_paths_score_as_in_hiclass(tree):
     torch.manual_seed(0)
     labels, predictions = (tree.expand(torch.randint(tree.num_leaves, (50,))) for _ in range(2))
-    want = scores_of_hiclass(*([texts(tree, row) for row in rows.tolist()] for rows in (labels, predictions)))
+    want = scores_of_hiclass(
+        *([texts(tree, row) for row in rows.tolist()] for rows in (labels, predictions))
+    )
     got = hierarchical_precision_recall_f1(predictions, labels, tree)
     assert [x.item() for x in got] == pytest.approx(want, rel=1e-12)
 
@@ -163,26 +193,32 @@ def test_contradictions_score_as_several_paths_in_hiclass():
     labels = tree.expand(torch.randint(10, (50,)))
     predictions = torch.stack([torch.randint(k, (50,)) for k in tree.num_classes], 1)
     predictions[::3, 2] = -1
-    several = [[texts(tree, tree.expand(i, level).tolist()) for level, i in enumerate(row)]
-               for row in predictions.tolist()]
+    several = [
+        [texts(tree, tree.expand(i, level).tolist()) for level, i in enumerate(row)]
+        for row in predictions.tolist()
+    ]
     truth = [[texts(tree, row)] * 3 for row in labels.tolist()]
     got = hierarchical_precision_recall_f1(predictions, labels, tree)
     assert [x.item() for x in got] == pytest.approx(scores_of_hiclass(truth, several), rel=1e-12)
     assert not tree.valid_paths(predictions).all()
 
 
-# -- edges ---------------------------------------------------------------------------------------------------------
+# -- edges
+# ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("row", "scores"), [
-    ([0, 0, 0, -1], (1, 1, 1)),  # animal, pet, cat
-    ([0, 0, -1, -1], (1, 2 / 3, 4 / 5)),  # no answer costs recall only
-    ([-1, -1, -1, -1], (np.nan, 0, 0)),
-    ([-1, -1, 0, -1], (1, 1, 1)),  # a class stands for its ancestors too
-    ([0, 0, 2, -1], (2 / 5, 2 / 3, 1 / 2)),  # a ship brings transport and sea with it
-    ([1, 0, 0, 0], (0, 0, 0)),  # plant is a leaf: what is said below it does not count
-    ([0, 0, 0, 0], (1, 1, 1)),  # and cat
-])
+@pytest.mark.parametrize(
+    ("row", "scores"),
+    [
+        ([0, 0, 0, -1], (1, 1, 1)),  # animal, pet, cat
+        ([0, 0, -1, -1], (1, 2 / 3, 4 / 5)),  # no answer costs recall only
+        ([-1, -1, -1, -1], (np.nan, 0, 0)),
+        ([-1, -1, 0, -1], (1, 1, 1)),  # a class stands for its ancestors too
+        ([0, 0, 2, -1], (2 / 5, 2 / 3, 1 / 2)),  # a ship brings transport and sea with it
+        ([1, 0, 0, 0], (0, 0, 0)),  # plant is a leaf: what is said below it does not count
+        ([0, 0, 0, 0], (1, 1, 1)),  # and cat
+    ],
+)
 def test_answers_for_a_cat(row, scores):
     got = hierarchical_precision_recall_f1(torch.tensor([row]), UNEVEN.expand([0]), UNEVEN)
     assert [x.item() for x in got] == pytest.approx(scores, nan_ok=True)
@@ -211,7 +247,9 @@ def test_nothing_known(tree):
 def test_tables_say_what_the_taxonomy_says(tree, seed):
     predictions, labels = (torch.tensor(rows) for rows in random_rows(tree, seed))
     tables = PathTables(tree)
-    assert torch.equal(tables.consistent(predictions, tables.augment(predictions)), tree.valid_paths(predictions))
+    assert torch.equal(
+        tables.consistent(predictions, tables.augment(predictions)), tree.valid_paths(predictions)
+    )
     a, b = tables.end(predictions), tables.end(labels)
     assert torch.equal(tables.lca_height(a, b), tree.lca_height(a, b))
 

@@ -13,19 +13,31 @@ IMAGE = np.zeros((8, 8, 1), np.uint8)
 
 
 def record(tree, labels, others=(), top=5, **kwargs):
-    """A record whose candidates are the classes from 0 on, each less probable, and the chosen one."""
+    """A record whose candidates are the classes from 0 on, each less probable, and the chosen
+    one."""
     candidates = []
     for depth, classes in enumerate(tree.num_classes):
         shown = {k: 0.5 / 2**k for k in range(min(top, classes))}
         if depth < len(labels):
             shown.setdefault(labels[depth], 0.004)
         candidates.append(tuple(shown.items()))
-    return Record("photos/a.jpg", labels, tuple(0.9 - 0.1 * i for i in range(len(labels))),
-                  tuple(tree.classes[d][k] for d, k in enumerate(labels)), candidates=tuple(candidates), **kwargs)
+    return Record(
+        "photos/a.jpg",
+        labels,
+        tuple(0.9 - 0.1 * i for i in range(len(labels))),
+        tuple(tree.classes[d][k] for d, k in enumerate(labels)),
+        candidates=tuple(candidates),
+        **kwargs,
+    )
 
 
 def texts(figure):
-    return [text.get_text() for axes in figure.axes for text in [*axes.texts, axes.title] if text.get_text()]
+    return [
+        text.get_text()
+        for axes in figure.axes
+        for text in [*axes.texts, axes.title]
+        if text.get_text()
+    ]
 
 
 def joints(figure):
@@ -85,16 +97,26 @@ def test_without_a_tree():
 
 def test_file_with_any_names(tmp_path):
     tree = Taxonomy([("$x$", "$"), ("$x$", "a_{b}^c" * 9)], levels=["\\frac", "100%"])
-    path = plot_prediction(record(tree, (0, 0)), np.zeros((9, 300, 3), np.uint8), tree.levels, tree,
-                           tmp_path / "new" / "a.png")
+    path = plot_prediction(
+        record(tree, (0, 0)),
+        np.zeros((9, 300, 3), np.uint8),
+        tree.levels,
+        tree,
+        tmp_path / "new" / "a.png",
+    )
     with Image.open(path) as image:
         image.load()
         assert image.format == "PNG"
     assert [p.name for p in path.parent.iterdir()] == ["a.png"]
 
 
-@pytest.mark.parametrize(("known", "message"), [(Record("a.jpg", (0,), (1.0,)), "top=5"),
-                                                (Record("a.jpg", error="a.jpg is broken"), "broken")])
+@pytest.mark.parametrize(
+    ("known", "message"),
+    [
+        (Record("a.jpg", (0,), (1.0,)), "top=5"),
+        (Record("a.jpg", error="a.jpg is broken"), "broken"),
+    ],
+)
 def test_nothing_to_draw(known, message):
     with pytest.raises(ValueError, match=message):
         prediction_figure(known, IMAGE, ["level"])

@@ -1,4 +1,7 @@
-"""``predict``: the same numbers as the training pipeline's validation, whatever an image comes as."""
+"""``predict``.
+
+The same numbers as the training pipeline's validation, whatever an image comes as.
+"""
 
 import os
 import tarfile
@@ -13,20 +16,35 @@ from timm_branches import Taxonomy, create_branch_model, save_model
 from timm_branches.data import create_dataset, create_loader, create_transform
 from timm_branches.inference.predict import predict
 
-TREE = Taxonomy(["animal/pet/cat", "animal/pet/dog", "animal/wild/fox", "thing/ship/sail", "thing/car/van"],
-                levels=["coarse", "middle", "fine"])
+TREE = Taxonomy(
+    ["animal/pet/cat", "animal/pet/dog", "animal/wild/fox", "thing/ship/sail", "thing/car/van"],
+    levels=["coarse", "middle", "fine"],
+)
 UNEVEN = Taxonomy(["animal/pet/cat", "animal/pet/dog", "animal/fox", "ship"])
-LOOK = {"crop_pct": 0.8, "interpolation": "bicubic", "mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.25)}
+LOOK = {
+    "crop_pct": 0.8,
+    "interpolation": "bicubic",
+    "mean": (0.4, 0.5, 0.6),
+    "std": (0.2, 0.3, 0.25),
+}
 
 
 def make(taxonomy=None, num_classes=None, taps=(3, 4, 5), **kwargs):
     """A small model whose answers differ from image to image, with preprocessing of its own."""
     torch.manual_seed(0)
-    model = create_branch_model("test_resnet", taps=list(taps), taxonomy=taxonomy, num_classes=num_classes,
-                                img_size=32, **kwargs)
+    model = create_branch_model(
+        "test_resnet",
+        taps=list(taps),
+        taxonomy=taxonomy,
+        num_classes=num_classes,
+        img_size=32,
+        **kwargs,
+    )
     for name in (name for name, classes in model.num_classes.items() if classes):
         model.head(name).fc.weight.data *= 12
-    model.pretrained_cfg.update({k: v[:model.in_chans] if isinstance(v, tuple) else v for k, v in LOOK.items()})
+    model.pretrained_cfg.update(
+        {k: v[: model.in_chans] if isinstance(v, tuple) else v for k, v in LOOK.items()}
+    )
     return model.eval()
 
 
@@ -38,7 +56,7 @@ def model_file(tmp_path_factory):
 def pixels(seed=0, size=(40, 52), channels=3):
     rng = np.random.default_rng(seed)
     coarse = rng.integers(0, 256, (5, 6, channels), dtype=np.uint8)
-    return np.ascontiguousarray(np.kron(coarse, np.ones((8, 9, 1), np.uint8))[:size[0], :size[1]])
+    return np.ascontiguousarray(np.kron(coarse, np.ones((8, 9, 1), np.uint8))[: size[0], : size[1]])
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +77,11 @@ def logits_of(model, array):
 
 
 def same(record, other):
-    return (record.labels, record.path, record.stopped) == (other.labels, other.path, other.stopped) and \
-        record.probabilities == pytest.approx(other.probabilities, abs=1e-5)
+    return (record.labels, record.path, record.stopped) == (
+        other.labels,
+        other.path,
+        other.stopped,
+    ) and record.probabilities == pytest.approx(other.probabilities, abs=1e-5)
 
 
 def test_equals_the_validation_loader(model_file, folder):
@@ -72,11 +93,15 @@ def test_equals_the_validation_loader(model_file, folder):
     expected = [torch.cat(level).softmax(-1).max(-1) for level in zip(*batches, strict=True)]
     records = list(predict(model_file, folder, decoder="independent", device="cpu"))
     assert len(records) == len(data) == 7
-    assert [list(r.labels) for r in records] == torch.stack([e.indices for e in expected], 1).tolist()
+    assert [list(r.labels) for r in records] == torch.stack(
+        [e.indices for e in expected], 1
+    ).tolist()
     assert len({r.labels for r in records}) > 1, "a model that always says the same proves nothing"
     probabilities = torch.tensor([r.probabilities for r in records])
     torch.testing.assert_close(probabilities, torch.stack([e.values for e in expected], 1))
-    assert [r.path for r in records] == [tuple(TREE.classes[d][k] for d, k in enumerate(r.labels)) for r in records]
+    assert [r.path for r in records] == [
+        tuple(TREE.classes[d][k] for d, k in enumerate(r.labels)) for r in records
+    ]
     names = [os.path.relpath(r.file, folder) for r in records]
     assert names == sorted(names)
 
@@ -84,13 +109,17 @@ def test_equals_the_validation_loader(model_file, folder):
 def test_default_is_the_best_path(model_file, folder):
     model = make(TREE)
     for record in predict(model_file, folder):
-        levels = [y.softmax(-1).tolist() for y in logits_of(model, np.asarray(Image.open(record.file)))]
+        levels = [
+            y.softmax(-1).tolist() for y in logits_of(model, np.asarray(Image.open(record.file)))
+        ]
         table = TREE.leaf_table.tolist()
         product = [np.prod([p[k] for p, k in zip(levels, row, strict=True)]) for row in table]
         best = table[int(np.argmax(product))]
         assert record.labels == tuple(best)
         for depth, p in enumerate(record.probabilities):
-            below = sum(q for q, row in zip(product, table, strict=True) if row[depth] == best[depth])
+            below = sum(
+                q for q, row in zip(product, table, strict=True) if row[depth] == best[depth]
+            )
             assert p == pytest.approx(below / sum(product), abs=1e-5)
 
 
@@ -119,10 +148,16 @@ def test_flat_model_with_a_tree(folder, threshold, tmp_path):
         p = logits_of(model, np.asarray(Image.open(record.file)))[0].softmax(-1).tolist()
         leaf = int(np.argmax(p))
         path = UNEVEN.leaves[leaf]
-        chances = [sum(q for q, other in zip(p, UNEVEN.leaves, strict=True) if other[:d + 1] == path[:d + 1])
-                   for d in range(len(path))]
+        chances = [
+            sum(
+                q
+                for q, other in zip(p, UNEVEN.leaves, strict=True)
+                if other[: d + 1] == path[: d + 1]
+            )
+            for d in range(len(path))
+        ]
         kept = [q for q in chances if q >= (threshold or 0)]
-        assert record.path == path[:len(kept)]
+        assert record.path == path[: len(kept)]
         assert record.probabilities == pytest.approx(kept, abs=1e-5)
         assert record.stopped == (len(kept) < len(path))  # a leaf higher up is an end, not a stop
         stopped += record.stopped
@@ -151,11 +186,15 @@ def test_model_without_a_tree(folder, decoder):
 def test_candidates(folder):
     model = make(TREE)
     for record in predict(model, folder, top=2):
-        levels = [y.softmax(-1).tolist() for y in logits_of(model, np.asarray(Image.open(record.file)))]
+        levels = [
+            y.softmax(-1).tolist() for y in logits_of(model, np.asarray(Image.open(record.file)))
+        ]
         for p, label, candidates in zip(levels, record.labels, record.candidates, strict=True):
             best = sorted(range(len(p)), key=lambda k: -p[k])[:2]
             assert [k for k, _ in candidates] == best + [label] * (label not in best)
-            assert [q for _, q in candidates] == pytest.approx([p[k] for k, _ in candidates], abs=1e-5)
+            assert [q for _, q in candidates] == pytest.approx(
+                [p[k] for k, _ in candidates], abs=1e-5
+            )
 
 
 @pytest.mark.parametrize(("batch_size", "num_workers"), [(1, 0), (3, 0), (3, 2)])
@@ -184,12 +223,26 @@ def test_all_kinds_of_images(model_file, tmp_path):
         tar.add(path, "in/a.png")
     chw = torch.from_numpy(array.transpose(2, 0, 1).copy())
     ready = create_transform((3, 32, 32), **LOOK)(array)
-    images = [path, str(path), tmp_path, tmp_path / "some.tar.gz", array, chw, ready, Image.fromarray(array),
-              np.dstack([array, array[:, :, :1]]), Image.open(path)]
+    images = [
+        path,
+        str(path),
+        tmp_path,
+        tmp_path / "some.tar.gz",
+        array,
+        chw,
+        ready,
+        Image.fromarray(array),
+        np.dstack([array, array[:, :, :1]]),
+        Image.open(path),
+    ]
     found = predict(model_file, images)
     records = list(found)
     assert len(records) == len(found) == len(images)
-    assert [r.file for r in records[:5]] == [*[str(path)] * 3, f"{tmp_path}/some.tar.gz:in/a.png", "image 4"]
+    assert [r.file for r in records[:5]] == [
+        *[str(path)] * 3,
+        f"{tmp_path}/some.tar.gz:in/a.png",
+        "image 4",
+    ]
     assert all(same(r, records[0]) for r in records[1:])
     for alone in images:
         assert same(*predict(model_file, alone), records[0])
@@ -201,19 +254,26 @@ GREY = pixels(5, channels=1)[:, :, 0]
 RGB = pixels(6)
 
 
-@pytest.mark.parametrize(("name", "image", "seen"), [
-    ("grey.png", Image.fromarray(GREY), np.dstack([GREY] * 3)),
-    ("16bit.png", Image.fromarray(GREY.astype(np.uint16) * 257), np.dstack([GREY] * 3)),
-    ("alpha.png", Image.fromarray(np.dstack([RGB, GREY])), RGB),
-    ("grey alpha.png", Image.fromarray(np.dstack([GREY, GREY])), np.dstack([GREY] * 3)),
-    ("palette.png", Image.fromarray(RGB).quantize(200), np.asarray(Image.fromarray(RGB).quantize(200).convert("RGB"))),
-    ("one pixel.png", Image.fromarray(RGB[:1, :1]), RGB[:1, :1]),
-    ("column.png", Image.fromarray(RGB[:, :1]), RGB[:, :1]),
-    ("upper.PNG", Image.fromarray(RGB), RGB),
-])
+@pytest.mark.parametrize(
+    ("name", "image", "seen"),
+    [
+        ("grey.png", Image.fromarray(GREY), np.dstack([GREY] * 3)),
+        ("16bit.png", Image.fromarray(GREY.astype(np.uint16) * 257), np.dstack([GREY] * 3)),
+        ("alpha.png", Image.fromarray(np.dstack([RGB, GREY])), RGB),
+        ("grey alpha.png", Image.fromarray(np.dstack([GREY, GREY])), np.dstack([GREY] * 3)),
+        (
+            "palette.png",
+            Image.fromarray(RGB).quantize(200),
+            np.asarray(Image.fromarray(RGB).quantize(200).convert("RGB")),
+        ),
+        ("one pixel.png", Image.fromarray(RGB[:1, :1]), RGB[:1, :1]),
+        ("column.png", Image.fromarray(RGB[:, :1]), RGB[:, :1]),
+        ("upper.PNG", Image.fromarray(RGB), RGB),
+    ],
+)
 def test_odd_images(model_file, tmp_path, name, image, seen):
     image.save(tmp_path / name)
-    expected, = predict(model_file, seen)
+    (expected,) = predict(model_file, seen)
     assert same(*predict(model_file, tmp_path), expected)
     assert same(*predict(model_file, image), expected)
 
@@ -222,7 +282,7 @@ def test_upright(model_file, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees to the right
     Image.fromarray(RGB).save(tmp_path / "turned.png", exif=exif)
-    expected, = predict(model_file, np.rot90(RGB, -1))
+    (expected,) = predict(model_file, np.rot90(RGB, -1))
     assert same(*predict(model_file, tmp_path), expected)
     assert same(*predict(model_file, Image.open(tmp_path / "turned.png")), expected)
 
@@ -230,7 +290,7 @@ def test_upright(model_file, tmp_path):
 def test_animation_is_its_first_frame(model_file, tmp_path):
     frames = [Image.fromarray(pixels(i)).quantize(200) for i in range(2)]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
-    expected, = predict(model_file, np.asarray(frames[0].convert("RGB")))
+    (expected,) = predict(model_file, np.asarray(frames[0].convert("RGB")))
     assert same(*predict(model_file, tmp_path / "a.gif"), expected)
 
 
@@ -264,7 +324,7 @@ def test_unreadable(model_file, tmp_path):
     assert next(records).error is None
     with pytest.raises(ValueError, match="2.png"):
         next(records)
-    expected, = predict(model_file, good)
+    (expected,) = predict(model_file, good)
     first, second, third, fourth = predict(model_file, tmp_path, strict=False, batch_size=2)
     assert same(first, expected)
     assert same(fourth, expected)
@@ -275,8 +335,16 @@ def test_unreadable(model_file, tmp_path):
         assert record.labels == record.path == ()
 
 
-@pytest.mark.parametrize("image", [np.zeros((5, 5)), np.zeros((5, 5, 3), np.uint16), np.zeros(5, np.uint8),
-                                   torch.zeros(3, 5, 5), Image.new("F", (5, 5))])
+@pytest.mark.parametrize(
+    "image",
+    [
+        np.zeros((5, 5)),
+        np.zeros((5, 5, 3), np.uint16),
+        np.zeros(5, np.uint8),
+        torch.zeros(3, 5, 5),
+        Image.new("F", (5, 5)),
+    ],
+)
 def test_images_of_unknown_range_or_shape(model_file, image):
     with pytest.raises(ValueError, match="image 0: "):
         list(predict(model_file, [image]))
@@ -308,24 +376,27 @@ def _damaged(path):
     return data
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({"images": []}, "no images"),
-    ({"images": "empty"}, "no images"),
-    ({"images": ["a.png", "none.png"]}, "none.png"),
-    ({"images": "cut.tar"}, "cut.tar"),
-    ({"model": "damaged.safetensors"}, "damaged"),
-    ({"model": "none.safetensors"}, "none.safetensors"),
-    ({"taxonomy": UNEVEN}, "tree of its own"),
-    ({"decoder": "greedy"}, "best-path"),
-    ({"threshold": 80}, "from 0 to 1"),
-    ({"threshold": float("nan")}, "from 0 to 1"),
-    ({"batch_size": 0}, "batch_size"),
-    ({"device": "gpu"}, "cpu, cuda"),
-    ({"model": (2, 7, 4), "threshold": 0.5}, "needs a tree"),
-    ({"model": (2, 7, 4), "decoder": "crm"}, "needs a tree"),
-    ({"model": (2, 7, 4), "taxonomy": TREE}, "does not fit"),
-    ({"model": (2, 7, 0)}, "without classes"),
-])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"images": []}, "no images"),
+        ({"images": "empty"}, "no images"),
+        ({"images": ["a.png", "none.png"]}, "none.png"),
+        ({"images": "cut.tar"}, "cut.tar"),
+        ({"model": "damaged.safetensors"}, "damaged"),
+        ({"model": "none.safetensors"}, "none.safetensors"),
+        ({"taxonomy": UNEVEN}, "tree of its own"),
+        ({"decoder": "greedy"}, "best-path"),
+        ({"threshold": 80}, "from 0 to 1"),
+        ({"threshold": float("nan")}, "from 0 to 1"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"device": "gpu"}, "cpu, cuda"),
+        ({"model": (2, 7, 4), "threshold": 0.5}, "needs a tree"),
+        ({"model": (2, 7, 4), "decoder": "crm"}, "needs a tree"),
+        ({"model": (2, 7, 4), "taxonomy": TREE}, "does not fit"),
+        ({"model": (2, 7, 0)}, "without classes"),
+    ],
+)
 def test_mistakes(model_file, tmp_path, monkeypatch, options, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
@@ -349,8 +420,13 @@ def test_model_that_has_diverged(folder):
 def test_a_mask_beside_the_labels_is_left_out(folder):
     """The records are those of the same network without the decoder."""
     torch.manual_seed(0)
-    both = create_branch_model("test_resnet", taps=[3, 4, 5, (3, 5)], head=[*3 * ["pool"], "unet"], taxonomy=TREE,
-                               num_classes=[*3 * [None], 4]).eval()
+    both = create_branch_model(
+        "test_resnet",
+        taps=[3, 4, 5, (3, 5)],
+        head=[*3 * ["pool"], "unet"],
+        taxonomy=TREE,
+        num_classes=[*3 * [None], 4],
+    ).eval()
     alone = create_branch_model("test_resnet", taps=[3, 4, 5], head="pool", taxonomy=TREE).eval()
     alone.load_state_dict(both.state_dict(), strict=False)
     seen = []
@@ -361,8 +437,13 @@ def test_a_mask_beside_the_labels_is_left_out(folder):
 
 @pytest.mark.parametrize("taxonomy", [None, TREE])
 def test_a_mask_alone_is_refused(folder, taxonomy):
-    model = create_branch_model("test_resnet", taps=[(3, 5)], head="unet", taxonomy=taxonomy,
-                                num_classes=None if taxonomy else 4)
+    model = create_branch_model(
+        "test_resnet",
+        taps=[(3, 5)],
+        head="unet",
+        taxonomy=taxonomy,
+        num_classes=None if taxonomy else 4,
+    )
     with pytest.raises(ValueError, match=r"every pixel.*tiled_inference"):
         predict(model, folder)
 

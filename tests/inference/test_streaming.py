@@ -1,4 +1,8 @@
-"""Streams: frame by frame, in chunks or at once, the answers are the same, and the cost of a frame does not grow."""
+"""Streams.
+
+Frame by frame, in chunks or at once, the answers are the same, and the cost of a frame does not
+grow.
+"""
 
 import numpy as np
 import pytest
@@ -17,9 +21,17 @@ def video(batch=2, time=6, seed=0):
 def make(seed=0, **kwargs):
     torch.manual_seed(seed)
     return create_branch_model(
-        "test_resnet", taps=[3, 5, 5], names=["coarse", "clip", "frame"], num_classes=[2, 3, 1],
-        head=["pool", LSTMHead(hidden_size=6, num_layers=2), GRUHead(hidden_size=5, output="frame")],
-        **{"img_size": 32, **kwargs})
+        "test_resnet",
+        taps=[3, 5, 5],
+        names=["coarse", "clip", "frame"],
+        num_classes=[2, 3, 1],
+        head=[
+            "pool",
+            LSTMHead(hidden_size=6, num_layers=2),
+            GRUHead(hidden_size=5, output="frame"),
+        ],
+        **{"img_size": 32, **kwargs},
+    )
 
 
 class TestForwardStream:
@@ -31,14 +43,17 @@ class TestForwardStream:
         for chunk in x.split(chunks, dim=1):
             outputs, state = model.forward_stream(chunk, state)
             done += chunk.shape[1]
-            torch.testing.assert_close(outputs["clip"], model(x[:, :done])["clip"])  # the answer for all so far
+            # the answer for all so far
+            torch.testing.assert_close(outputs["clip"], model(x[:, :done])["clip"])
             frames.append(outputs)
             last = outputs
         torch.testing.assert_close(last["clip"], whole["clip"])
         for name in ("coarse", "frame"):
             torch.testing.assert_close(torch.cat([y[name] for y in frames], 1), whole[name])
         assert {k: [tuple(s.shape) for s in v] for k, v in state.items()} == {
-            "clip": [(2, 2, 6), (2, 2, 6)], "frame": [(1, 2, 5)]}
+            "clip": [(2, 2, 6), (2, 2, 6)],
+            "frame": [(1, 2, 5)],
+        }
 
     def test_some_heads(self):
         model, x = make().eval(), video()
@@ -46,15 +61,29 @@ class TestForwardStream:
         assert list(outputs) == list(state) == ["frame"]
         torch.testing.assert_close(outputs["frame"], model(x)["frame"])
 
-    @pytest.mark.parametrize(("head", "message"), [
-        (LSTMHead(bidirectional=True), "backwards too"), (GRUHead(bidirectional=True, output="frame"), "backwards too"),
-        (LSTMHead(readout="mean"), r"readout='mean'"), (GRUHead(readout="attention"), "readout='attention'"),
-    ])
+    @pytest.mark.parametrize(
+        ("head", "message"),
+        [
+            (LSTMHead(bidirectional=True), "backwards too"),
+            (GRUHead(bidirectional=True, output="frame"), "backwards too"),
+            (LSTMHead(readout="mean"), r"readout='mean'"),
+            (GRUHead(readout="attention"), "readout='attention'"),
+        ],
+    )
     def test_cannot_stream(self, head, message):
-        model = create_branch_model("test_resnet", head=[head, GRUHead(hidden_size=4)], taps=[5, 5], num_classes=2,
-                                    names=["a", "b"], img_size=32).eval()
-        for start in (lambda: model.forward_stream(video()), lambda: StreamingClassifier(model),
-                      lambda: StreamingStep(model)):
+        model = create_branch_model(
+            "test_resnet",
+            head=[head, GRUHead(hidden_size=4)],
+            taps=[5, 5],
+            num_classes=2,
+            names=["a", "b"],
+            img_size=32,
+        ).eval()
+        for start in (
+            lambda: model.forward_stream(video()),
+            lambda: StreamingClassifier(model),
+            lambda: StreamingStep(model),
+        ):
             with pytest.raises(ValueError, match=f"head 'a' .*{message}"):
                 start()
         assert list(StreamingClassifier(model, heads=["b"])(torch.zeros(3, 32, 32))) == ["b"]
@@ -77,7 +106,11 @@ class TestForwardStream:
 
 class TestTruncatedBackpropagation:
     def test_gradients(self):
-        """Detached: the second chunk's gradient is that of a constant state. Not detached: that of the whole clip."""
+        """Detached.
+
+        The second chunk's gradient is that of a constant state. Not detached: that of the whole
+        clip.
+        """
         model, x = make().eval(), video(1, 4)
         _, state = model.forward_stream(x[:, :2])
         cut = detach_state(state)
@@ -117,9 +150,12 @@ class TestTruncatedBackpropagation:
         assert sizes[1] == sizes[2]
 
     def test_it_learns(self):
-        """The label is the first frame's sign, asked for at the end of a video that is seen in two chunks."""
+        """The label is the first frame's sign, asked for at the end of a video that is seen in
+        two chunks."""
         torch.manual_seed(0)
-        model = create_branch_model("conv2_24x48", head=LSTMHead(hidden_size=8, output="frame"), num_classes=2)
+        model = create_branch_model(
+            "conv2_24x48", head=LSTMHead(hidden_size=8, output="frame"), num_classes=2
+        )
         optimizer = torch.optim.Adam(model.parameters(), 0.01)
         labels = torch.arange(16) % 2
         x = 0.1 * torch.randn(16, 4, 1, 24, 48)
@@ -128,7 +164,9 @@ class TestTruncatedBackpropagation:
             state = None
             for chunk in x.split(2, dim=1):
                 outputs, state = model.forward_stream(chunk, state)
-                loss = nn.functional.cross_entropy(outputs["stage5"].flatten(0, 1), labels.repeat_interleave(2))
+                loss = nn.functional.cross_entropy(
+                    outputs["stage5"].flatten(0, 1), labels.repeat_interleave(2)
+                )
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -143,11 +181,15 @@ class TestStreamingClassifier:
         answers = list(stream.run(iter(x[0])))
         assert model.training
         whole = model.eval()(x)
-        assert {k: tuple(v.shape) for k, v in answers[0].items()} == {"coarse": (2,), "clip": (3,), "frame": (1,)}
+        assert {k: tuple(v.shape) for k, v in answers[0].items()} == {
+            "coarse": (2,),
+            "clip": (3,),
+            "frame": (1,),
+        }
         for t, answer in enumerate(answers):
             torch.testing.assert_close(answer["frame"], whole["frame"][0, t])
             torch.testing.assert_close(answer["coarse"], whole["coarse"][0, t])
-            torch.testing.assert_close(answer["clip"], model(x[:, :t + 1])["clip"][0])
+            torch.testing.assert_close(answer["clip"], model(x[:, : t + 1])["clip"][0])
             assert not answer["clip"].requires_grad
 
     def test_the_models_modes_stay(self):
@@ -164,7 +206,9 @@ class TestStreamingClassifier:
 
     def test_constant_cost(self):
         model, calls = make(), []
-        model.backbone.conv1.register_forward_pre_hook(lambda m, args: calls.append(tuple(args[0].shape)))
+        model.backbone.conv1.register_forward_pre_hook(
+            lambda m, args: calls.append(tuple(args[0].shape))
+        )
         stream = StreamingClassifier(model)
         sizes = set()
         for _ in stream.run(video(1, 20)[0]):
@@ -210,8 +254,12 @@ class TestStreamingClassifier:
 
     def test_probabilities(self):
         model, x = make(), video(2)
-        logits, answer = (StreamingClassifier(model, probabilities=p)(x[:, 0]) for p in (False, True))
-        torch.testing.assert_close(answer["clip"], logits["clip"].exp() / logits["clip"].exp().sum(1, keepdim=True))
+        logits, answer = (
+            StreamingClassifier(model, probabilities=p)(x[:, 0]) for p in (False, True)
+        )
+        torch.testing.assert_close(
+            answer["clip"], logits["clip"].exp() / logits["clip"].exp().sum(1, keepdim=True)
+        )
         torch.testing.assert_close(answer["frame"], 1 / (1 + (-logits["frame"]).exp()))
 
     def test_camera_frames(self):
@@ -234,12 +282,19 @@ class TestStreamingClassifier:
         answer = stream(np.full((4, 4, 3), 5, np.uint8))
         torch.testing.assert_close(answer["clip"], StreamingClassifier(model)(x[0, 5])["clip"])
 
-    @pytest.mark.parametrize(("frame", "message"), [
-        (np.zeros((8, 8), np.uint8), r"a frame is .*got \(8, 8\)"), ([1, 2], "list"), (None, "NoneType"),
-        (np.zeros((8, 8, 3), np.float32), "uint8"), (np.zeros((8, 8, 1), np.uint8), "uint8"),
-        (torch.zeros(3, 8, 8, dtype=torch.uint8), "must be prepared"),
-        (torch.zeros(1, 2, 3, 8, 8), "a frame is"), (torch.zeros(1, 32, 32), "expected clips"),
-    ])
+    @pytest.mark.parametrize(
+        ("frame", "message"),
+        [
+            (np.zeros((8, 8), np.uint8), r"a frame is .*got \(8, 8\)"),
+            ([1, 2], "list"),
+            (None, "NoneType"),
+            (np.zeros((8, 8, 3), np.float32), "uint8"),
+            (np.zeros((8, 8, 1), np.uint8), "uint8"),
+            (torch.zeros(3, 8, 8, dtype=torch.uint8), "must be prepared"),
+            (torch.zeros(1, 2, 3, 8, 8), "a frame is"),
+            (torch.zeros(1, 32, 32), "expected clips"),
+        ],
+    )
     def test_not_a_frame(self, frame, message):
         stream = StreamingClassifier(make())
         with pytest.raises(ValueError, match=message):
@@ -256,12 +311,18 @@ class TestStreamingStep:
         model, x = make().eval(), video()
         step = StreamingStep(model)
         assert step.state_names == ["clip_h", "clip_c", "frame_h"]
-        assert step.output_names == ["logits_coarse", "logits_clip", "logits_frame", "new_clip_h", "new_clip_c",
-                                     "new_frame_h"]
+        assert step.output_names == [
+            "logits_coarse",
+            "logits_clip",
+            "logits_frame",
+            "new_clip_h",
+            "new_clip_c",
+            "new_frame_h",
+        ]
         state = step.initial_state(2)
         for t in range(6):
             coarse, clip, frame, *state = step(x[:, t], *state)
-            whole = model(x[:, :t + 1])
+            whole = model(x[:, : t + 1])
             torch.testing.assert_close(clip, whole["clip"])
             torch.testing.assert_close(frame, whole["frame"][:, t])
             torch.testing.assert_close(coarse, whole["coarse"][:, t])

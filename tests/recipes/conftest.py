@@ -10,7 +10,11 @@ import torch
 
 @pytest.fixture
 def here(request, tmp_path, monkeypatch, capsys):
-    """Run the script in this process, where imports are paid for already: (exit status, stdout, stderr)."""
+    """Run the script in this process, where imports are paid for already.
+
+    (exit status, stdout, stderr).
+    """
+
     def start(*args):
         monkeypatch.chdir(tmp_path)
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")

@@ -17,7 +17,20 @@ from timm_branches.schedules import get_schedule
 
 RECIPE = RECIPES / "bcnn.py"
 LEAVES = ("animal/cat", "animal/dog", "vehicle/bus", "vehicle/car")
-TINY = ("--model", "test_resnet", "--taps", "3", "5", "--img-size", "32", "--epochs", "1", "-b", "8", "--no-plots")
+TINY = (
+    "--model",
+    "test_resnet",
+    "--taps",
+    "3",
+    "5",
+    "--img-size",
+    "32",
+    "--epochs",
+    "1",
+    "-b",
+    "8",
+    "--no-plots",
+)
 
 
 def start(*args, cwd, launcher=()):
@@ -47,15 +60,20 @@ def write_images(root, folders, count=8, size=32):
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """The same pictures nested and flat, as a tar, and as a CSV in which the fine label of some is unknown."""
+    """The same pictures nested and flat, as a tar, and as a CSV in which the fine label of some
+    is unknown."""
     root = tmp_path_factory.mktemp("photos")
     paths = write_images(root / "nested", LEAVES)
     write_images(root / "flat", [leaf.split("/")[1] for leaf in LEAVES])
-    (root / "tree.csv").write_text("kind,thing\n" + "".join(leaf.replace("/", ",") + "\n" for leaf in LEAVES))
+    (root / "tree.csv").write_text(
+        "kind,thing\n" + "".join(leaf.replace("/", ",") + "\n" for leaf in LEAVES)
+    )
     with tarfile.open(root / "photos.tar", "w") as tar:
         tar.add(root / "nested", arcname="photos")
     (root / "broken.png").write_bytes(b"no image")
-    (root / "broken.csv").write_text("path,kind,thing\n" + "broken.png,animal,cat\nbroken.png,vehicle,car\n" * 5)
+    (root / "broken.csv").write_text(
+        "path,kind,thing\n" + "broken.png,animal,cat\nbroken.png,vehicle,car\n" * 5
+    )
     with open(root / "photos.csv", "w", newline="") as stream:
         rows = csv.writer(stream)
         rows.writerow(["path", "kind", "thing"])
@@ -76,7 +94,9 @@ class TestWithoutArguments:
     def test_table(self, digits_run):
         rows = read_table(digits_run[1].stdout)[1]
         assert list(rows) == ["B-CNN", "B-CNN, best path", "flat"]
-        assert all(len(numbers) == 7 and all(0 <= x <= 100 for x in numbers) for numbers in rows.values())
+        assert all(
+            len(numbers) == 7 and all(0 <= x <= 100 for x in numbers) for numbers in rows.values()
+        )
         consistency = [numbers[3] for numbers in rows.values()]
         assert consistency[0] < consistency[1] == consistency[2] == 100
         assert "360 test images" in digits_run[1].stdout
@@ -84,11 +104,25 @@ class TestWithoutArguments:
     def test_files(self, digits_run):
         output = digits_run[0] / "output" / "bcnn"
         for part in ("bcnn", "flat"):
-            assert {"model.safetensors", "last.safetensors", "log.csv", "history.png", "confusion_shape.png",
-                    "confusion_digit.png"} <= {path.name for path in (output / part).iterdir()}
+            assert {
+                "model.safetensors",
+                "last.safetensors",
+                "log.csv",
+                "history.png",
+                "confusion_shape.png",
+                "confusion_digit.png",
+            } <= {path.name for path in (output / part).iterdir()}
         facts = json.loads((output / "results.json").read_text())
         rows = read_table(digits_run[1].stdout)[1]
-        columns = ("shape_top1", "digit_top1", "full_path", "consistency", "hf", "distance", "severity")
+        columns = (
+            "shape_top1",
+            "digit_top1",
+            "full_path",
+            "consistency",
+            "hf",
+            "distance",
+            "severity",
+        )
         assert list(facts["results"]) == list(rows)
         for name, (found,) in facts["results"].items():
             assert [found[key] for key in columns] == pytest.approx(rows[name], abs=0.006)
@@ -100,10 +134,17 @@ class TestWithoutArguments:
         output = digits_run[0] / "output" / "bcnn"
         images = torch.rand(2, 1, 8, 8)
         branches = load_model(output / "bcnn" / "model.safetensors").eval()
-        branches_out = branches(torch.nn.functional.interpolate(images, branches.pretrained_cfg["input_size"][1:]))
-        assert {name: tuple(out.shape) for name, out in branches_out.items()} == {"shape": (2, 3), "digit": (2, 10)}
+        branches_out = branches(
+            torch.nn.functional.interpolate(images, branches.pretrained_cfg["input_size"][1:])
+        )
+        assert {name: tuple(out.shape) for name, out in branches_out.items()} == {
+            "shape": (2, 3),
+            "digit": (2, 10),
+        }
         flat = load_model(output / "flat" / "model.safetensors").eval()
-        flat_out = flat(torch.nn.functional.interpolate(images, flat.pretrained_cfg["input_size"][1:]))
+        flat_out = flat(
+            torch.nn.functional.interpolate(images, flat.pretrained_cfg["input_size"][1:])
+        )
         assert {name: tuple(out.shape) for name, out in flat_out.items()} == {"leaf": (2, 10)}
         assert all(out.isfinite().all() for out in [*branches_out.values(), *flat_out.values()])
 
@@ -111,13 +152,18 @@ class TestWithoutArguments:
 class TestRuns:
     def test_new_run_and_resume(self, tmp_path, here):
         tiny = (*TINY, "--limit", "64", "--no-flat")
-        first, again = tmp_path / "output" / "bcnn" / "bcnn", tmp_path / "output" / "bcnn-1" / "bcnn"
+        first, again = (
+            tmp_path / "output" / "bcnn" / "bcnn",
+            tmp_path / "output" / "bcnn-1" / "bcnn",
+        )
         assert here(*tiny)[0] == 0
         before = {path.name: path.read_bytes() for path in first.iterdir()}
         assert here(*tiny)[0] == 0
         assert {path.name: path.read_bytes() for path in first.iterdir()} == before
         assert epochs_logged(again) == [0]
-        status, out, _ = here(*tiny, "--epochs", "2", "--resume", "auto", "--output", "output/bcnn-1")
+        status, out, _ = here(
+            *tiny, "--epochs", "2", "--resume", "auto", "--output", "output/bcnn-1"
+        )
         assert status == 0
         assert epochs_logged(again) == [0, 1]
         assert "epoch 2/2" in out
@@ -143,13 +189,21 @@ class TestOwnData:
         import albumentations
 
         file = tmp_path / "augment.json"
-        albumentations.save(albumentations.Compose([albumentations.Resize(32, 32), albumentations.HorizontalFlip()]),
-                            file)
+        albumentations.save(
+            albumentations.Compose(
+                [albumentations.Resize(32, 32), albumentations.HorizontalFlip()]
+            ),
+            file,
+        )
         everything = ("--detach", "--mixup", "0.2", "--smoothing", "0.1", "--augment", file)
         self.check_run(here(photos / "nested", *TINY, *everything), tmp_path)
 
     def test_flat_folders_and_taxonomy(self, photos, tmp_path, here):
-        self.check_run(here(photos / "flat", "--taxonomy", photos / "tree.csv", *TINY), tmp_path, ("kind", "thing"))
+        self.check_run(
+            here(photos / "flat", "--taxonomy", photos / "tree.csv", *TINY),
+            tmp_path,
+            ("kind", "thing"),
+        )
 
     def test_csv_with_unknown_labels(self, photos, tmp_path, here):
         self.check_run(here(photos / "photos.csv", *TINY), tmp_path, ("kind", "thing"))
@@ -158,24 +212,52 @@ class TestOwnData:
         self.check_run(here(photos / "photos.tar", *TINY), tmp_path)
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("extra", [
-        ("--cutmix", "1"), ("--head", "flatten", "--hidden", "16", "32"), ("--model-ema", "--model-ema-decay", "0.9"),
-        ("--opt", "adamw", "--layer-decay", "0.8"), ("--channels-last", "--amp", "--grad-accum-steps", "2"),
-        ("--schedule", "0:1,0;1:0,1", "--epochs", "2"), ("--in-chans", "1"), ("--workers", "2"),
-        ("--model", "test_vit", "--taps", "3", "5"), ("--freeze-backbone", "--clip-grad", "1"),
-    ], ids=lambda extra: extra[0][2:])
+    @pytest.mark.parametrize(
+        "extra",
+        [
+            ("--cutmix", "1"),
+            ("--head", "flatten", "--hidden", "16", "32"),
+            ("--model-ema", "--model-ema-decay", "0.9"),
+            ("--opt", "adamw", "--layer-decay", "0.8"),
+            ("--channels-last", "--amp", "--grad-accum-steps", "2"),
+            ("--schedule", "0:1,0;1:0,1", "--epochs", "2"),
+            ("--in-chans", "1"),
+            ("--workers", "2"),
+            ("--model", "test_vit", "--taps", "3", "5"),
+            ("--freeze-backbone", "--clip-grad", "1"),
+        ],
+        ids=lambda extra: extra[0][2:],
+    )
     def test_settings(self, photos, tmp_path, extra):
         done = start(photos / "nested", *TINY, *extra, cwd=tmp_path)
         self.check_run((0, done.stdout, done.stderr), tmp_path)
 
 
 class TestStudies:
-    METHODS = ("B-CNN", "B-CNN, no level off", "constant weights", "detached branches", "independent branches")
+    METHODS = (
+        "B-CNN",
+        "B-CNN, no level off",
+        "constant weights",
+        "detached branches",
+        "independent branches",
+    )
 
     @pytest.fixture(scope="class")
     def compared(self, tmp_path_factory):
         folder = tmp_path_factory.mktemp("compare")
-        args = (*TINY, "--compare", "--seeds", "2", "--epochs", "4", "--limit", "96", "--plots", "--output", "out")
+        args = (
+            *TINY,
+            "--compare",
+            "--seeds",
+            "2",
+            "--epochs",
+            "4",
+            "--limit",
+            "96",
+            "--plots",
+            "--output",
+            "out",
+        )
         return folder / "out", start(*args, cwd=folder).stdout
 
     def test_every_method_is_judged_over_the_seeds(self, compared):
@@ -186,18 +268,35 @@ class TestStudies:
         results = json.loads((folder / "results.json").read_text())["results"]
         for name, runs in results.items():
             assert len(runs) == 2
-            assert np.mean([run["full_path"] for run in runs]) == pytest.approx(rows[name][2], abs=0.006)
-            if name not in self.METHODS:  # all but the heads that answer for themselves promise a path of the tree
+            assert np.mean([run["full_path"] for run in runs]) == pytest.approx(
+                rows[name][2], abs=0.006
+            )
+            # all but the heads that answer for themselves promise a path of the tree
+            if name not in self.METHODS:
                 assert rows[name][3] == 100, name
-        verdict = r"^(No measurable gain|A measurable \w+)\. B-CNN, best path against flat, leaf-marginal"
+        verdict = (
+            r"^(No measurable gain|A measurable \w+)\. B-CNN, best path against flat, leaf-marginal"
+        )
         assert re.search(verdict, out, re.MULTILINE)
         assert "Seeds 0 to 1" in out
 
     def test_budget_is_equal(self, compared):
         for seed in ("seed0", "seed1"):
-            for name in ("flat", "b_cnn", "b_cnn_no_level_off", "constant_weights", "detached_branches"):
+            for name in (
+                "flat",
+                "b_cnn",
+                "b_cnn_no_level_off",
+                "constant_weights",
+                "detached_branches",
+            ):
                 assert epochs_logged(compared[0] / seed / name) == [0, 1, 2, 3]
-            assert sum(len(epochs_logged(compared[0] / seed / f"alone_{level}")) for level in ("shape", "digit")) == 4
+            assert (
+                sum(
+                    len(epochs_logged(compared[0] / seed / f"alone_{level}"))
+                    for level in ("shape", "digit")
+                )
+                == 4
+            )
 
     def test_schedules_and_detached_branches_are_what_they_say(self, compared):
         def column(name, key):
@@ -213,10 +312,15 @@ class TestStudies:
         assert "becomes 0" in compared[1]
 
     def test_partial_labels(self, tmp_path, here):
-        status, out, err = here(*TINY, "--partial", "0.5", "--epochs", "2", "--limit", "96", "--output", "out")
+        status, out, err = here(
+            *TINY, "--partial", "0.5", "--epochs", "2", "--limit", "96", "--output", "out"
+        )
         assert status == 0, err
-        names = [f"{net}, 50% coarse, {what}" for what in ("learned from", "dropped", "dropped, as many images")
-                 for net in ("B-CNN", "flat")]
+        names = [
+            f"{net}, 50% coarse, {what}"
+            for what in ("learned from", "dropped", "dropped, as many images")
+            for net in ("B-CNN", "flat")
+        ]
         assert list(read_table(out)[1]) == names
         folder = tmp_path / "out" / "seed0"
         assert epochs_logged(folder / "b_cnn_50_coarse_learned_from") == [0, 1]
@@ -224,12 +328,15 @@ class TestStudies:
         assert epochs_logged(folder / "b_cnn_50_coarse_dropped_as_many_images") == [0, 1, 2, 3]
         assert out.count("No verdict from a single seed") == 4
 
-    @pytest.mark.parametrize(("args", "message"), [
-        (["--seeds", "2"], "--seeds has no effect"),
-        (["--compare", "--seeds", "0"], "--seeds must be above 0"),
-        (["--compare", "--partial", "0.5"], "choose one"),
-        (["--compare", "--no-flat"], "--no-flat has no effect"),
-    ])
+    @pytest.mark.parametrize(
+        ("args", "message"),
+        [
+            (["--seeds", "2"], "--seeds has no effect"),
+            (["--compare", "--seeds", "0"], "--seeds must be above 0"),
+            (["--compare", "--partial", "0.5"], "choose one"),
+            (["--compare", "--no-flat"], "--no-flat has no effect"),
+        ],
+    )
     def test_flags_that_do_not_go_together(self, recipe, capsys, args, message):
         with pytest.raises(SystemExit) as stopped:
             recipe.parse_args(args)
@@ -262,32 +369,69 @@ class TestPublishedSettings:
         from timm_branches.train import PiecewiseLR
 
         args, config = self.parse(recipe, "--recipe", "bcnn-b-cifar10")
-        assert (args.data, args.taxonomy, args.model, args.taps) == ("cifar10", "cifar10", "bcnn_b", ["3", "4", "5"])
+        assert (args.data, args.taxonomy, args.model, args.taps) == (
+            "cifar10",
+            "cifar10",
+            "bcnn_b",
+            ["3", "4", "5"],
+        )
         assert (args.hidden, args.head, args.augment) == ([256, 512, 1024], "flatten", "none")
         assert (args.batch_size, args.mixup, args.cutmix, args.smoothing) == (128, 0, 0, 0)
-        assert (config.opt, config.momentum, config.weight_decay, config.epochs) == ("sgd", 0.9, 0, 60)
-        assert (config.warmup_epochs, config.clip_grad, config.model_ema, config.amp) == (0, None, False, False)
+        assert (config.opt, config.momentum, config.weight_decay, config.epochs) == (
+            "sgd",
+            0.9,
+            0,
+            60,
+        )
+        assert (config.warmup_epochs, config.clip_grad, config.model_ema, config.amp) == (
+            0,
+            None,
+            False,
+            False,
+        )
         # the code counts epochs from 0 and drops the rate when epoch > 40 and > 50
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=config.lr)
         scheduler, rates = PiecewiseLR(optimizer, config.lr_at()), []
         for epoch in range(config.epochs):
             scheduler.step(epoch)
             rates.append(optimizer.param_groups[0]["lr"])
-        assert rates == pytest.approx([1e-4 if epoch > 50 else 5e-4 if epoch > 40 else 3e-3 for epoch in range(60)])
+        assert rates == pytest.approx(
+            [1e-4 if epoch > 50 else 5e-4 if epoch > 40 else 3e-3 for epoch in range(60)]
+        )
         weights = get_schedule(args.schedule, num_levels=3)
-        want = [(0.98, 0.01, 0.01)] * 9 + [(0.1, 0.8, 0.1)] * 10 + [(0.1, 0.2, 0.7)] * 10 + [(0, 0, 1)] * 31
+        want = (
+            [(0.98, 0.01, 0.01)] * 9
+            + [(0.1, 0.8, 0.1)] * 10
+            + [(0.1, 0.2, 0.7)] * 10
+            + [(0, 0, 1)] * 31
+        )
         assert weights.table(60) == want
 
     def test_bcnn_vgg16_cifar100(self, recipe):
         args, config = self.parse(recipe, "--recipe", "bcnn-vgg16-cifar100")
-        assert (args.data, args.taxonomy, args.model, args.pretrained) == ("cifar100", "cifar100", "bcnn_vgg16", True)
+        assert (args.data, args.taxonomy, args.model, args.pretrained) == (
+            "cifar100",
+            "cifar100",
+            "bcnn_vgg16",
+            True,
+        )
         assert (args.batch_size, config.opt, config.weight_decay) == (128, "sgd", 0)
         weights = get_schedule(args.schedule, num_levels=3)
-        switches = [epoch for epoch in range(1, config.epochs) if weights(epoch) != weights(epoch - 1)]
+        switches = [
+            epoch for epoch in range(1, config.epochs) if weights(epoch) != weights(epoch - 1)
+        ]
         assert switches == [14, 24, 34]
 
-    @pytest.mark.parametrize("name", ["bcnn-b-cifar10", "bcnn-vgg16-cifar100", "hcnn-fashion-mnist", "bcnn-a-mnist",
-                                      "modern-cifar10"])
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "bcnn-b-cifar10",
+            "bcnn-vgg16-cifar100",
+            "hcnn-fashion-mnist",
+            "bcnn-a-mnist",
+            "modern-cifar10",
+        ],
+    )
     def test_is_valid_and_can_be_overridden(self, recipe, name):
         from timm_branches.taxonomy import get_taxonomy
 
@@ -296,23 +440,44 @@ class TestPublishedSettings:
         levels = get_taxonomy(args.taxonomy).num_levels
         assert len(args.taps) == levels
         assert get_schedule(args.schedule, num_levels=levels)(config.epochs).count(0) < levels
-        other = {"lr": "0.5", "epochs": "3", "batch_size": "7", "opt": "adamw", "weight_decay": "0.25",
-                 "momentum": "0.5", "sched": "cosine", "lr_steps": "", "warmup_epochs": "4", "schedule": "equal",
-                 "augment": "light", "head": "pool" if args.head == "flatten" else "flatten", "model": "resnet18",
-                 "taxonomy": "tree.csv", "mixup": "0.75", "smoothing": "0.3", "model_ema_decay": "0.5",
-                 "in_chans": "4", "img_size": "48"}
+        other = {
+            "lr": "0.5",
+            "epochs": "3",
+            "batch_size": "7",
+            "opt": "adamw",
+            "weight_decay": "0.25",
+            "momentum": "0.5",
+            "sched": "cosine",
+            "lr_steps": "",
+            "warmup_epochs": "4",
+            "schedule": "equal",
+            "augment": "light",
+            "head": "pool" if args.head == "flatten" else "flatten",
+            "model": "resnet18",
+            "taxonomy": "tree.csv",
+            "mixup": "0.75",
+            "smoothing": "0.3",
+            "model_ema_decay": "0.5",
+            "in_chans": "4",
+            "img_size": "48",
+        }
         lists = {"taps": ["1", "2"], "hidden": [8, 9], "mean": [0.25], "std": [0.125]}
-        flags = [word for key, value in other.items() for word in (f"--{key.replace('_', '-')}", value)]
+        flags = [
+            word for key, value in other.items() for word in (f"--{key.replace('_', '-')}", value)
+        ]
         flags += [word for key, value in lists.items() for word in (f"--{key}", *map(str, value))]
         switches = ["pretrained", "amp", "channels_last", "model_ema", "model_ema_warmup"]
-        flags += [f"--{'no-' if getattr(args, key) else ''}{key.replace('_', '-')}" for key in switches]
+        flags += [
+            f"--{'no-' if getattr(args, key) else ''}{key.replace('_', '-')}" for key in switches
+        ]
         asked = recipe.parse_args(["photos", "--recipe", name, *flags])
         assert asked.data == "photos"
         assert {key: getattr(asked, key) for key in lists} == lists
         for key, value in other.items():
             assert getattr(asked, key) == type(getattr(asked, key))(value), key
         assert all(getattr(asked, key) is not getattr(args, key) for key in switches)
-        assert set(recipe.RECIPES[name]) <= {*other, *lists, *switches, "data"}  # nothing of it was forgotten above
+        # nothing of it was forgotten above
+        assert set(recipe.RECIPES[name]) <= {*other, *lists, *switches, "data"}
 
 
 MISTAKES = {
@@ -358,7 +523,10 @@ class TestMistakes:
         args, needle = MISTAKES[name]
         args = [arg.format(photos=photos) for arg in args]
         own = ["--model", "test_resnet", "--limit", "64", "--epochs", "1"]
-        self.check_line(*here(*own, *args) if args[0].startswith("-") else here(args[0], *own, *args[1:]), needle)
+        self.check_line(
+            *here(*own, *args) if args[0].startswith("-") else here(args[0], *own, *args[1:]),
+            needle,
+        )
 
     def test_in_a_process(self, tmp_path):
         done = run_recipe(RECIPE, "nowhere", cwd=tmp_path)
@@ -381,7 +549,18 @@ class TestMistakes:
 @pytest.mark.slow
 def test_two_processes(tmp_path):
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    done = start("--epochs", "1", "--limit", "128", "-b", "32", "--device", "cpu", cwd=tmp_path, launcher=launcher)
+    done = start(
+        "--epochs",
+        "1",
+        "--limit",
+        "128",
+        "-b",
+        "32",
+        "--device",
+        "cpu",
+        cwd=tmp_path,
+        launcher=launcher,
+    )
     assert list(read_table(done.stdout)[1]) == ["B-CNN", "B-CNN, best path", "flat"]
     assert done.stdout.count("full path") == 1
     assert epochs_logged(tmp_path / "output" / "bcnn" / "bcnn") == [0]
@@ -394,8 +573,13 @@ def test_learns_the_digits(tmp_path):
     assert min(numbers[1] for numbers in rows.values()) > 70
 
 
-@pytest.mark.parametrize("args", [["--recipe", "bcnn-b-cifar10", "--lr", "0.1"],
-                                  ["--recipe", "bcnn-b-cifar10", "--hflip", "0.5"]])
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--recipe", "bcnn-b-cifar10", "--lr", "0.1"],
+        ["--recipe", "bcnn-b-cifar10", "--hflip", "0.5"],
+    ],
+)
 def test_a_flag_without_effect_is_refused(recipe, capsys, args):
     with pytest.raises(SystemExit) as stopped:
         recipe.parse_args(args)

@@ -14,8 +14,23 @@ from timm_branches import load_model
 
 RECIPE = RECIPES / "cnn_lstm.py"
 CLASSES = ("jump", "walk")
-TINY = ("--model", "test_resnet", "--img-size", "32", "--hidden-size", "8", "--frames", "3", "--epochs", "1", "-b", "4",
-        "--val-fraction", "0.25", "--no-plots")
+TINY = (
+    "--model",
+    "test_resnet",
+    "--img-size",
+    "32",
+    "--hidden-size",
+    "8",
+    "--frames",
+    "3",
+    "--epochs",
+    "1",
+    "-b",
+    "4",
+    "--val-fraction",
+    "0.25",
+    "--no-plots",
+)
 
 
 def moving_square(kind, start, count=5, size=32):
@@ -23,7 +38,7 @@ def moving_square(kind, start, count=5, size=32):
     frames = np.zeros((count, size, size, 3), np.uint8)
     for t, frame in enumerate(frames):
         x, y = (start, 12 + 6 * (t % 2)) if kind == "jump" else (start + 3 * t, 12)
-        frame[y:y + 8, x:x + 8] = 255
+        frame[y : y + 8, x : x + 8] = 255
     return frames
 
 
@@ -47,7 +62,10 @@ def write_frames(folder, frames):
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory):
-    """The same clips as videos, as nested folders of frames, and named by a CSV; and damaged ones."""
+    """The same clips as videos, as nested folders of frames, and named by a CSV.
+
+    And damaged ones.
+    """
     root = tmp_path_factory.mktemp("clips")
     rows = ["path,label,split,start,end"]
     for kind in CLASSES:
@@ -85,8 +103,10 @@ class TestDigits:
         from sklearn.datasets import load_digits
 
         digits = load_digits()
-        known = {np.kron(image, np.ones((2, 2))).astype(np.uint8).tobytes(): int(y)
-                 for image, y in zip(digits.images, digits.target, strict=True)}
+        known = {
+            np.kron(image, np.ones((2, 2))).astype(np.uint8).tobytes(): int(y)
+            for image, y in zip(digits.images, digits.target, strict=True)
+        }
         seen = Counter()
         used = []
         for part in recipe.counting_digits():
@@ -94,11 +114,14 @@ class TestDigits:
             for clip, (label,) in zip(part.images.clips, part.labels.tolist(), strict=True):
                 names = [known[(frame // 15).tobytes()] for frame in clip]
                 used[-1] |= {frame.tobytes() for frame in clip}
-                assert all((b - a) % 3 == (1, 2)[label] for a, b in zip(names[:-1], names[1:], strict=True))
+                assert all(
+                    (b - a) % 3 == (1, 2)[label] for a, b in zip(names[:-1], names[1:], strict=True)
+                )
                 seen[label, names[0]] += 1
         assert not used[0] & used[1]
         assert not (used[0] | used[1]) & used[2]
-        assert min(seen.values()) > 0.8 * max(seen.values())  # three digits at the start of clips of two classes
+        # three digits at the start of clips of two classes
+        assert min(seen.values()) > 0.8 * max(seen.values())
         assert len(seen) == 6
 
     def test_without_arguments_cut_short(self, tmp_path, here):
@@ -109,10 +132,13 @@ class TestDigits:
         assert rows["last frame alone"] == rows["chance"] == [50]
         assert len(re.findall(r"^  frame \d: (up|down) \d+ %$", out, re.MULTILINE)) in (3, 4, 5, 6)
         facts = json.loads((tmp_path / "output" / "cnn_lstm" / "results.json").read_text())
-        assert {name: [found["order_top1"]] for name, found in facts["results"].items()} == pytest.approx(
-            {name: pytest.approx(row, abs=0.006) for name, row in rows.items()})
+        assert {
+            name: [found["order_top1"]] for name, found in facts["results"].items()
+        } == pytest.approx({name: pytest.approx(row, abs=0.006) for name, row in rows.items()})
         assert (facts["train_clips"], facts["clips"], facts["judged"]) == (64, 600, "test")
-        model = load_model(tmp_path / "output" / "cnn_lstm" / "cnn_lstm" / "model.safetensors").eval()
+        model = load_model(
+            tmp_path / "output" / "cnn_lstm" / "cnn_lstm" / "model.safetensors"
+        ).eval()
         assert model.taxonomy.leaves == (("up",), ("down",))
         assert model(torch.rand(2, 5, 1, 16, 16))["order"].shape == (2, 2)
 
@@ -135,18 +161,55 @@ class TestOwnData:
         return out
 
     def test_videos_with_another_head(self, clips, tmp_path, here):
-        extra = ("--head", "gru", "--layers", "2", "--bidirectional", "--rnn-output", "frame", "--projection", "6",
-                 "--activation", "relu", "--hidden", "5", "--pool", "max", "--augment", "light",
-                 "--frames-per-pass", "4", "--freeze", "3", "--sampling", "dense", "--stride", "2")
+        extra = (
+            "--head",
+            "gru",
+            "--layers",
+            "2",
+            "--bidirectional",
+            "--rnn-output",
+            "frame",
+            "--projection",
+            "6",
+            "--activation",
+            "relu",
+            "--hidden",
+            "5",
+            "--pool",
+            "max",
+            "--augment",
+            "light",
+            "--frames-per-pass",
+            "4",
+            "--freeze",
+            "3",
+            "--sampling",
+            "dense",
+            "--stride",
+            "2",
+        )
         args = [*TINY, *extra]
         args[args.index("--frames") + 1] = "2"
-        out = self.check_run(here(clips / "videos", *args), ("CNN+GRU", "last frame alone", "chance"))
+        out = self.check_run(
+            here(clips / "videos", *args), ("CNN+GRU", "last frame alone", "chance")
+        )
         assert "0 clips could not be read." in out
-        model = load_model(tmp_path / "output" / "cnn_lstm" / "cnn_gru" / "model.safetensors").eval()
+        model = load_model(
+            tmp_path / "output" / "cnn_lstm" / "cnn_gru" / "model.safetensors"
+        ).eval()
         assert model.taxonomy.leaves == tuple((kind,) for kind in CLASSES)
         spec = model.head_specs[0]
-        assert (spec.kind, spec.num_layers, spec.bidirectional, spec.output, spec.projection, spec.activation,
-                spec.hidden, spec.pool_type, spec.hidden_size) == ("gru", 2, True, "frame", 6, "relu", (5,), "max", 8)
+        assert (
+            spec.kind,
+            spec.num_layers,
+            spec.bidirectional,
+            spec.output,
+            spec.projection,
+            spec.activation,
+            spec.hidden,
+            spec.pool_type,
+            spec.hidden_size,
+        ) == ("gru", 2, True, "frame", 6, "relu", (5,), "max", 8)
 
     def test_nested_frame_folders_have_a_head_a_level(self, clips, tmp_path, here):
         out = self.check_run(here(clips / "nested", *TINY, "--taps", "4", "5", "--stream"))
@@ -157,21 +220,39 @@ class TestOwnData:
         assert list(model.num_classes.values()) == [2, 4]
 
     def test_csv_with_splits_and_cuts(self, clips, here):
-        assert "on the 4 test clips" in self.check_run(here(clips / "clips.csv", *TINY, "--readout", "mean"))
+        assert "on the 4 test clips" in self.check_run(
+            here(clips / "clips.csv", *TINY, "--readout", "mean")
+        )
 
     def test_frozen_and_cached(self, clips, tmp_path, here, recwarn):
         frozen = (*TINY, "--freeze", "all", "--cache", "features", "--epochs", "2")
         cached = read_table(self.check_run(here(clips / "clips.csv", *frozen, "--output", "a")))[1]
-        files = {path: path.stat().st_mtime_ns for path in (tmp_path / "features").rglob("*.safetensors")}
+        files = {
+            path: path.stat().st_mtime_ns for path in (tmp_path / "features").rglob("*.safetensors")
+        }
         assert len(files) == 4  # training and validation, all frames and the last ones
-        again = self.check_run(here(clips / "clips.csv", *frozen, "--output", "b", "--no-baseline"),
-                               ("CNN+LSTM", "chance"))
+        again = self.check_run(
+            here(clips / "clips.csv", *frozen, "--output", "b", "--no-baseline"),
+            ("CNN+LSTM", "chance"),
+        )
         assert read_table(again)[1]["CNN+LSTM"] == cached["CNN+LSTM"]
-        assert {path: path.stat().st_mtime_ns for path in (tmp_path / "features").rglob("*.safetensors")} == files
+        assert {
+            path: path.stat().st_mtime_ns for path in (tmp_path / "features").rglob("*.safetensors")
+        } == files
         assert not [str(w.message) for w in recwarn if "stale" in str(w.message)]
 
     def test_views(self, clips, tmp_path, here):
-        args = ("--freeze", "all", "--cache", "features", "--augment", "light", "--views", "2", "--no-baseline")
+        args = (
+            "--freeze",
+            "all",
+            "--cache",
+            "features",
+            "--augment",
+            "light",
+            "--views",
+            "2",
+            "--no-baseline",
+        )
         self.check_run(here(clips / "clips.csv", *TINY, *args), ("CNN+LSTM", "chance"))
         indices = [json.loads(path.read_text()) for path in (tmp_path / "features").rglob("*.json")]
         assert sorted(index["fingerprint"]["views"] for index in indices) == [1, 2]
@@ -210,8 +291,20 @@ MISTAKES = {
 def test_mistakes_are_one_line(name, clips, here):
     args, needle = MISTAKES[name]
     args = [arg.format(clips=clips) for arg in args]
-    own = ["--model", "test_resnet", "--epochs", "1", "--limit", "16", "--img-size", "32", "--no-baseline"]
-    status, out, err = here(*own, *args) if args[0].startswith("-") else here(args[0], *own, *args[1:])
+    own = [
+        "--model",
+        "test_resnet",
+        "--epochs",
+        "1",
+        "--limit",
+        "16",
+        "--img-size",
+        "32",
+        "--no-baseline",
+    ]
+    status, out, err = (
+        here(*own, *args) if args[0].startswith("-") else here(args[0], *own, *args[1:])
+    )
     assert status == 2, err
     lines = err.splitlines()
     assert lines[-1].startswith("cnn_lstm.py: ")
@@ -220,22 +313,25 @@ def test_mistakes_are_one_line(name, clips, here):
     assert read_table(out)[1] == {}
 
 
-@pytest.mark.parametrize(("args", "message"), [
-    (["--cache", "f"], "--cache has no effect"),
-    (["--cache", "f", "--freeze", "3"], "--cache has no effect"),
-    (["--views", "2"], "--views has no effect"),
-    (["videos", "--freeze", "all", "--cache", "f", "--augment", "light"], "needs --views"),
-    (["--freeze", "3", "--freeze-backbone"], "contradict"),
-    (["--freeze", "all", "--no-freeze-backbone"], "contradict"),
-    (["--freeze", "all", "--grad-checkpointing"], "--grad-checkpointing has no effect"),
-    (["--hflip", "0.5"], "--hflip has no effect"),
-    (["videos", "--hflip", "0.5", "--augment", "none"], "--hflip has no effect"),
-    (["--rnn-output", "frame", "--readout", "mean"], "--readout mean has no effect"),
-    (["--stream", "--bidirectional"], "--stream"),
-    (["--strict"], "--strict has no effect on the digits"),
-    (["--in-chans", "3"], "--in-chans 3 has no effect"),
-    (["--resume", "last.safetensors"], "--resume auto"),
-])
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--cache", "f"], "--cache has no effect"),
+        (["--cache", "f", "--freeze", "3"], "--cache has no effect"),
+        (["--views", "2"], "--views has no effect"),
+        (["videos", "--freeze", "all", "--cache", "f", "--augment", "light"], "needs --views"),
+        (["--freeze", "3", "--freeze-backbone"], "contradict"),
+        (["--freeze", "all", "--no-freeze-backbone"], "contradict"),
+        (["--freeze", "all", "--grad-checkpointing"], "--grad-checkpointing has no effect"),
+        (["--hflip", "0.5"], "--hflip has no effect"),
+        (["videos", "--hflip", "0.5", "--augment", "none"], "--hflip has no effect"),
+        (["--rnn-output", "frame", "--readout", "mean"], "--readout mean has no effect"),
+        (["--stream", "--bidirectional"], "--stream"),
+        (["--strict"], "--strict has no effect on the digits"),
+        (["--in-chans", "3"], "--in-chans 3 has no effect"),
+        (["--resume", "last.safetensors"], "--resume auto"),
+    ],
+)
 def test_what_has_no_effect_is_refused(recipe, capsys, args, message):
     with pytest.raises(SystemExit) as stopped:
         recipe.parse_args(args)
@@ -243,8 +339,15 @@ def test_what_has_no_effect_is_refused(recipe, capsys, args, message):
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("args", "frozen"), [([], False), (["--freeze", "all"], True), (["--freeze-backbone"], True),
-                                              (["--freeze", "2"], False)])
+@pytest.mark.parametrize(
+    ("args", "frozen"),
+    [
+        ([], False),
+        (["--freeze", "all"], True),
+        (["--freeze-backbone"], True),
+        (["--freeze", "2"], False),
+    ],
+)
 def test_both_spellings_of_freezing_mean_the_same(recipe, args, frozen):
     parsed = recipe.parse_args(args)
     assert parsed.freeze_backbone is frozen
@@ -263,7 +366,19 @@ def test_only_the_order_tells(tmp_path, seed):
 @pytest.mark.slow
 def test_two_processes(tmp_path):
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    args = ("--epochs", "1", "--limit", "64", "--device", "cpu", "--no-plots", "--freeze", "all", "--cache", "f")
+    args = (
+        "--epochs",
+        "1",
+        "--limit",
+        "64",
+        "--device",
+        "cpu",
+        "--no-plots",
+        "--freeze",
+        "all",
+        "--cache",
+        "f",
+    )
     done = run_recipe(RECIPE, *args, cwd=tmp_path, launcher=launcher)
     assert done.returncode == 0, done.stderr
     assert list(read_table(done.stdout)[1]) == ["CNN+LSTM", "last frame alone", "chance"]

@@ -12,7 +12,20 @@ from tests.recipes.script import RECIPES, read_table, run_recipe
 from timm_branches import load_model
 
 RECIPE = RECIPES / "denoise.py"
-TINY = ("--epochs", "1", "--patches", "2", "-b", "2", "--patch-size", "16", "--channels", "4", "4", "4")
+TINY = (
+    "--epochs",
+    "1",
+    "--patches",
+    "2",
+    "-b",
+    "2",
+    "--patch-size",
+    "16",
+    "--channels",
+    "4",
+    "4",
+    "4",
+)
 
 
 def smooth_images(folder, count, size=32):
@@ -48,9 +61,13 @@ class TestWithoutArguments:
         folder, out = done
         rows = read_table(out)[1]
         assert len(rows) == 6
-        assert [sum(word in name for name in rows) for word in ("degraded", "network", "non-local means")] == [2, 2, 1]
+        assert [
+            sum(word in name for name in rows)
+            for word in ("degraded", "network", "non-local means")
+        ] == [2, 2, 1]
         noisy = rows["noise 25, degraded"]
-        assert noisy[0] == pytest.approx(20 * np.log10(255 / 25), abs=0.05)  # PSNR of white noise in closed form
+        # PSNR of white noise in closed form
+        assert noisy[0] == pytest.approx(20 * np.log10(255 / 25), abs=0.05)
         facts = json.loads((folder / "results.json").read_text())
         assert facts["images"] == 4
         for name, found in facts["results"].items():
@@ -58,8 +75,11 @@ class TestWithoutArguments:
 
     def test_classical_methods_help(self, done):
         rows = read_table(done[1])[1]
-        best = {name.split(", ")[0]: numbers[0] for name, numbers in rows.items()
-                if "degraded" not in name and "network" not in name}
+        best = {
+            name.split(", ")[0]: numbers[0]
+            for name, numbers in rows.items()
+            if "degraded" not in name and "network" not in name
+        }
         assert best["noise 25"] > rows["noise 25, degraded"][0] + 5
         assert best["blur 1.5"] > rows["blur 1.5, noise 2, degraded"][0] + 1
 
@@ -72,14 +92,41 @@ class TestWithoutArguments:
 
 
 class TestOwnImages:
-    @pytest.mark.parametrize(("data", "args", "images", "levels"), [
-        ("parts", ("--sigma", "0", "50", "--test-sigma", "10", "30"), "2 test", ["noise 10", "noise 30"]),
-        ("parts", ("--test", "spare", "--colour", "--head", "rednet", "--tile", "16", "--loss", "l2"), "3 test",
-         ["noise 25"]),
-        ("plain", ("--blur", "1", "2", "--val-fraction", "0.4"), "2 validation", ["blur 1.5"]),
-        ("plain", ("--model", "test_resnet", "--taps", "2", "3", "--no-input-skip", "--val-fraction", "0.4", "--amp",
-                   "--channels-last"), "2 validation", ["noise 25"]),
-    ])
+    @pytest.mark.parametrize(
+        ("data", "args", "images", "levels"),
+        [
+            (
+                "parts",
+                ("--sigma", "0", "50", "--test-sigma", "10", "30"),
+                "2 test",
+                ["noise 10", "noise 30"],
+            ),
+            (
+                "parts",
+                ("--test", "spare", "--colour", "--head", "rednet", "--tile", "16", "--loss", "l2"),
+                "3 test",
+                ["noise 25"],
+            ),
+            ("plain", ("--blur", "1", "2", "--val-fraction", "0.4"), "2 validation", ["blur 1.5"]),
+            (
+                "plain",
+                (
+                    "--model",
+                    "test_resnet",
+                    "--taps",
+                    "2",
+                    "3",
+                    "--no-input-skip",
+                    "--val-fraction",
+                    "0.4",
+                    "--amp",
+                    "--channels-last",
+                ),
+                "2 validation",
+                ["noise 25"],
+            ),
+        ],
+    )
     def test_runs(self, photos, here, data, args, images, levels):
         status, out, err = here(photos / data, *TINY, "--no-plots", *args)
         assert status == 0, err
@@ -90,15 +137,24 @@ class TestOwnImages:
         args = recipe.parse_args([str(photos / "plain"), "--val-fraction", "0.4", "--patches", "3"])
         bench = recipe.Bench.__new__(recipe.Bench)
         bench.args, bench.images = args, recipe.folders(args)
-        parts = {part: bench.dataset(part, 25, 0, repeats=3 if part == "train" else 1, is_training=part == "train")
-                 for part in ("train", "val")}
-        seen = {part: {data[i][1].numpy().tobytes() for i in range(len(data))} for part, data in parts.items()}
+        parts = {
+            part: bench.dataset(
+                part, 25, 0, repeats=3 if part == "train" else 1, is_training=part == "train"
+            )
+            for part in ("train", "val")
+        }
+        seen = {
+            part: {data[i][1].numpy().tobytes() for i in range(len(data))}
+            for part, data in parts.items()
+        }
         assert (len(seen["train"]), len(seen["val"])) == (3, 2)
         assert len(parts["train"]) == 9
         assert not seen["train"] & seen["val"]
 
     def test_the_same_seed_gives_the_same_noise_and_numbers(self, photos, here):
-        first, again = (here(photos / "parts", *TINY, "--no-plots", "--output", f"run{i}")[1] for i in (1, 2))
+        first, again = (
+            here(photos / "parts", *TINY, "--no-plots", "--output", f"run{i}")[1] for i in (1, 2)
+        )
         assert read_table(first)[1] == read_table(again)[1] != {}
 
     def test_resume(self, photos, here, tmp_path):
@@ -115,16 +171,26 @@ class TestOwnImages:
 def test_published_setting_and_overriding(recipe):
     args = recipe.parse_args(["data", "--recipe", "train400-sigma25"])
     assert (args.sigma, args.in_chans, args.train, args.test) == ([25.0], 1, "train400", "set12")
-    assert all(getattr(args, key) == value for key, value in recipe.RECIPES["train400-sigma25"].items())
-    args = recipe.parse_args(["data", "--recipe", "train400-sigma25", "--sigma", "15", "--no-amp", "--epochs", "3"])
+    assert all(
+        getattr(args, key) == value for key, value in recipe.RECIPES["train400-sigma25"].items()
+    )
+    args = recipe.parse_args(
+        ["data", "--recipe", "train400-sigma25", "--sigma", "15", "--no-amp", "--epochs", "3"]
+    )
     assert (args.sigma, args.amp, args.epochs, args.model) == ([15.0], False, 3, "darknet21")
 
 
 def test_tiles_change_nothing_where_the_model_sees_single_pixels(recipe):
     from timm_branches import RedNetHead, create_branch_model
 
-    model = create_branch_model("rednet_small", taps=[(3, 4)], head=RedNetHead(residual=True), num_classes=1,
-                                names=["image"], in_chans=1)
+    model = create_branch_model(
+        "rednet_small",
+        taps=[(3, 4)],
+        head=RedNetHead(residual=True),
+        num_classes=1,
+        names=["image"],
+        in_chans=1,
+    )
     for parameter in model.parameters():
         parameter.data.zero_()
     task, image = recipe.RestorationTask(model, "l1", tile=16), torch.rand(1, 1, 37, 50)
@@ -140,7 +206,8 @@ class TestOverfit:
         status, out, err = here("--overfit", "--overfit-size", "32", "--lr", "0.003")
         assert status == 0, err
         rows = read_table(out)[1]
-        for name in ("bottleneck, no skips", "bottleneck and skips"):  # the training image, whatever goes in
+        # the training image, whatever goes in
+        for name in ("bottleneck, no skips", "bottleneck and skips"):
             trained, to_target, to_own, blank, noise = rows[name]
             assert min(to_target, blank, noise) > to_own + 5
             assert trained > 15
@@ -179,8 +246,16 @@ def test_a_mistake_is_one_line(name, photos, here):
     assert needle in err
 
 
-@pytest.mark.parametrize("args", [["--recipe", "train400-sigma25"], ["photos", "--overfit"], ["--test", "set12"],
-                                  ["photos", "--sigma", "1", "2", "3"], ["photos", "--grey", "--colour"]])
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--recipe", "train400-sigma25"],
+        ["photos", "--overfit"],
+        ["--test", "set12"],
+        ["photos", "--sigma", "1", "2", "3"],
+        ["photos", "--grey", "--colour"],
+    ],
+)
 def test_flags_that_do_not_go_together(recipe, capsys, args):
     with pytest.raises(SystemExit) as stopped:
         recipe.parse_args(args)
@@ -200,7 +275,9 @@ def test_without_arguments_the_network_helps(here):
 @pytest.mark.slow
 def test_two_processes(photos, tmp_path):
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    done = run_recipe(RECIPE, photos / "parts", *TINY, "--no-plots", cwd=tmp_path, launcher=launcher)
+    done = run_recipe(
+        RECIPE, photos / "parts", *TINY, "--no-plots", cwd=tmp_path, launcher=launcher
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("PSNR (dB)") == 1
     assert list(read_table(done.stdout)[1])[-1] == "noise 25, network"

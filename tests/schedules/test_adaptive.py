@@ -1,4 +1,5 @@
 """Weights that follow the accuracies, against the source's formula."""
+
 import json
 import math
 
@@ -23,7 +24,8 @@ class TestDynamic:
         assert schedule(1) == pytest.approx(plain_dynamic(base, first))
         schedule.update(second, 1)
         assert schedule(2) == schedule(50) == pytest.approx(plain_dynamic(base, second))
-        assert schedule(1) == schedule(1.9) == pytest.approx(plain_dynamic(base, first))  # as it was
+        # as it was
+        assert schedule(1) == schedule(1.9) == pytest.approx(plain_dynamic(base, first))
         assert schedule.table(3) == [schedule(0), schedule(1), schedule(2)]
 
     def test_base_weights_are_relative(self):
@@ -52,7 +54,8 @@ class TestDynamic:
         assert schedule(2) == schedule(1)
 
     def test_resumed(self):
-        """A run that is cut after each epoch, its state through JSON, goes on as the one that is not."""
+        """A run that is cut after each epoch, its state through JSON, goes on as the one that is
+        not."""
         history = [(0.5, 0.1), (0.7, math.nan), (math.nan, 0.2), (0.9, 0.6)]
         through = DynamicSchedule((0.4, 0.6), floor=0.03)
         cut = json.loads(json.dumps(through.state_dict()))
@@ -77,33 +80,51 @@ class TestDynamic:
     def test_table_in_advance(self):
         schedule = DynamicSchedule((1, 1))
         assert schedule.table(1) == [(0.5, 0.5)]
-        with pytest.raises(ValueError, match="not known in advance: only those of 1 epochs so far, not of 2"):
+        with pytest.raises(
+            ValueError, match="not known in advance: only those of 1 epochs so far, not of 2"
+        ):
             schedule.table(2)
         schedule.update([0.5, 0.0], 4)
         assert schedule.table(6)[4:] == [(0.5, 0.5), pytest.approx((1 / 3, 2 / 3))]
         with pytest.raises(ValueError, match="only those of 6 epochs"):
             schedule.table(7)
 
-    @pytest.mark.parametrize(("accuracies", "epoch", "message"), [
-        ([0.5], 0, "1 accuracies for 2 levels"), ([91.7, 80.0], 0, "fractions between 0 and 1, not percent"),
-        ([-0.1, 0.5], 0, "fractions"), ([0.5, math.inf], 0, "fractions"), ([0.5, 0.5], -1, "epoch"),
-        ([0.5, 0.5], 1.5, "whole number"),
-    ])
+    @pytest.mark.parametrize(
+        ("accuracies", "epoch", "message"),
+        [
+            ([0.5], 0, "1 accuracies for 2 levels"),
+            ([91.7, 80.0], 0, "fractions between 0 and 1, not percent"),
+            ([-0.1, 0.5], 0, "fractions"),
+            ([0.5, math.inf], 0, "fractions"),
+            ([0.5, 0.5], -1, "epoch"),
+            ([0.5, 0.5], 1.5, "whole number"),
+        ],
+    )
     def test_wrong_update(self, accuracies, epoch, message):
         schedule = DynamicSchedule((1, 2))
         with pytest.raises(ValueError, match=message):
             schedule.update(accuracies, epoch)
         assert schedule == DynamicSchedule((1, 2))
 
-    @pytest.mark.parametrize(("base", "floor", "message"), [
-        ((1, 0), 0.01, "must be positive"), ((1, -1), 0.01, "negative"), ((), 0.01, "no weights"),
-        ((1, 1), 0, "floor"), ((1, 1), 1.5, "floor"), ((1, 1), math.nan, "floor"), ((1, 1), "0.1", "floor"),
-    ])
+    @pytest.mark.parametrize(
+        ("base", "floor", "message"),
+        [
+            ((1, 0), 0.01, "must be positive"),
+            ((1, -1), 0.01, "negative"),
+            ((), 0.01, "no weights"),
+            ((1, 1), 0, "floor"),
+            ((1, 1), 1.5, "floor"),
+            ((1, 1), math.nan, "floor"),
+            ((1, 1), "0.1", "floor"),
+        ],
+    )
     def test_wrong_definition(self, base, floor, message):
         with pytest.raises(ValueError, match=f"dynamic schedule: .*{message}"):
             DynamicSchedule(base, floor)
 
-    @pytest.mark.parametrize("weights", [[[1, [1, 1]]], [[0, [1, 1, 1]]], [[0]], 3, [[0, [1, 1]], ["x", [1, 1]]]])
+    @pytest.mark.parametrize(
+        "weights", [[[1, [1, 1]]], [[0, [1, 1, 1]]], [[0]], 3, [[0, [1, 1]], ["x", [1, 1]]]]
+    )
     def test_wrong_state(self, weights):
         with pytest.raises(ValueError, match="'weights' of a 'dynamic' schedule"):
             LossWeightSchedule.from_dict({"kind": "dynamic", "base": [1, 1], "weights": weights})
@@ -115,5 +136,7 @@ class TestDynamic:
         assert parse_schedule(str(schedule)) == DynamicSchedule((1, 3))
 
     def test_number_of_levels_is_needed(self):
-        with pytest.raises(ValueError, match=r"how many levels: .*get_schedule\('dynamic', num_levels=3\)"):
+        with pytest.raises(
+            ValueError, match=r"how many levels: .*get_schedule\('dynamic', num_levels=3\)"
+        ):
             parse_schedule("dynamic")

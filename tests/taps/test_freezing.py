@@ -11,19 +11,33 @@ from timm_branches.heads import LSTMHead
 # prefixes of the parameters of stages 1..3, written down from timm's code
 FROZEN = {
     "resnet18": ("conv1", "bn1", "layer1", "layer2"),
-    "vgg11_bn": tuple(f"features.{i}." for i in range(14)),  # three conv blocks, pools at 3, 7 and 14
+    # three conv blocks, pools at 3, 7 and 14
+    "vgg11_bn": tuple(f"features.{i}." for i in range(14)),
     "test_convnext": ("stem", "stages.0", "stages.1"),  # its stages are 2 to 5
-    "vit_tiny_patch16_224": ("cls_token", "pos_embed", "patch_embed", *(f"blocks.{i}." for i in range(6))),
+    "vit_tiny_patch16_224": (
+        "cls_token",
+        "pos_embed",
+        "patch_embed",
+        *(f"blocks.{i}." for i in range(6)),
+    ),
     "swin_tiny_patch4_window7_224": ("patch_embed", "layers.0", "layers.1"),
     "efficientnet_b0": ("conv_stem", "bn1", "blocks.0", "blocks.1", "blocks.2"),
 }
-OPTIONS = {"vit_tiny_patch16_224": {"img_size": 32}, "swin_tiny_patch4_window7_224": {"img_size": 64, "window_size": 2}}
+OPTIONS = {
+    "vit_tiny_patch16_224": {"img_size": 32},
+    "swin_tiny_patch4_window7_224": {"img_size": 64, "window_size": 2},
+}
 
 
 def make(name="resnet18", taps=(5,), **kwargs):
     torch.manual_seed(0)
-    return create_branch_model(name, taps=list(taps), num_classes=2, drop_rate=0.2,
-                               **{"img_size": 64, **OPTIONS.get(name, {}), **kwargs})
+    return create_branch_model(
+        name,
+        taps=list(taps),
+        num_classes=2,
+        drop_rate=0.2,
+        **{"img_size": 64, **OPTIONS.get(name, {}), **kwargs},
+    )
 
 
 def images(model, batch=3):
@@ -56,7 +70,9 @@ class TestStages:
         with torch.device("meta"):
             model = make(name)
         assert model.freeze(stages=3) is model
-        expected = [n for n, _ in model.backbone.named_parameters() if not n.startswith(FROZEN[name])]
+        expected = [
+            n for n, _ in model.backbone.named_parameters() if not n.startswith(FROZEN[name])
+        ]
         assert trained(model) == expected != []
         assert model.frozen_stages == 3
         assert not model.frozen
@@ -76,7 +92,9 @@ class TestStages:
         moved = {n for n in after if not torch.equal(after[n], before[n])}
         assert not [n for n in moved if n.startswith(FROZEN[name])]
         statistics = {n for n in after if n.endswith(("running_mean", "running_var"))}
-        assert moved >= {n for n in statistics if not n.startswith(FROZEN[name])} | set(trained(model))
+        assert moved >= {n for n in statistics if not n.startswith(FROZEN[name])} | set(
+            trained(model)
+        )
 
     def test_dropout_of_the_frozen_part(self):
         """The map of the last frozen stage is the one of eval; later ones have their dropout."""
@@ -98,13 +116,17 @@ class TestStages:
         model.freeze(stages=3)
         part = saved_bytes(model, x)
         with torch.no_grad():
-            y = model.eval().backbone.forward_intermediates(x, indices=[2], intermediates_only=True, stop_early=True)[0]
+            y = model.eval().backbone.forward_intermediates(
+                x, indices=[2], intermediates_only=True, stop_early=True
+            )[0]
         model.train()
 
         class Rest(torch.nn.Module):
             def __init__(self):
                 super().__init__()
-                self.rest = torch.nn.Sequential(model.backbone.layer3, model.backbone.layer4, model.head("stage5"))
+                self.rest = torch.nn.Sequential(
+                    model.backbone.layer3, model.backbone.layer4, model.head("stage5")
+                )
 
             def forward(self, z):
                 return self.rest(z)
@@ -118,7 +140,9 @@ class TestStages:
         model = make("test_resnet", [3, 5]).freeze(stages=4)
         sum(y.sum() for y in model(images(model)).values()).backward()
         assert model.head("stage3").fc.weight.grad.abs().sum() > 0
-        assert {n for n, p in model.backbone.named_parameters() if p.grad is not None} == set(trained(model))
+        assert {n for n, p in model.backbone.named_parameters() if p.grad is not None} == set(
+            trained(model)
+        )
 
     def test_the_last_stage_is_everything(self):
         model = make("test_resnet").freeze(stages=5)
@@ -130,8 +154,15 @@ class TestStages:
     def test_spellings(self, stages):
         assert make("test_resnet").freeze(stages).frozen_stages == 3
 
-    @pytest.mark.parametrize(("name", "taps", "stages"), [
-        ("test_resnet", [3], 4), ("test_convnext", [5], 1), ("resnet18", [5], 6), ("resnet18", ["layer3.0"], 4)])
+    @pytest.mark.parametrize(
+        ("name", "taps", "stages"),
+        [
+            ("test_resnet", [3], 4),
+            ("test_convnext", [5], 1),
+            ("resnet18", [5], 6),
+            ("resnet18", ["layer3.0"], 4),
+        ],
+    )
     def test_no_such_stage(self, name, taps, stages):
         model = make(name, taps)
         before = trained(model)
@@ -181,7 +212,8 @@ class TestUnfreeze:
         model = make("resnet18", [3, Tap(5, detach=True)])
         model.backbone.layer1.requires_grad_(False)
         before = trained(model)
-        assert not [n for n in before if n.startswith(("layer1", "layer3", "layer4"))]  # detached: nothing trains them
+        # detached: nothing trains them
+        assert not [n for n in before if n.startswith(("layer1", "layer3", "layer4"))]
         model.freeze(stages=2)
         assert trained(model) == [n for n in before if n.startswith("layer2")]
         model.unfreeze()

@@ -1,4 +1,5 @@
-"""The task's loss against hand-written loops, levels that are off, the flat baseline and the evaluator."""
+"""The task's loss against hand-written loops, levels that are off, the flat baseline and the
+evaluator."""
 
 import copy
 import math
@@ -29,8 +30,15 @@ UNEVEN = Taxonomy(["a", "b/x", "b/y/1", "b/y/2", "c/z/3"], levels=["coarse", "mi
 
 def make_model(hidden=(8,), tree=EVEN, name="test_resnet", taps=(3, 4, 5), **kwargs):
     torch.manual_seed(0)
-    return create_branch_model(name, taps=list(taps), head=PoolHead(hidden=hidden), taxonomy=tree, in_chans=1,
-                               img_size=32, **kwargs)
+    return create_branch_model(
+        name,
+        taps=list(taps),
+        head=PoolHead(hidden=hidden),
+        taxonomy=tree,
+        in_chans=1,
+        img_size=32,
+        **kwargs,
+    )
 
 
 def make_batch(tree=EVEN, size=8, seed=0):
@@ -45,7 +53,9 @@ def gradients(model):
 
 def seed_losses(outputs, labels, epoch, switches):
     """The loss function of the forum's question, with its switches as arguments."""
-    l1_loss, l2_loss, l3_loss = (F.cross_entropy(o, y) for o, y in zip(outputs, labels.unbind(1), strict=True))
+    l1_loss, l2_loss, l3_loss = (
+        F.cross_entropy(o, y) for o, y in zip(outputs, labels.unbind(1), strict=True)
+    )
     if epoch <= switches[0]:
         total_loss = 0.98 * l1_loss + 0.01 * l2_loss + 0.01 * l3_loss
     if epoch > switches[0] and epoch <= switches[1]:
@@ -57,14 +67,22 @@ def seed_losses(outputs, labels, epoch, switches):
     return total_loss
 
 
-# -- the weighted sum ----------------------------------------------------------------------------------------------
+# -- the weighted sum
+# ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("preset", "switches"), [("bcnn-vgg16-bn", (12, 22, 32)), ("bcnn-cifar10", (8, 18, 28)),
-                                                  ("bcnn-cifar100", (13, 23, 33))])
+@pytest.mark.parametrize(
+    ("preset", "switches"),
+    [
+        ("bcnn-vgg16-bn", (12, 22, 32)),
+        ("bcnn-cifar10", (8, 18, 28)),
+        ("bcnn-cifar100", (13, 23, 33)),
+    ],
+)
 def test_weighted_sum_is_the_hand_written_one(preset, switches):
     task = BranchTask(make_model(), preset)
-    model = task.trainable_module.eval()  # no dropout and fixed BatchNorm: both passes compute the same
+    # no dropout and fixed BatchNorm: both passes compute the same
+    model = task.trainable_module.eval()
     images, labels = make_batch()
     for epoch in (0, *(e for s in switches for e in (s, s + 1)), 59):
         model.zero_grad()
@@ -119,7 +137,8 @@ def test_what_a_task_refuses():
         task(images, torch.rand(8, 5))
 
 
-# -- one level's cross-entropy -------------------------------------------------------------------------------------
+# -- one level's cross-entropy
+# -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -129,7 +148,7 @@ def test_unknown_labels_leave_the_mean_over_the_known(smoothing):
     target = torch.tensor([0, -1, 4, 2, -1, -1, 1, 3, 3])
     known = target >= 0
     want = F.cross_entropy(logits[known], target[known], label_smoothing=smoothing)
-    expected, = torch.autograd.grad(want, logits)
+    (expected,) = torch.autograd.grad(want, logits)
     got = level_cross_entropy(logits, target, smoothing)
     torch.testing.assert_close(got, want)
     torch.testing.assert_close(torch.autograd.grad(got, logits)[0], expected)
@@ -139,8 +158,10 @@ def test_unknown_labels_leave_the_mean_over_the_known(smoothing):
 def test_label_smoothing_is_torchs():
     torch.manual_seed(0)
     logits, target = torch.randn(6, 4), torch.randint(4, (6,))
-    torch.testing.assert_close(level_cross_entropy(logits, target, 0.3),
-                               nn.CrossEntropyLoss(label_smoothing=0.3)(logits, target))
+    torch.testing.assert_close(
+        level_cross_entropy(logits, target, 0.3),
+        nn.CrossEntropyLoss(label_smoothing=0.3)(logits, target),
+    )
     assert level_cross_entropy(logits, target, 0.3) != level_cross_entropy(logits, target)
 
 
@@ -192,7 +213,9 @@ def test_soft_labels_against_the_closed_form():
     # row 0 mixes classes 0 and 2; row 1 mixes class 1 with an image whose label is unknown
     target = torch.tensor([[lam, 0, 1 - lam], [0, lam, 0]], dtype=torch.float64)
     p = np.exp(logits.numpy()) / np.exp(logits.numpy()).sum(1, keepdims=True)
-    want = -(lam * np.log(p[0, 0]) + (1 - lam) * np.log(p[0, 2]) + lam * np.log(p[1, 1])) / (1 + lam)
+    want = -(lam * np.log(p[0, 0]) + (1 - lam) * np.log(p[0, 2]) + lam * np.log(p[1, 1])) / (
+        1 + lam
+    )
     got = level_cross_entropy(logits, target)
     assert got.dtype == torch.float64
     np.testing.assert_allclose(got.item(), want, rtol=1e-12)
@@ -202,8 +225,13 @@ def test_hard_and_one_hot_labels_agree():
     task = BranchTask(make_model().eval(), [0.2, 0.3, 0.5])
     images, labels = make_batch()
     labels[2:4, 2] = -1
-    soft = torch.cat([F.one_hot(y.clamp(min=0), k) * (y >= 0)[:, None] for y, k in
-                      zip(labels.unbind(1), EVEN.num_classes, strict=True)], 1).float()
+    soft = torch.cat(
+        [
+            F.one_hot(y.clamp(min=0), k) * (y >= 0)[:, None]
+            for y, k in zip(labels.unbind(1), EVEN.num_classes, strict=True)
+        ],
+        1,
+    ).float()
     torch.testing.assert_close(task(images, soft)["loss"], task(images, labels)["loss"])
 
 
@@ -214,7 +242,8 @@ def test_half_precision_logits_are_computed_in_single():
     assert level_cross_entropy(logits, torch.tensor([1])).item() == pytest.approx(want, rel=1e-6)
 
 
-# -- terms beside the levels' cross-entropies ----------------------------------------------------------------------
+# -- terms beside the levels' cross-entropies
+# ----------------------------------------------------------------------
 
 
 def eval_task(tree=EVEN, *args, **kwargs):
@@ -236,13 +265,21 @@ def test_coarse_labels_train_finer_heads(tree, smoothing):
         for row, y in zip(labels.tolist(), logits[name], strict=True):
             known = [depth for depth in range(level + 1) if row[depth] >= 0]
             if row[level] >= 0:
-                losses.append(F.cross_entropy(y, torch.tensor(row[level]), label_smoothing=smoothing).item())
-            elif known:  # classes of this level below the deepest label; there are none below a shallow leaf
+                losses.append(
+                    F.cross_entropy(y, torch.tensor(row[level]), label_smoothing=smoothing).item()
+                )
+            # classes of this level below the deepest label; there are none below a shallow leaf
+            elif known:
                 node = tree.nodes[known[-1]][row[known[-1]]]
-                p = [q.item() for q, path in zip(y.double().softmax(0), tree.nodes[level], strict=True)
-                     if path[:len(node)] == node]
+                p = [
+                    q.item()
+                    for q, path in zip(y.double().softmax(0), tree.nodes[level], strict=True)
+                    if path[: len(node)] == node
+                ]
                 losses += [-math.log(sum(p))] if p else []
-        assert task(images, labels)["losses"][name].item() == pytest.approx(np.mean(losses), rel=1e-5), name
+        assert task(images, labels)["losses"][name].item() == pytest.approx(
+            np.mean(losses), rel=1e-5
+        ), name
 
 
 def test_without_coarse_labels_the_marginal_term_changes_nothing():
@@ -255,8 +292,10 @@ def test_extra_terms_are_added_with_their_weights():
     logits = list(task.trainable_module(images).values())
     plain = eval_task(EVEN, [0.2, 0.3, 0.5])[0](images, labels)["loss"]
     result = task(images, labels)
-    torch.testing.assert_close(result["loss"], plain + 0.7 * consistency_loss(logits, EVEN)
-                               + 0.4 * tree_path_kl(logits, labels, EVEN))
+    torch.testing.assert_close(
+        result["loss"],
+        plain + 0.7 * consistency_loss(logits, EVEN) + 0.4 * tree_path_kl(logits, labels, EVEN),
+    )
     assert list(result["losses"]) == [*EVEN.levels, "consistency", "tree_path"]
 
 
@@ -273,20 +312,27 @@ def test_class_weights_and_smoothing_of_each_level_are_torchs():
     weights = {"fine": [1.0, 2.0, 0.5, 0.0, 3.0]}
     task, images, labels = eval_task(EVEN, None, [0.0, 0.1, 0.2], weights)
     logits = task.trainable_module(images)
-    want = {"coarse": F.cross_entropy(logits["coarse"], labels[:, 0]),
-            "middle": F.cross_entropy(logits["middle"], labels[:, 1], label_smoothing=0.1),
-            "fine": F.cross_entropy(logits["fine"], labels[:, 2], torch.tensor(weights["fine"]), label_smoothing=0.2)}
+    want = {
+        "coarse": F.cross_entropy(logits["coarse"], labels[:, 0]),
+        "middle": F.cross_entropy(logits["middle"], labels[:, 1], label_smoothing=0.1),
+        "fine": F.cross_entropy(
+            logits["fine"], labels[:, 2], torch.tensor(weights["fine"]), label_smoothing=0.2
+        ),
+    }
     torch.testing.assert_close(task(images, labels)["losses"], want)
 
 
-@pytest.mark.parametrize(("kwargs", "message"), [
-    ({"label_smoothing": [0.1, 0.1]}, "one number or one for each"),
-    ({"class_weights": {"fine": [1.0, 2.0]}}, "one weight from 0 upwards"),
-    ({"class_weights": {"leaf": [1.0]}}, "one of the heads"),
-    ({"class_weights": {"coarse": [1.0, -1.0]}}, "one weight from 0 upwards"),
-    ({"consistency": -1.0}, "consistency must be"),
-    ({"tree_path": math.inf}, "tree_path must be"),
-])
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"label_smoothing": [0.1, 0.1]}, "one number or one for each"),
+        ({"class_weights": {"fine": [1.0, 2.0]}}, "one weight from 0 upwards"),
+        ({"class_weights": {"leaf": [1.0]}}, "one of the heads"),
+        ({"class_weights": {"coarse": [1.0, -1.0]}}, "one weight from 0 upwards"),
+        ({"consistency": -1.0}, "consistency must be"),
+        ({"tree_path": math.inf}, "tree_path must be"),
+    ],
+)
 def test_settings_out_of_range(kwargs, message):
     with pytest.raises(ValueError, match=message):
         BranchTask(make_model(), **kwargs)
@@ -294,7 +340,9 @@ def test_settings_out_of_range(kwargs, message):
 
 @pytest.mark.parametrize("kwargs", [{"consistency": 1.0}, {"tree_path": 1.0}, {"marginal": True}])
 def test_terms_that_need_a_taxonomy(kwargs):
-    model = create_branch_model("test_resnet", taps=[4, 5], num_classes=[2, 3], in_chans=1, img_size=32)
+    model = create_branch_model(
+        "test_resnet", taps=[4, 5], num_classes=[2, 3], in_chans=1, img_size=32
+    )
     with pytest.raises(ValueError, match="needs a taxonomy"):
         BranchTask(model, **kwargs)
 
@@ -306,8 +354,10 @@ def test_learned_weights_are_kendalls():
     with torch.no_grad():
         task.uncertainty.log_var.copy_(s)
     logits = task.trainable_module(images)
-    want = sum(torch.exp(-s[i]) * F.cross_entropy(logits[name], labels[:, i]) + s[i] / 2
-               for i, name in ((0, "coarse"), (2, "fine")))
+    want = sum(
+        torch.exp(-s[i]) * F.cross_entropy(logits[name], labels[:, i]) + s[i] / 2
+        for i, name in ((0, "coarse"), (2, "fine"))
+    )
     loss = task(images, labels)["loss"]
     torch.testing.assert_close(loss, want)
     loss.backward()
@@ -325,7 +375,8 @@ def test_learned_weights_alone(other):
         BranchTask(make_model(), uncertainty=True, **other)
 
 
-# -- levels that are off -------------------------------------------------------------------------------------------
+# -- levels that are off
+# -------------------------------------------------------------------------------------------
 
 
 def head_state(task, optimizer, name):
@@ -354,26 +405,33 @@ def steps(task, optimizer, count=2, seed=0):
 @pytest.mark.parametrize("opt", ["sgd", "adamw", "lamb"])
 def test_a_level_that_is_off_does_not_move(opt):
     task = BranchTask(make_model(), "0:1,1,1;1:0,0.5,0.5;2:0,0,1;3:1,0,0;4:1,1,1")
-    optimizer = create_optimizer_v2(task.trainable_module, opt=opt, lr=1e-2, weight_decay=0.1, momentum=0.9)
+    optimizer = create_optimizer_v2(
+        task.trainable_module, opt=opt, lr=1e-2, weight_decay=0.1, momentum=0.9
+    )
     for epoch in range(5):
         task.set_epoch(epoch)
         before = {name: head_state(task, optimizer, name) for name in task.names}
         steps(task, optimizer, seed=10 * epoch)
         for name, w in zip(task.names, task.weights, strict=True):
             assert same(before[name], head_state(task, optimizer, name)) == (w == 0), (epoch, name)
-    assert any("/" in key for key in before["coarse"])  # there is optimizer state that could have moved
+    # there is optimizer state that could have moved
+    assert any("/" in key for key in before["coarse"])
 
 
 @pytest.mark.parametrize("preset", list(PRESETS))
 def test_all_transitions_of_the_presets(preset):
     task = BranchTask(make_model(), preset)
-    optimizer = create_optimizer_v2(task.trainable_module, opt="sgd", lr=1e-2, weight_decay=0.1, momentum=0.9)
+    optimizer = create_optimizer_v2(
+        task.trainable_module, opt="sgd", lr=1e-2, weight_decay=0.1, momentum=0.9
+    )
     for start in PRESETS[preset]:
         for epoch in (start, start + 1):
             task.set_epoch(epoch)
             before = {name: head_state(task, optimizer, name) for name in task.names}
             steps(task, optimizer, 1, epoch)
-            moved = [not same(before[name], head_state(task, optimizer, name)) for name in task.names]
+            moved = [
+                not same(before[name], head_state(task, optimizer, name)) for name in task.names
+            ]
             assert moved == [w > 0 for w in PRESETS[preset][start]]
     assert moved == [preset.endswith("keep")] * 2 + [True]
 
@@ -411,13 +469,20 @@ def test_a_level_that_comes_back_learns():
     assert losses[-1] < 0.2 * losses[0]
 
 
-# -- the flat baseline ---------------------------------------------------------------------------------------------
+# -- the flat baseline
+# ---------------------------------------------------------------------------------------------
 
 
 def flat_task(tree, **kwargs):
     torch.manual_seed(0)
-    model = create_branch_model("test_resnet", taps=[5], num_classes=tree.num_leaves, names=["leaf"], in_chans=1,
-                                img_size=32)
+    model = create_branch_model(
+        "test_resnet",
+        taps=[5],
+        num_classes=tree.num_leaves,
+        names=["leaf"],
+        in_chans=1,
+        img_size=32,
+    )
     return FlatTask(model, tree, **kwargs)
 
 
@@ -442,10 +507,15 @@ def test_flat_targets(tree):
     torch.testing.assert_close(task._targets(labels)["leaf"], want)
     logits = task.trainable_module(images)["leaf"]
     p = logits.double().softmax(1)
-    losses = []  # where the leaf is known cross-entropy, else -log of what the leaves below the label have together
+    # where the leaf is known cross-entropy, else -log of what the leaves below the label have
+    # together
+    losses = []
     for row, leaf, q, y in zip(labels.tolist(), want.tolist(), p, logits, strict=True):
-        below = [i for i, path in enumerate(tree.expand(torch.arange(tree.num_leaves)).tolist())
-                 if all(a == b for a, b in zip(path, row, strict=True) if b >= 0)]
+        below = [
+            i
+            for i, path in enumerate(tree.expand(torch.arange(tree.num_leaves)).tolist())
+            if all(a == b for a, b in zip(path, row, strict=True) if b >= 0)
+        ]
         if leaf >= 0:
             losses.append(F.cross_entropy(y, torch.tensor(leaf), label_smoothing=0.1).item())
         elif max(row) >= 0:
@@ -454,12 +524,15 @@ def test_flat_targets(tree):
     assert task(images, labels)["loss"].item() == pytest.approx(np.mean(losses), rel=1e-5)
 
 
-@pytest.mark.parametrize(("loss", "strength", "function"), [
-    ("hxe", None, lambda y, rows, tree: hxe_loss(y, rows, tree, 0.1)),
-    ("hxe", 0.7, lambda y, rows, tree: hxe_loss(y, rows, tree, 0.7)),
-    ("soft", None, lambda y, rows, tree: soft_label_loss(y, rows, tree, 10.0)),
-    ("soft", 3.0, lambda y, rows, tree: soft_label_loss(y, rows, tree, 3.0)),
-])
+@pytest.mark.parametrize(
+    ("loss", "strength", "function"),
+    [
+        ("hxe", None, lambda y, rows, tree: hxe_loss(y, rows, tree, 0.1)),
+        ("hxe", 0.7, lambda y, rows, tree: hxe_loss(y, rows, tree, 0.7)),
+        ("soft", None, lambda y, rows, tree: soft_label_loss(y, rows, tree, 10.0)),
+        ("soft", 3.0, lambda y, rows, tree: soft_label_loss(y, rows, tree, 3.0)),
+    ],
+)
 def test_flat_hierarchical_losses(loss, strength, function):
     task = flat_task(UNEVEN, loss=loss, strength=strength)
     task.trainable_module.eval()
@@ -471,11 +544,14 @@ def test_flat_hierarchical_losses(loss, strength, function):
         task(images, torch.rand(12, sum(UNEVEN.num_classes)))
 
 
-@pytest.mark.parametrize(("kwargs", "message"), [
-    ({"loss": "focal"}, "choose one of marginal, hxe, soft"),
-    ({"loss": "hxe", "label_smoothing": 0.1}, "label_smoothing has no effect"),
-    ({"strength": 0.5}, "strength= has no effect"),
-])
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"loss": "focal"}, "choose one of marginal, hxe, soft"),
+        ({"loss": "hxe", "label_smoothing": 0.1}, "label_smoothing has no effect"),
+        ({"strength": 0.5}, "strength= has no effect"),
+    ],
+)
 def test_flat_settings_without_effect(kwargs, message):
     with pytest.raises(ValueError, match=message):
         flat_task(EVEN, **kwargs)
@@ -485,8 +561,13 @@ def test_flat_settings_without_effect(kwargs, message):
 def test_flat_soft_targets(tree):
     task = flat_task(tree)
     rows = tree.expand(torch.arange(tree.num_leaves))
-    dense = torch.cat([F.one_hot(y.clamp(min=0), k) * (y >= 0)[:, None] for y, k in
-                       zip(rows.unbind(1), tree.num_classes, strict=True)], 1).float()
+    dense = torch.cat(
+        [
+            F.one_hot(y.clamp(min=0), k) * (y >= 0)[:, None]
+            for y, k in zip(rows.unbind(1), tree.num_classes, strict=True)
+        ],
+        1,
+    ).float()
     mixed = 0.3 * dense + 0.7 * dense.flip(0)
     one_hot = torch.eye(tree.num_leaves)
     torch.testing.assert_close(task._targets(mixed)["leaf"], 0.3 * one_hot + 0.7 * one_hot.flip(0))
@@ -516,11 +597,15 @@ def test_flat_task_refuses_other_heads():
         FlatTask(model, EVEN)
 
 
-# -- the evaluator -------------------------------------------------------------------------------------------------
+# -- the evaluator
+# -------------------------------------------------------------------------------------------------
 
 
 def valid_by_hand(tree, row):
-    """A prediction is consistent if it follows the tree down to a leaf; what it says below a leaf does not count."""
+    """A prediction is consistent if it follows the tree down to a leaf.
+
+    What it says below a leaf does not count.
+    """
     paths = tree.expand(torch.arange(tree.num_leaves)).tolist()
     return any(all(a == b for a, b in zip(row, path, strict=True) if b >= 0) for path in paths)
 
@@ -555,9 +640,13 @@ def test_evaluator_against_sklearn(tree, max_samples):
     for i, (name, k) in enumerate(zip(tree.levels, tree.num_classes, strict=True)):
         known = (labels[:, i] >= 0).numpy()
         truth, guess = labels[known, i].numpy(), predictions[known, i].numpy()
-        assert metrics[f"{name}_top1"] == pytest.approx(100 * accuracy_score(truth, guess), rel=1e-12)
-        np.testing.assert_array_equal(evaluator.confusion_matrices()[i].numpy(),
-                                      confusion_matrix(truth, guess, labels=range(k)))
+        assert metrics[f"{name}_top1"] == pytest.approx(
+            100 * accuracy_score(truth, guess), rel=1e-12
+        )
+        np.testing.assert_array_equal(
+            evaluator.confusion_matrices()[i].numpy(),
+            confusion_matrix(truth, guess, labels=range(k)),
+        )
         p = logits[name][:n][known].double().softmax(1).numpy()
         losses += [log_loss(truth, p, labels=range(k), normalize=False), known.sum()]
     for guess, truth in zip(predictions.tolist(), labels.tolist(), strict=True):
@@ -576,7 +665,15 @@ def test_evaluator_keeps_timms_contract():
     logits, labels = random_case(EVEN)
     evaluator = HierarchyEvaluator(EVEN.levels, EVEN.num_classes, EVEN)
     evaluator.update(logits, labels)
-    for name in ("update", "compute", "summary", "reset", "default_metric", "metric_names", "num_samples"):
+    for name in (
+        "update",
+        "compute",
+        "summary",
+        "reset",
+        "default_metric",
+        "metric_names",
+        "num_samples",
+    ):
         assert hasattr(ClassificationEvaluator(), name), "timm has changed"
         assert hasattr(evaluator, name)
     assert evaluator.default_metric in evaluator.metric_names
@@ -594,13 +691,20 @@ def test_evaluator_without_labels_and_wrong_shapes():
     evaluator.update({"a": torch.randn(2, 3)}, torch.tensor([[-1], [-1]]))
     assert np.isnan(evaluator.compute()["a_top1"])
     assert np.isnan(evaluator.compute()["full_path"])
-    for bad in (torch.zeros(2, dtype=torch.long), torch.zeros(2, 2, dtype=torch.long), torch.zeros(2, 1)):
+    for bad in (
+        torch.zeros(2, dtype=torch.long),
+        torch.zeros(2, 2, dtype=torch.long),
+        torch.zeros(2, 1),
+    ):
         with pytest.raises(ValueError, match=r"labels \(B, 1\)"):
             evaluator.update({"a": torch.randn(2, 3)}, bad)
 
 
 def test_joined_counts_stay_apart_from_the_own(monkeypatch):
-    """Two processes that happen to hold the same counts: the sum doubles counts, and no call adds to the own ones."""
+    """Two processes that happen to hold the same counts.
+
+    The sum doubles counts, and no call adds to the own ones.
+    """
     import torch.distributed as dist
 
     monkeypatch.setattr(dist, "all_reduce", lambda tensor: tensor.mul_(2))
@@ -624,10 +728,13 @@ def test_task_evaluators_take_the_models_output():
         evaluator = task.create_evaluator(max_samples=5)
         evaluator.update(task.get_eval_model()(images), labels)
         assert evaluator.num_samples == 5
-        assert {"loss", "coarse_top1", "middle_top1", "fine_top1", "full_path", "consistency"} <= {*evaluator.compute()}
+        assert {"loss", "coarse_top1", "middle_top1", "fine_top1", "full_path", "consistency"} <= {
+            *evaluator.compute()
+        }
 
 
-# -- use outside of fit --------------------------------------------------------------------------------------------
+# -- use outside of fit
+# --------------------------------------------------------------------------------------------
 
 
 def test_in_a_plain_loop():
@@ -678,7 +785,9 @@ def test_ema_state_round_trip():
     other.setup_ema(decay=0.5)
     other.load_checkpoint_state(state["state_dict_ema"], ema=True)
     own, averaged = base_model(task).state_dict(), base_model(other, ema=True).state_dict()
-    assert all(torch.equal(averaged[key], base_model(task, ema=True).state_dict()[key]) for key in own)
+    assert all(
+        torch.equal(averaged[key], base_model(task, ema=True).state_dict()[key]) for key in own
+    )
     assert not torch.equal(averaged["heads.fine.fc.weight"], own["heads.fine.fc.weight"])
 
 

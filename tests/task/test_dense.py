@@ -18,15 +18,27 @@ TREE = Taxonomy(["animal/cat", "animal/dog", "thing/car"], levels=["coarse", "fi
 
 def decoder(num_classes=3, **kwargs):
     torch.manual_seed(0)
-    return create_branch_model("test_resnet", taps=[2, 3, 4, 5], head=UNetHead(channels=(8, 8, 8, 8, 8), **kwargs),
-                               num_classes=num_classes, names=["mask"], img_size=32)
+    return create_branch_model(
+        "test_resnet",
+        taps=[2, 3, 4, 5],
+        head=UNetHead(channels=(8, 8, 8, 8, 8), **kwargs),
+        num_classes=num_classes,
+        names=["mask"],
+        img_size=32,
+    )
 
 
 def joint_model():
     torch.manual_seed(0)
-    return create_branch_model("test_resnet", taps=[4, 5, (2, 3, 4, 5)], taxonomy=TREE, num_classes=[None, None, 3],
-                               head=["pool", "pool", UNetHead(channels=(8, 8, 8, 8, 8))],
-                               names=["coarse", "fine", "mask"], img_size=32)
+    return create_branch_model(
+        "test_resnet",
+        taps=[4, 5, (2, 3, 4, 5)],
+        taxonomy=TREE,
+        num_classes=[None, None, 3],
+        head=["pool", "pool", UNetHead(channels=(8, 8, 8, 8, 8))],
+        names=["coarse", "fine", "mask"],
+        img_size=32,
+    )
 
 
 def batch(size=4):
@@ -38,7 +50,9 @@ def batch(size=4):
 
 
 def masks_task(model, **kwargs):
-    return DenseTask(model, "ce", partial(SegmentationEvaluator, 3, ignore_index=11), ignore_index=11, **kwargs)
+    return DenseTask(
+        model, "ce", partial(SegmentationEvaluator, 3, ignore_index=11), ignore_index=11, **kwargs
+    )
 
 
 def test_loss_of_a_mask_is_torchs():
@@ -55,7 +69,9 @@ def test_deep_supervision_weighs_the_stages():
     images, masks, _ = batch()
     torch.manual_seed(0)
     result = task(images, masks)
-    losses = [F.cross_entropy(result["output"][name], masks, ignore_index=11) for name in task.names]
+    losses = [
+        F.cross_entropy(result["output"][name], masks, ignore_index=11) for name in task.names
+    ]
     want = sum(w * loss for w, loss in zip((0.1, 0.2, 0.3, 0.4, 1), losses, strict=True))
     torch.testing.assert_close(result["loss"], want)
     task.set_epoch(1)
@@ -70,13 +86,20 @@ def level_decoder(shared, **kwargs):
     """A decoder that gives both levels of the masks' tree, or one for each."""
     torch.manual_seed(0)
     taps = [(2, 3, 4, 5)] if shared else [(2, 3, 4, 5), (3, 5)]
-    return create_branch_model("test_resnet", taps=taps, head=[UNetHead(**kwargs)] * len(taps), taxonomy=TREE,
-                               img_size=32)
+    return create_branch_model(
+        "test_resnet", taps=taps, head=[UNetHead(**kwargs)] * len(taps), taxonomy=TREE, img_size=32
+    )
 
 
 def level_task(model, schedule=None, **kwargs):
-    return DenseTask(model, "ce", partial(SegmentationEvaluator, 3, ignore_index=11, taxonomy=TREE), schedule=schedule,
-                     ignore_index=11, **kwargs)
+    return DenseTask(
+        model,
+        "ce",
+        partial(SegmentationEvaluator, 3, ignore_index=11, taxonomy=TREE),
+        schedule=schedule,
+        ignore_index=11,
+        **kwargs,
+    )
 
 
 LEVELS = [[0, 0, 1], [0, 1, 2]]  # of TREE's leaves, by hand
@@ -94,10 +117,14 @@ class TestLevels:
         task = level_task(level_decoder(shared), schedule=[0.3, 0.7])
         images, masks, _ = batch()
         result = task(images, masks)
-        assert {name: y.shape for name, y in result["output"].items()} == \
-            {"coarse": (4, 2, 32, 32), "fine": (4, 3, 32, 32)}
-        coarse, fine = (cross_entropy_of_level(result["output"][name], masks, i)
-                        for i, name in enumerate(("coarse", "fine")))
+        assert {name: y.shape for name, y in result["output"].items()} == {
+            "coarse": (4, 2, 32, 32),
+            "fine": (4, 3, 32, 32),
+        }
+        coarse, fine = (
+            cross_entropy_of_level(result["output"][name], masks, i)
+            for i, name in enumerate(("coarse", "fine"))
+        )
         torch.testing.assert_close(result["losses"], {"coarse": coarse, "fine": fine})
         torch.testing.assert_close(result["loss"], 0.3 * coarse + 0.7 * fine)
         result["loss"].backward()
@@ -107,14 +134,19 @@ class TestLevels:
         task = level_task(level_decoder(shared), schedule=[1.0, 0.0])
         images, masks, _ = batch()
         result = task(images, masks)
-        torch.testing.assert_close(result["loss"], cross_entropy_of_level(result["output"]["coarse"], masks, 0))
+        torch.testing.assert_close(
+            result["loss"], cross_entropy_of_level(result["output"]["coarse"], masks, 0)
+        )
         assert ("fine" in result["output"]) == shared  # a decoder of its own is not computed
 
     def test_deep_supervision(self, shared):
         task = level_task(level_decoder(shared, deep_supervision=True))
         images, masks, _ = batch()
         result = task(images, masks)
-        want = {name: cross_entropy_of_level(y, masks, name.startswith("fine")) for name, y in result["output"].items()}
+        want = {
+            name: cross_entropy_of_level(y, masks, name.startswith("fine"))
+            for name, y in result["output"].items()
+        }
         assert "coarse_aux1" in want
         assert "fine_aux1" in want
         torch.testing.assert_close(result["losses"], {name: want[name] for name in task.names})
@@ -133,7 +165,9 @@ class TestLevels:
             labels = torch.tensor(LEVELS[level])[masks[known]]
             right.append(output[name].argmax(1)[known] == labels)
             assert metrics[f"{name}_top1"] == pytest.approx(100 * right[-1].double().mean().item())
-        assert metrics["full_path"] == pytest.approx(100 * (right[0] & right[1]).double().mean().item())
+        assert metrics["full_path"] == pytest.approx(
+            100 * (right[0] & right[1]).double().mean().item()
+        )
         assert [title for title, _, _ in task.confusions(evaluator)] == ["coarse", "fine"]
 
     def test_class_weights_by_level(self, shared):
@@ -141,10 +175,13 @@ class TestLevels:
         task = level_task(level_decoder(shared), class_weights={"coarse": weights})
         images, masks, _ = batch()
         result = task(images, masks)
-        torch.testing.assert_close(result["losses"]["coarse"],
-                                   cross_entropy_of_level(result["output"]["coarse"], masks, 0, weights))
-        torch.testing.assert_close(result["losses"]["fine"],
-                                   cross_entropy_of_level(result["output"]["fine"], masks, 1))
+        torch.testing.assert_close(
+            result["losses"]["coarse"],
+            cross_entropy_of_level(result["output"]["coarse"], masks, 0, weights),
+        )
+        torch.testing.assert_close(
+            result["losses"]["fine"], cross_entropy_of_level(result["output"]["fine"], masks, 1)
+        )
 
     def test_refused(self, shared):
         model = level_decoder(shared)
@@ -177,7 +214,9 @@ def test_a_decoder_of_all_levels_is_saved_and_reset(tmp_path):
 
 def joint_task(weights=None, **kwargs):
     model = joint_model()
-    return JointTask({"labels": BranchTask(model, [0.3, 0.7], **kwargs), "mask": masks_task(model)}, weights)
+    return JointTask(
+        {"labels": BranchTask(model, [0.3, 0.7], **kwargs), "mask": masks_task(model)}, weights
+    )
 
 
 def test_joint_loss_is_the_weighted_sum_of_one_pass():
@@ -185,8 +224,11 @@ def test_joint_loss_is_the_weighted_sum_of_one_pass():
     task.trainable_module.eval()
     images, masks, labels = batch()
     output = task.trainable_module(images)
-    want = 0.3 * F.cross_entropy(output["coarse"], labels[:, 0]) + 0.7 * F.cross_entropy(output["fine"], labels[:, 1]) \
+    want = (
+        0.3 * F.cross_entropy(output["coarse"], labels[:, 0])
+        + 0.7 * F.cross_entropy(output["fine"], labels[:, 1])
         + 0.5 * F.cross_entropy(output["mask"], masks, ignore_index=11)
+    )
     passes = []
     task.trainable_module.backbone.register_forward_pre_hook(lambda *_: passes.append(1))
     result = task(images, {"labels": labels, "mask": masks})
@@ -241,10 +283,13 @@ class Squares(Dataset):
 
     def __getitem__(self, index):
         generator = torch.Generator().manual_seed(index)
-        image, mask = torch.randn(3, 32, 32, generator=generator) * 0.1, torch.zeros(32, 32, dtype=torch.long)
+        image, mask = (
+            torch.randn(3, 32, 32, generator=generator) * 0.1,
+            torch.zeros(32, 32, dtype=torch.long),
+        )
         x = 4 + 8 * (index % 3)
-        image[:, x:x + 8, 8:16] += 2
-        mask[x:x + 8, 8:16] = 1 + index % 2
+        image[:, x : x + 8, 8:16] += 2
+        mask[x : x + 8, 8:16] = 1 + index % 2
         return image, {"labels": TREE.expand(index % 3), "mask": mask}
 
 
@@ -263,11 +308,22 @@ class Images(Squares):
 @pytest.mark.parametrize("kind", ["mask", "image", "joint"])
 def test_fit(tmp_path, kind):
     data = {"mask": Masks, "image": Images, "joint": Squares}[kind]()
-    task = {"mask": lambda: masks_task(decoder()), "joint": joint_task,
-            "image": lambda: DenseTask(decoder(residual=True), "l1", RestorationEvaluator)}[kind]()
+    task = {
+        "mask": lambda: masks_task(decoder()),
+        "joint": joint_task,
+        "image": lambda: DenseTask(decoder(residual=True), "l1", RestorationEvaluator),
+    }[kind]()
     metric = {"mask": "miou", "image": "psnr", "joint": "fine_top1"}[kind]
     assert task.default_metric == metric
-    config = FitConfig(output=str(tmp_path), epochs=3, opt="adamw", lr=3e-3, sched="none", progress=False, device="cpu")
+    config = FitConfig(
+        output=str(tmp_path),
+        epochs=3,
+        opt="adamw",
+        lr=3e-3,
+        sched="none",
+        progress=False,
+        device="cpu",
+    )
     result = fit(task, create_loader(data, 4, is_training=True), create_loader(data, 4), config)
     losses = [row["train_loss"] for row in result.history]
     assert losses[-1] < losses[0]
@@ -276,4 +332,6 @@ def test_fit(tmp_path, kind):
     assert (tmp_path / "confusion_pixel.png").exists() == (kind != "image")
     task.trainable_module = load_model(result.model_path)
     if kind != "joint":
-        assert evaluate(task, create_loader(data, 5)).metrics[metric] == pytest.approx(result.best[metric], rel=1e-4)
+        assert evaluate(task, create_loader(data, 5)).metrics[metric] == pytest.approx(
+            result.best[metric], rel=1e-4
+        )

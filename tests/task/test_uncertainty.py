@@ -1,4 +1,5 @@
 """Learned loss weights, against the closed form of their optimum and of their gradients."""
+
 import math
 
 import pytest
@@ -11,13 +12,16 @@ LEVELS = ("coarse", "middle", "fine")
 
 
 def weighting(*values):
-    module = UncertaintyWeighting(LEVELS[:len(values)])
+    module = UncertaintyWeighting(LEVELS[: len(values)])
     module.log_var.data = torch.tensor(values)
     return module
 
 
 def scalars(*values):
-    return {level: torch.tensor(value, requires_grad=True) for level, value in zip(LEVELS, values, strict=False)}
+    return {
+        level: torch.tensor(value, requires_grad=True)
+        for level, value in zip(LEVELS, values, strict=False)
+    }
 
 
 def test_value_and_gradients():
@@ -26,13 +30,20 @@ def test_value_and_gradients():
     pairs = [(0.3, 0.5), (-1.0, 1.5), (2.0, 2.5)]
     assert total.item() == pytest.approx(sum(math.exp(-s) * loss + s / 2 for s, loss in pairs))
     total.backward()
-    assert module.log_var.grad.tolist() == pytest.approx([0.5 - math.exp(-s) * loss for s, loss in pairs])
-    assert [x.grad.item() for x in losses.values()] == pytest.approx([math.exp(-s) for s, _ in pairs])
+    assert module.log_var.grad.tolist() == pytest.approx(
+        [0.5 - math.exp(-s) * loss for s, loss in pairs]
+    )
+    assert [x.grad.item() for x in losses.values()] == pytest.approx(
+        [math.exp(-s) for s, _ in pairs]
+    )
     assert list(module.weights.values()) == pytest.approx([math.exp(-s) for s, _ in pairs])
 
 
 def test_starts_as_the_plain_sum():
-    assert UncertaintyWeighting(LEVELS)(scalars(1.0, 2.0, 4.0), dict.fromkeys(LEVELS, True)).item() == 7
+    assert (
+        UncertaintyWeighting(LEVELS)(scalars(1.0, 2.0, 4.0), dict.fromkeys(LEVELS, True)).item()
+        == 7
+    )
 
 
 @pytest.mark.parametrize("factor", [1, 20])
@@ -63,7 +74,9 @@ def test_levels_that_do_not_count(off):
     assert module.log_var.grad[[0, 2]].all()
 
 
-@pytest.mark.parametrize(("losses", "known"), [({}, {}), (scalars(0.0, 0.0), dict.fromkeys(LEVELS, False))])
+@pytest.mark.parametrize(
+    ("losses", "known"), [({}, {}), (scalars(0.0, 0.0), dict.fromkeys(LEVELS, False))]
+)
 def test_nothing_counts(losses, known):
     module = weighting(0.3, -1.0)
     total = module(losses, known)
@@ -92,7 +105,9 @@ def test_state():
 
 
 def test_wrong_arguments():
-    with pytest.raises(ValueError, match="no such level: genus; the levels are coarse, middle, fine"):
+    with pytest.raises(
+        ValueError, match="no such level: genus; the levels are coarse, middle, fine"
+    ):
         UncertaintyWeighting(LEVELS)({"genus": torch.tensor(1.0)}, {"genus": True})
     for levels in ([], ["a", "a"]):
         with pytest.raises(ValueError, match="different names"):

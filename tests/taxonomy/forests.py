@@ -1,11 +1,15 @@
 """Small random forests, and the most pedestrian ways to number their nodes."""
+
 import random
 
 UNEVEN = ["animal/pet/cat", "animal/pet/dog", "plant", "animal/bird", "transport/sea/ship"]
 
 
 def random_paths(seed):
-    """Leaves of a random forest, shuffled: depth 1 to 4, names that recur under different parents."""
+    """Leaves of a random forest, shuffled.
+
+    Depth 1 to 4, names that recur under different parents.
+    """
     rng = random.Random(seed)
     leaves = []
 
@@ -28,10 +32,10 @@ def walk(leaves):
         for depth in range(len(leaf)):
             if depth == len(levels):
                 levels.append([])
-            if leaf[:depth + 1] not in levels[depth]:
-                levels[depth].append(leaf[:depth + 1])
+            if leaf[: depth + 1] not in levels[depth]:
+                levels[depth].append(leaf[: depth + 1])
     return levels
 
 
 def walk_row(levels, path):
-    return [levels[d].index(path[:d + 1]) if d < len(path) else -1 for d in range(len(levels))]
+    return [levels[d].index(path[: d + 1]) if d < len(path) else -1 for d in range(len(levels))]

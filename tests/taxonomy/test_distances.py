@@ -1,4 +1,5 @@
 """Heights, lowest common ancestors and distances, against walks over the paths themselves."""
+
 import random
 
 import pytest
@@ -18,7 +19,7 @@ def shared(a, b):
 
 def height(node, leaves):
     """Steps down to the deepest leaf below a node, () being the root above all."""
-    return max(len(leaf) for leaf in leaves if leaf[:len(node)] == node) - len(node)
+    return max(len(leaf) for leaf in leaves if leaf[: len(node)] == node) - len(node)
 
 
 @pytest.mark.parametrize("seed", range(25))
@@ -39,14 +40,18 @@ class TestRandomForests:
         depth = tree.common_depth(rows[:, None], rows[None])
         assert depth.tolist() == [[shared(a, b) for b in nodes] for a in nodes]
         distance = tree.lca_height(rows[:, None], rows[None])
-        assert distance.tolist() == [[height(a[:shared(a, b)], leaves) for b in nodes] for a in nodes]
+        assert distance.tolist() == [
+            [height(a[: shared(a, b)], leaves) for b in nodes] for a in nodes
+        ]
         assert distance.dtype == torch.long
 
     def test_distances(self, seed):
         leaves = random_paths(seed)
         order = [random.Random(seed).sample(level, len(level)) for level in Taxonomy(leaves).nodes]
         tree = Taxonomy(leaves, order=order)  # class indices that are not those of first appearance
-        expected = [[0 if a == b else height(a[:shared(a, b)], leaves) for b in leaves] for a in leaves]
+        expected = [
+            [0 if a == b else height(a[: shared(a, b)], leaves) for b in leaves] for a in leaves
+        ]
         assert tree.distances().tolist() == expected
         everyone = tree.expand(range(len(leaves)))
         assert tree.lca_height(everyone[:, None], everyone).tolist() == expected
@@ -64,11 +69,13 @@ def test_more_leaves_than_one_block():
 def test_by_hand():
     tree = Taxonomy(UNEVEN)
     #                                      cat dog plant bird ship
-    assert tree.distances().tolist() == [[0, 1, 3, 2, 3],
-                                         [1, 0, 3, 2, 3],
-                                         [3, 3, 0, 3, 3],
-                                         [2, 2, 3, 0, 3],
-                                         [3, 3, 3, 3, 0]]
+    assert tree.distances().tolist() == [
+        [0, 1, 3, 2, 3],
+        [1, 0, 3, 2, 3],
+        [3, 3, 0, 3, 3],
+        [2, 2, 3, 0, 3],
+        [3, 3, 3, 3, 0],
+    ]
     assert [level.tolist() for level in tree.heights] == [[2, 0, 2], [1, 0, 1], [0, 0, 0]]
 
 

@@ -1,4 +1,5 @@
 """Trees made of other trees, against set arithmetic on paths."""
+
 import random
 
 import numpy as np
@@ -32,9 +33,12 @@ class TestRandomForests:
         kept = rng.sample(range(len(leaves)), rng.randint(1, len(leaves)))
         small = tree.prune(kept)
         assert small.leaves == tuple(leaf for i, leaf in enumerate(leaves) if i in kept)
-        above = [[node for node in level if any(leaf[:len(node)] == node for leaf in small.leaves)] for level in turned]
+        above = [
+            [node for node in level if any(leaf[: len(node)] == node for leaf in small.leaves)]
+            for level in turned
+        ]
         assert small.nodes == tuple(tuple(level) for level in above if level)
-        assert small.levels == tree.levels[:len(small.nodes)]
+        assert small.levels == tree.levels[: len(small.nodes)]
         assert tree.prune([leaves[i] for i in kept]) == small
         table = [small.leaves.index(leaf) if leaf in small.leaves else -1 for leaf in leaves]
         assert tree.translate(range(len(leaves)), small).tolist() == table
@@ -42,7 +46,9 @@ class TestRandomForests:
 
     def test_merge(self, seed):
         a, b = random_paths(seed), random_paths(seed + 1000)
-        inner_a, inner_b = ({leaf[:d] for leaf in leaves for d in range(1, len(leaf))} for leaves in (a, b))
+        inner_a, inner_b = (
+            {leaf[:d] for leaf in leaves for d in range(1, len(leaf))} for leaves in (a, b)
+        )
         tree, other = Taxonomy(a), Taxonomy(b)
         if inner_a & set(b) or inner_b & set(a):
             with pytest.raises(ValueError, match="cannot merge"):
@@ -52,7 +58,7 @@ class TestRandomForests:
         assert merged == Taxonomy(a + [leaf for leaf in b if leaf not in a])
         assert tree.translate(range(len(a)), merged).tolist() == list(range(len(a)))
         for mine, all_of_them in zip(tree.nodes, merged.nodes, strict=False):
-            assert all_of_them[:len(mine)] == mine
+            assert all_of_them[: len(mine)] == mine
 
     def test_parts_merge_into_the_whole(self, seed):
         tree = Taxonomy(random_paths(seed))
@@ -65,10 +71,21 @@ class TestRandomForests:
 class TestPrune:
     tree = Taxonomy(UNEVEN, LEVELS)
 
-    @pytest.mark.parametrize("classes", [
-        ["bird", "plant"], ("plant", "animal/bird"), [("animal", "bird"), ("plant",)], np.array(["bird", "plant"]),
-        [2, 3], {3, 2}, range(2, 4), torch.tensor([3, 2, 2, -1, 3]), np.array([2, 3]), iter([3, 2]),
-    ])
+    @pytest.mark.parametrize(
+        "classes",
+        [
+            ["bird", "plant"],
+            ("plant", "animal/bird"),
+            [("animal", "bird"), ("plant",)],
+            np.array(["bird", "plant"]),
+            [2, 3],
+            {3, 2},
+            range(2, 4),
+            torch.tensor([3, 2, 2, -1, 3]),
+            np.array([2, 3]),
+            iter([3, 2]),
+        ],
+    )
     def test_ways_to_name_leaves(self, classes):
         small = self.tree.prune(classes)
         assert small.leaves == (("plant",), ("animal", "bird"))
@@ -78,11 +95,19 @@ class TestPrune:
     def test_one_name(self):
         assert self.tree.prune("ship").leaves == (("transport", "sea", "ship"),)
 
-    @pytest.mark.parametrize(("classes", "message"), [
-        ([], "none of the 5 leaves"), ([-1], "none of the 5 leaves"), ([5], "leaf label 5 is out of range"),
-        (["pet"], "inner node"), (["cot"], "mean 'cat'"), ([0, "cat"], "a path is"), ([0.0], "must be an integer"),
-        (torch.ones(5, dtype=torch.bool), "must be an integer"),
-    ])
+    @pytest.mark.parametrize(
+        ("classes", "message"),
+        [
+            ([], "none of the 5 leaves"),
+            ([-1], "none of the 5 leaves"),
+            ([5], "leaf label 5 is out of range"),
+            (["pet"], "inner node"),
+            (["cot"], "mean 'cat'"),
+            ([0, "cat"], "a path is"),
+            ([0.0], "must be an integer"),
+            (torch.ones(5, dtype=torch.bool), "must be an integer"),
+        ],
+    )
     def test_errors(self, classes, message):
         with pytest.raises(ValueError, match=message):
             self.tree.prune(classes)
@@ -106,7 +131,9 @@ class TestTranslate:
 
 class TestMerge:
     def test_class_indices_stay(self):
-        extra = Taxonomy(["machine/train", "transport/road/tram", "animal/pet/hamster"], cifar10().levels[:3])
+        extra = Taxonomy(
+            ["machine/train", "transport/road/tram", "animal/pet/hamster"], cifar10().levels[:3]
+        )
         merged = cifar10().merge(extra)
         assert merged.levels == ("coarse", "middle", "fine")
         assert merged.classes[0] == ("transport", "animal", "machine")
@@ -114,26 +141,56 @@ class TestMerge:
         assert torch.equal(merged.expand(range(10)), cifar10().expand(range(10)))
         assert merged.leaf_names[10:] == ("train", "tram", "hamster")
 
-    @pytest.mark.parametrize(("two", "three", "levels"), [
-        (["a", "b"], ["a", "b", "c"], ("a", "b", "c")),
-        (None, ["a", "b", "c"], ("a", "b", "c")),
-        (["a", "b"], None, ("a", "b", "level3")),
-        (None, None, ("level1", "level2", "level3")),
-        (["level1", "b"], ["a", "level2", "c"], ("a", "b", "c")),
-    ])
+    @pytest.mark.parametrize(
+        ("two", "three", "levels"),
+        [
+            (["a", "b"], ["a", "b", "c"], ("a", "b", "c")),
+            (None, ["a", "b", "c"], ("a", "b", "c")),
+            (["a", "b"], None, ("a", "b", "level3")),
+            (None, None, ("level1", "level2", "level3")),
+            (["level1", "b"], ["a", "level2", "c"], ("a", "b", "c")),
+        ],
+    )
     def test_levels(self, two, three, levels):
         shallow, deep = Taxonomy(["x/y"], two), Taxonomy(["u/v/w"], three)
         assert shallow.merge(deep).levels == levels
         assert deep.merge(shallow).levels == levels
 
-    @pytest.mark.parametrize(("mine", "theirs", "message"), [
-        ((["a/b"],), (["a/b/c"],), "'a/b' is a leaf of this tree but has children in the other"),
-        ((["a/b/c", "x"],), (["x", "a"],), "'a' is a leaf of the other tree but has children in this one"),
-        ((["a/x"],), (["b/x", "b/y"],), r"leaf 'x' is 'a/x' in this tree and 'b/x' in the other \(1 such"),
-        ((["a/x"], ["coarse", "fine"]), (["a/y"], ["kind", "fine"]), "level 0 is called 'coarse' .* 'kind'"),
-        ((["a/x"], ["coarse", "fine"]), (["a/y/z"], ["coarse", "middle", "fine"]), "level 1 is called 'fine'"),
-        ((["a/x"], ["kind", "level1"]), (["b/y"], ["level1", "fine"]), "level 1 is called 'level1'"),
-    ])
+    @pytest.mark.parametrize(
+        ("mine", "theirs", "message"),
+        [
+            (
+                (["a/b"],),
+                (["a/b/c"],),
+                "'a/b' is a leaf of this tree but has children in the other",
+            ),
+            (
+                (["a/b/c", "x"],),
+                (["x", "a"],),
+                "'a' is a leaf of the other tree but has children in this one",
+            ),
+            (
+                (["a/x"],),
+                (["b/x", "b/y"],),
+                r"leaf 'x' is 'a/x' in this tree and 'b/x' in the other \(1 such",
+            ),
+            (
+                (["a/x"], ["coarse", "fine"]),
+                (["a/y"], ["kind", "fine"]),
+                "level 0 is called 'coarse' .* 'kind'",
+            ),
+            (
+                (["a/x"], ["coarse", "fine"]),
+                (["a/y/z"], ["coarse", "middle", "fine"]),
+                "level 1 is called 'fine'",
+            ),
+            (
+                (["a/x"], ["kind", "level1"]),
+                (["b/y"], ["level1", "fine"]),
+                "level 1 is called 'level1'",
+            ),
+        ],
+    )
     def test_refused(self, mine, theirs, message):
         with pytest.raises(ValueError, match=message):
             Taxonomy(*mine).merge(Taxonomy(*theirs))

@@ -1,4 +1,5 @@
 """Ready-made trees, against tables written down by hand and torchvision's class orders."""
+
 import json
 
 import pytest
@@ -18,26 +19,172 @@ from timm_branches.taxonomy import (
 class TestReadyMadeTrees:
     def test_cifar10(self):
         # fine -> middle -> coarse as the paper's figure has them
-        table = {"airplane": ("sky", "transport"), "automobile": ("road", "transport"), "bird": ("bird", "animal"),
-                 "cat": ("pet", "animal"), "deer": ("medium animal", "animal"), "dog": ("pet", "animal"),
-                 "frog": ("reptile", "animal"), "horse": ("medium animal", "animal"), "ship": ("water", "transport"),
-                 "truck": ("road", "transport")}
+        table = {
+            "airplane": ("sky", "transport"),
+            "automobile": ("road", "transport"),
+            "bird": ("bird", "animal"),
+            "cat": ("pet", "animal"),
+            "deer": ("medium animal", "animal"),
+            "dog": ("pet", "animal"),
+            "frog": ("reptile", "animal"),
+            "horse": ("medium animal", "animal"),
+            "ship": ("water", "transport"),
+            "truck": ("road", "transport"),
+        }
         tree = cifar10()
-        assert tree.leaves == tuple((coarse, middle, fine) for fine, (middle, coarse) in table.items())
-        assert tree.classes[1] == ("sky", "water", "road", "bird", "reptile", "pet", "medium animal")
-        assert tree.expand(range(10)).tolist() == [[0, 0, 0], [0, 2, 1], [1, 3, 2], [1, 5, 3], [1, 6, 4], [1, 5, 5],
-                                                   [1, 4, 6], [1, 6, 7], [0, 1, 8], [0, 2, 9]]
+        assert tree.leaves == tuple(
+            (coarse, middle, fine) for fine, (middle, coarse) in table.items()
+        )
+        assert tree.classes[1] == (
+            "sky",
+            "water",
+            "road",
+            "bird",
+            "reptile",
+            "pet",
+            "medium animal",
+        )
+        assert tree.expand(range(10)).tolist() == [
+            [0, 0, 0],
+            [0, 2, 1],
+            [1, 3, 2],
+            [1, 5, 3],
+            [1, 6, 4],
+            [1, 5, 5],
+            [1, 4, 6],
+            [1, 6, 7],
+            [0, 1, 8],
+            [0, 2, 9],
+        ]
 
     def test_cifar100(self):
         tree = cifar100()
         assert tree.num_classes == (8, 20, 100)
         # the data set's own fine -> coarse labels, as its files have them
         assert tree.leaf_table[:, 1].tolist() == [
-            4, 1, 14, 8, 0, 6, 7, 7, 18, 3, 3, 14, 9, 18, 7, 11, 3, 9, 7, 11, 6, 11, 5, 10, 7, 6, 13, 15, 3, 15,
-            0, 11, 1, 10, 12, 14, 16, 9, 11, 5, 5, 19, 8, 8, 15, 13, 14, 17, 18, 10, 16, 4, 17, 4, 2, 0, 17, 4, 18, 17,
-            10, 3, 2, 12, 12, 16, 12, 1, 9, 19, 2, 10, 0, 1, 16, 12, 9, 13, 15, 13, 16, 19, 2, 4, 6, 19, 5, 5, 8, 19,
-            18, 1, 2, 15, 6, 0, 17, 8, 14, 13]
-        assert tree.parents[1].tolist() == [0, 0, 1, 2, 1, 2, 2, 3, 4, 5, 5, 4, 4, 3, 6, 4, 4, 1, 7, 7]
+            4,
+            1,
+            14,
+            8,
+            0,
+            6,
+            7,
+            7,
+            18,
+            3,
+            3,
+            14,
+            9,
+            18,
+            7,
+            11,
+            3,
+            9,
+            7,
+            11,
+            6,
+            11,
+            5,
+            10,
+            7,
+            6,
+            13,
+            15,
+            3,
+            15,
+            0,
+            11,
+            1,
+            10,
+            12,
+            14,
+            16,
+            9,
+            11,
+            5,
+            5,
+            19,
+            8,
+            8,
+            15,
+            13,
+            14,
+            17,
+            18,
+            10,
+            16,
+            4,
+            17,
+            4,
+            2,
+            0,
+            17,
+            4,
+            18,
+            17,
+            10,
+            3,
+            2,
+            12,
+            12,
+            16,
+            12,
+            1,
+            9,
+            19,
+            2,
+            10,
+            0,
+            1,
+            16,
+            12,
+            9,
+            13,
+            15,
+            13,
+            16,
+            19,
+            2,
+            4,
+            6,
+            19,
+            5,
+            5,
+            8,
+            19,
+            18,
+            1,
+            2,
+            15,
+            6,
+            0,
+            17,
+            8,
+            14,
+            13,
+        ]
+        assert tree.parents[1].tolist() == [
+            0,
+            0,
+            1,
+            2,
+            1,
+            2,
+            2,
+            3,
+            4,
+            5,
+            5,
+            4,
+            4,
+            3,
+            6,
+            4,
+            4,
+            1,
+            7,
+            7,
+        ]
         assert tree.leaf_table[:, 2].tolist() == list(range(100))
         assert tree.leaf_names[22] == "clock"
         assert tree.leaf_names[99] == "worm"

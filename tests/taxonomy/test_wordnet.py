@@ -1,4 +1,5 @@
 """Trees of hypernyms, read by nltk's own reader from a tiny WordNet in WordNet's file format."""
+
 import sys
 
 import pytest
@@ -6,7 +7,8 @@ import pytest
 from timm_branches.taxonomy import Taxonomy
 
 nltk = pytest.importorskip("nltk.corpus") and sys.modules["nltk"]
-pytestmark = pytest.mark.filterwarnings("ignore:The multilingual functions")  # they need a corpus of their own
+# they need a corpus of their own
+pytestmark = pytest.mark.filterwarnings("ignore:The multilingual functions")
 
 # synset -> its lemmas, its hypernyms; a lemma's senses are numbered in this order
 NOUNS = {
@@ -17,7 +19,8 @@ NOUNS = {
     "domestic": (["domestic_animal"], ["animal"]),
     "canine": (["canine"], ["animal"]),
     "wild canine": (["wild_canine"], ["canine"]),
-    "dog": (["dog", "domestic_dog"], ["wild canine", "domestic"]),  # the second chain is the shorter one
+    # the second chain is the shorter one
+    "dog": (["dog", "domestic_dog"], ["wild canine", "domestic"]),
     "poodle": (["poodle"], ["dog"]),
     "wolf": (["wolf"], ["wild canine"]),
     "bird": (["bird"], ["animal"]),
@@ -37,6 +40,7 @@ NOUNS = {
 
 def write_wordnet(folder):
     """The files nltk reads (wndb(5WN)); returns each synset's offset in data.noun."""
+
     def lines(offsets):
         for name, (lemmas, above) in NOUNS.items():
             words = " ".join(f"{lemma} 0" for lemma in lemmas)
@@ -56,9 +60,12 @@ def write_wordnet(folder):
     (folder / "index.sense").write_text("")
     (folder / "noun.exc").write_text("wolves wolf\n")
     (folder / "data.noun").write_text("".join(lines(offsets)))
-    (folder / "index.noun").write_text("".join(
-        f"{lemma} n {len(found)} 1 @ {len(found)} 0 {' '.join(f'{offset:08d}' for offset in found)}\n"
-        for lemma, found in sorted(senses.items())))
+    (folder / "index.noun").write_text(
+        "".join(
+            f"{lemma} n {len(found)} 1 @ {len(found)} 0 {' '.join(f'{offset:08d}' for offset in found)}\n"
+            for lemma, found in sorted(senses.items())
+        )
+    )
     (folder / "lexnames").write_text("".join(f"{i:02d}\tname{i}\t1\n" for i in range(45)))
     return offsets
 
@@ -67,7 +74,9 @@ def use_data_of(folder, monkeypatch):
     """As if nltk had just been imported, with its data here."""
     reader = nltk.corpus.reader.wordnet.WordNetCorpusReader
     monkeypatch.setattr(nltk.data, "path", [str(folder)])
-    monkeypatch.setattr(nltk.corpus, "wordnet", nltk.corpus.util.LazyCorpusLoader("wordnet", reader, None))
+    monkeypatch.setattr(
+        nltk.corpus, "wordnet", nltk.corpus.util.LazyCorpusLoader("wordnet", reader, None)
+    )
 
 
 @pytest.fixture
@@ -85,8 +94,14 @@ def paths(classes):
 @pytest.mark.usefixtures("offsets")
 class TestTree:
     def test_shortest_chain_without_single_children(self):
-        # entity and thing are above all; canine has only wild_canine below it, and that only the wolf
-        assert paths(["wolf", "poodle", "bird", "stool"]) == ["animal/wolf", "animal/poodle", "animal/bird", "stool"]
+        # entity and thing are above all; canine has only wild_canine below it, and that only the
+        # wolf
+        assert paths(["wolf", "poodle", "bird", "stool"]) == [
+            "animal/wolf",
+            "animal/poodle",
+            "animal/bird",
+            "stool",
+        ]
 
     def test_levels_and_order(self):
         tree = Taxonomy.from_wordnet(["stool", "wolf", "bird"], ["kind", "name"])
@@ -102,9 +117,17 @@ class TestTree:
 
     def test_siblings_of_one_name(self):
         assert paths(["stool", "throne", "dean", "rector"]) == [
-            "chair.n.01/stool", "chair.n.01/throne", "chair.n.02/dean", "chair.n.02/rector"]
-        assert paths(["stool", "throne", "chair.n.02", "wolf"]) == ["artifact/chair/stool", "artifact/chair/throne",
-                                                                   "artifact/chair.n.02", "wolf"]
+            "chair.n.01/stool",
+            "chair.n.01/throne",
+            "chair.n.02/dean",
+            "chair.n.02/rector",
+        ]
+        assert paths(["stool", "throne", "chair.n.02", "wolf"]) == [
+            "artifact/chair/stool",
+            "artifact/chair/throne",
+            "artifact/chair.n.02",
+            "wolf",
+        ]
 
     def test_a_single_class(self):
         assert paths(["dog"]) == paths("dog") == ["dog"]
@@ -112,7 +135,11 @@ class TestTree:
             paths([])
 
     def test_lemmas_lose_their_underscores(self):
-        assert paths(["wolf", "wild_canine", "bird"]) == ["wild canine/wolf", "wild canine/wild_canine", "bird"]
+        assert paths(["wolf", "wild_canine", "bird"]) == [
+            "wild canine/wolf",
+            "wild canine/wild_canine",
+            "bird",
+        ]
 
 
 class TestClasses:
@@ -123,18 +150,22 @@ class TestClasses:
         assert paths([reader.synset("dog.n.01"), "wolf"]) == ["dog.n.01", "wolf"]
         assert paths(["domestic dog", "wolf"]) == ["domestic dog", "wolf"]
         assert paths(["wolves", "dog"]) == ["wolves", "dog"]
-        assert paths(["crane", "bird", "wolf"]) == ["bird/crane", "bird/bird", "wolf"]  # the first sense
+        # the first sense
+        assert paths(["crane", "bird", "wolf"]) == ["bird/crane", "bird/bird", "wolf"]
 
-    @pytest.mark.parametrize(("classes", "message"), [
-        (["dog", "dogo"], "no noun 'dogo'"),
-        (["dog.n.02"], "no synset 'dog.n.02'"),
-        (["dogo.n.01"], "no synset 'dogo.n.01'"),
-        (["n00000007"], "no synset 'n00000007'"),
-        ([""], "no noun ''"),
-        ([3], "a class is a word"),
-        (["dog", "domestic dog"], "'dog' and 'domestic dog' both mean dog.n.01"),
-        (["dog", "dog"], "both mean"),
-    ])
+    @pytest.mark.parametrize(
+        ("classes", "message"),
+        [
+            (["dog", "dogo"], "no noun 'dogo'"),
+            (["dog.n.02"], "no synset 'dog.n.02'"),
+            (["dogo.n.01"], "no synset 'dogo.n.01'"),
+            (["n00000007"], "no synset 'n00000007'"),
+            ([""], "no noun ''"),
+            ([3], "a class is a word"),
+            (["dog", "domestic dog"], "'dog' and 'domestic dog' both mean dog.n.01"),
+            (["dog", "dog"], "both mean"),
+        ],
+    )
     @pytest.mark.usefixtures("offsets")
     def test_errors(self, classes, message):
         with pytest.raises(ValueError, match=message):

@@ -1,4 +1,5 @@
 """Small networks, data and settings for runs of :func:`fit`."""
+
 import hashlib
 
 import torch
@@ -17,8 +18,15 @@ def make_task(name="test_resnet", schedule=None, hidden=(), size=16, seed=0, **k
         kwargs = {"patch_size": 4, **kwargs}
     if name == "test_convnext":
         size = 32
-    model = create_branch_model(name, taps=[4, 5], taxonomy=TREE, in_chans=1, img_size=size,
-                                head=PoolHead(hidden=hidden), **kwargs)
+    model = create_branch_model(
+        name,
+        taps=[4, 5],
+        taxonomy=TREE,
+        in_chans=1,
+        img_size=size,
+        head=PoolHead(hidden=hidden),
+        **kwargs,
+    )
     return BranchTask(model, schedule, verbose=False)
 
 
@@ -35,8 +43,19 @@ def loader_of(data, batch_size=8, shuffle=False):
 
 
 def settings(folder, **kwargs):
-    return FitConfig(**{"output": str(folder), "epochs": 2, "device": "cpu", "lr": 0.02, "sched": "constant",
-                        "weight_decay": 0.0, "plots": False, "progress": False, **kwargs})
+    return FitConfig(
+        **{
+            "output": str(folder),
+            "epochs": 2,
+            "device": "cpu",
+            "lr": 0.02,
+            "sched": "constant",
+            "weight_decay": 0.0,
+            "plots": False,
+            "progress": False,
+            **kwargs,
+        }
+    )
 
 
 def weights_of(task, ema=False):

@@ -22,7 +22,12 @@ def assert_same(a, b):
     if isinstance(a, torch.Tensor):
         assert isinstance(b, torch.Tensor)
         assert (a.dtype, a.shape) == (b.dtype, b.shape)
-        assert a.contiguous().reshape(-1).view(torch.uint8).equal(b.contiguous().reshape(-1).view(torch.uint8))
+        assert (
+            a.contiguous()
+            .reshape(-1)
+            .view(torch.uint8)
+            .equal(b.contiguous().reshape(-1).view(torch.uint8))
+        )
     elif isinstance(a, dict):
         assert list(a) == list(b)
         assert [type(key) for key in a] == [type(key) for key in b]
@@ -45,15 +50,33 @@ def test_nested_state_comes_back_bit_for_bit(tmp_path):
     shared = torch.randn(3)
     state = {
         "floats": [0.1 + 0.2, 1e-308, -0.0, math.pi, float("inf"), float("-inf"), float("nan")],
-        "ints": [0, -1, 2**62], "bools": [True, False], "none": None, "text": 'ä "quoted"\n', "empty": {}, "no": [],
-        0: {1: "int key", "1": "text key"}, 2.5: "float key", "tensor": "a word that could be mistaken",
+        "ints": [0, -1, 2**62],
+        "bools": [True, False],
+        "none": None,
+        "text": 'ä "quoted"\n',
+        "empty": {},
+        "no": [],
+        0: {1: "int key", "1": "text key"},
+        2.5: "float key",
+        "tensor": "a word that could be mistaken",
         "dict": {"tensor": "t0", "dict": [[1, 2]]},
         "tuple": (0.9, 0.999),
-        "tensors": [torch.randn(2, 3), torch.randn(4).bfloat16(), torch.randn(2).half(), torch.randn(2).double(),
-                    torch.arange(5), torch.tensor([True, False]), torch.tensor(7, dtype=torch.int8), torch.tensor(1.5),
-                    torch.zeros(0, 3), torch.tensor([float("nan"), -0.0])],
-        "strided": torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last), "view": torch.randn(5, 5)[1:3, ::2],
-        "shared": [shared, shared, shared[1:]], "gradient": nn.Parameter(torch.randn(2)),
+        "tensors": [
+            torch.randn(2, 3),
+            torch.randn(4).bfloat16(),
+            torch.randn(2).half(),
+            torch.randn(2).double(),
+            torch.arange(5),
+            torch.tensor([True, False]),
+            torch.tensor(7, dtype=torch.int8),
+            torch.tensor(1.5),
+            torch.zeros(0, 3),
+            torch.tensor([float("nan"), -0.0]),
+        ],
+        "strided": torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last),
+        "view": torch.randn(5, 5)[1:3, ::2],
+        "shared": [shared, shared, shared[1:]],
+        "gradient": nn.Parameter(torch.randn(2)),
     }
     path = tmp_path / "new" / "folder" / "last.safetensors"
     save_state(path, state)
@@ -68,7 +91,9 @@ def test_empty_state(tmp_path):
     assert load_state(tmp_path / "a") == {}
 
 
-@pytest.mark.parametrize("opt", ["sgd", "adamw", "lamb", "lion", "adafactor", "lookahead_adamw", "rmsproptf", "muon"])
+@pytest.mark.parametrize(
+    "opt", ["sgd", "adamw", "lamb", "lion", "adafactor", "lookahead_adamw", "rmsproptf", "muon"]
+)
 def test_an_optimizer_continues_as_if_nothing_had_happened(tmp_path, opt):
     def make():
         torch.manual_seed(0)
@@ -96,7 +121,9 @@ def test_an_optimizer_continues_as_if_nothing_had_happened(tmp_path, opt):
     assert_same(dict(optimizer.state_dict()["state"]), dict(resumed.state_dict()["state"]))
 
 
-@pytest.mark.parametrize("value", [object(), {1, 2}, b"bytes", 1j, torch.float32, torch.nn.Linear(1, 1)])
+@pytest.mark.parametrize(
+    "value", [object(), {1, 2}, b"bytes", 1j, torch.float32, torch.nn.Linear(1, 1)]
+)
 def test_an_unsupported_type_is_named(tmp_path, value):
     path = tmp_path / "last.safetensors"
     save_state(path, {"good": 1})
@@ -158,7 +185,9 @@ def test_a_kill_while_saving_leaves_a_whole_file(tmp_path):
     path = tmp_path / "last.safetensors"
     numbers = []
     for delay in (0.003, 0.02, 0.051):
-        with subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE) as process:
+        with subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE
+        ) as process:
             try:
                 assert process.stdout.readline() == b"ready\n"
                 time.sleep(delay)

@@ -31,7 +31,9 @@ def test_one_pair_says_nothing():
     assert str(found) == "+4.00"
 
 
-@pytest.mark.parametrize(("a", "b", "confidence"), [([], [], 0.95), ([1.0], [1.0, 2.0], 0.95), ([1.0], [1.0], 1.0)])
+@pytest.mark.parametrize(
+    ("a", "b", "confidence"), [([], [], 0.95), ([1.0], [1.0, 2.0], 0.95), ([1.0], [1.0], 1.0)]
+)
 def test_refuses(a, b, confidence):
     with pytest.raises(ValueError, match="paired|confidence"):
         paired_difference(a, b, confidence)
@@ -41,15 +43,20 @@ def results(a, b):
     return {"B-CNN": [{"full_path": x} for x in a], "flat": [{"full_path": x} for x in b]}
 
 
-@pytest.mark.parametrize(("a", "b", "lower", "expected"), [
-    (A, B, False, "A measurable gain. B-CNN against flat, full path: +0.80"),
-    (B, A, False, "A measurable loss. B-CNN against flat, full path: -0.80"),
-    (B, A, True, "A measurable gain."),
-    ([1.0, 3.0], [2.0, 2.1], False, "No measurable gain."),
-    ([1.0], [0.0], False, "No verdict from a single seed."),
-])
+@pytest.mark.parametrize(
+    ("a", "b", "lower", "expected"),
+    [
+        (A, B, False, "A measurable gain. B-CNN against flat, full path: +0.80"),
+        (B, A, False, "A measurable loss. B-CNN against flat, full path: -0.80"),
+        (B, A, True, "A measurable gain."),
+        ([1.0, 3.0], [2.0, 2.1], False, "No measurable gain."),
+        ([1.0], [0.0], False, "No verdict from a single seed."),
+    ],
+)
 def test_verdict(a, b, lower, expected):
-    assert verdict(results(a, b), "B-CNN", "flat", "full_path", "full path", lower).startswith(expected)
+    assert verdict(results(a, b), "B-CNN", "flat", "full_path", "full path", lower).startswith(
+        expected
+    )
 
 
 def test_verdict_refuses_what_was_not_measured():
@@ -60,8 +67,10 @@ def test_verdict_refuses_what_was_not_measured():
 
 
 def test_table():
-    text = comparison_table({"one": [{"x": 1.0, "y": 2.0}, {"x": 3.0, "y": 2.0}], "another": [{"x": 5.0}]},
-                            {"x": "top-1", "y": "top-5"})
+    text = comparison_table(
+        {"one": [{"x": 1.0, "y": 2.0}, {"x": 3.0, "y": 2.0}], "another": [{"x": 5.0}]},
+        {"x": "top-1", "y": "top-5"},
+    )
     head, rule, one, another = text.splitlines()
     assert head.split() == ["top-1", "top-5"]
     assert set(rule) == {"-"}

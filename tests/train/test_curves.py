@@ -24,8 +24,17 @@ WEIGHTS = [(0.98, 0.01, 0.01), (0.1, 0.8, 0.1), (0.1, 0.2, 0.7), (0.0, 0.0, 1.0)
 
 def rows():
     return [
-        {"epoch": e, "train_loss": 1.0, "eval_coarse_top1": 80.0 + e, "eval_fine_top1": 40.0 + e, "lr": 0.1,
-         "eval_medium_top1": 60.0 + e, "weight_coarse": w[0], "weight_medium": w[1], "weight_fine": w[2]}
+        {
+            "epoch": e,
+            "train_loss": 1.0,
+            "eval_coarse_top1": 80.0 + e,
+            "eval_fine_top1": 40.0 + e,
+            "lr": 0.1,
+            "eval_medium_top1": 60.0 + e,
+            "weight_coarse": w[0],
+            "weight_medium": w[1],
+            "weight_fine": w[2],
+        }
         for e, w in enumerate(WEIGHTS)
     ]
 
@@ -59,7 +68,9 @@ def test_missing_values_and_repeated_epochs(tmp_path):
     log = CsvLog(tmp_path / "a.csv")
     for row in rows():
         log.append(row)
-    log.append({"epoch": 2, "eval_fine_top1": 99.0, "eval_coarse_top1": float("nan"), "weight_fine": 0.7})
+    log.append(
+        {"epoch": 2, "eval_fine_top1": 99.0, "eval_coarse_top1": float("nan"), "weight_fine": 0.7}
+    )
     log.append({"note": "neither epoch nor numbers"})
     top, _ = history_figure(log.read()).axes
     assert top.lines[2].get_ydata().tolist() == [40, 41, 99, 43]
@@ -76,12 +87,14 @@ def test_one_epoch_and_no_weights():
 
 
 def test_labels_of_equal_accuracies_do_not_cover_each_other():
-    figure = history_figure([{"epoch": e, **{f"eval_{k}_top1": 90.0 + e for k in "abcd"}} for e in range(2)])
+    figure = history_figure(
+        [{"epoch": e, **{f"eval_{k}_top1": 90.0 + e for k in "abcd"}} for e in range(2)]
+    )
     figure.canvas.draw()
     boxes = [text.get_window_extent() for text in figure.axes[0].texts]
     assert len(boxes) == 4
     for i, box in enumerate(boxes):
-        assert not any(box.overlaps(other) for other in boxes[i + 1:])
+        assert not any(box.overlaps(other) for other in boxes[i + 1 :])
         assert box.x1 <= figure.bbox.x1
 
 
@@ -117,11 +130,14 @@ def test_confusion_of_any_number_of_classes_is_readable(n, tmp_path):
     assert len(axes.get_yticks()) == (n if n < 60 else n // 2)
 
 
-@pytest.mark.parametrize(("matrix", "message"), [
-    (np.eye(3), r"2 class names need a matrix of shape \(2, 2\)"),
-    (np.ones((2, 3)), r"got \(2, 3\)"),
-    ([[1, -1], [0, 2]], "negative"),
-])
+@pytest.mark.parametrize(
+    ("matrix", "message"),
+    [
+        (np.eye(3), r"2 class names need a matrix of shape \(2, 2\)"),
+        (np.ones((2, 3)), r"got \(2, 3\)"),
+        ([[1, -1], [0, 2]], "negative"),
+    ],
+)
 def test_confusion_refuses_what_is_not_one(matrix, message):
     with pytest.raises(ValueError, match=message):
         confusion_figure(matrix, ["a", "b"])
@@ -159,7 +175,9 @@ def test_collapse_shows_each_schedule_and_shades_what_is_off():
 
 
 def test_history_of_a_metric_without_levels():
-    found = [{"epoch": e, "eval_psnr": 25.0 + e, "eval_ssim": 0.5, "weight_image": 1.0} for e in range(3)]
-    axes, = history_figure(found, "psnr").axes
+    found = [
+        {"epoch": e, "eval_psnr": 25.0 + e, "eval_ssim": 0.5, "weight_image": 1.0} for e in range(3)
+    ]
+    (axes,) = history_figure(found, "psnr").axes
     assert axes.get_ylabel() == "psnr"
     assert axes.lines[0].get_ydata().tolist() == [25, 26, 27]

@@ -1,4 +1,7 @@
-"""Two processes on the CPU train as one does. This file is both: the tests, and the script that torchrun starts."""
+"""Two processes on the CPU train as one does.
+
+This file is both: the tests, and the script that torchrun starts.
+"""
 
 import json
 import os
@@ -24,15 +27,24 @@ from timm_branches.train import FitConfig, evaluate, fit, setup_device
 from timm_branches.train.checkpoint import load_state
 
 TREE = Taxonomy(["a/x/1", "a/x/2", "a/y/3", "b/z/4", "b/z/5"], levels=["coarse", "middle", "fine"])
-PARITY = {f"{labels}_accumulate{steps}": (labels, steps) for labels in ("full", "partial") for steps in (1, 2)}
-SCHEDULES = {**{name: name for name in PRESETS}, "on_and_off": "0:1,0,0;1:0,1,1;2:0.5,0.5,0;3:0,0,1;4:1,1,1"}
+PARITY = {
+    f"{labels}_accumulate{steps}": (labels, steps)
+    for labels in ("full", "partial")
+    for steps in (1, 2)
+}
+SCHEDULES = {
+    **{name: name for name in PRESETS},
+    "on_and_off": "0:1,0,0;1:0,1,1;2:0.5,0.5,0;3:0,0,1;4:1,1,1",
+}
 TIMEOUT = 240
 
 
 def make_dataset(size=42, partial=False):
     rng = np.random.default_rng(0)
     leaves = torch.arange(size) % TREE.num_leaves
-    images = np.clip(rng.normal(40 * leaves[:, None, None].numpy() + 40, 20, (size, 16, 16)), 0, 255).astype(np.uint8)
+    images = np.clip(
+        rng.normal(40 * leaves[:, None, None].numpy() + 40, 20, (size, 16, 16)), 0, 255
+    ).astype(np.uint8)
     labels = TREE.expand(leaves)
     if partial:
         labels[torch.from_numpy(rng.random((size, 3)) < 0.7)] = -1
@@ -42,29 +54,59 @@ def make_dataset(size=42, partial=False):
 def make_model(name="test_vit", hidden=()):
     torch.manual_seed(0)
     kwargs = {"patch_size": 4} if name == "test_vit" else {}
-    return create_branch_model(name, taps=[3, 4, 5], head=PoolHead(hidden=hidden), taxonomy=TREE, in_chans=1,
-                               img_size=16, **kwargs)
+    return create_branch_model(
+        name,
+        taps=[3, 4, 5],
+        head=PoolHead(hidden=hidden),
+        taxonomy=TREE,
+        in_chans=1,
+        img_size=16,
+        **kwargs,
+    )
 
 
 def settings(folder, **kwargs):
-    return FitConfig(**{"output": str(folder), "epochs": 2, "device": "cpu", "lr": 0.05, "sched": "cosine",
-                        "weight_decay": 1e-3, "plots": False, "progress": False, **kwargs})
+    return FitConfig(
+        **{
+            "output": str(folder),
+            "epochs": 2,
+            "device": "cpu",
+            "lr": 0.05,
+            "sched": "cosine",
+            "weight_decay": 1e-3,
+            "plots": False,
+            "progress": False,
+            **kwargs,
+        }
+    )
 
 
 def run_parity(folder, labels, steps, batch_size):
-    """Train, and return the weights and the log; 5 batches an epoch, so that the last group is not complete."""
+    """Train, and return the weights and the log.
+
+    5 batches an epoch, so that the last group is not complete.
+    """
     data = make_dataset(partial=labels == "partial")
     task = BranchTask(make_model(), "0:0.5,0.3,0.2;1:0,0.4,0.6", verbose=False)
-    result = fit(task, create_loader(data, batch_size, is_training=True), create_loader(make_dataset(13), batch_size),
-                 settings(folder, grad_accum_steps=steps))
+    result = fit(
+        task,
+        create_loader(data, batch_size, is_training=True),
+        create_loader(make_dataset(13), batch_size),
+        settings(folder, grad_accum_steps=steps),
+    )
     return base_model(task).state_dict(), result
 
 
 def run_schedule(text):
-    """Plain loop through all weights of a schedule. Which heads moved, and which should have, in each phase."""
+    """Plain loop through all weights of a schedule.
+
+    Which heads moved, and which should have, in each phase.
+    """
     schedule = get_schedule(text, num_levels=3)
     task = BranchTask(make_model("test_resnet", hidden=(8,)), schedule, verbose=False)
-    optimizer = create_optimizer_v2(task.trainable_module, opt="sgd", lr=0.01, weight_decay=0.1, momentum=0.9)
+    optimizer = create_optimizer_v2(
+        task.trainable_module, opt="sgd", lr=0.01, weight_decay=0.1, momentum=0.9
+    )
     task.prepare_distributed()
     loader = create_loader(make_dataset(16), 4, is_training=True)
     phases = []
@@ -73,17 +115,25 @@ def run_schedule(text):
             task.set_epoch(int(epoch))
             loader.set_epoch(len(phases))
             task.train()
-            before = {name: {k: v.clone() for k, v in base_model(task).head(name).state_dict().items()}
-                      for name in task.names}
+            before = {
+                name: {k: v.clone() for k, v in base_model(task).head(name).state_dict().items()}
+                for name in task.names
+            }
             for images, labels in loader:
                 optimizer.zero_grad()
                 task(images, labels)["loss"].backward()
                 optimizer.step()
-            # else the next forward pass gives the others the first one's statistics, of levels that are off, too
+            # else the next forward pass gives the others the first one's statistics, of levels that
+            # are off, too
             distribute_bn(task.get_trainable_module(), dist.get_world_size(), reduce=True)
             after = {name: base_model(task).head(name).state_dict() for name in task.names}
-            moved = [any(not torch.equal(before[name][k], after[name][k]) for k in after[name]) for name in task.names]
-            phases.append({"epoch": int(epoch), "moved": moved, "on": [w > 0 for w in task.weights]})
+            moved = [
+                any(not torch.equal(before[name][k], after[name][k]) for k in after[name])
+                for name in task.names
+            ]
+            phases.append(
+                {"epoch": int(epoch), "moved": moved, "on": [w > 0 for w in task.weights]}
+            )
     return base_model(task).state_dict(), phases
 
 
@@ -91,15 +141,26 @@ def run_evaluation(flat=False):
     """13 samples in batches of 3 on each process."""
     torch.manual_seed(0)
     if flat:
-        model = create_branch_model("test_vit", taps=[5], num_classes=5, names=["leaf"], in_chans=1, img_size=16,
-                                    patch_size=4)
+        model = create_branch_model(
+            "test_vit",
+            taps=[5],
+            num_classes=5,
+            names=["leaf"],
+            in_chans=1,
+            img_size=16,
+            patch_size=4,
+        )
         task = FlatTask(model, TREE)
     else:
         task = BranchTask(make_model())
     evaluator = evaluate(task, create_loader(make_dataset(13, partial=True), 3))
-    return {"metrics": evaluator.metrics, "again": evaluator.compute(distributed=dist.is_initialized()),
-            "own": evaluator.num_samples, "matrices": [m.tolist() for m in evaluator.confusion_matrices()],
-            "consistency_of": int(evaluator.counts[3])}
+    return {
+        "metrics": evaluator.metrics,
+        "again": evaluator.compute(distributed=dist.is_initialized()),
+        "own": evaluator.num_samples,
+        "matrices": [m.tolist() for m in evaluator.confusion_matrices()],
+        "consistency_of": int(evaluator.counts[3]),
+    }
 
 
 def tensors(state):
@@ -124,18 +185,36 @@ def worker(out):
     # BatchNorm, moving average, plots, one folder for all
     data, val = make_dataset(20), make_dataset(13)
     folder = out / "shared"
-    task = BranchTask(make_model("test_resnet", hidden=(8,)), "0:1,1,1;1:0,1,1;2:1,0,0", verbose=False)
+    task = BranchTask(
+        make_model("test_resnet", hidden=(8,)), "0:1,1,1;1:0,1,1;2:1,0,0", verbose=False
+    )
     options = {"model_ema": True, "model_ema_decay": 0.5}
-    fit(task, create_loader(data, 4, is_training=True), create_loader(val, 4), settings(folder, epochs=1, **options))
-    report["saved"] = load_state(folder / "last.safetensors")["epoch"]  # every process may read the files at once
+    fit(
+        task,
+        create_loader(data, 4, is_training=True),
+        create_loader(val, 4),
+        settings(folder, epochs=1, **options),
+    )
+    # every process may read the files at once
+    report["saved"] = load_state(folder / "last.safetensors")["epoch"]
     # the checkpoint's schedule turns levels off, the one asked for does not
     task = BranchTask(make_model("test_resnet", hidden=(8,)), verbose=False)
-    result = fit(task, create_loader(data, 4, is_training=True), create_loader(val, 4),
-                 settings(folder, epochs=4, resume="auto", plots=True, **options))
+    result = fit(
+        task,
+        create_loader(data, 4, is_training=True),
+        create_loader(val, 4),
+        settings(folder, epochs=4, resume="auto", plots=True, **options),
+    )
     best = load_model(result.model_path)
-    report["best"] = [result.best_epoch, result.best, dict(evaluate(BranchTask(best), create_loader(val, 4)).metrics)]
+    report["best"] = [
+        result.best_epoch,
+        result.best,
+        dict(evaluate(BranchTask(best), create_loader(val, 4)).metrics),
+    ]
     save_file(tensors(base_model(task).state_dict()), out / f"shared.{rank}.safetensors")
-    save_file(tensors(base_model(task, ema=True).state_dict()), out / f"shared_ema.{rank}.safetensors")
+    save_file(
+        tensors(base_model(task, ema=True).state_dict()), out / f"shared_ema.{rank}.safetensors"
+    )
     (out / f"report.{rank}.json").write_text(json.dumps(report))
     dist.destroy_process_group()
 
@@ -148,10 +227,24 @@ if __name__ == "__main__":
 def out(tmp_path_factory):
     """The folder that two processes have filled."""
     folder = tmp_path_factory.mktemp("ddp")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", __file__,
-               str(folder)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"}) as process:
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--standalone",
+        __file__,
+        str(folder),
+    ]
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    ) as process:
         try:
             output, _ = process.communicate(timeout=TIMEOUT)
         except subprocess.TimeoutExpired:
@@ -205,8 +298,12 @@ def test_every_transition_moves_just_the_levels_that_are_on(reports, name):
     for report in reports:
         phases = report["schedules"][name]
         points = get_schedule(SCHEDULES[name], num_levels=3).points
-        assert [p["on"] for p in phases if p["epoch"] in points][-1] == [w > 0 for w in list(points.values())[-1]]
-        assert len({tuple(p["on"]) for p in phases}) == len({tuple(w > 0 for w in ws) for ws in points.values()})
+        assert [p["on"] for p in phases if p["epoch"] in points][-1] == [
+            w > 0 for w in list(points.values())[-1]
+        ]
+        assert len({tuple(p["on"]) for p in phases}) == len(
+            {tuple(w > 0 for w in ws) for ws in points.values()}
+        )
         assert [p["moved"] for p in phases] == [p["on"] for p in phases]
 
 

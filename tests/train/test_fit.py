@@ -1,4 +1,5 @@
 """The training loop: precision, layout, freezing, losses that fail, the best epoch and files."""
+
 import csv
 import math
 
@@ -24,29 +25,54 @@ from timm_branches.task import BranchTask, FlatTask, base_model
 from timm_branches.train import evaluate, fit
 from timm_branches.train.checkpoint import load_state
 
-# -- precision, layout, freezing -----------------------------------------------------------------------------------
+# -- precision, layout, freezing
+# -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{"amp": True}, {"amp": True, "amp_dtype": "float16"}, {"channels_last": True},
-                                     {"amp": True, "channels_last": True, "clip_grad": 1.0},
-                                     {"grad_checkpointing": True}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"amp": True},
+        {"amp": True, "amp_dtype": "float16"},
+        {"channels_last": True},
+        {"amp": True, "channels_last": True, "clip_grad": 1.0},
+        {"grad_checkpointing": True},
+    ],
+)
 def test_ways_to_compute_all_learn(tmp_path, options):
-    # of maps of 1x1, some CPUs' bfloat16 convolutions with stride leave NaN in the gradient, in torch itself
-    name, size, epochs = ("test_vit", 16, 12) if options.get("amp_dtype") == "float16" else ("test_resnet", 64, 5)
+    # of maps of 1x1, some CPUs' bfloat16 convolutions with stride leave NaN in the gradient, in
+    # torch itself
+    name, size, epochs = (
+        ("test_vit", 16, 12) if options.get("amp_dtype") == "float16" else ("test_resnet", 64, 5)
+    )
     data = make_data(48, size)  # (convolutions in float16 are slow on a CPU)
     task = make_task(name, size=size)
     dtypes = set()
     head = base_model(task).head("fine").fc
     head.register_forward_hook(lambda m, x, y: dtypes.add(y.dtype))
-    result = fit(task, loader_of(data), loader_of(data), settings(tmp_path, epochs=epochs, lr=0.05, **options))
+    result = fit(
+        task,
+        loader_of(data),
+        loader_of(data),
+        settings(tmp_path, epochs=epochs, lr=0.05, **options),
+    )
     assert result.best["fine_top1"] > 80
     assert result.history[-1]["train_loss"] < 0.5 * result.history[0]["train_loss"]
-    expected = getattr(torch, options.get("amp_dtype", "bfloat16")) if options.get("amp") else torch.float32
+    expected = (
+        getattr(torch, options.get("amp_dtype", "bfloat16"))
+        if options.get("amp")
+        else torch.float32
+    )
     assert dtypes == {expected}
     assert all(p.dtype == torch.float32 for p in task.parameters())
     if options.get("channels_last"):
-        convs = [m.weight for m in task.modules() if isinstance(m, nn.Conv2d) and m.weight.shape[1] > 1]
-        assert any(w.is_contiguous(memory_format=torch.channels_last) and not w.is_contiguous() for w in convs)
+        convs = [
+            m.weight for m in task.modules() if isinstance(m, nn.Conv2d) and m.weight.shape[1] > 1
+        ]
+        assert any(
+            w.is_contiguous(memory_format=torch.channels_last) and not w.is_contiguous()
+            for w in convs
+        )
     if options.get("amp_dtype") == "float16":
         assert load_state(tmp_path / "last.safetensors")["scaler"]["scale"] > 0
 
@@ -65,11 +91,18 @@ def test_checkpointing_and_layout_change_nothing_but_rounding(tmp_path):
 def test_a_frozen_backbone_stays_bit_for_bit(tmp_path):
     task = make_task(hidden=(8,))
     before = weights_of(task)
-    fit(task, loader_of(make_data()), None, settings(tmp_path, freeze_backbone=True, weight_decay=0.1, model_ema=True))
+    fit(
+        task,
+        loader_of(make_data()),
+        None,
+        settings(tmp_path, freeze_backbone=True, weight_decay=0.1, model_ema=True),
+    )
     saved = load_model(tmp_path / "model.safetensors").state_dict()
     for after in (weights_of(task), saved):
         same = {key for key in before if torch.equal(before[key], after[key])}
-        assert {key for key in before if key.startswith("backbone.")} == {k for k in same if k.startswith("backbone.")}
+        assert {key for key in before if key.startswith("backbone.")} == {
+            k for k in same if k.startswith("backbone.")
+        }
         assert "heads.fine.fc.weight" not in same
         assert "heads.fine.hidden.2.running_mean" not in same
     state = load_state(tmp_path / "last.safetensors")["optimizer"]
@@ -90,10 +123,14 @@ def test_torchcompile(tmp_path):
 def test_the_moving_average_is_what_is_evaluated_and_saved(tmp_path):
     data = loader_of(make_data(), 4)
     task = make_task()
-    result = fit(task, data, data, settings(tmp_path, epochs=1, model_ema=True, model_ema_decay=0.8))
+    result = fit(
+        task, data, data, settings(tmp_path, epochs=1, model_ema=True, model_ema_decay=0.8)
+    )
     saved = load_model(result.model_path)
     assert_equal(saved.state_dict(), weights_of(task, ema=True))
-    assert not torch.equal(saved.state_dict()["heads.fine.fc.weight"], weights_of(task)["heads.fine.fc.weight"])
+    assert not torch.equal(
+        saved.state_dict()["heads.fine.fc.weight"], weights_of(task)["heads.fine.fc.weight"]
+    )
     assert dict(evaluate(task, data, ema=True).metrics) == result.best
     assert dict(evaluate(BranchTask(saved), data).metrics) == result.best
 
@@ -109,7 +146,12 @@ def test_moving_average_by_hand(tmp_path, monkeypatch):
 
     monkeypatch.setattr(BranchTask, "update_ema", spy)
     task = make_task()
-    fit(task, loader_of(make_data(), 4), None, settings(tmp_path, model_ema=True, model_ema_decay=0.8))
+    fit(
+        task,
+        loader_of(make_data(), 4),
+        None,
+        settings(tmp_path, model_ema=True, model_ema_decay=0.8),
+    )
     assert len(trail) == 8
     average = trail[0]
     for value in trail[1:]:
@@ -117,7 +159,8 @@ def test_moving_average_by_hand(tmp_path, monkeypatch):
     torch.testing.assert_close(weights_of(task, ema=True)["heads.fine.fc.weight"], average)
 
 
-# -- losses that fail ----------------------------------------------------------------------------------------------
+# -- losses that fail
+# ----------------------------------------------------------------------------------------------
 
 
 class Poison:
@@ -137,7 +180,9 @@ class Poison:
             yield (images + self.value if (self.epoch, index) == self.at else images), labels
 
 
-@pytest.mark.parametrize(("value", "interval"), [(float("nan"), 50), (float("inf"), 50), (float("nan"), 1)])
+@pytest.mark.parametrize(
+    ("value", "interval"), [(float("nan"), 50), (float("inf"), 50), (float("nan"), 1)]
+)
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, value, interval):
     data = loader_of(make_data(16), 4)
     task = make_task("test_vit", schedule="0:1,0;1:0,1")
@@ -155,8 +200,16 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, value, interval):
     assert {path.name: digest(path) for path in tmp_path.iterdir()} == seen
     assert load_state(tmp_path / "last.safetensors")["epoch"] == 0
     load_model(tmp_path / "model.safetensors")
-    assert all(p.isfinite().all() for p in task.parameters())  # on a CPU the update itself is prevented
-    assert len(fit(make_task("test_vit"), data, data, settings(tmp_path, epochs=3, resume="auto")).history) == 3
+    # on a CPU the update itself is prevented
+    assert all(p.isfinite().all() for p in task.parameters())
+    assert (
+        len(
+            fit(
+                make_task("test_vit"), data, data, settings(tmp_path, epochs=3, resume="auto")
+            ).history
+        )
+        == 3
+    )
 
 
 @pytest.mark.parametrize(("every", "expected"), [(1, [1] * 5), (2, [2, 2, 1]), (50, [5])])
@@ -164,9 +217,19 @@ def test_how_often_the_loss_is_checked(tmp_path, monkeypatch, every, expected):
     """On an accelerator a check waits for the device, so several batches share one."""
     sizes = []
     original = loop.check_losses
-    monkeypatch.setattr(loop, "check_losses", lambda pending, epoch: (sizes.append(len(pending)),
-                                                                       original(pending, epoch)))
-    run = loop._Run(make_task(), loader_of(make_data(20), 4), None, settings(tmp_path, log_interval=every), None, {})
+    monkeypatch.setattr(
+        loop,
+        "check_losses",
+        lambda pending, epoch: (sizes.append(len(pending)), original(pending, epoch)),
+    )
+    run = loop._Run(
+        make_task(),
+        loader_of(make_data(20), 4),
+        None,
+        settings(tmp_path, log_interval=every),
+        None,
+        {},
+    )
 
     class Accelerator:
         type = "elsewhere"
@@ -177,7 +240,10 @@ def test_how_often_the_loss_is_checked(tmp_path, monkeypatch, every, expected):
     run._train(0)
     assert sizes == expected
     assert device.type == "cpu"
-    pending = [(0, {"a": torch.tensor(1.0)}), (3, {"a": torch.tensor(2.0), "b": torch.tensor(float("inf"))})]
+    pending = [
+        (0, {"a": torch.tensor(1.0)}),
+        (3, {"a": torch.tensor(2.0), "b": torch.tensor(float("inf"))}),
+    ]
     with pytest.raises(FloatingPointError, match="level 'b' became inf in batch 3 of epoch 7"):
         original(pending, 7)
 
@@ -200,7 +266,9 @@ def test_weights_ruined_by_an_epochs_last_update_are_not_saved(tmp_path):
     before = {path.name: digest(path) for path in tmp_path.iterdir()}
     task = make_task("test_vit")
     handle = base_model(task).head("fine").fc.weight.register_hook(lambda g: g * float("nan"))
-    with pytest.raises(FloatingPointError, match="weight of head 'fine', became NaN or infinite in epoch 1"):
+    with pytest.raises(
+        FloatingPointError, match="weight of head 'fine', became NaN or infinite in epoch 1"
+    ):
         fit(task, data, data, settings(tmp_path, epochs=2, resume="auto"))
     handle.remove()
     assert {path.name: digest(path) for path in tmp_path.iterdir()} == before
@@ -216,17 +284,30 @@ def test_a_level_that_is_off_may_be_infinite(tmp_path):
     assert math.isfinite(result.best["fine_top1"])
 
 
-# -- the best epoch ------------------------------------------------------------------------------------------------
+# -- the best epoch
+# ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("metric", "values", "best"), [
-    ("", [10.0, 30.0, 30.0, 20.0], 1), ("loss", [2.0, 1.0, 1.5, 1.0], 1), ("full_path", [5.0, math.nan, 4.0, 6.0], 3),
-    ("coarse_top1", [math.nan, math.nan, 3.0, 2.0], 2)])
+@pytest.mark.parametrize(
+    ("metric", "values", "best"),
+    [
+        ("", [10.0, 30.0, 30.0, 20.0], 1),
+        ("loss", [2.0, 1.0, 1.5, 1.0], 1),
+        ("full_path", [5.0, math.nan, 4.0, 6.0], 3),
+        ("coarse_top1", [math.nan, math.nan, 3.0, 2.0], 2),
+    ],
+)
 def test_which_epoch_is_the_best(tmp_path, monkeypatch, metric, values, best):
     class Judge:
         def __init__(self, value):
-            self.metrics = {"loss": 0.0, "coarse_top1": 0.0, "fine_top1": 0.0, "full_path": 0.0, "consistency": 0.0,
-                            metric or "fine_top1": value}
+            self.metrics = {
+                "loss": 0.0,
+                "coarse_top1": 0.0,
+                "fine_top1": 0.0,
+                "full_path": 0.0,
+                "consistency": 0.0,
+                metric or "fine_top1": value,
+            }
 
     queue = [Judge(value) for value in values]
     monkeypatch.setattr(loop, "evaluate", lambda *args, **kwargs: queue.pop(0))
@@ -236,6 +317,7 @@ def test_which_epoch_is_the_best(tmp_path, monkeypatch, metric, values, best):
     import json
 
     from timm_branches.weights import read_metadata
+
     assert json.loads(read_metadata(result.model_path)["extra"])["epoch"] == best
 
 
@@ -246,22 +328,44 @@ def test_without_evaluation_the_last_epoch_is_the_best(tmp_path):
     assert_equal(load_model(result.model_path).state_dict(), weights_of(task))
 
 
-# -- files ---------------------------------------------------------------------------------------------------------
+# -- files
+# ---------------------------------------------------------------------------------------------------------
 
 
 def test_files_of_a_run(tmp_path, capsys):
     data = loader_of(make_data(16), 4)
-    result = fit(make_task(), data, data, settings(tmp_path, epochs=3, plots=True, tensorboard=True, progress=True),
-                 facts={"data": "made up"})
+    result = fit(
+        make_task(),
+        data,
+        data,
+        settings(tmp_path, epochs=3, plots=True, tensorboard=True, progress=True),
+        facts={"data": "made up"},
+    )
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"model.safetensors", "last.safetensors", "log.csv", "history.png", "confusion_coarse.png",
-                     "confusion_fine.png", "tensorboard"}
+    assert names == {
+        "model.safetensors",
+        "last.safetensors",
+        "log.csv",
+        "history.png",
+        "confusion_coarse.png",
+        "confusion_fine.png",
+        "tensorboard",
+    }
     assert list((tmp_path / "tensorboard").glob("events*"))
     with open(tmp_path / "log.csv", newline="") as file:
         table = list(csv.DictReader(file))
     assert [int(row["epoch"]) for row in table] == [0, 1, 2]
-    own = {"epoch", "lr", "train_loss", "train_loss_coarse", "train_loss_fine", "weight_coarse", "weight_fine",
-           "seconds", "images_per_second"}
+    own = {
+        "epoch",
+        "lr",
+        "train_loss",
+        "train_loss_coarse",
+        "train_loss_fine",
+        "weight_coarse",
+        "weight_fine",
+        "seconds",
+        "images_per_second",
+    }
     metrics = {f"eval_{name}" for name in make_task().create_evaluator().metric_names}
     assert {"eval_fine_top1", "eval_full_path", "eval_severity"} < metrics
     assert set(table[0]) == own | metrics
@@ -275,24 +379,36 @@ def test_files_of_a_run(tmp_path, capsys):
 def test_plots_and_trackers_only_when_asked(tmp_path):
     data = loader_of(make_data(8))
     fit(make_task(), data, data, settings(tmp_path, epochs=1))
-    assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors", "last.safetensors", "log.csv"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "model.safetensors",
+        "last.safetensors",
+        "log.csv",
+    }
 
 
 def test_logged_losses_are_means_over_batches(tmp_path):
     data = make_data(12)
-    result = fit(make_task("test_vit"), loader_of(data, 4), None, settings(tmp_path, epochs=1, lr=1e-30))
+    result = fit(
+        make_task("test_vit"), loader_of(data, 4), None, settings(tmp_path, epochs=1, lr=1e-30)
+    )
     task = make_task("test_vit")
     parts = [task(images, labels) for images, labels in loader_of(data, 4)]
-    for key, want in (("train_loss", [p["loss"] for p in parts]),
-                      ("train_loss_fine", [p["losses"]["fine"] for p in parts])):
+    for key, want in (
+        ("train_loss", [p["loss"] for p in parts]),
+        ("train_loss_fine", [p["losses"]["fine"] for p in parts]),
+    ):
         assert result.history[0][key] == pytest.approx(torch.stack(want).mean().item(), rel=1e-6)
 
 
 def test_flat_baseline_is_trained_and_judged_on_all_levels(tmp_path):
     torch.manual_seed(0)
-    model = create_branch_model("test_resnet", taps=[5], num_classes=4, names=["leaf"], in_chans=1, img_size=16)
+    model = create_branch_model(
+        "test_resnet", taps=[5], num_classes=4, names=["leaf"], in_chans=1, img_size=16
+    )
     data = loader_of(make_data(64))
-    result = fit(FlatTask(model, TREE), data, data, settings(tmp_path, epochs=5, lr=0.05, plots=True))
+    result = fit(
+        FlatTask(model, TREE), data, data, settings(tmp_path, epochs=5, lr=0.05, plots=True)
+    )
     assert result.best["coarse_top1"] >= result.best["fine_top1"] > 80
     assert "train_loss_leaf" in result.history[0]
     assert (tmp_path / "confusion_coarse.png").exists()

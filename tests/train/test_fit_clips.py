@@ -1,4 +1,7 @@
-"""Clips through the task and the loop: labels of clips and of frames, ragged batches, a single logit."""
+"""Clips through the task and the loop.
+
+Labels of clips and of frames, ragged batches, a single logit.
+"""
 
 import numpy as np
 import pytest
@@ -13,8 +16,15 @@ from timm_branches.train import FitConfig, evaluate, fit
 
 def make_model(head, num_classes=3, taps=(5,), names=("clip",), **kwargs):
     torch.manual_seed(0)
-    return create_branch_model("test_resnet", taps=list(taps), head=head, num_classes=num_classes, in_chans=1,
-                               names=list(names), **kwargs)
+    return create_branch_model(
+        "test_resnet",
+        taps=list(taps),
+        head=head,
+        num_classes=num_classes,
+        in_chans=1,
+        names=list(names),
+        **kwargs,
+    )
 
 
 def clip_head(**kwargs):
@@ -24,7 +34,11 @@ def clip_head(**kwargs):
 def batch(size=3, time=4, levels=1, seed=0):
     generator = torch.Generator().manual_seed(seed)
     clips = torch.randn(size, time, 1, 32, 32, generator=generator)
-    return clips, torch.tensor([4, 2, 3])[:size], torch.randint(3, (size, levels), generator=generator)
+    return (
+        clips,
+        torch.tensor([4, 2, 3])[:size],
+        torch.randint(3, (size, levels), generator=generator),
+    )
 
 
 def test_loss_of_clips():
@@ -45,8 +59,11 @@ def test_loss_of_frames_counts_each_valid_frame_once(per_frame):
     if per_frame:
         labels = torch.randint(3, (3, 4, 1), generator=torch.Generator().manual_seed(1))
     logits = task.trainable_module(clips, lengths=lengths)["clip"]
-    losses = [F.cross_entropy(logits[i, t], labels[i, t, 0] if per_frame else labels[i, 0])
-              for i, n in enumerate(lengths.tolist()) for t in range(n)]
+    losses = [
+        F.cross_entropy(logits[i, t], labels[i, t, 0] if per_frame else labels[i, 0])
+        for i, n in enumerate(lengths.tolist())
+        for t in range(n)
+    ]
     assert len(losses) == 9
     torch.testing.assert_close(task((clips, lengths), labels)["loss"], torch.stack(losses).mean())
 
@@ -67,15 +84,18 @@ def test_single_logit_is_binary_cross_entropy():
 
 def test_a_branch_for_frames_beside_the_head_for_clips():
     """A frame's coarse label and the clip's class from one pass."""
-    model = make_model(["pool", clip_head()], num_classes=[2, 3], taps=(4, 5), names=("frame", "clip"))
+    model = make_model(
+        ["pool", clip_head()], num_classes=[2, 3], taps=(4, 5), names=("frame", "clip")
+    )
     task = BranchTask(model, [0.3, 0.7])
     model.eval()
     clips, lengths, _ = batch()
     labels = torch.tensor([[0, 2], [1, 0], [1, 1]])
     outputs = model(clips, lengths=lengths)
     frames = torch.cat([outputs["frame"][i, :n] for i, n in enumerate(lengths.tolist())])
-    want = 0.3 * F.cross_entropy(frames, labels[:, 0].repeat_interleave(lengths)) \
-        + 0.7 * F.cross_entropy(outputs["clip"], labels[:, 1])
+    want = 0.3 * F.cross_entropy(
+        frames, labels[:, 0].repeat_interleave(lengths)
+    ) + 0.7 * F.cross_entropy(outputs["clip"], labels[:, 1])
     torch.testing.assert_close(task((clips, lengths), labels)["loss"], want)
     answer = task.answer(model, (clips, lengths))
     mean = torch.stack([outputs["frame"][i, :n].mean(0) for i, n in enumerate(lengths.tolist())])
@@ -99,7 +119,7 @@ def moving_squares(count=24, time=5, seed=0):
         x = (8 + 4 * steps if i % 2 else 24 - 4 * steps) + rng.integers(-2, 3)
         frames = np.zeros((len(steps), 32, 32), np.uint8)
         for frame, left in zip(frames, x, strict=True):
-            frame[12:18, left:left + 6] = 255
+            frame[12:18, left : left + 6] = 255
         clips.append(frames)
         labels.append(i % 2)
     return clips, labels
@@ -108,25 +128,54 @@ def moving_squares(count=24, time=5, seed=0):
 @pytest.mark.parametrize("freeze", [False, True])
 def test_fit_trains_on_ragged_clips(tmp_path, freeze):
     clips, labels = moving_squares()
-    data = ClipDataset(clips, np.array(labels)[:, None], transform=create_transform((1, 32, 32), mean=[0.5], std=[0.5]))
+    data = ClipDataset(
+        clips,
+        np.array(labels)[:, None],
+        transform=create_transform((1, 32, 32), mean=[0.5], std=[0.5]),
+    )
     task = BranchTask(make_model(clip_head(), num_classes=2), verbose=False)
     before = {k: v.clone() for k, v in task.trainable_module.backbone.state_dict().items()}
-    config = FitConfig(output=str(tmp_path), epochs=8, opt="adamw", lr=5e-3, sched="none", plots=False, progress=False,
-                       freeze_backbone=freeze, device="cpu")
-    result = fit(task, create_clip_loader(data, 8, is_training=True), create_clip_loader(data, 8), config)
+    config = FitConfig(
+        output=str(tmp_path),
+        epochs=8,
+        opt="adamw",
+        lr=5e-3,
+        sched="none",
+        plots=False,
+        progress=False,
+        freeze_backbone=freeze,
+        device="cpu",
+    )
+    result = fit(
+        task, create_clip_loader(data, 8, is_training=True), create_clip_loader(data, 8), config
+    )
     losses = [row["train_loss"] for row in result.history]
-    assert freeze or losses[-1] < 0.9 * losses[0]  # a random backbone that stays as it is leaves little to learn from
+    # a random backbone that stays as it is leaves little to learn from
+    assert freeze or losses[-1] < 0.9 * losses[0]
     assert len(set(losses)) == 8
-    same = [torch.equal(v, before[k]) for k, v in task.trainable_module.backbone.state_dict().items()]
+    same = [
+        torch.equal(v, before[k]) for k, v in task.trainable_module.backbone.state_dict().items()
+    ]
     assert all(same) if freeze else not any(same[:3])
     best = BranchTask(load_model(result.model_path))
-    assert evaluate(best, create_clip_loader(data, 5)).metrics["clip_top1"] == pytest.approx(result.best["clip_top1"])
+    assert evaluate(best, create_clip_loader(data, 5)).metrics["clip_top1"] == pytest.approx(
+        result.best["clip_top1"]
+    )
 
 
 def test_mixup_is_refused(tmp_path):
     clips, labels = moving_squares(8)
-    data = ClipDataset(clips, np.array(labels)[:, None], transform=create_transform((1, 32, 32), mean=[0.5], std=[0.5]))
+    data = ClipDataset(
+        clips,
+        np.array(labels)[:, None],
+        transform=create_transform((1, 32, 32), mean=[0.5], std=[0.5]),
+    )
     config = FitConfig(output=str(tmp_path), epochs=1, plots=False, progress=False, device="cpu")
     with pytest.raises(ValueError, match="not clips"):
-        fit(BranchTask(make_model(clip_head(), num_classes=2)), create_clip_loader(data, 4, is_training=True), None,
-            config, mixup=lambda x, y: (x, y))
+        fit(
+            BranchTask(make_model(clip_head(), num_classes=2)),
+            create_clip_loader(data, 4, is_training=True),
+            None,
+            config,
+            mixup=lambda x, y: (x, y),
+        )

@@ -16,8 +16,18 @@ from timm_branches.train.log import CsvLog, Trackers, open_trackers
 
 def test_rows_come_back_with_their_types(tmp_path):
     log = CsvLog(tmp_path / "run" / "summary.csv")
-    log.append({"epoch": 0, "loss": 0.1 + 0.2, "note": 'says "a, b"\nand more', "lr": 1e-9, "none": None})
-    log.append({"epoch": 1, "loss": torch.tensor(1.5), "lr": np.float32(0.5), "note": "1_5", "none": math.inf})
+    log.append(
+        {"epoch": 0, "loss": 0.1 + 0.2, "note": 'says "a, b"\nand more', "lr": 1e-9, "none": None}
+    )
+    log.append(
+        {
+            "epoch": 1,
+            "loss": torch.tensor(1.5),
+            "lr": np.float32(0.5),
+            "note": "1_5",
+            "none": math.inf,
+        }
+    )
     want = [
         {"epoch": 0, "loss": 0.1 + 0.2, "note": 'says "a, b"\nand more', "lr": 1e-9, "none": None},
         {"epoch": 1, "loss": 1.5, "note": "1_5", "lr": 0.5, "none": math.inf},
@@ -38,7 +48,10 @@ def test_late_columns_extend_the_header(tmp_path):
     log = CsvLog(tmp_path / "a.csv")
     log.append({"epoch": 0, "x": 1})
     log.append({"epoch": 1, "y": 2})
-    assert CsvLog(log.path).read() == [{"epoch": 0, "x": 1, "y": None}, {"epoch": 1, "x": None, "y": 2}]
+    assert CsvLog(log.path).read() == [
+        {"epoch": 0, "x": 1, "y": None},
+        {"epoch": 1, "x": None, "y": 2},
+    ]
 
 
 def test_resume_drops_the_epochs_that_are_repeated(tmp_path):
@@ -93,7 +106,11 @@ def test_trackers_get_the_finite_numbers():
     with Trackers(writer, run) as trackers:
         trackers.log(row, step=3)
     trackers.close()
-    assert writer.calls == [("add_scalar", "loss", 0.5, 3), ("add_scalar", "epoch", 3.0, 3), ("close",)]
+    assert writer.calls == [
+        ("add_scalar", "loss", 0.5, 3),
+        ("add_scalar", "epoch", 3.0, 3),
+        ("close",),
+    ]
     assert run.calls == [("log", {"loss": 0.5, "epoch": 3.0}, 3), ("finish",)]
 
 
@@ -106,7 +123,9 @@ def test_nothing_asked_for_is_nothing_done(tmp_path):
 
 def test_tensorboard_writes_event_files(tmp_path):
     pytest.importorskip("tensorboard")
-    with open_trackers(tensorboard=True, output=tmp_path, config={"lr": 0.1, "taps": [3, 4]}) as trackers:
+    with open_trackers(
+        tensorboard=True, output=tmp_path, config={"lr": 0.1, "taps": [3, 4]}
+    ) as trackers:
         trackers.log({"eval_fine_top1": 40.0}, step=1)
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -116,13 +135,17 @@ def test_tensorboard_writes_event_files(tmp_path):
 
 def test_wandb_is_opened_with_project_and_config(tmp_path, monkeypatch):
     opened = {}
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **kw: opened.update(kw) or Recorder()))
+    monkeypatch.setitem(
+        sys.modules, "wandb", SimpleNamespace(init=lambda **kw: opened.update(kw) or Recorder())
+    )
     open_trackers(wandb="fashion", output=tmp_path, config={"lr": 0.1}).close()
     assert opened == {"project": "fashion", "dir": str(tmp_path), "config": {"lr": 0.1}}
 
 
-@pytest.mark.parametrize(("module", "kwargs"), [("torch.utils.tensorboard", {"tensorboard": True}),
-                                                ("wandb", {"wandb": "project"})])
+@pytest.mark.parametrize(
+    ("module", "kwargs"),
+    [("torch.utils.tensorboard", {"tensorboard": True}), ("wandb", {"wandb": "project"})],
+)
 def test_a_missing_package_says_what_to_install(module, kwargs, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(MissingPackageError, match=r"pip install 'timm_branches\[") as caught:

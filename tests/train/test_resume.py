@@ -45,20 +45,45 @@ class StopsAt:
 
 
 def digits_run(folder, stop=None, **kwargs):
-    """A run with all that is random: augmentation, mixup, dropout, shuffling; and all that has memory."""
+    """A run with all that is random.
+
+    Augmentation, mixup, dropout, shuffling; and all that has memory.
+    """
     train, val, _ = create_splits("digits", in_chans=1)
-    train.transform = create_transform(16, is_training=True, augment="light", mean=(0.5,), std=(0.5,), hflip=0.0)
+    train.transform = create_transform(
+        16, is_training=True, augment="light", mean=(0.5,), std=(0.5,), hflip=0.0
+    )
     val.transform = create_transform(16, mean=(0.5,), std=(0.5,))
     train, val = train.limit(96), val.limit(50)
     tree = train.taxonomy
     torch.manual_seed(0)
-    model = create_branch_model("test_resnet", taps=[4, 5], taxonomy=tree, in_chans=1, img_size=16,
-                                head=PoolHead(hidden=(16,)), drop_rate=0.2)
+    model = create_branch_model(
+        "test_resnet",
+        taps=[4, 5],
+        taxonomy=tree,
+        in_chans=1,
+        img_size=16,
+        head=PoolHead(hidden=(16,)),
+        drop_rate=0.2,
+    )
     task = BranchTask(model, "0:1,0;2:0.5,0.5;3:0,1", verbose=False)
     loader = create_loader(train, 16, is_training=True, seed=3)
-    config = settings(folder, epochs=5, opt="adamw", lr=3e-3, weight_decay=0.05, sched="cosine", warmup_epochs=1,
-                      model_ema=True, model_ema_decay=0.9, model_ema_warmup=True, grad_accum_steps=2, clip_grad=1.0,
-                      seed=5, **kwargs)
+    config = settings(
+        folder,
+        epochs=5,
+        opt="adamw",
+        lr=3e-3,
+        weight_decay=0.05,
+        sched="cosine",
+        warmup_epochs=1,
+        model_ema=True,
+        model_ema_decay=0.9,
+        model_ema_warmup=True,
+        grad_accum_steps=2,
+        clip_grad=1.0,
+        seed=5,
+        **kwargs,
+    )
     mixup = HierarchicalMixup(0.2, 1.0, num_classes=tree.num_classes)
     if stop:
         loader = StopsAt(loader, *stop)
@@ -66,8 +91,14 @@ def digits_run(folder, stop=None, **kwargs):
 
 
 def rows(result):
-    return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second") and v is not None}
-            for row in result.history]
+    return [
+        {
+            k: v
+            for k, v in row.items()
+            if k not in ("seconds", "images_per_second") and v is not None
+        }
+        for row in result.history
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +107,9 @@ def whole_run(tmp_path_factory):
     return folder, *digits_run(folder)
 
 
-@pytest.mark.parametrize("stop", [(1, 0, Stopped()), (2, 3, KeyboardInterrupt()), (4, 5, Stopped())])
+@pytest.mark.parametrize(
+    "stop", [(1, 0, Stopped()), (2, 3, KeyboardInterrupt()), (4, 5, Stopped())]
+)
 def test_resumed_is_bit_for_bit_the_uninterrupted(tmp_path, whole_run, stop):
     folder, task, result = whole_run
     with pytest.raises(type(stop[2])):
@@ -94,15 +127,21 @@ def test_resumed_is_bit_for_bit_the_uninterrupted(tmp_path, whole_run, stop):
     assert rows(result) == rows(other)
     assert [row["epoch"] for row in other.history] == list(range(5))
     assert (result.best_epoch, result.best) == (other.best_epoch, other.best)
-    assert_equal(load_model(result.model_path).state_dict(), load_model(other.model_path).state_dict())
+    assert_equal(
+        load_model(result.model_path).state_dict(), load_model(other.model_path).state_dict()
+    )
 
 
 def test_another_seed_is_another_run(tmp_path, whole_run):
     """What the test above compares does depend on the generators."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "seed_everything", lambda seed, epoch, rank: torch.manual_seed(77 + epoch))
+        patch.setattr(
+            loop, "seed_everything", lambda seed, epoch, rank: torch.manual_seed(77 + epoch)
+        )
         task, _ = digits_run(tmp_path)
-    assert not torch.equal(weights_of(task)["heads.digit.fc.weight"], weights_of(whole_run[1])["heads.digit.fc.weight"])
+    assert not torch.equal(
+        weights_of(task)["heads.digit.fc.weight"], weights_of(whole_run[1])["heads.digit.fc.weight"]
+    )
 
 
 def test_levels_that_are_off_are_empty_in_the_log(whole_run):
@@ -132,7 +171,12 @@ def test_a_finished_run_trains_nothing(tmp_path):
     assert_equal(weights_of(task), load_state(tmp_path / "last.safetensors")["state_dict"])
     with pytest.raises(ValueError, match="nothing is left of --epochs 2"):
         fit(make_task(), data, data, settings(tmp_path, resume=str(tmp_path / "last.safetensors")))
-    more = fit(make_task(), data, data, settings(tmp_path, epochs=3, resume=str(tmp_path / "last.safetensors")))
+    more = fit(
+        make_task(),
+        data,
+        data,
+        settings(tmp_path, epochs=3, resume=str(tmp_path / "last.safetensors")),
+    )
     assert [row["epoch"] for row in more.history] == [0, 1, 2]
 
 
@@ -145,7 +189,12 @@ def test_an_earlier_run_is_not_overwritten(tmp_path):
     (tmp_path / "other").mkdir()
     fit(make_task(), data, None, settings(tmp_path / "other", epochs=1))
     with pytest.raises(ValueError, match="earlier run"):  # nor by one that continues another
-        fit(make_task(), data, None, settings(tmp_path, resume=str(tmp_path / "other" / "last.safetensors")))
+        fit(
+            make_task(),
+            data,
+            None,
+            settings(tmp_path, resume=str(tmp_path / "other" / "last.safetensors")),
+        )
     (tmp_path / "last.safetensors").unlink()
     with pytest.raises(ValueError, match="earlier run"):  # a model alone is worth keeping, too
         fit(make_task(), data, None, settings(tmp_path))
@@ -156,9 +205,14 @@ def test_an_earlier_run_is_not_overwritten(tmp_path):
 def test_resuming_into_another_folder_brings_the_best_model_along(tmp_path, monkeypatch):
     data = loader_of(make_data())
     first = fit(make_task(), data, data, settings(tmp_path / "a", epochs=2))
-    monkeypatch.setattr(loop._Run, "_is_better", lambda self, value: False)  # the first run's best stays the best
-    second = fit(make_task(), data, data,
-                 settings(tmp_path / "b", epochs=3, resume=str(first.output / "last.safetensors")))
+    # the first run's best stays the best
+    monkeypatch.setattr(loop._Run, "_is_better", lambda self, value: False)
+    second = fit(
+        make_task(),
+        data,
+        data,
+        settings(tmp_path / "b", epochs=3, resume=str(first.output / "last.safetensors")),
+    )
     assert second.best_epoch == first.best_epoch
     assert digest(second.model_path) == digest(first.model_path)
     assert [row["epoch"] for row in second.history] == [0, 1, 2]
@@ -178,7 +232,12 @@ def test_resuming_something_else_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError):
         fit(make_task(), data, None, settings(tmp_path / "b", resume=str(tmp_path / "none")))
     with pytest.raises(ValueError, match="not a training checkpoint"):
-        fit(make_task(), data, None, settings(tmp_path / "b", resume=str(tmp_path / "model.safetensors")))
+        fit(
+            make_task(),
+            data,
+            None,
+            settings(tmp_path / "b", resume=str(tmp_path / "model.safetensors")),
+        )
     assert load_state(tmp_path / "last.safetensors")["epoch"] == 0
 
 

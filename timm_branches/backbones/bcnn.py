@@ -1,16 +1,19 @@
-"""The networks of B-CNN, as timm models: plain conv blocks, each convolution followed by ReLU and *then* BatchNorm.
+"""The networks of B-CNN, as timm models: plain conv blocks, each convolution followed by ReLU and
+*then* BatchNorm.
 
-Paper: `B-CNN: Branch Convolutional Neural Network for Hierarchical Classification` (Zhu & Bain 2017),
-https://arxiv.org/abs/1709.09890. Architecture and defaults are those of the authors' Keras code,
-https://github.com/zhuxinqimac/B-CNN, which trains model B on CIFAR-10 and VGG16 (model C) on CIFAR-100.
-It has no model A (MNIST): ``bcnn_a`` is model B made smaller for 28 px digits, not a reproduction.
+Paper: `B-CNN: Branch Convolutional Neural Network for Hierarchical Classification` (Zhu & Bain
+2017), https://arxiv.org/abs/1709.09890. Architecture and defaults are those of the authors' Keras
+code, https://github.com/zhuxinqimac/B-CNN, which trains model B on CIFAR-10 and VGG16 (model C) on
+CIFAR-100. It has no model A (MNIST): ``bcnn_a`` is model B made smaller for 28 px digits, not a
+reproduction.
 
-The code leaves Keras' defaults alone, and they are not torch's: weights are Glorot-uniform and biases zero (its
-``he_normal`` is imported, never used), BatchNorm has epsilon 1e-3 and keeps 0.99 of its running statistics, which
-torch calls ``momentum=0.01``.
+The code leaves Keras' defaults alone, and they are not torch's: weights are Glorot-uniform and
+biases zero (its ``he_normal`` is imported, never used), BatchNorm has epsilon 1e-3 and keeps 0.99
+of its running statistics, which torch calls ``momentum=0.01``.
 
-A feature is a block's output *with* its pool, because that is where the branches sit; the last block of VGG16 has
-no pool. The classifier that comes with a model is the baseline of the paper, its fine head.
+A feature is a block's output *with* its pool, because that is where the branches sit; the last
+block of VGG16 has no pool. The classifier that comes with a model is the baseline of the paper, its
+fine head.
 """
 
 from collections import OrderedDict
@@ -29,7 +32,10 @@ __all__ = ["BCNN", "BlockCfg"]
 
 
 class BlockCfg(NamedTuple):
-    """One block: ``convs`` 3x3 convolutions of ``width`` channels, then a 2x2 max-pool if ``pool``."""
+    """One block.
+
+    ``convs`` 3x3 convolutions of ``width`` channels, then a 2x2 max-pool if ``pool``.
+    """
 
     width: int
     convs: int
@@ -43,12 +49,14 @@ class BCNN(BlockNet):
         blocks: Width, number of convolutions and pool of each block.
         num_classes: Outputs; 0 for features without a classifier.
         in_chans: Channels of the image.
-        img_size: Side of the image, or its (height, width); only the 'flatten' classifier depends on it.
+        img_size: Side of the image, or its (height, width); only the 'flatten' classifier depends
+            on it.
         hidden_size: Width of the classifier's two hidden layers.
-        global_pool: 'flatten' as in the paper; 'avg', 'max', ... to take any image size; '' for bare maps.
+        global_pool: 'flatten' as in the paper; 'avg', 'max', ... to take any image size; '' for
+            bare maps.
         drop_rate: Dropout of the classifier.
-        bn_momentum: Share of a batch in BatchNorm's running statistics. Keras' value, the default, needs some
-            hundreds of updates before the model can be judged.
+        bn_momentum: Share of a batch in BatchNorm's running statistics. Keras' value, the default,
+            needs some hundreds of updates before the model can be judged.
         device: Where the parameters are made.
         dtype: Of the parameters.
 
@@ -91,14 +99,20 @@ class BCNN(BlockNet):
         for index, block in enumerate(blocks):
             stages.append(_conv_block(chans, block, dd))
             chans, stride = block.width, stride * 2 if block.pool else stride
-            self.feature_info.append({"num_chs": chans, "reduction": stride, "module": f"blocks.{index}"})
+            self.feature_info.append(
+                {"num_chs": chans, "reduction": stride, "module": f"blocks.{index}"}
+            )
         self.blocks = nn.Sequential(*stages)
         self.num_features = chans
         self.img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
         if min(self.img_size) < stride:
-            raise ValueError(f"img_size {self.img_size} is too small: {len(blocks)} blocks with a total stride of "
-                             f"{stride} need at least {stride}x{stride}.")
-        self.head = FlattenMlpHead(chans, num_classes, hidden_size, self._map_size(-1), global_pool, drop_rate, **dd)
+            raise ValueError(
+                f"img_size {self.img_size} is too small: {len(blocks)} blocks with a total stride of "
+                f"{stride} need at least {stride}x{stride}."
+            )
+        self.head = FlattenMlpHead(
+            chans, num_classes, hidden_size, self._map_size(-1), global_pool, drop_rate, **dd
+        )
         self.head_hidden_size = self.head.num_features
         init_keras(self)
         self.bn_momentum = bn_momentum
@@ -110,19 +124,27 @@ class BCNN(BlockNet):
                 module.momentum = self.bn_momentum
 
     def _map_size(self, index: int) -> tuple[int, int]:
-        # each pool drops an odd last row, and halving with rounding down k times is dividing by 2^k rounding down
+        # each pool drops an odd last row, and halving with rounding down k times is dividing by 2^k
+        # rounding down
         stride = self.feature_info[index]["reduction"]
         return self.img_size[0] // stride, self.img_size[1] // stride
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Layer groups for layer decay: a convolution with its norm, or a whole block if ``coarse``."""
+        """Layer groups for layer decay.
+
+        A convolution with its norm, or a whole block if ``coarse``.
+        """
         if coarse:
             return {"stem": r"^blocks\.0", "blocks": r"^blocks\.(\d+)"}
-        return {"stem": r"^blocks\.0\.(?:conv|norm)1", "blocks": r"^blocks\.(\d+)\.(?:conv|norm)(\d+)"}
+        return {
+            "stem": r"^blocks\.0\.(?:conv|norm)1",
+            "blocks": r"^blocks\.(\d+)\.(?:conv|norm)(\d+)",
+        }
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Give the classifier other outputs; hidden layers stay unless they go (0 classes) or no longer fit.
+        """Give the classifier other outputs; hidden layers stay unless they go (0 classes) or no
+        longer fit.
 
         Args:
             num_classes: New number of outputs, 0 for pooled features.
@@ -154,8 +176,8 @@ def _conv_block(chans: int, cfg: BlockCfg, dd: dict) -> nn.Sequential:
 def _vgg16_filter(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
     """The convolutions of a VGG16 without BatchNorm under this model's names.
 
-    The authors load ImageNet weights by layer name, which fills the convolutions and leaves the norms, which VGG16
-    has not, and the classifier, whose layers they rename, as initialised.
+    The authors load ImageNet weights by layer name, which fills the convolutions and leaves the
+    norms, which VGG16 has not, and the classifier, whose layers they rename, as initialised.
     """
     if any(key.startswith("blocks.") for key in state_dict):
         return state_dict
@@ -164,32 +186,64 @@ def _vgg16_filter(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d):
             index = next(convs)
-            out |= {f"{name}.{part}": state_dict[f"features.{index}.{part}"] for part in ("weight", "bias")}
+            out |= {
+                f"{name}.{part}": state_dict[f"features.{index}.{part}"]
+                for part in ("weight", "bias")
+            }
     return out
 
 
 def _cfg(**kwargs) -> dict[str, Any]:
     return {
-        "url": "", "num_classes": 10, "input_size": (3, 32, 32), "pool_size": (2, 2), "fixed_input_size": True,
-        "crop_pct": 1.0, "interpolation": "bilinear", "first_conv": "blocks.0.conv1", "classifier": "head.fc",
-        "origin_url": "https://github.com/zhuxinqimac/B-CNN", "paper_ids": "arXiv:1709.09890", **kwargs,
+        "url": "",
+        "num_classes": 10,
+        "input_size": (3, 32, 32),
+        "pool_size": (2, 2),
+        "fixed_input_size": True,
+        "crop_pct": 1.0,
+        "interpolation": "bilinear",
+        "first_conv": "blocks.0.conv1",
+        "classifier": "head.fc",
+        "origin_url": "https://github.com/zhuxinqimac/B-CNN",
+        "paper_ids": "arXiv:1709.09890",
+        **kwargs,
     }
 
 
-# The code standardises with one mean and one deviation over all pixels and channels of the set. These are the
-# training sets' (the code takes the test set's own for the test images, which a deployed model could not).
-default_cfgs = generate_default_cfgs({
-    "bcnn_a.untrained": _cfg(input_size=(1, 28, 28), pool_size=(3, 3), mean=(0.1307,), std=(0.3081,)),
-    "bcnn_b.untrained": _cfg(mean=(0.4734,) * 3, std=(0.2516,) * 3),
-    "bcnn_vgg16.tv_in1k": _cfg(num_classes=100, mean=(0.4782,) * 3, std=(0.2682,) * 3,
-                               hf_hub_id="timm/vgg16.tv_in1k", license="bsd-3-clause"),
-})
+# The code standardises with one mean and one deviation over all pixels and channels of the set.
+# These are the training sets' (the code takes the test set's own for the test images, which a
+# deployed model could not).
+default_cfgs = generate_default_cfgs(
+    {
+        "bcnn_a.untrained": _cfg(
+            input_size=(1, 28, 28), pool_size=(3, 3), mean=(0.1307,), std=(0.3081,)
+        ),
+        "bcnn_b.untrained": _cfg(mean=(0.4734,) * 3, std=(0.2516,) * 3),
+        "bcnn_vgg16.tv_in1k": _cfg(
+            num_classes=100,
+            mean=(0.4782,) * 3,
+            std=(0.2682,) * 3,
+            hf_hub_id="timm/vgg16.tv_in1k",
+            license="bsd-3-clause",
+        ),
+    }
+)
 
 
-def _create(variant: str, pretrained: bool, blocks: list[BlockCfg], hidden_size: int, filter_fn=None, **kwargs) -> BCNN:
+def _create(
+    variant: str,
+    pretrained: bool,
+    blocks: list[BlockCfg],
+    hidden_size: int,
+    filter_fn=None,
+    **kwargs,
+) -> BCNN:
     out_indices = kwargs.pop("out_indices", tuple(range(len(blocks))))
     return build_model_with_cfg(
-        BCNN, variant, pretrained, pretrained_filter_fn=filter_fn,
+        BCNN,
+        variant,
+        pretrained,
+        pretrained_filter_fn=filter_fn,
         feature_cfg={"flatten_sequential": True, "out_indices": out_indices},
         **{"blocks": blocks, "hidden_size": hidden_size, **kwargs},
     )
@@ -197,27 +251,41 @@ def _create(variant: str, pretrained: bool, blocks: list[BlockCfg], hidden_size:
 
 @register_model
 def bcnn_a(pretrained: bool = False, **kwargs) -> BCNN:
-    """Model B with a block fewer and half its widths, for 28x28x1 digits: stages 3 to 5, up to three levels.
+    """Model B with a block fewer and half its widths, for 28x28x1 digits: stages 3 to 5, up to
+    three levels.
 
-    The paper's model A has no published code; do not report numbers of this network as that model's. BatchNorm's
-    momentum is torch's, because runs on digits have few updates.
+    The paper's model A has no published code; do not report numbers of this network as that
+    model's. BatchNorm's momentum is torch's, because runs on digits have few updates.
     """
     kwargs.setdefault("bn_momentum", 0.1)
-    return _create("bcnn_a", pretrained, [BlockCfg(32, 2), BlockCfg(64, 2), BlockCfg(128, 2)], 256, **kwargs)
+    return _create(
+        "bcnn_a", pretrained, [BlockCfg(32, 2), BlockCfg(64, 2), BlockCfg(128, 2)], 256, **kwargs
+    )
 
 
 @register_model
 def bcnn_b(pretrained: bool = False, **kwargs) -> BCNN:
-    """Model B of B-CNN (CIFAR-10): four blocks, stages 2 to 5. The branches sit at stages 3 and 4, the end is 5."""
+    """Model B of B-CNN (CIFAR-10).
+
+    Four blocks, stages 2 to 5. The branches sit at stages 3 and 4, the end is 5.
+    """
     blocks = [BlockCfg(64, 2), BlockCfg(128, 2), BlockCfg(256, 2), BlockCfg(512, 2)]
     return _create("bcnn_b", pretrained, blocks, 1024, **kwargs)
 
 
 @register_model
 def bcnn_vgg16(pretrained: bool = False, **kwargs) -> BCNN:
-    """VGG16 of B-CNN (CIFAR-100): stages 1 to 5, block 5 without a pool. The branches sit at 2 and 3, the end is 5.
+    """VGG16 of B-CNN (CIFAR-100): stages 1 to 5, block 5 without a pool. The branches sit at 2 and
+    3, the end is 5.
 
-    ``pretrained`` fills the convolutions from torchvision's VGG16 (ImageNet), as the authors did from Keras'.
+    ``pretrained`` fills the convolutions from torchvision's VGG16 (ImageNet), as the authors did
+    from Keras'.
     """
-    blocks = [BlockCfg(64, 2), BlockCfg(128, 2), BlockCfg(256, 3), BlockCfg(512, 3), BlockCfg(512, 3, pool=False)]
+    blocks = [
+        BlockCfg(64, 2),
+        BlockCfg(128, 2),
+        BlockCfg(256, 3),
+        BlockCfg(512, 3),
+        BlockCfg(512, 3, pool=False),
+    ]
     return _create("bcnn_vgg16", pretrained, blocks, 4096, _vgg16_filter, **kwargs)

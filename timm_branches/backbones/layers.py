@@ -1,4 +1,7 @@
-"""What the plain networks here have in common: blocks one after another, each of which is a feature, and a head."""
+"""What the plain networks here have in common.
+
+Blocks one after another, each of which is a feature, and a head.
+"""
 
 from typing import Any
 
@@ -12,12 +15,14 @@ __all__: list[str] = []
 
 
 class BlockNet(nn.Module):
-    """timm's interface for a network of blocks; a subclass makes blocks, head and the other attributes.
+    """timm's interface for a network of blocks; a subclass makes blocks, head and the other
+    attributes.
 
     Attributes:
         blocks: `nn.Sequential`, run one after another.
         feature_info: timm's description of each block's output.
-        head: timm's `ClassifierHead`, or one that a subclass resets itself; its last Linear is `head.fc`.
+        head: timm's `ClassifierHead`, or one that a subclass resets itself; its last Linear is
+            `head.fc`.
         num_features: Channels of the last block.
         head_hidden_size: What goes into the last Linear.
         num_classes: Outputs, 0 without a classifier.
@@ -53,10 +58,15 @@ class BlockNet(nn.Module):
         return self.head.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Give the classifier other outputs, 0 for pooled features; None keeps the pooling there is."""
+        """Give the classifier other outputs, 0 for pooled features.
+
+        None keeps the pooling there is.
+        """
         self.num_classes = num_classes
         # the pruned head has no parameters that tell the device, the blocks always have
-        self.head.reset(num_classes, global_pool, in_features=self.num_features, **get_device_dtype(self))
+        self.head.reset(
+            num_classes, global_pool, in_features=self.num_features, **get_device_dtype(self)
+        )
 
     def forward_intermediates(
         self,
@@ -87,14 +97,19 @@ class BlockNet(nn.Module):
             raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}.")
         take, deepest = feature_take_indices(len(self.feature_info), indices)
         intermediates = []
-        for index, block in enumerate(self.blocks[:deepest + 1] if stop_early else self.blocks):
-            x = checkpoint(block, x) if self.grad_checkpointing and torch.is_grad_enabled() else block(x)
+        for index, block in enumerate(self.blocks[: deepest + 1] if stop_early else self.blocks):
+            x = (
+                checkpoint(block, x)
+                if self.grad_checkpointing and torch.is_grad_enabled()
+                else block(x)
+            )
             if index in take:
                 intermediates.append(x)
         return intermediates if intermediates_only else (x, intermediates)
 
-    def prune_intermediate_layers(self, indices: int | list[int] = 1, prune_norm: bool = False,
-                                  prune_head: bool = True) -> list[int]:
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
         """Drop the blocks below the deepest one asked for, and the classifier.
 
         Args:
@@ -108,7 +123,7 @@ class BlockNet(nn.Module):
         take, deepest = feature_take_indices(len(self.feature_info), indices)
         shortened = deepest + 1 < len(self.blocks)
         if shortened:
-            self.blocks = self.blocks[:deepest + 1]
+            self.blocks = self.blocks[: deepest + 1]
             self._shortened_to(deepest)
         if prune_head or shortened:
             self.reset_classifier(0, "")
@@ -125,7 +140,9 @@ class BlockNet(nn.Module):
         return self.blocks(x)
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        """The last block's map -> (B, num_classes), or what goes into the last Linear if ``pre_logits``."""
+        """The last block's map -> (B, num_classes), or what goes into the last Linear if
+        ``pre_logits``.
+        """
         return self.head(x, pre_logits=pre_logits)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

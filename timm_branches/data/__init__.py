@@ -1,7 +1,7 @@
 """Datasets with labels on several levels, their transforms, loaders and mixup.
 
-Names are imported when they are first used, so that importing this package is cheap: what is not needed
-(albumentations, scikit-learn, torchvision's datasets, OpenCV) is never loaded.
+Names are imported when they are first used, so that importing this package is cheap: what is not
+needed (albumentations, scikit-learn, torchvision's datasets, OpenCV) is never loaded.
 """
 
 import lazy_loader

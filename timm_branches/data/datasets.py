@@ -23,19 +23,27 @@ from timm_branches.data.stratify import stratified_indices
 from timm_branches.taxonomy.taxonomy import Taxonomy
 from timm_branches.taxonomy.trees import get_taxonomy
 
-__all__ = ["HierarchicalDataset", "Subset", "coarsen_labels", "create_dataset", "create_splits", "split_dataset"]
+__all__ = [
+    "HierarchicalDataset",
+    "Subset",
+    "coarsen_labels",
+    "create_dataset",
+    "create_splits",
+    "split_dataset",
+]
 
 
 class HierarchicalDataset(SeededDataset):
     """Images in memory or on disk, each with one label a level.
 
-    A transform made by :func:`timm_branches.data.create_transform` is told which sample it gets, so that augmentation
-    depends on (seed, epoch, sample) alone; any other callable is given the image and nothing else. Seed and epoch lie
-    in shared memory, where worker processes that outlive an epoch see them change.
+    A transform made by :func:`timm_branches.data.create_transform` is told which sample it gets, so
+    that augmentation depends on (seed, epoch, sample) alone; any other callable is given the image
+    and nothing else. Seed and epoch lie in shared memory, where worker processes that outlive an
+    epoch see them change.
 
     Args:
-        images: uint8 array (N, H, W) or (N, H, W, C), or a sequence of uint8 arrays HW or HWC, or of functions that
-            return one.
+        images: uint8 array (N, H, W) or (N, H, W, C), or a sequence of uint8 arrays HW or HWC, or
+            of functions that return one.
         labels: (N, L) class indices, -1 for unknown.
         taxonomy: The tree that the labels refer to.
         transform: Makes a float tensor CHW of an uint8 array HWC; None scales to [0, 1].
@@ -76,7 +84,8 @@ class HierarchicalDataset(SeededDataset):
         self.labels = labels
         self.taxonomy = taxonomy
         self.transform = transform
-        self.sample_ids = torch.arange(len(labels))  # positions in `images`; a subset holds some of them
+        # positions in `images`; a subset holds some of them
+        self.sample_ids = torch.arange(len(labels))
         super().__init__()
 
     def __len__(self) -> int:
@@ -94,7 +103,9 @@ class HierarchicalDataset(SeededDataset):
         sample = int(self.sample_ids[index])
         image = self.images[sample]
         if self.transform is None:
-            tensor = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))).float().div_(255)
+            tensor = (
+                torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))).float().div_(255)
+            )
         elif getattr(self.transform, "takes_key", False):
             tensor = self.transform(image, key=(self.seed, self.epoch, sample))
         else:
@@ -102,7 +113,8 @@ class HierarchicalDataset(SeededDataset):
         return tensor, self.labels[index]
 
     def limit(self, count: int, seed: int = 0) -> "Subset":
-        """A stratified part, for quick runs: every class keeps its share, as far as whole samples allow.
+        """A stratified part, for quick runs: every class keeps its share, as far as whole samples
+        allow.
 
         Args:
             count: Samples wanted; all if there are fewer.
@@ -111,13 +123,16 @@ class HierarchicalDataset(SeededDataset):
         Returns:
             A subset with the same transform and taxonomy, its samples in their old order.
         """
-        return Subset(self, stratified_indices(self.labels, min(count, len(self)), seed).sort().values)
+        return Subset(
+            self, stratified_indices(self.labels, min(count, len(self)), seed).sort().values
+        )
 
 
 class Subset(HierarchicalDataset):
     """Some samples of a dataset, with the same taxonomy and a transform of its own to set.
 
-    Images are not copied. A sample is augmented as in the whole dataset, given the same seed and epoch.
+    Images are not copied. A sample is augmented as in the whole dataset, given the same seed and
+    epoch.
 
     Args:
         dataset: The whole.
@@ -139,8 +154,11 @@ class Subset(HierarchicalDataset):
         SeededDataset.__init__(self, dataset.seed, dataset.epoch)
 
 
-def split_dataset(dataset: HierarchicalDataset, fraction: float = 0.1, seed: int = 0) -> tuple[Subset, Subset]:
-    """Set a stratified part of the training data aside for validation: settings are never chosen on the test set.
+def split_dataset(
+    dataset: HierarchicalDataset, fraction: float = 0.1, seed: int = 0
+) -> tuple[Subset, Subset]:
+    """Set a stratified part of the training data aside for validation: settings are never chosen on
+    the test set.
 
     Args:
         dataset: The training data.
@@ -148,8 +166,8 @@ def split_dataset(dataset: HierarchicalDataset, fraction: float = 0.1, seed: int
         seed: Which samples; the split depends on the labels, the fraction and the seed alone.
 
     Returns:
-        The training and the validation part, each with the dataset's transform: give the latter one without
-        augmentation (`val.transform = ...`).
+        The training and the validation part, each with the dataset's transform: give the latter one
+        without augmentation (`val.transform = ...`).
 
     Raises:
         ValueError: If a part would be empty.
@@ -171,13 +189,15 @@ def split_dataset(dataset: HierarchicalDataset, fraction: float = 0.1, seed: int
     return Subset(dataset, (~mask).nonzero()[:, 0]), Subset(dataset, mask.nonzero()[:, 0])
 
 
-def coarsen_labels(dataset: HierarchicalDataset, fraction: float, levels: int = 1, seed: int = 0
-                   ) -> tuple[Subset, Subset]:
+def coarsen_labels(
+    dataset: HierarchicalDataset, fraction: float, levels: int = 1, seed: int = 0
+) -> tuple[Subset, Subset]:
     """Hide the fine labels of a part of the data, to learn what coarsely labelled images are worth.
 
     Args:
         dataset: Data that is labelled on all levels.
-        fraction: The share of samples that keep the labels of the coarsest levels only, drawn stratified.
+        fraction: The share of samples that keep the labels of the coarsest levels only, drawn
+            stratified.
         levels: How many levels these keep.
         seed: Which samples.
 
@@ -185,7 +205,8 @@ def coarsen_labels(dataset: HierarchicalDataset, fraction: float, levels: int = 
         All samples, -1 standing for what is hidden; and those alone that kept all their labels.
 
     Raises:
-        ValueError: If the fraction is not in (0, 1) or leaves no sample on either side, or no level is kept or hidden.
+        ValueError: If the fraction is not in (0, 1) or leaves no sample on either side, or no level
+            is kept or hidden.
 
     Example:
         >>> data = HierarchicalDataset(np.zeros((4, 8, 8), np.uint8), [[0, 0], [0, 0], [1, 1], [1, 1]])
@@ -203,7 +224,9 @@ def coarsen_labels(dataset: HierarchicalDataset, fraction: float, levels: int = 
     return everything, full
 
 
-def _read(name_or_path: str, split: str, taxonomy: Any, download: bool, root: str, in_chans: int) -> Source:
+def _read(
+    name_or_path: str, split: str, taxonomy: Any, download: bool, root: str, in_chans: int
+) -> Source:
     if in_chans not in (1, 3):
         raise ValueError(f"in_chans must be 3 (RGB) or 1 (grey), not {in_chans}")
     tree = None if taxonomy is None else get_taxonomy(taxonomy)
@@ -217,13 +240,15 @@ def _read(name_or_path: str, split: str, taxonomy: Any, download: bool, root: st
         return read_folder(path, in_chans, tree)
     if not os.path.isfile(path):
         raise FileNotFoundError(
-            f'{path} is neither a file or folder nor one of the data sets {", ".join(["digits", *TORCHVISION])}'
+            f"{path} is neither a file or folder nor one of the data sets {', '.join(['digits', *TORCHVISION])}"
         )
     if path.lower().endswith(".csv"):
         return read_csv(path, in_chans, tree)
     if path.lower().endswith((".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")):
         return read_tar(path, in_chans, tree)
-    raise ValueError(f"{path} is of no known kind; expected a folder, a .tar, .tar.gz, .tar.bz2, .tar.xz or a .csv")
+    raise ValueError(
+        f"{path} is of no known kind; expected a folder, a .tar, .tar.gz, .tar.bz2, .tar.xz or a .csv"
+    )
 
 
 def create_dataset(
@@ -238,13 +263,16 @@ def create_dataset(
     """Make a dataset of a name, a folder, a tar or a CSV.
 
     Args:
-        name_or_path: 'digits' (comes with scikit-learn), 'cifar10', 'cifar100', 'fashion_mnist' or 'mnist'; a folder
-            of class folders, which may be nested and lie below train, val and test; a .tar, .tar.gz, .tar.bz2 or
-            .tar.xz of such a folder; or a .csv with a path and the names of its classes in each row. A folder of
-            the same name as a data set is written './mnist'.
-        split: 'train', 'val', 'test', 'trainval' or 'all'. Where the source has no splits, all is 'train'.
-        taxonomy: The tree of labels, or what `get_taxonomy` takes; class names are matched to it. None is the data
-            set's own tree, or the one that nested folders or the columns of the CSV describe.
+        name_or_path: 'digits' (comes with scikit-learn), 'cifar10', 'cifar100', 'fashion_mnist' or
+            'mnist'; a folder of class folders, which may be nested and lie below train, val and
+            test; a .tar, .tar.gz, .tar.bz2 or .tar.xz of such a folder; or a .csv with a path and
+            the names of its classes in each row. A folder of the same name as a data set is written
+            './mnist'.
+        split: 'train', 'val', 'test', 'trainval' or 'all'. Where the source has no splits, all is
+            'train'.
+        taxonomy: The tree of labels, or what `get_taxonomy` takes; class names are matched to it.
+            None is the data set's own tree, or the one that nested folders or the columns of the
+            CSV describe.
         download: Whether a named data set may be fetched.
         in_chans: 3 for RGB, 1 for grey.
         root: Where named data sets lie.
@@ -271,8 +299,8 @@ def create_dataset(
     wanted = {"trainval": {"train", "val"}, "all": {"train", "val", "test"}}.get(split, {split})
     if not wanted & present:
         raise ValueError(
-            f'{name_or_path} has no {split!r} split, only {", ".join(sorted(present))}; split_dataset or '
-            'create_splits set a part of the training data aside'
+            f"{name_or_path} has no {split!r} split, only {', '.join(sorted(present))}; split_dataset or "
+            "create_splits set a part of the training data aside"
         )
     if source.splits is None or present <= wanted:
         return data
@@ -284,17 +312,19 @@ def create_splits(
 ) -> tuple[HierarchicalDataset, HierarchicalDataset, HierarchicalDataset | None]:
     """Training, validation and test data of any source, in one call.
 
-    The source's own validation split is taken where there is one; otherwise a stratified part of its training data.
+    The source's own validation split is taken where there is one; otherwise a stratified part of
+    its training data.
 
     Args:
         name_or_path: As for `create_dataset`.
-        val_fraction: The share of the training data to set aside where there is no validation split.
+        val_fraction: The share of the training data to set aside where there is no validation
+            split.
         seed: Which part to set aside.
         **kwargs: What else `create_dataset` takes, but the split.
 
     Returns:
-        The three datasets; the last is None where the source has no test data. All share the images and transform:
-        give the last two one without augmentation.
+        The three datasets; the last is None where the source has no test data. All share the images
+        and transform: give the last two one without augmentation.
 
     Example:
         >>> [len(part) for part in create_splits('digits')]
@@ -307,9 +337,13 @@ def create_splits(
     source = _read(os.fspath(name_or_path), "all", in_chans=in_chans, **options)
     data = HierarchicalDataset(source.images, source.labels, source.taxonomy, transform, in_chans)
     splits = np.full(len(data), "train") if source.splits is None else source.splits
-    train, val, test = (Subset(data, np.flatnonzero(splits == part)) for part in ("train", "val", "test"))
+    train, val, test = (
+        Subset(data, np.flatnonzero(splits == part)) for part in ("train", "val", "test")
+    )
     if not len(train):
-        raise ValueError(f'{name_or_path} has no training data, only {", ".join(sorted(set(splits.tolist())))}')
+        raise ValueError(
+            f"{name_or_path} has no training data, only {', '.join(sorted(set(splits.tolist())))}"
+        )
     if not len(val):
         train, val = split_dataset(train, val_fraction, seed)
     return train, val, test if len(test) else None

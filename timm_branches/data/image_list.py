@@ -1,4 +1,7 @@
-"""Images as people give them: files, folders, tars, and what is in memory already, mixed at will."""
+"""Images as people give them.
+
+Files, folders, tars, and what is in memory already, mixed at will.
+"""
 
 import os
 from pathlib import Path
@@ -15,7 +18,8 @@ _TAR = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 
 
 class ImageList:
-    """Images of all the kinds that :func:`timm_branches.inference.predict.predict` takes, as uint8 arrays (H, W, C).
+    """Images of all the kinds that :func:`timm_branches.inference.predict.predict` takes, as uint8
+    arrays (H, W, C).
 
     Files are opened when their image is asked for.
 
@@ -39,7 +43,9 @@ class ImageList:
 
     def __init__(self, images: Any, in_chans: int = 3) -> None:
         if in_chans not in (1, 3):
-            raise ValueError(f"the model takes images of {in_chans} channels; images are read as RGB (3) or grey (1).")
+            raise ValueError(
+                f"the model takes images of {in_chans} channels; images are read as RGB (3) or grey (1)."
+            )
         self.in_chans = in_chans
         self.names: list[str] = []
         self._sources: list[Any] = []
@@ -50,10 +56,14 @@ class ImageList:
                 self.names.append(f"image {len(self.names)}")
                 self._sources.append(image)
             else:
-                raise TypeError(f"an image is a file's name, a PIL image, an array or a tensor, not {type(image)}.")
+                raise TypeError(
+                    f"an image is a file's name, a PIL image, an array or a tensor, not {type(image)}."
+                )
         if not self._sources:
             where = f" in {images}" if isinstance(images, (str, os.PathLike)) else ""
-            raise ValueError(f"there are no images{where}: give image files, folders or tars that hold some.")
+            raise ValueError(
+                f"there are no images{where}: give image files, folders or tars that hold some."
+            )
 
     def _add_path(self, path: str) -> None:
         if os.path.isdir(path):
@@ -92,7 +102,7 @@ class ImageList:
         elif not isinstance(source, np.ndarray):
             source = _from_pil(source, self.in_chans)
         if source.ndim == 3 and source.shape[2] in (2, 4):
-            source = source[:, :, :source.shape[2] - 1]  # alpha is dropped, as it is from files
+            source = source[:, :, : source.shape[2] - 1]  # alpha is dropped, as it is from files
         return np.ascontiguousarray(match_channels(source, self.in_chans))
 
 
@@ -109,25 +119,36 @@ def _is_pil(image: Any) -> bool:
 
 
 def _from_pil(image: Any, in_chans: int) -> np.ndarray:
-    """As files are decoded: upright, without alpha, 16 bits scaled to 8 (PIL itself would cut them off at 255)."""
+    """As files are decoded.
+
+    Upright, without alpha, 16 bits scaled to 8 (PIL itself would cut them off at 255).
+    """
     from PIL import ImageOps
 
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):
         return (np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)
     if image.mode in ("I", "F"):
-        raise ValueError(f"a PIL image of mode {image.mode!r} has no known range of values: convert it to 'L'.")
+        raise ValueError(
+            f"a PIL image of mode {image.mode!r} has no known range of values: convert it to 'L'."
+        )
     return np.asarray(image.convert("L" if in_chans == 1 else "RGB"))
 
 
 def _find_images(root: str) -> list[str]:
-    """The image files in a folder and below it, in natural order; links are followed, but no folder is read twice."""
+    """The image files in a folder and below it, in natural order.
+
+    Links are followed, but no folder is read twice.
+    """
     from timm.utils.misc import natural_key
 
     found, seen = [], {os.path.realpath(root)}
     for folder, below, files in os.walk(root, followlinks=True):
-        real = {os.path.realpath(os.path.join(folder, name)): name for name in sorted(below, reverse=True)
-                if not name.startswith(".")}
+        real = {
+            os.path.realpath(os.path.join(folder, name)): name
+            for name in sorted(below, reverse=True)
+            if not name.startswith(".")
+        }
         below[:] = [name for place, name in real.items() if place not in seen]
         seen.update(real)
         found += [os.path.join(folder, name) for name in files if is_image_name(name)]

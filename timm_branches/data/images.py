@@ -1,7 +1,8 @@
-"""Where images come from: decoded arrays, files, and members of a tar, all as sequences of HWC uint8 arrays.
+"""Where images come from: decoded arrays, files, and members of a tar, all as sequences of HWC
+uint8 arrays.
 
-Every sequence here can be forked or pickled into DataLoader workers and read there in any order: none keeps an open
-file position that two processes could move under each other's feet.
+Every sequence here can be forked or pickled into DataLoader workers and read there in any order:
+none keeps an open file position that two processes could move under each other's feet.
 """
 
 import os
@@ -24,15 +25,17 @@ __all__ = [
 
 # What OpenCV reads beside the extensions that timm lists by default.
 _MORE_EXTENSIONS = {".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
-# A compressed archive cannot be read in random order, so its members are kept in memory, undecoded, up to this size.
+# A compressed archive cannot be read in random order, so its members are kept in memory, undecoded,
+# up to this size.
 _MAX_PACKED_BYTES = 16 * 1024**3
 
 
 def is_image_name(path: str) -> bool:
-    """Whether a path names an image; hidden files and folders (`.ipynb_checkpoints`, macOS's `._a.jpg`) do not.
+    """Whether a path names an image; hidden files and folders (`.ipynb_checkpoints`, macOS's
+    `._a.jpg`) do not.
 
-    The extensions are timm's, so `timm.data.readers.add_img_extensions('.jp2')` works here as well, plus what OpenCV
-    reads besides.
+    The extensions are timm's, so `timm.data.readers.add_img_extensions('.jp2')` works here as well,
+    plus what OpenCV reads besides.
 
     Args:
         path: A path with forward slashes, relative to the root of its dataset.
@@ -49,15 +52,21 @@ def is_image_name(path: str) -> bool:
     parts = path.split("/")
     if any(part.startswith(".") or part == "__MACOSX" for part in parts):
         return False
-    return os.path.splitext(parts[-1])[1].lower() in get_img_extensions(as_set=True) | _MORE_EXTENSIONS
+    return (
+        os.path.splitext(parts[-1])[1].lower() in get_img_extensions(as_set=True) | _MORE_EXTENSIONS
+    )
 
 
 def _is_cut_jpeg(data: bytes) -> bool:
-    """Whether a JPEG ends before its end-of-image marker; some OpenCV versions fill the missing part with grey."""
+    """Whether a JPEG ends before its end-of-image marker.
+
+    Some OpenCV versions fill the missing part with grey.
+    """
     if data[:2] != b"\xff\xd8":
         return False
     position = 2
-    # The segments before the first scan are skipped by their length: a thumbnail in them has an end marker of its own.
+    # The segments before the first scan are skipped by their length: a thumbnail in them has an end
+    # marker of its own.
     while position + 4 <= len(data) and data[position] == 0xFF and data[position + 1] != 0xDA:
         if data[position + 1] == 0xFF:  # fill byte
             position += 1
@@ -69,7 +78,8 @@ def _is_cut_jpeg(data: bytes) -> bool:
 def decode_image(data: bytes, in_chans: int = 3, name: str = "image") -> np.ndarray:
     """Decode an image file's bytes to HWC uint8.
 
-    OpenCV decodes: RGB order, palettes expanded, alpha dropped (as PIL's `convert('RGB')` does), 16 bits scaled to 8,
+    OpenCV decodes: RGB order, palettes expanded, alpha dropped (as PIL's `convert('RGB')` does), 16
+        bits scaled to 8,
     the EXIF orientation applied. With `in_chans=1` the result is grey, whatever the file holds.
 
     Args:
@@ -81,7 +91,8 @@ def decode_image(data: bytes, in_chans: int = 3, name: str = "image") -> np.ndar
         uint8 array (H, W, in_chans).
 
     Raises:
-        ValueError: If the bytes are no image that OpenCV can read, or are cut off; the message names the file.
+        ValueError: If the bytes are no image that OpenCV can read, or are cut off; the message
+            names the file.
     """
     import cv2
 
@@ -98,12 +109,15 @@ def decode_image(data: bytes, in_chans: int = 3, name: str = "image") -> np.ndar
         except cv2.error as error:  # e.g. more pixels than OpenCV's limit
             reason = str(error).strip()
     if image is None:
-        raise ValueError(f"cannot read the image {name} ({len(data)} bytes): {reason}. Replace the file or remove it.")
+        raise ValueError(
+            f"cannot read the image {name} ({len(data)} bytes): {reason}. Replace the file or remove it."
+        )
     return image[:, :, None] if in_chans == 1 else cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
 def match_channels(image: np.ndarray, in_chans: int) -> np.ndarray:
-    """Bring an HW or HWC uint8 array to `in_chans` channels: grey is repeated to RGB, RGB is converted to grey.
+    """Bring an HW or HWC uint8 array to `in_chans` channels: grey is repeated to RGB, RGB is
+    converted to grey.
 
     Args:
         image: uint8 array (H, W) or (H, W, C).
@@ -116,7 +130,9 @@ def match_channels(image: np.ndarray, in_chans: int) -> np.ndarray:
         ValueError: If the image is not uint8, has other dimensions, or cannot be converted.
     """
     if image.dtype != np.uint8 or image.ndim not in (2, 3):
-        raise ValueError(f"images must be uint8 arrays HW or HWC, not {image.dtype} of shape {image.shape}")
+        raise ValueError(
+            f"images must be uint8 arrays HW or HWC, not {image.dtype} of shape {image.shape}"
+        )
     if image.ndim == 2:
         image = image[:, :, None]
     channels = image.shape[2]
@@ -128,15 +144,17 @@ def match_channels(image: np.ndarray, in_chans: int) -> np.ndarray:
         import cv2
 
         return cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[:, :, None]
-    raise ValueError(f"an image with {channels} channels cannot be read as in_chans={in_chans}; 1 and 3 convert")
+    raise ValueError(
+        f"an image with {channels} channels cannot be read as in_chans={in_chans}; 1 and 3 convert"
+    )
 
 
 class ArrayImages:
     """Images in memory, one array or any sequence of arrays.
 
     Args:
-        images: uint8 array (N, H, W) or (N, H, W, C), or a sequence of uint8 arrays HW or HWC, or of functions that
-            take nothing and return one.
+        images: uint8 array (N, H, W) or (N, H, W, C), or a sequence of uint8 arrays HW or HWC, or
+            of functions that take nothing and return one.
         in_chans: Channels to return; None keeps each image's own.
 
     Example:
@@ -167,7 +185,8 @@ class FileImages:
     """
 
     def __init__(self, paths: Iterable[str], in_chans: int = 3) -> None:
-        # One fixed-width array rather than a list: forked workers do not copy it just by counting references.
+        # One fixed-width array rather than a list: forked workers do not copy it just by counting
+        # references.
         self.paths = np.array(list(paths), dtype=str)
         self.in_chans = in_chans
 
@@ -204,14 +223,16 @@ class PackedImages:
     def __getitem__(self, index: int) -> np.ndarray:
         index = range(len(self))[index]
         start = self.ends[index - 1] if index else 0
-        return decode_image(self.data[start : self.ends[index]].tobytes(), self.in_chans, str(self.names[index]))
+        return decode_image(
+            self.data[start : self.ends[index]].tobytes(), self.in_chans, str(self.names[index])
+        )
 
 
 class TarImages:
     """Members of an uncompressed tar, read in place.
 
-    The position and length of each member are noted once; a read is then a single `pread`, which moves no shared file
-    position, so any number of forked workers may read at once.
+    The position and length of each member are noted once; a read is then a single `pread`, which
+    moves no shared file position, so any number of forked workers may read at once.
 
     Args:
         path: The tar.
@@ -222,7 +243,12 @@ class TarImages:
     """
 
     def __init__(
-        self, path: str, offsets: Sequence[int], sizes: Sequence[int], names: Sequence[str], in_chans: int = 3
+        self,
+        path: str,
+        offsets: Sequence[int],
+        sizes: Sequence[int],
+        names: Sequence[str],
+        in_chans: int = 3,
     ) -> None:
         self.path = path
         self.offsets = np.array(offsets, np.int64)
@@ -241,30 +267,34 @@ class TarImages:
         return decode_image(data, self.in_chans, str(self.names[index]))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_file": None}  # an open file cannot be pickled into a spawned worker
+        # an open file cannot be pickled into a spawned worker
+        return {**self.__dict__, "_file": None}
 
 
 def open_tar(path: str, in_chans: int = 3) -> tuple[list[str], PackedImages | TarImages]:
     """List the image members of a tar and give random access to them.
 
-    timm's `ReaderImageInTar` does not fit: it takes no compressed tar, keeps only the last folder of a member's path
-    as its class (a hierarchy is lost, equal names merge), and forked workers share its one open file position.
+    timm's `ReaderImageInTar` does not fit: it takes no compressed tar, keeps only the last folder
+    of a member's path as its class (a hierarchy is lost, equal names merge), and forked workers
+    share its one open file position.
 
     Args:
-        path: A .tar, or a compressed one (.tar.gz, .tar.bz2, .tar.xz). Members of a compressed tar are kept in memory
-            as they are in the file, undecoded.
+        path: A .tar, or a compressed one (.tar.gz, .tar.bz2, .tar.xz). Members of a compressed tar
+            are kept in memory as they are in the file, undecoded.
         in_chans: 3 for RGB, 1 for grey.
 
     Returns:
         The members' paths, and the images as a sequence in the same order.
 
     Raises:
-        ValueError: If it is no tar, is cut off, or if a compressed one holds more than fits in memory.
+        ValueError: If it is no tar, is cut off, or if a compressed one holds more than fits in
+            memory.
     """
     members: list[tuple[str, int, int]] = []
     packed = bytearray()
     try:
-        # Streaming ('|*') reads a compressed tar once, front to back; only a plain one is read in place later.
+        # Streaming ('|*') reads a compressed tar once, front to back; only a plain one is read in
+        # place later.
         compressed = not _is_plain_tar(path)
         with tarfile.open(path, "r|*" if compressed else "r:") as tar:
             for info in tar:

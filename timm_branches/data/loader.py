@@ -23,8 +23,9 @@ def _datasets(dataset: Any) -> Iterator[Any]:
 class EpochSampler(Sampler):
     """A random order that is a function of (seed, epoch), dealt out to the ranks like cards.
 
-    Rank r takes every `world_size`-th sample from the r-th on. So the n-th batches of all ranks together are the n-th
-    batch of a single process with a batch `world_size` times as large: training does not depend on the number of ranks.
+    Rank r takes every `world_size`-th sample from the r-th on. So the n-th batches of all ranks
+    together are the n-th batch of a single process with a batch `world_size` times as large:
+    training does not depend on the number of ranks.
 
     Args:
         dataset: What to sample from.
@@ -32,8 +33,8 @@ class EpochSampler(Sampler):
         seed: Seed of the order.
         rank: This process's number.
         world_size: Number of processes.
-        drop_last: Drop what does not fill a batch on every rank; otherwise the last batches are smaller, and the
-            first samples of the order fill up ranks that would have one less.
+        drop_last: Drop what does not fill a batch on every rank; otherwise the last batches are
+            smaller, and the first samples of the order fill up ranks that would have one less.
     """
 
     def __init__(
@@ -57,9 +58,12 @@ class EpochSampler(Sampler):
             self.num_samples = -(-self.size // world_size)
 
     def __iter__(self) -> Iterator[int]:
-        # One generator per pair of numbers: seed + epoch would give seed 1, epoch 0 the order of seed 0, epoch 1.
+        # One generator per pair of numbers: seed + epoch would give seed 1, epoch 0 the order of
+        # seed 0, epoch 1.
         base = torch.Generator().manual_seed(self.seed)
-        mixed = int(torch.randint(2**62, (), generator=base)) ^ (self.epoch * 0x9E3779B97F4A7C15 % 2**62)
+        mixed = int(torch.randint(2**62, (), generator=base)) ^ (
+            self.epoch * 0x9E3779B97F4A7C15 % 2**62
+        )
         order = torch.randperm(self.size, generator=torch.Generator().manual_seed(mixed)).tolist()
         stop = self.num_samples * self.world_size
         return iter([order[i % self.size] for i in range(self.rank, stop, self.world_size)])
@@ -69,7 +73,10 @@ class EpochSampler(Sampler):
 
     @property
     def epoch(self) -> int:
-        """The current epoch; the dataset's, if it knows one, because timm's train.py tells only the dataset then."""
+        """The current epoch.
+
+        The dataset's, if it knows one, because timm's train.py tells only the dataset then.
+        """
         return getattr(self.dataset, "epoch", self._epoch)
 
     def set_epoch(self, epoch: int) -> None:
@@ -92,7 +99,8 @@ class Loader(DataLoader):
     def set_epoch(self, epoch: int) -> None:
         """Choose order and augmentation of the next epoch; call it before iterating.
 
-        Worker processes hear of it too, persistent ones included: datasets keep the epoch in shared memory.
+        Worker processes hear of it too, persistent ones included: datasets keep the epoch in shared
+            memory.
 
         Args:
             epoch: Its number, from 0.
@@ -134,14 +142,16 @@ def create_loader(
 ) -> Loader:
     """A DataLoader that repeats exactly, whatever the number of workers and ranks.
 
-    For training, order and augmentation are functions of (seed, epoch): call `loader.set_epoch(epoch)` before each
-    epoch. For evaluation the order is the dataset's; ranks that would have one sample less repeat one at their very
-    end, so that all make equally many steps, and `timm.task.evaluation_sample_limit(loader)` says how many count.
+    For training, order and augmentation are functions of (seed, epoch): call
+        `loader.set_epoch(epoch)` before each
+    epoch. For evaluation the order is the dataset's; ranks that would have one sample less repeat
+    one at their very end, so that all make equally many steps, and
+    `timm.task.evaluation_sample_limit(loader)` says how many count.
 
     Args:
-        dataset: A :class:`HierarchicalDataset` or any other map-style dataset; augmentations are reproducible as
-            described for the former only. The seed is set on it: two training loaders need two datasets (a `Subset`
-            of all samples is one).
+        dataset: A :class:`HierarchicalDataset` or any other map-style dataset; augmentations are
+            reproducible as described for the former only. The seed is set on it: two training
+            loaders need two datasets (a `Subset` of all samples is one).
         batch_size: Samples a batch, on each rank.
         is_training: Shuffle and drop the last batch, or go through all samples in order.
         num_workers: Worker processes; 0 loads in this one.
@@ -154,7 +164,8 @@ def create_loader(
         **kwargs: Further arguments of torch's DataLoader.
 
     Returns:
-        The loader; its batches are what the dataset's samples collate to, here images (B, C, H, W) and labels (B, L).
+        The loader; its batches are what the dataset's samples collate to, here images (B, C, H, W)
+        and labels (B, L).
 
     Raises:
         ValueError: If there would be no batch at all, or rank and world_size do not fit.
@@ -173,7 +184,9 @@ def create_loader(
     if rank is None:
         rank = torch.distributed.get_rank() if distributed else 0
     if not 0 <= rank < world_size:
-        raise ValueError(f"rank {rank} is not one of 0 to {world_size - 1} (world_size={world_size})")
+        raise ValueError(
+            f"rank {rank} is not one of 0 to {world_size - 1} (world_size={world_size})"
+        )
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
     size = len(dataset)  # type: ignore[arg-type]
@@ -195,7 +208,8 @@ def create_loader(
         sampler.set_epoch(0)
     else:
         sampler = OrderedDistributedSampler(dataset, num_replicas=world_size, rank=rank)
-    # Seeds of the workers' global generators, for transforms that use those; this leaves torch's own generator alone.
+    # Seeds of the workers' global generators, for transforms that use those; this leaves torch's
+    # own generator alone.
     generator = torch.Generator().manual_seed(seed * world_size + rank)
     return Loader(
         dataset,

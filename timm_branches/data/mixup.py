@@ -37,26 +37,31 @@ def split_levels(target: torch.Tensor, num_classes: Sequence[int]) -> list[torch
 class HierarchicalMixup(Mixup):
     """timm's Mixup/CutMix with one soft label a level.
 
-    Images are mixed by timm's own code, in its modes `'batch'`, `'pair'` and `'elem'`. Labels (B, L) become one dense
-    target (B, sum(num_classes)), the levels side by side, each smoothed on its own. A level whose label is unknown
-    (-1) is a row of zeros, so it costs nothing in a soft cross-entropy; mixed with a known label, the level keeps only
-    the known part's share of the mass (`lam`), because nothing is known of the rest.
+    Images are mixed by timm's own code, in its modes `'batch'`, `'pair'` and `'elem'`. Labels (B,
+    L) become one dense target (B, sum(num_classes)), the levels side by side, each smoothed on its
+    own. A level whose label is unknown (-1) is a row of zeros, so it costs nothing in a soft
+    cross-entropy; mixed with a known label, the level keeps only the known part's share of the mass
+    (`lam`), because nothing is known of the rest.
 
-    All other arguments are timm's. As in timm, the mixing ratios come from numpy's global random state.
+    All other arguments are timm's. As in timm, the mixing ratios come from numpy's global random
+    state.
 
     Args:
         mixup_alpha: Mixup is active if > 0.
         cutmix_alpha: CutMix is active if > 0.
-        cutmix_minmax: Smallest and largest CutMix box as a share of the image; replaces `cutmix_alpha`.
+        cutmix_minmax: Smallest and largest CutMix box as a share of the image; replaces
+            `cutmix_alpha`.
         prob: Probability of mixing, per batch or element.
         switch_prob: Probability of CutMix rather than mixup where both are active.
         mode: `'batch'`, `'pair'` or `'elem'`.
         correct_lam: Correct the ratio where the CutMix box is clipped by the border.
-        label_smoothing: Smoothing of every known level: 1 - s + s/K for the label, s/K for the others.
+        label_smoothing: Smoothing of every known level: 1 - s + s/K for the label, s/K for the
+            others.
         num_classes: Classes of each level, e.g. `taxonomy.num_classes`.
 
     Raises:
-        ValueError: For an unknown mode, or if neither mixup nor CutMix is active, or num_classes is empty.
+        ValueError: For an unknown mode, or if neither mixup nor CutMix is active, or num_classes is
+            empty.
 
     Example:
         >>> mixup = HierarchicalMixup(num_classes=[2, 7], label_smoothing=0.0)
@@ -65,7 +70,8 @@ class HierarchicalMixup(Mixup):
         torch.Size([4, 9])
     """
 
-    # What timm takes as one number is a list here: it is timm's `mixup_target` alone that reads it, and that is ours.
+    # What timm takes as one number is a list here: it is timm's `mixup_target` alone that reads it,
+    # and that is ours.
     num_classes: list[int]
 
     def __init__(
@@ -88,11 +94,20 @@ class HierarchicalMixup(Mixup):
                 "cutmix_minmax given"
             )
         if isinstance(num_classes, int) or not len(num_classes):
-            raise ValueError(f"num_classes must hold the classes of each level, e.g. [2, 7, 10], not {num_classes!r}")
+            raise ValueError(
+                f"num_classes must hold the classes of each level, e.g. [2, 7, 10], not {num_classes!r}"
+            )
         if not 0.0 <= label_smoothing < 1.0:
             raise ValueError(f"label_smoothing must be in [0, 1), not {label_smoothing}")
         super().__init__(
-            mixup_alpha, cutmix_alpha, cutmix_minmax, prob, switch_prob, mode, correct_lam, label_smoothing
+            mixup_alpha,
+            cutmix_alpha,
+            cutmix_minmax,
+            prob,
+            switch_prob,
+            mode,
+            correct_lam,
+            label_smoothing,
         )
         self.num_classes = [int(size) for size in num_classes]
 
@@ -106,8 +121,8 @@ class HierarchicalMixup(Mixup):
             (B, sum(num_classes)) float32, smoothed, zero where the level is unknown.
 
         Raises:
-            ValueError: If the number of levels differs from num_classes, or an index is out of range (checked on the
-                CPU only, where it costs no synchronisation).
+            ValueError: If the number of levels differs from num_classes, or an index is out of
+                range (checked on the CPU only, where it costs no synchronisation).
         """
         if labels.ndim == 1 and len(self.num_classes) == 1:
             labels = labels[:, None]
@@ -142,8 +157,8 @@ class HierarchicalMixup(Mixup):
             The images, and the dense target (B, sum(num_classes)).
 
         Raises:
-            ValueError: If the batch sizes differ, or mode 'pair' is given an odd batch. The other modes take any: the
-                middle element is then mixed with itself.
+            ValueError: If the batch sizes differ, or mode 'pair' is given an odd batch. The other
+                modes take any: the middle element is then mixed with itself.
         """
         if len(x) != len(target):
             raise ValueError(f"{len(x)} images but {len(target)} labels")
@@ -152,7 +167,8 @@ class HierarchicalMixup(Mixup):
                 f"mode='pair' needs an even batch, not {len(x)} images: take an even batch size with drop_last=True, "
                 "or mode='batch' or 'elem'"
             )
-        clean = self.soft_labels(target)  # first: a wrong label must not leave the images half mixed
+        # first: a wrong label must not leave the images half mixed
+        clean = self.soft_labels(target)
         if self.mode == "elem":
             lam = self._mix_elem(x)
         elif self.mode == "pair":
@@ -160,5 +176,6 @@ class HierarchicalMixup(Mixup):
         else:
             lam = self._mix_batch(x)
         if isinstance(lam, torch.Tensor):
-            lam = lam.to(clean.dtype)  # images in half precision would give ratios in half precision
+            # images in half precision would give ratios in half precision
+            lam = lam.to(clean.dtype)
         return x, clean * lam + clean.flip(0) * (1.0 - lam)

@@ -11,7 +11,13 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from timm_branches.data.images import ArrayImages, FileImages, is_image_name
 from timm_branches.data.seeded import SeededDataset
-from timm_branches.data.transforms import _albumentations, _color_jitter, _load_compose, _match_mean, _SampleRandom
+from timm_branches.data.transforms import (
+    _albumentations,
+    _color_jitter,
+    _load_compose,
+    _match_mean,
+    _SampleRandom,
+)
 from timm_branches.taxonomy.taxonomy import Taxonomy
 
 __all__ = ["DenoisingDataset", "PairTransform", "SegmentationDataset"]
@@ -39,16 +45,18 @@ class _PairDataset(SeededDataset):
 class SegmentationDataset(_PairDataset):
     """Images with a mask of class indices, from two folders or from memory.
 
-    Files belong together by their paths within the folders, without the extension. Masks are palette or grey images
-    whose values *are* the class indices.
+    Files belong together by their paths within the folders, without the extension. Masks are
+    palette or grey images whose values *are* the class indices.
 
     Args:
         images: A folder, or uint8 arrays as :class:`HierarchicalDataset` takes them.
         masks: A folder, or integer arrays (H, W), of class indices, -1 for unlabelled pixels.
-        classes: Names in the order of their indices, or how many there are, or a taxonomy whose leaves they are.
-        ignore_index: The value of unlabelled pixels in the masks (often 255); they become -1, the value that losses and
-            evaluators leave out by default.
-        transform: A :class:`PairTransform`; None scales the image to [0, 1] and changes nothing else.
+        classes: Names in the order of their indices, or how many there are, or a taxonomy whose
+            leaves they are.
+        ignore_index: The value of unlabelled pixels in the masks (often 255); they become -1, the
+            value that losses and evaluators leave out by default.
+        transform: A :class:`PairTransform`; None scales the image to [0, 1] and changes nothing
+            else.
         in_chans: 3 for RGB, 1 for grey.
         repeats: How often each image counts in an epoch, with another random crop each time.
 
@@ -59,7 +67,8 @@ class SegmentationDataset(_PairDataset):
         names: What each image is called in an error.
 
     Raises:
-        ValueError: A file has no partner or two have one name, there are no files, or the arrays differ in number.
+        ValueError: A file has no partner or two have one name, there are no files, or the arrays
+            differ in number.
 
     Example:
         >>> data = SegmentationDataset(np.zeros((2, 8, 8), np.uint8), np.full((2, 8, 8), 255), 3, ignore_index=255)
@@ -79,11 +88,15 @@ class SegmentationDataset(_PairDataset):
         repeats: int = 1,
     ) -> None:
         self.taxonomy = classes if isinstance(classes, Taxonomy) else None
-        names = range(classes) if isinstance(classes, int) else getattr(classes, "leaf_names", classes)
+        names = (
+            range(classes) if isinstance(classes, int) else getattr(classes, "leaf_names", classes)
+        )
         self.classes = tuple(map(str, names))  # type: ignore[arg-type]
         self.num_classes = len(self.classes)
         if ignore_index is not None and 0 <= ignore_index < self.num_classes:
-            raise ValueError(f"ignore_index={ignore_index} is one of the {self.num_classes} classes")
+            raise ValueError(
+                f"ignore_index={ignore_index} is one of the {self.num_classes} classes"
+            )
         self.ignore_index = ignore_index
         self.transform = transform
         if isinstance(images, str | os.PathLike) != isinstance(masks, str | os.PathLike):
@@ -94,7 +107,9 @@ class SegmentationDataset(_PairDataset):
             super().__init__(FileImages(pictures, in_chans), repeats)
         else:
             if len(images) != len(masks):
-                raise ValueError(f"{len(images)} images have {len(masks)} masks; give one mask for each image")
+                raise ValueError(
+                    f"{len(images)} images have {len(masks)} masks; give one mask for each image"
+                )
             self.masks, self.names = masks, [f"image {i}" for i in range(len(images))]
             super().__init__(ArrayImages(images, in_chans), repeats)
 
@@ -108,13 +123,16 @@ class SegmentationDataset(_PairDataset):
             The image (C, H, W), float32, and its mask (H, W), int64, -1 where unlabelled.
 
         Raises:
-            ValueError: The mask has another size than the image, is coloured, or holds a value that is no class.
+            ValueError: The mask has another size than the image, is coloured, or holds a value that
+                is no class.
         """
         sample = self._check_index(index)
         image, mask = self.images[sample // self.repeats], self._mask(sample // self.repeats)
         if mask.shape != image.shape[:2]:
-            raise ValueError(f"the mask of {self.names[sample // self.repeats]} has {mask.shape} pixels, the image "
-                             f"{image.shape[:2]}")
+            raise ValueError(
+                f"the mask of {self.names[sample // self.repeats]} has {mask.shape} pixels, the image "
+                f"{image.shape[:2]}"
+            )
         transform = self.transform or PairTransform(mean=(0,), std=(1,))
         return transform(image, mask, key=(self.seed, self.epoch, sample))
 
@@ -128,33 +146,40 @@ class SegmentationDataset(_PairDataset):
         else:
             mask = np.asarray(where)
         if mask.ndim != 2 or mask.dtype.kind not in "iub":
-            raise ValueError(f"the mask of {self.names[index]} is an array {mask.dtype} of shape {mask.shape}; it must "
-                             "hold one class index for each pixel (a palette or grey image), not colours")
+            raise ValueError(
+                f"the mask of {self.names[index]} is an array {mask.dtype} of shape {mask.shape}; it must "
+                "hold one class index for each pixel (a palette or grey image), not colours"
+            )
         mask = mask.astype(np.int64)
         if self.ignore_index is not None:
             mask = np.where(mask == self.ignore_index, -1, mask)
         wrong = np.unique(mask[(mask < -1) | (mask >= self.num_classes)])
         if len(wrong):
-            raise ValueError(f"the mask of {self.names[index]} holds {wrong[:10].tolist()}; the {self.num_classes} "
-                             f"classes are 0 to {self.num_classes - 1}, and ignore_index is {self.ignore_index}")
+            raise ValueError(
+                f"the mask of {self.names[index]} holds {wrong[:10].tolist()}; the {self.num_classes} "
+                f"classes are 0 to {self.num_classes - 1}, and ignore_index is {self.ignore_index}"
+            )
         return mask
 
 
 class PairTransform:
     """The same geometry for an image and its mask, then mean and standard deviation for the image.
 
-    Random numbers are a function of the key (seed, epoch, sample) alone, as in :class:`SampleTransform`. The mask is
-    never interpolated, and pixels that a transform brings in from outside of the image are unlabelled.
+    Random numbers are a function of the key (seed, epoch, sample) alone, as in
+    :class:`SampleTransform`. The mask is never interpolated, and pixels that a transform brings in
+    from outside of the image are unlabelled.
 
     Args:
-        size: For training: the height and width of a random crop, or one side; images that are smaller are padded.
-            None, for evaluation: the whole image.
-        scale: For training: the range of a random factor that the image is resized by before the crop.
+        size: For training: the height and width of a random crop, or one side; images that are
+            smaller are padded. None, for evaluation: the whole image.
+        scale: For training: the range of a random factor that the image is resized by before the
+            crop.
         hflip: Probability of a horizontal flip, where `size` is given.
-        color_jitter: For training: strength of changes in the image's brightness, contrast and saturation, as timm's.
-        augment: An albumentations `Compose`, or a .json or .yaml file written by `albumentations.save`, instead of all
-            this. It sees unlabelled pixels as 0 and class k as k + 1: what its transforms fill masks with by default
-            is unlabelled.
+        color_jitter: For training: strength of changes in the image's brightness, contrast and
+            saturation, as timm's.
+        augment: An albumentations `Compose`, or a .json or .yaml file written by
+            `albumentations.save`, instead of all this. It sees unlabelled pixels as 0 and class k
+            as k + 1: what its transforms fill masks with by default is unlabelled.
         mean: Mean of each channel, for values in [0, 1].
         std: Standard deviation of each channel.
 
@@ -181,9 +206,13 @@ class PairTransform:
         if augment is not None and size is not None:
             raise ValueError("size= has no effect beside augment=: let the augmentation crop")
         if not 0 < scale[0] <= scale[1] or not 0 <= hflip <= 1:
-            raise ValueError(f"scale must be an increasing range above 0 and hflip a probability, got {scale}, {hflip}")
+            raise ValueError(
+                f"scale must be an increasing range above 0 and hflip a probability, got {scale}, {hflip}"
+            )
         if size is None and (scale != (1.0, 1.0) or color_jitter):
-            raise ValueError("scale= and color_jitter= are for training: they need size=, the size of the crop")
+            raise ValueError(
+                "scale= and color_jitter= are for training: they need size=, the size of the crop"
+            )
         self.mean, self.std = tuple(mean), tuple(std)
         self.random = _SampleRandom()
         self.compose = None
@@ -193,22 +222,31 @@ class PairTransform:
             A = _albumentations()
             height, width = (size, size) if isinstance(size, int) else size
             fill = [255 * value for value in self.mean]
-            self.compose = A.Compose([
-                *([A.RandomScale((scale[0] - 1, scale[1] - 1), p=1)] if scale != (1.0, 1.0) else []),
-                # to the right and below, so that a crop of the image's own size is the image
-                A.PadIfNeeded(height, width, position="top_left", fill=fill[0] if len(fill) == 1 else fill),
-                A.RandomCrop(height, width),
-                *([A.HorizontalFlip(p=hflip)] if hflip else []),
-                *_color_jitter(color_jitter),
-            ])
+            self.compose = A.Compose(
+                [
+                    *(
+                        [A.RandomScale((scale[0] - 1, scale[1] - 1), p=1)]
+                        if scale != (1.0, 1.0)
+                        else []
+                    ),
+                    # to the right and below, so that a crop of the image's own size is the image
+                    A.PadIfNeeded(
+                        height, width, position="top_left", fill=fill[0] if len(fill) == 1 else fill
+                    ),
+                    A.RandomCrop(height, width),
+                    *([A.HorizontalFlip(p=hflip)] if hflip else []),
+                    *_color_jitter(color_jitter),
+                ]
+            )
         if self.compose is not None:
             import copy
 
             self.compose = copy.deepcopy(self.compose)
             self.compose.set_random_state(self.random.numpy, self.random.python)
 
-    def __call__(self, image: np.ndarray, mask: np.ndarray,
-                 key: Sequence[int] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(
+        self, image: np.ndarray, mask: np.ndarray, key: Sequence[int] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Transform one pair.
 
         Args:
@@ -220,7 +258,8 @@ class PairTransform:
             Float tensor (C, height, width), and LongTensor (height, width).
 
         Raises:
-            ValueError: The mean does not fit the image's channels, or an own augmentation returns no uint8 image.
+            ValueError: The mean does not fit the image's channels, or an own augmentation returns
+                no uint8 image.
         """
         if self.compose is not None:
             self.random.seed((int(torch.randint(2**62, ())),) if key is None else key)
@@ -228,30 +267,42 @@ class PairTransform:
             result = self.compose(image=image, mask=(mask + 1).astype(kind))
             image, mask = result["image"], result["mask"].astype(np.int64) - 1
             if not isinstance(image, np.ndarray) or image.dtype != np.uint8:
-                raise ValueError("the augmentation must return uint8 arrays: leave out Normalize and ToTensorV2")
+                raise ValueError(
+                    "the augmentation must return uint8 arrays: leave out Normalize and ToTensorV2"
+                )
         image = image[:, :, None] if image.ndim == 2 else image
-        mean, std = (torch.tensor(_match_mean(values, image.shape[2], name) if len(values) > 1 else
-                                  values * image.shape[2]).view(-1, 1, 1)
-                     for values, name in ((self.mean, "mean"), (self.std, "std")))
+        mean, std = (
+            torch.tensor(
+                _match_mean(values, image.shape[2], name)
+                if len(values) > 1
+                else values * image.shape[2]
+            ).view(-1, 1, 1)
+            for values, name in ((self.mean, "mean"), (self.std, "std"))
+        )
         tensor = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))).float().div_(255)
-        return tensor.sub_(mean).div_(std), torch.from_numpy(np.ascontiguousarray(mask, dtype=np.int64))
+        return tensor.sub_(mean).div_(std), torch.from_numpy(
+            np.ascontiguousarray(mask, dtype=np.int64)
+        )
 
 
 class DenoisingDataset(_PairDataset):
     """Clean images, and what blur and noise made on the fly make of them.
 
-    degraded = blur(clean) + noise. The noise is white, Gaussian, and not clipped, as the literature has it: values may
-    lie outside of [0, 1]. In training patch, flips, quarter turns, blur and noise are functions of (seed, epoch,
-    sample); in evaluation blur and noise are functions of (seed, sample): the same in every epoch. Whole images of
+    degraded = blur(clean) + noise. The noise is white, Gaussian, and not clipped, as the literature
+    has it: values may lie outside of [0, 1]. In training patch, flips, quarter turns, blur and
+    noise are functions of (seed, epoch, sample); in evaluation blur and noise are functions of
+    (seed, sample): the same in every epoch. Whole images of
     different sizes do not stack: evaluate them in batches of 1.
 
     Args:
         images: A folder, or uint8 arrays as :class:`HierarchicalDataset` takes them.
-        sigma: Standard deviation of the noise on the scale of 0 to 255, as in the literature; or a range, from which
-            each sample draws its own.
-        blur: Standard deviation of a Gaussian blur in pixels, cut off at 4 of it, or a range; 0 for none.
+        sigma: Standard deviation of the noise on the scale of 0 to 255, as in the literature; or a
+            range, from which each sample draws its own.
+        blur: Standard deviation of a Gaussian blur in pixels, cut off at 4 of it, or a range; 0 for
+            none.
         is_training: Whether to draw anew each epoch.
-        patch_size: For training: the side of a random patch, which is also flipped and turned; None is the whole image.
+        patch_size: For training: the side of a random patch, which is also flipped and turned; None
+            is the whole image.
         in_chans: 1 for grey, 3 for RGB.
         repeats: How often each image counts in an epoch, with another patch and noise each time.
 
@@ -279,7 +330,9 @@ class DenoisingDataset(_PairDataset):
         if not self.sigma[1] and not self.blur[1]:
             raise ValueError("with sigma=0 and blur=0 nothing is degraded")
         if patch_size is not None and (patch_size < 1 or not is_training):
-            raise ValueError(f"patch_size={patch_size} must be at least 1, and is for is_training=True")
+            raise ValueError(
+                f"patch_size={patch_size} must be at least 1, and is for is_training=True"
+            )
         self.is_training, self.patch_size = is_training, patch_size
         self.random = _SampleRandom()
         if isinstance(images, str | os.PathLike):
@@ -304,18 +357,26 @@ class DenoisingDataset(_PairDataset):
 
         sample = self._check_index(index)
         image: np.ndarray = self.images[sample // self.repeats]
-        self.random.seed((self.seed, self.epoch, sample) if self.is_training else (self.seed, sample))
+        self.random.seed(
+            (self.seed, self.epoch, sample) if self.is_training else (self.seed, sample)
+        )
         random = self.random.numpy
         sigma, blur = (random.uniform(*limits) for limits in (self.sigma, self.blur))
         reach = math.ceil(4 * blur)
         inner: tuple[slice, ...] = (slice(None), slice(None))
         if self.patch_size is not None:
             turn, flip = int(random.integers(4)), bool(random.integers(2))
-            corner: list[int] = [int(random.integers(self._room(side, sample) + 1)) for side in image.shape[:2]]
+            corner: list[int] = [
+                int(random.integers(self._room(side, sample) + 1)) for side in image.shape[:2]
+            ]
             # with what the blur brings in from beyond the patch
             before = [min(start, reach) for start in corner]
-            image = image[tuple(slice(start - extra, start + self.patch_size + reach)
-                                for start, extra in zip(corner, before, strict=True))]
+            image = image[
+                tuple(
+                    slice(start - extra, start + self.patch_size + reach)
+                    for start, extra in zip(corner, before, strict=True)
+                )
+            ]
             inner = tuple(slice(extra, extra + self.patch_size) for extra in before)
         clean: np.ndarray = image.astype(np.float32) / 255
         degraded: np.ndarray = clean
@@ -324,35 +385,50 @@ class DenoisingDataset(_PairDataset):
             degraded = cv2.GaussianBlur(clean, (side, side), blur).reshape(clean.shape)
         clean, degraded = clean[inner], degraded[inner]
         if self.patch_size is not None:
-            clean, degraded = (np.rot90(part, turn)[:, :: -1 if flip else 1] for part in (clean, degraded))
-        degraded = degraded + np.float32(sigma / 255) * random.standard_normal(clean.shape, dtype=np.float32)
-        first, second = (torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))) for image in
-                         (degraded, clean))
+            clean, degraded = (
+                np.rot90(part, turn)[:, :: -1 if flip else 1] for part in (clean, degraded)
+            )
+        degraded = degraded + np.float32(sigma / 255) * random.standard_normal(
+            clean.shape, dtype=np.float32
+        )
+        first, second = (
+            torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+            for image in (degraded, clean)
+        )
         return first, second
 
     def _room(self, side: int, sample: int) -> int:
         assert self.patch_size is not None
         if side < self.patch_size:
-            raise ValueError(f"image {sample // self.repeats} has a side of {side} pixels, less than "
-                             f"patch_size={self.patch_size}")
+            raise ValueError(
+                f"image {sample // self.repeats} has a side of {side} pixels, less than "
+                f"patch_size={self.patch_size}"
+            )
         return side - self.patch_size
 
 
 def _range(name: str, value: float | tuple[float, float]) -> tuple[float, float]:
     low, high = (value, value) if isinstance(value, int | float) else value
     if not 0 <= low <= high < math.inf:
-        raise ValueError(f"{name} must be a number from 0 upwards, or an increasing range of two, got {value}")
+        raise ValueError(
+            f"{name} must be a number from 0 upwards, or an increasing range of two, got {value}"
+        )
     return float(low), float(high)
 
 
 def _list_images(root: str) -> list[tuple[str, str]]:
-    """The images below a folder in natural order: the path without its extension, and where the file is."""
+    """The images below a folder in natural order.
+
+    The path without its extension, and where the file is.
+    """
     from timm.utils.misc import natural_key
 
     names = []
     for folder, below, files in os.walk(root, followlinks=True):
         below[:] = [name for name in below if not name.startswith(".")]
-        names += [os.path.relpath(os.path.join(folder, file), root).replace(os.sep, "/") for file in files]
+        names += [
+            os.path.relpath(os.path.join(folder, file), root).replace(os.sep, "/") for file in files
+        ]
     names = sorted(filter(is_image_name, names), key=natural_key)
     if not names:
         raise ValueError(f"no images in {root}")
@@ -366,17 +442,27 @@ def _match_files(images: str, masks: str) -> tuple[list[str], list[str]]:
         listed = _list_images(root)
         by_stem = dict(listed)
         if twice := sorted({path for stem, path in listed if by_stem[stem] != path}):
-            raise ValueError(f"{_some(twice)} in {root} share their names with others but for the extension")
+            raise ValueError(
+                f"{_some(twice)} in {root} share their names with others but for the extension"
+            )
         found.append(by_stem)
     pictures, labels = found
-    problems = [f"{_some(sorted(set(one) - set(other)))} in {root} has no {partner} in {beside}"
-                for one, other, root, beside, partner in ((pictures, labels, images, masks, "mask"),
-                                                          (labels, pictures, masks, images, "image"))
-                if set(one) - set(other)]
+    problems = [
+        f"{_some(sorted(set(one) - set(other)))} in {root} has no {partner} in {beside}"
+        for one, other, root, beside, partner in (
+            (pictures, labels, images, masks, "mask"),
+            (labels, pictures, masks, images, "image"),
+        )
+        if set(one) - set(other)
+    ]
     if problems:
-        raise ValueError("; ".join(problems) + ". A mask is named as its image, but for the extension.")
+        raise ValueError(
+            "; ".join(problems) + ". A mask is named as its image, but for the extension."
+        )
     return list(pictures.values()), [labels[stem] for stem in pictures]
 
 
 def _some(names: Sequence[str], limit: int = 10) -> str:
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+    return ", ".join(names[:limit]) + (
+        f" and {len(names) - limit} more" if len(names) > limit else ""
+    )

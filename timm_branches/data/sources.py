@@ -1,4 +1,7 @@
-"""Readers of what `create_dataset` accepts: each lists the images, their labels on every level, and their splits."""
+"""Readers of what `create_dataset` accepts.
+
+Each lists the images, their labels on every level, and their splits.
+"""
 
 import csv
 import os
@@ -14,10 +17,23 @@ from timm_branches.data.stratify import stratified_indices
 from timm_branches.taxonomy.taxonomy import Taxonomy
 from timm_branches.taxonomy.trees import get_taxonomy
 
-__all__ = ["Source", "node_labels", "read_csv", "read_digits", "read_folder", "read_tar", "read_torchvision"]
+__all__ = [
+    "Source",
+    "node_labels",
+    "read_csv",
+    "read_digits",
+    "read_folder",
+    "read_tar",
+    "read_torchvision",
+]
 
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
-TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "fashion_mnist": "FashionMNIST", "mnist": "MNIST"}
+TORCHVISION = {
+    "cifar10": "CIFAR10",
+    "cifar100": "CIFAR100",
+    "fashion_mnist": "FashionMNIST",
+    "mnist": "MNIST",
+}
 _PATH_COLUMNS = ("path", "image", "file", "filename", "filepath")
 Node = tuple[str, ...]
 
@@ -43,14 +59,16 @@ def node_labels(nodes: Sequence[Node], taxonomy: Taxonomy) -> torch.Tensor:
     """The labels of all levels for class names, each a whole path or the end of one.
 
     Args:
-        nodes: For each sample the names on the way to its class, or the class's own name alone; empty is unknown.
+        nodes: For each sample the names on the way to its class, or the class's own name alone;
+            empty is unknown.
         taxonomy: The tree to find them in.
 
     Returns:
         LongTensor (N, L), -1 below an inner node, and everywhere for an unknown one.
 
     Raises:
-        ValueError: If names do not occur in the taxonomy, or fit several classes; all of them are listed.
+        ValueError: If names do not occur in the taxonomy, or fit several classes; all of them are
+            listed.
 
     Example:
         >>> tree = Taxonomy(['animal/cat', 'animal/dog', 'transport/ship'])
@@ -83,7 +101,9 @@ def node_labels(nodes: Sequence[Node], taxonomy: Taxonomy) -> torch.Tensor:
         if unknown:
             message += f"{len(unknown)} class names are not in the taxonomy: {_some(unknown)}. "
         if ambiguous:
-            message += f"{len(ambiguous)} class names fit several of its classes: {_some(ambiguous)}. "
+            message += (
+                f"{len(ambiguous)} class names fit several of its classes: {_some(ambiguous)}. "
+            )
         raise ValueError(f"{message}Its leaves are {_some(taxonomy.leaf_names)}.")
     rows = taxonomy.encode_partial(found.values())
     table = torch.cat([rows, torch.full((1, taxonomy.num_levels), -1)])
@@ -93,7 +113,9 @@ def node_labels(nodes: Sequence[Node], taxonomy: Taxonomy) -> torch.Tensor:
 
 def _some(names: Iterable[str], limit: int = 20) -> str:
     names = list(names)
-    return ", ".join(map(repr, names[:limit])) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+    return ", ".join(map(repr, names[:limit])) + (
+        f" and {len(names) - limit} more" if len(names) > limit else ""
+    )
 
 
 def _derive(nodes: Iterable[Node], levels: Sequence[str] | None = None) -> Taxonomy:
@@ -111,17 +133,23 @@ def _derive(nodes: Iterable[Node], levels: Sequence[str] | None = None) -> Taxon
 
 
 def read_digits(taxonomy: Taxonomy | None = None) -> Source:
-    """scikit-learn's 1,797 handwritten digits, 8x8 grey; a fixed stratified fifth is 'test', another 'val'."""
+    """scikit-learn's 1,797 handwritten digits, 8x8 grey.
+
+    A fixed stratified fifth is 'test', another 'val'.
+    """
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise ImportError("'digits' comes with scikit-learn: pip install timm_branches[recipes]") from error
+        raise ImportError(
+            "'digits' comes with scikit-learn: pip install timm_branches[recipes]"
+        ) from error
 
     data = load_digits()
     images = np.round(data.images * (255 / 16)).astype(np.uint8)
     target = torch.from_numpy(data.target).long()
     splits = np.full(len(target), "train", dtype="<U5")
-    # The seed is part of the definition of these splits: changing it would change what 'test' means.
+    # The seed is part of the definition of these splits: changing it would change what 'test'
+    # means.
     held_out = stratified_indices(target, 720, seed=0)
     test = held_out[stratified_indices(target[held_out], 360, seed=0)]
     splits[held_out.numpy()] = "val"
@@ -130,8 +158,13 @@ def read_digits(taxonomy: Taxonomy | None = None) -> Source:
     return Source(images, labels, tree, splits)
 
 
-def _ready_made(name: str, target: torch.Tensor, taxonomy: Taxonomy | None) -> tuple[Taxonomy, torch.Tensor]:
-    """Labels for class indices; another taxonomy than the data set's own is matched by the classes' names."""
+def _ready_made(
+    name: str, target: torch.Tensor, taxonomy: Taxonomy | None
+) -> tuple[Taxonomy, torch.Tensor]:
+    """Labels for class indices.
+
+    Another taxonomy than the data set's own is matched by the classes' names.
+    """
     own = get_taxonomy(name)
     if taxonomy is None:
         return own, own.expand(target)
@@ -162,7 +195,9 @@ def read_torchvision(
     parts, targets, splits = [], [], []
     for part in [split] if split in ("train", "test") else ["train", "test"]:
         try:
-            data = getattr(datasets, TORCHVISION[name])(root, train=part == "train", download=download)
+            data = getattr(datasets, TORCHVISION[name])(
+                root, train=part == "train", download=download
+            )
         except RuntimeError as error:
             if download:
                 raise
@@ -181,7 +216,9 @@ def read_torchvision(
 def _from_names(names: Sequence[str], images: Any, where: str, taxonomy: Taxonomy | None) -> Source:
     """Classes and splits out of the images' relative paths."""
     if not names:
-        raise ValueError(f"no images in {where}; they are expected in one folder per class, e.g. cat/1.jpg")
+        raise ValueError(
+            f"no images in {where}; they are expected in one folder per class, e.g. cat/1.jpg"
+        )
     folders: list[Node] = [tuple(name.split("/")[:-1]) for name in names]
     splits = None
     # Only if all top folders are splits: 'train' alone beside 'car' and 'bus' is a vehicle.
@@ -190,16 +227,21 @@ def _from_names(names: Sequence[str], images: Any, where: str, taxonomy: Taxonom
         folders = [folder[1:] for folder in folders]
     for name, folder in zip(names, folders, strict=True):
         if not folder:
-            raise ValueError(f"{name} in {where} lies in no class folder; expected e.g. cat/{os.path.basename(name)}")
-    # From all splits together, so that class 3 of 'train' is class 3 of 'test' although 'test' may lack a class.
+            raise ValueError(
+                f"{name} in {where} lies in no class folder; expected e.g. cat/{os.path.basename(name)}"
+            )
+    # From all splits together, so that class 3 of 'train' is class 3 of 'test' although 'test' may
+    # lack a class.
     tree = _derive(folders) if taxonomy is None else taxonomy
     return Source(images, node_labels(folders, tree), tree, splits)
 
 
 def read_folder(root: str, in_chans: int = 3, taxonomy: Taxonomy | None = None) -> Source:
-    """A folder of class folders, nested where classes are; train, val(idation) and test folders may lie on top.
+    """A folder of class folders, nested where classes are; train, val(idation) and test folders may
+    lie on top.
 
-    timm's `ReaderImageFolder` is not used because it keeps one name per image, so that a hierarchy is lost.
+    timm's `ReaderImageFolder` is not used because it keeps one name per image, so that a hierarchy
+    is lost.
 
     Args:
         root: The folder.
@@ -210,7 +252,8 @@ def read_folder(root: str, in_chans: int = 3, taxonomy: Taxonomy | None = None) 
         The images, in natural order of their paths.
 
     Raises:
-        ValueError: If there are no images, an image lies in no class folder, or folders do not match the taxonomy.
+        ValueError: If there are no images, an image lies in no class folder, or folders do not
+            match the taxonomy.
     """
     from timm.utils.misc import natural_key
 
@@ -225,7 +268,8 @@ def read_folder(root: str, in_chans: int = 3, taxonomy: Taxonomy | None = None) 
 
 
 def read_tar(path: str, in_chans: int = 3, taxonomy: Taxonomy | None = None) -> Source:
-    """A tar of what `read_folder` reads, compressed or not, with or without the folder itself on top.
+    """A tar of what `read_folder` reads, compressed or not, with or without the folder itself on
+    top.
 
     Args:
         path: The tar.
@@ -239,7 +283,8 @@ def read_tar(path: str, in_chans: int = 3, taxonomy: Taxonomy | None = None) -> 
         ValueError: As `read_folder`, or if the file is no complete tar.
     """
     names, images = open_tar(path, in_chans)
-    # `tar -cf data.tar data` puts the folder itself on top of every path; as a class it would say nothing.
+    # `tar -cf data.tar data` puts the folder itself on top of every path; as a class it would say
+    # nothing.
     tops = {name.split("/")[0] for name in names}
     if len(tops) == 1 and all(name.count("/") > 1 for name in names) and not tops & set(SPLITS):
         names = [name.split("/", 1)[1] for name in names]
@@ -247,10 +292,12 @@ def read_tar(path: str, in_chans: int = 3, taxonomy: Taxonomy | None = None) -> 
 
 
 def read_csv(path: str, in_chans: int = 3, taxonomy: Taxonomy | None = None) -> Source:
-    """A CSV with a header: the image's path (relative to the CSV), then one column a level, coarsest first.
+    """A CSV with a header: the image's path (relative to the CSV), then one column a level,
+    coarsest first.
 
-    Instead of the levels there may be one column `label` with class names. A column `split` is optional. An empty cell
-    is unknown on that level (-1). With a taxonomy, columns named like its levels are read and further ones left out.
+    Instead of the levels there may be one column `label` with class names. A column `split` is
+    optional. An empty cell is unknown on that level (-1). With a taxonomy, columns named like its
+    levels are read and further ones left out.
 
     Args:
         path: The CSV.
@@ -261,7 +308,8 @@ def read_csv(path: str, in_chans: int = 3, taxonomy: Taxonomy | None = None) -> 
         The images in the order of the rows.
 
     Raises:
-        ValueError: If columns are missing, do not fit the taxonomy, or names are unknown or ambiguous in it.
+        ValueError: If columns are missing, do not fit the taxonomy, or names are unknown or
+            ambiguous in it.
     """
     with open(path, newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file, skipinitialspace=True)
@@ -278,7 +326,9 @@ def read_csv(path: str, in_chans: int = 3, taxonomy: Taxonomy | None = None) -> 
         if set(taxonomy.levels) <= set(levels):
             levels = list(taxonomy.levels)
         elif len(levels) != taxonomy.num_levels:
-            raise ValueError(f"{path} has the level columns {levels}, the taxonomy the levels {list(taxonomy.levels)}")
+            raise ValueError(
+                f"{path} has the level columns {levels}, the taxonomy the levels {list(taxonomy.levels)}"
+            )
     cells = [tuple(row[level] for level in levels) for row in rows]
     if levels == ["label"]:
         nodes = [tuple(cell.split("/")) if cell else () for (cell,) in cells]
@@ -294,7 +344,12 @@ def read_csv(path: str, in_chans: int = 3, taxonomy: Taxonomy | None = None) -> 
             raise ValueError(f"{path} has the splits {_some(wrong)}; known are {_some(SPLITS)}")
         splits = np.array([SPLITS[name] for name in given])
     folder = os.path.dirname(os.path.abspath(path))
-    return Source(FileImages([os.path.join(folder, row[image_column]) for row in rows], in_chans), labels, tree, splits)
+    return Source(
+        FileImages([os.path.join(folder, row[image_column]) for row in rows], in_chans),
+        labels,
+        tree,
+        splits,
+    )
 
 
 def _known_start(cells: Node) -> Node:
@@ -302,7 +357,10 @@ def _known_start(cells: Node) -> Node:
 
 
 def _cell_labels(cells: Sequence[Node], tree: Taxonomy, where: str) -> torch.Tensor:
-    """Labels of rows with one cell a level; a row with gaps takes the only node that fits what it does say."""
+    """Labels of rows with one cell a level.
+
+    A row with gaps takes the only node that fits what it does say.
+    """
     resolved: dict[Node, Node] = {}
     for row in dict.fromkeys(cells):
         depth = max((i + 1 for i, cell in enumerate(row) if cell), default=0)
@@ -310,7 +368,11 @@ def _cell_labels(cells: Sequence[Node], tree: Taxonomy, where: str) -> torch.Ten
             resolved[row] = ()
             continue
         nodes = tree.nodes[depth - 1] if depth <= tree.num_levels else ()
-        fits = [node for node in nodes if all(name in ("", own) for name, own in zip(row[:depth], node, strict=True))]
+        fits = [
+            node
+            for node in nodes
+            if all(name in ("", own) for name, own in zip(row[:depth], node, strict=True))
+        ]
         if len(fits) != 1:
             what = f"{len(fits)} classes fit" if fits else "no class fits"
             raise ValueError(

@@ -33,8 +33,11 @@ def stratified_indices(labels: torch.Tensor, count: int, seed: int = 0) -> torch
     sizes = group.bincount()
     share = sizes.double() * (count / len(labels))
     quota = share.floor().long()
-    # Whole samples first, then the largest remainders; equal ones in random order, or the first classes would gain.
-    remainder = share - quota + torch.rand(len(sizes), generator=generator, dtype=torch.double) * 1e-6
+    # Whole samples first, then the largest remainders; equal ones in random order, or the first
+    # classes would gain.
+    remainder = (
+        share - quota + torch.rand(len(sizes), generator=generator, dtype=torch.double) * 1e-6
+    )
     remainder[quota >= sizes] = -1
     quota[remainder.argsort(descending=True)[: count - int(quota.sum())]] += 1
     shuffled = torch.randperm(len(labels), generator=generator)

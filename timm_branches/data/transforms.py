@@ -17,8 +17,11 @@ from timm.data.constants import DEFAULT_CROP_PCT, IMAGENET_DEFAULT_MEAN, IMAGENE
 __all__ = ["SampleTransform", "create_transform"]
 
 AUGMENTS = ("none", "light", "cifar", "imagenet", "auto")
-_SMALL = 64  # pixels; up to here images are shifted rather than cut out and enlarged, and not cropped in evaluation
-_INTERPOLATIONS = {"nearest": 0, "bilinear": 1, "bicubic": 2, "area": 3, "lanczos": 4}  # OpenCV's numbers
+# pixels; up to here images are shifted rather than cut out and enlarged, and not cropped in
+# evaluation
+_SMALL = 64
+# OpenCV's numbers
+_INTERPOLATIONS = {"nearest": 0, "bilinear": 1, "bicubic": 2, "area": 3, "lanczos": 4}
 
 
 def _albumentations() -> Any:
@@ -38,7 +41,8 @@ class _SampleRandom:
         self._state: Any = self.numpy.bit_generator.state
 
     def seed(self, key: Sequence[int]) -> None:
-        # A cryptographic hash, because neighbouring keys (epoch 1, sample 2 and epoch 2, sample 1) must not be related.
+        # A cryptographic hash, because neighbouring keys (epoch 1, sample 2 and epoch 2, sample 1)
+        # must not be related.
         digest = hashlib.blake2b(repr(tuple(key)).encode(), digest_size=24).digest()
         self._state["state"]["state"] = int.from_bytes(digest[:16], "little")
         self.numpy.bit_generator.state = self._state
@@ -46,13 +50,16 @@ class _SampleRandom:
 
 
 class SampleTransform:
-    """An uint8 image to a normalised tensor, by a geometry, an optional augmentation, and mean and deviation.
+    """An uint8 image to a normalised tensor, by a geometry, an optional augmentation, and mean and
+    deviation.
 
-    Random numbers are a function of the key (seed, epoch, sample) alone. So the augmentation of a sample does not
-    depend on how many workers or ranks there are, differs between epochs, and repeats with the seed. An albumentations
-    `Compose` by itself ignores global seeds and repeats itself in every worker; its `set_random_seed` hands the same
-    seed to every transform in it, which makes a flip and a dropout of the same probability happen always together.
-    Here all transforms share one generator, whose state is set anew: some 5 us a sample, against some 50 us for
+    Random numbers are a function of the key (seed, epoch, sample) alone. So the augmentation of a
+    sample does not depend on how many workers or ranks there are, differs between epochs, and
+    repeats with the seed. An albumentations `Compose` by itself ignores global seeds and repeats
+    itself in every worker; its `set_random_seed` hands the same seed to every transform in it,
+    which makes a flip and a dropout of the same probability happen always together.
+    Here all transforms share one generator, whose state is set anew: some 5 us a sample, against
+        some 50 us for
     `set_random_seed` and 60 us for five transforms of a 32 px image.
 
     Args:
@@ -60,9 +67,10 @@ class SampleTransform:
         mean: Mean of each channel, for values in [0, 1].
         std: Standard deviation of each channel.
         geometry: Takes a PIL image, returns an uint8 tensor CHW; None leaves the image as it is.
-        compose: An albumentations `Compose`; it is copied. It may normalise by itself: only uint8 results are
-            normalised here.
-        keeps_exact: Whether `geometry` changes nothing of an image that has the right size already; it is skipped then.
+        compose: An albumentations `Compose`; it is copied. It may normalise by itself: only uint8
+            results are normalised here.
+        keeps_exact: Whether `geometry` changes nothing of an image that has the right size already;
+            it is skipped then.
     """
 
     takes_key = True
@@ -97,7 +105,8 @@ class SampleTransform:
             Float tensor (C, height, width).
 
         Raises:
-            ValueError: If channels differ from the mean's, or a given `Compose` returns another size.
+            ValueError: If channels differ from the mean's, or a given `Compose` returns another
+                size.
         """
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != len(self.mean):
             raise ValueError(
@@ -133,19 +142,26 @@ class SampleTransform:
         return tensor.numpy().transpose(1, 2, 0)
 
     def __repr__(self) -> str:
-        return f"SampleTransform(size={self.size}, geometry={self.geometry}, compose={self.compose})"
+        return (
+            f"SampleTransform(size={self.size}, geometry={self.geometry}, compose={self.compose})"
+        )
 
 
 def _match_mean(values: Sequence[float], channels: int, name: str) -> tuple[float, ...]:
     values = tuple(float(value) for value in values)
     if len(values) == channels:
         return values
-    if len(values) == 1 or channels == 1:  # timm averages RGB weights for grey input in the same way
+    # timm averages RGB weights for grey input in the same way
+    if len(values) == 1 or channels == 1:
         return (sum(values) / len(values),) * channels
-    raise ValueError(f"{name}={values} has {len(values)} values, but images have {channels} channels")
+    raise ValueError(
+        f"{name}={values} has {len(values)} values, but images have {channels} channels"
+    )
 
 
-def _built_in(name: str, size: tuple[int, int], fill: Sequence[float], options: dict[str, Any]) -> Any:
+def _built_in(
+    name: str, size: tuple[int, int], fill: Sequence[float], options: dict[str, Any]
+) -> Any:
     """The albumentations pipeline of a named augmentation; None for 'none'."""
     if name == "none":
         return None
@@ -159,7 +175,11 @@ def _built_in(name: str, size: tuple[int, int], fill: Sequence[float], options: 
         # OpenCV does not smooth what it shrinks, except by area
         crops = [
             A.RandomResizedCrop(
-                size, options["scale"], options["ratio"], _INTERPOLATIONS[kind], area_for_downscale="image"
+                size,
+                options["scale"],
+                options["ratio"],
+                _INTERPOLATIONS[kind],
+                area_for_downscale="image",
             )
             for kind in kinds
         ]
@@ -170,16 +190,25 @@ def _built_in(name: str, size: tuple[int, int], fill: Sequence[float], options: 
     steps = [A.Pad(padding=pads), A.RandomCrop(height, width), *flips]
     if name == "cifar":
         hole = (0.25, 0.5)
-        steps.append(A.CoarseDropout((1, 1), hole, hole, fill=tuple(255 * value for value in fill), p=0.5))
+        steps.append(
+            A.CoarseDropout((1, 1), hole, hole, fill=tuple(255 * value for value in fill), p=0.5)
+        )
     return A.Compose(steps)
 
 
 def _color_jitter(strength: float) -> list:
-    """timm's: brightness, contrast and saturation by factors around 1, in every image; nothing at 0."""
+    """Timm's.
+
+    Brightness, contrast and saturation by factors around 1, in every image; nothing at 0.
+    """
     if strength < 0:
         raise ValueError(f"color_jitter must be at least 0, got {strength}")
     factors = (max(0.0, 1 - strength), 1 + strength)
-    return [_albumentations().ColorJitter(factors, factors, factors, hue=(0, 0), p=1)] if strength else []
+    return (
+        [_albumentations().ColorJitter(factors, factors, factors, hue=(0, 0), p=1)]
+        if strength
+        else []
+    )
 
 
 def _load_compose(augment: Any) -> Any:
@@ -193,11 +222,13 @@ def _load_compose(augment: Any) -> Any:
     kind = os.path.splitext(path)[1].lower()
     if kind not in (".json", ".yaml", ".yml"):
         raise ValueError(
-            f'no augmentation {augment!r}; it is one of {", ".join(AUGMENTS)}, an albumentations Compose, or a .json '
-            'or .yaml file written by albumentations.save'
+            f"no augmentation {augment!r}; it is one of {', '.join(AUGMENTS)}, an albumentations Compose, or a .json "
+            "or .yaml file written by albumentations.save"
         )
     if not os.path.isfile(path):
-        raise ValueError(f"no augmentation file {path}; albumentations.save(compose, path) writes one")
+        raise ValueError(
+            f"no augmentation file {path}; albumentations.save(compose, path) writes one"
+        )
     compose = A.load(path, data_format="json" if kind == ".json" else "yaml")
     return compose if isinstance(compose, A.Compose) else A.Compose([compose])
 
@@ -217,22 +248,27 @@ def create_transform(
     vflip: float = 0.0,
     color_jitter: float = 0.4,
 ) -> SampleTransform:
-    """The transform for training or evaluation; arguments are named as timm's, and take `resolve_data_config`'s dict.
+    """The transform for training or evaluation; arguments are named as timm's, and take
+    `resolve_data_config`'s dict.
 
-    Evaluation is timm's own transform: the shorter side is resized to input_size / crop_pct, and the centre cut out.
+    Evaluation is timm's own transform: the shorter side is resized to input_size / crop_pct, and
+    the centre cut out.
 
     Args:
         input_size: One side, (height, width), or (channels, height, width).
         is_training: Whether to augment.
-        augment: For training: 'none'; 'light', a random shift by up to an eighth of the side (4 pixels at 32) and
-            flips; 'cifar', that and one rectangle cut out half of the time; 'imagenet', a random resized crop, flips
-            and colour jitter; 'auto', 'light' up to 64 pixels and 'imagenet' above. Or an albumentations `Compose`,
-            or a .json or .yaml file written by `albumentations.save`, which then does all resizing itself.
+        augment: For training: 'none'; 'light', a random shift by up to an eighth of the side (4
+            pixels at 32) and flips; 'cifar', that and one rectangle cut out half of the time;
+            'imagenet', a random resized crop, flips and colour jitter; 'auto', 'light' up to 64
+            pixels and 'imagenet' above. Or an albumentations `Compose`, or a .json or .yaml file
+            written by `albumentations.save`, which then does all resizing itself.
         mean: Mean of each channel.
         std: Standard deviation of each channel.
-        interpolation: 'bilinear', 'bicubic', 'nearest' or 'lanczos'; 'random' (training) is one of the first two.
-        crop_pct: What part of the resized image evaluation keeps; None is 1 up to 64 pixels, else timm's 0.875. Note
-            that `resolve_data_config` fills in the model's, also for small images.
+        interpolation: 'bilinear', 'bicubic', 'nearest' or 'lanczos'; 'random' (training) is one of
+            the first two.
+        crop_pct: What part of the resized image evaluation keeps; None is 1 up to 64 pixels, else
+            timm's 0.875. Note that `resolve_data_config` fills in the model's, also for small
+            images.
         crop_mode: timm's 'center', 'squash' or 'border'.
         scale: Range of the share of the area that 'imagenet' cuts out.
         ratio: Range of the aspect ratio of what 'imagenet' cuts out.
@@ -244,7 +280,8 @@ def create_transform(
         A callable for uint8 arrays (H, W, C), and for a sample's key: see :class:`SampleTransform`.
 
     Raises:
-        ValueError: For an unknown augmentation or interpolation, or a mean that does not fit the channels.
+        ValueError: For an unknown augmentation or interpolation, or a mean that does not fit the
+            channels.
 
     Example:
         >>> transform = create_transform((3, 32, 32), is_training=True, augment='cifar')
@@ -253,14 +290,22 @@ def create_transform(
     """
     from timm.data import create_transform as create_timm_transform
 
-    sides = (input_size, input_size) if isinstance(input_size, int) else tuple(int(side) for side in input_size)
+    sides = (
+        (input_size, input_size)
+        if isinstance(input_size, int)
+        else tuple(int(side) for side in input_size)
+    )
     if len(sides) not in (2, 3) or min(sides) < 1:
-        raise ValueError(f"input_size must be a side, (height, width) or (channels, height, width), not {input_size}")
+        raise ValueError(
+            f"input_size must be a side, (height, width) or (channels, height, width), not {input_size}"
+        )
     size = (sides[-2], sides[-1])
     channels = sides[0] if len(sides) == 3 else len(tuple(mean))
     mean, std = _match_mean(mean, channels, "mean"), _match_mean(std, channels, "std")
     if interpolation not in _INTERPOLATIONS and interpolation != "random":
-        raise ValueError(f'no interpolation {interpolation!r}; it is {", ".join(_INTERPOLATIONS)} or random')
+        raise ValueError(
+            f"no interpolation {interpolation!r}; it is {', '.join(_INTERPOLATIONS)} or random"
+        )
     if crop_pct is None:
         crop_pct = 1.0 if max(size) <= _SMALL else DEFAULT_CROP_PCT
 
@@ -270,14 +315,21 @@ def create_transform(
         if isinstance(augment, str) and augment == "auto":
             augment = "light" if max(size) <= _SMALL else "imagenet"
         if isinstance(augment, str) and augment in AUGMENTS:
-            options = {"scale": scale, "ratio": ratio, "hflip": hflip, "vflip": vflip, "color_jitter": color_jitter}
+            options = {
+                "scale": scale,
+                "ratio": ratio,
+                "hflip": hflip,
+                "vflip": vflip,
+                "color_jitter": color_jitter,
+            }
             compose = _built_in(augment, size, mean, {**options, "interpolation": interpolation})
             resize = augment != "imagenet"
         else:
             compose, resize = _load_compose(augment), False
     geometry = None
     if resize:
-        # The same PIL resizing in training and evaluation; normalize=False keeps uint8 for what comes after.
+        # The same PIL resizing in training and evaluation; normalize=False keeps uint8 for what
+        # comes after.
         geometry = create_timm_transform(
             size,
             is_training=False,

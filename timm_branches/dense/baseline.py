@@ -9,7 +9,8 @@ __all__ = ["PixelBaseline"]
 
 
 class PixelBaseline:
-    """Logistic regression on a pixel's own colour (and height in the image), squares and products: no neighbourhood.
+    """Logistic regression on a pixel's own colour (and height in the image), squares and products:
+    no neighbourhood.
 
     Args:
         data: Training images and masks, as they are.
@@ -17,7 +18,8 @@ class PixelBaseline:
         height: Whether it knows the pixel's row, from 0 at the top to 1.
         pixels: How many to learn from, drawn at random, as many from each image.
 
-    Shapes: images (B, C, H, W) -> log-probabilities (B, num_classes, H, W); a class that no pixel has stays near 0.
+    Shapes: images (B, C, H, W) -> log-probabilities (B, num_classes, H, W); a class that no pixel
+        has stays near 0.
 
     Raises:
         ImportError: scikit-learn is not installed.
@@ -43,8 +45,11 @@ class PixelBaseline:
             where = rng.choice(where, min(len(where), -(-pixels // len(data))), replace=False)
             features.append(self.features(image)[where])
             labels.append(mask.flatten().numpy()[where])
-        self.model = make_pipeline(PolynomialFeatures(2, include_bias=False), StandardScaler(),
-                                   LogisticRegression(max_iter=1000))
+        self.model = make_pipeline(
+            PolynomialFeatures(2, include_bias=False),
+            StandardScaler(),
+            LogisticRegression(max_iter=1000),
+        )
         self.model.fit(np.concatenate(features), np.concatenate(labels))
 
     def features(self, image: torch.Tensor) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Losses of dense outputs: a class for each pixel (segmentation), or a value (restoration).
 
-All are functions of logits or images (B, C, H, W), computed in float32 at least, and scalars that are 0 with zero
-gradients, never NaN, where no pixel is labelled.
+All are functions of logits or images (B, C, H, W), computed in float32 at least, and scalars that
+are 0 with zero gradients, never NaN, where no pixel is labelled.
 """
 
 import inspect
@@ -11,35 +11,50 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from timm_branches.hierarchy.losses import level_cross_entropy
 
-__all__ = ["charbonnier_loss", "dice_loss", "get_dense_loss", "median_frequency_weights", "pixel_cross_entropy"]
+__all__ = [
+    "charbonnier_loss",
+    "dice_loss",
+    "get_dense_loss",
+    "median_frequency_weights",
+    "pixel_cross_entropy",
+]
 
 
-def pixel_cross_entropy(logits: Tensor, target: Tensor, ignore_index: int = -1, class_weights: Tensor | None = None,
-                        label_smoothing: float = 0.0, share: bool = False) -> Tensor:
-    """Cross-entropy of each labelled pixel, averaged over them; torch's own is NaN where no pixel is labelled.
+def pixel_cross_entropy(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    ignore_index: int = -1,
+    class_weights: torch.Tensor | None = None,
+    label_smoothing: float = 0.0,
+    share: bool = False,
+) -> torch.Tensor:
+    """Cross-entropy of each labelled pixel, averaged over them; torch's own is NaN where no pixel
+    is labelled.
 
-    One channel is a binary mask: its logit z counts as the logits (0, z) of background and foreground, which makes this
+    One channel is a binary mask: its logit z counts as the logits (0, z) of background and
+        foreground, which makes this
     the binary cross-entropy.
 
     Args:
         logits: (B, K, H, W).
         target: (B, H, W) class indices, for one channel 0 and 1.
-        ignore_index: The value of pixels that do not count, such as 255 or 11 in some data sets; -1 never does.
-        class_weights: (K,) from 0 upwards, two for a binary mask; the mean is torch's weighted mean.
+        ignore_index: The value of pixels that do not count, such as 255 or 11 in some data sets; -1
+            never does.
+        class_weights: (K,) from 0 upwards, two for a binary mask; the mean is torch's weighted
+            mean.
         label_smoothing: As torch's.
-        share: Average over the labelled pixels of all processes, so that DDP's mean over processes is the mean over
-            the global batch.
+        share: Average over the labelled pixels of all processes, so that DDP's mean over processes
+            is the mean over the global batch.
 
     Returns:
         A scalar.
 
     Raises:
-        ValueError: Shapes do not fit, or, on the CPU (elsewhere the check would wait for the device), a value of the
-            mask is neither a class nor ignored.
+        ValueError: Shapes do not fit, or, on the CPU (elsewhere the check would wait for the
+            device), a value of the mask is neither a class nor ignored.
 
     Example:
         >>> logits = torch.tensor([[[[0., 9.]], [[0., 1.]]]])  # two classes, 1x2 pixels
@@ -53,22 +68,30 @@ def pixel_cross_entropy(logits: Tensor, target: Tensor, ignore_index: int = -1, 
     return level_cross_entropy(rows, labels.flatten(), label_smoothing, class_weights, share)
 
 
-def dice_loss(logits: Tensor, target: Tensor, ignore_index: int = -1, smooth: float = 1.0) -> Tensor:
+def dice_loss(
+    logits: torch.Tensor, target: torch.Tensor, ignore_index: int = -1, smooth: float = 1.0
+) -> torch.Tensor:
     """Soft Dice loss: one minus the mean over classes of the overlap of probabilities and labels.
 
-    L = 1 - mean over classes k of (2 sum p_k g_k + smooth) / (sum p_k + sum g_k + smooth), where p is the softmax, g
-    is 1 at labelled pixels of class k and 0 at others, and sums run over all labelled pixels of the batch. One channel
+    L = 1 - mean over classes k of (2 sum p_k g_k + smooth) / (sum p_k + sum g_k + smooth), where p
+    is the softmax, g is 1 at labelled pixels of class k and 0 at others, and sums run over all
+    labelled pixels of the batch. One channel
     is a binary mask: p is its sigmoid, and the foreground the only class.
 
-    A class that no pixel of the batch is labelled with is left out of the mean: it has no overlap to gain, and pixels
-    that it is wrongly given are missing at the classes that they belong to. A binary mask has no such other class: of
-    a batch without foreground the loss is 1 - smooth / (sum p + smooth), which pushes the foreground down.
+    A class that no pixel of the batch is labelled with is left out of the mean: it has no overlap
+        to gain, and pixels
+    that it is wrongly given are missing at the classes that they belong to. A binary mask has no
+    such other class: of a batch without foreground the loss is 1 - smooth / (sum p + smooth), which
+    pushes the foreground down.
 
-    Sums are over this process's batch: under DDP the mean over processes is not the Dice loss of the global batch.
+    Sums are over this process's batch: under DDP the mean over processes is not the Dice loss of
+    the global batch.
 
-    Sources: Milletari et al., "V-Net", 3DV 2016 (arXiv 1606.04797), section 3, who square the terms of the denominator;
-    without squares, and for classes, Sudre et al., "Generalised Dice overlap as a deep learning loss function for
-    highly unbalanced segmentations", DLMIA 2017 (arXiv 1707.03237), DL_2, here without class weights.
+    Sources: Milletari et al., "V-Net", 3DV 2016 (arXiv 1606.04797), section 3, who square the terms
+        of the denominator;
+    without squares, and for classes, Sudre et al., "Generalised Dice overlap as a deep learning
+    loss function for highly unbalanced segmentations", DLMIA 2017 (arXiv 1707.03237), DL_2, here
+    without class weights.
 
     Args:
         logits: (B, K, H, W).
@@ -95,7 +118,9 @@ def dice_loss(logits: Tensor, target: Tensor, ignore_index: int = -1, smooth: fl
     logits = torch.where(known, _at_least_float32(logits), 0)
     binary = logits.shape[1] == 1
     p = (logits.sigmoid() if binary else logits.softmax(1)) * known
-    classes = torch.arange(1, 2, device=p.device) if binary else torch.arange(p.shape[1], device=p.device)
+    classes = (
+        torch.arange(1, 2, device=p.device) if binary else torch.arange(p.shape[1], device=p.device)
+    )
     g = (labels == classes.view(1, -1, 1, 1)).to(p.dtype)
     overlap, mass, size = (x.sum((0, 2, 3)) for x in (p * g, p, g))
     bottom = mass + size + smooth
@@ -104,16 +129,20 @@ def dice_loss(logits: Tensor, target: Tensor, ignore_index: int = -1, smooth: fl
     return ((1 - score) * counts).sum() / counts.sum().clamp(min=1)
 
 
-def charbonnier_loss(output: Tensor, target: Tensor, eps: float = 1e-3) -> Tensor:
-    """Charbonnier loss, an L1 loss that is smooth at 0: the mean of sqrt((output - target)^2 + eps^2).
+def charbonnier_loss(output: torch.Tensor, target: torch.Tensor, eps: float = 1e-3) -> torch.Tensor:
+    """Charbonnier loss, an L1 loss that is smooth at 0: the mean of sqrt((output - target)^2 +
+    eps^2).
 
-    Source: Lai et al., "Deep Laplacian Pyramid Networks for Fast and Accurate Super-Resolution", CVPR 2017 (arXiv
-    1704.03915), equation (2), whose eps is the default; they sum over pixels, here it is their mean.
+    Source: Lai et al., "Deep Laplacian Pyramid Networks for Fast and Accurate Super-Resolution",
+        CVPR 2017 (arXiv
+    1704.03915), equation (2), whose eps is the default; they sum over pixels, here it is their
+    mean.
 
     Args:
         output: (B, C, H, W).
         target: The same shape.
-        eps: Where the square turns into the straight line, on the images' scale; above 0, or there is no gradient at 0.
+        eps: Where the square turns into the straight line, on the images' scale; above 0, or there
+            is no gradient at 0.
 
     Returns:
         A scalar; `eps` where output and target are equal.
@@ -130,14 +159,23 @@ def charbonnier_loss(output: Tensor, target: Tensor, eps: float = 1e-3) -> Tenso
     return _compare(lambda a, b: ((a - b).square() + eps * eps).sqrt().mean(), output, target)
 
 
-def _compare(loss: Callable[[Tensor, Tensor], Tensor], output: Tensor, target: Tensor) -> Tensor:
-    """A loss of two images; torch would broadcast a grey one against a coloured one with a mere warning."""
+def _compare(
+    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    output: torch.Tensor,
+    target: torch.Tensor,
+) -> torch.Tensor:
+    """A loss of two images.
+
+    Torch would broadcast a grey one against a coloured one with a mere warning.
+    """
     if output.shape != target.shape:
-        raise ValueError(f"output {tuple(output.shape)} and target {tuple(target.shape)} must have one shape")
+        raise ValueError(
+            f"output {tuple(output.shape)} and target {tuple(target.shape)} must have one shape"
+        )
     return loss(_at_least_float32(output), _at_least_float32(target))
 
 
-_LOSSES: dict[str, tuple[Callable[..., Tensor], ...]] = {
+_LOSSES: dict[str, tuple[Callable[..., torch.Tensor], ...]] = {
     "ce": (pixel_cross_entropy,),
     "dice": (dice_loss,),
     "ce+dice": (pixel_cross_entropy, dice_loss),
@@ -147,17 +185,18 @@ _LOSSES: dict[str, tuple[Callable[..., Tensor], ...]] = {
 }
 
 
-def get_dense_loss(name: str, **settings: Any) -> Callable[..., Tensor]:
+def get_dense_loss(name: str, **settings: Any) -> Callable[..., torch.Tensor]:
     """A dense loss by name.
 
     Args:
-        name: 'ce', 'dice' or 'ce+dice' (their sum) for segmentation; 'l1', 'l2' (the mean square) or 'charbonnier' for
-            restoration.
-        **settings: What the loss takes: `ignore_index`, `class_weights`, `label_smoothing`, `smooth`, `eps`. Those of a
-            sum go to all parts that take them.
+        name: 'ce', 'dice' or 'ce+dice' (their sum) for segmentation; 'l1', 'l2' (the mean square)
+            or 'charbonnier' for restoration.
+        **settings: What the loss takes: `ignore_index`, `class_weights`, `label_smoothing`,
+            `smooth`, `eps`. Those of a sum go to all parts that take them.
 
     Returns:
-        A function of (output, target), and of `share=True` for cross-entropy under DDP, which gives a scalar.
+        A function of (output, target), and of `share=True` for cross-entropy under DDP, which gives
+        a scalar.
 
     Raises:
         ValueError: There is no such loss, or it has no such setting.
@@ -172,26 +211,36 @@ def get_dense_loss(name: str, **settings: Any) -> Callable[..., Tensor]:
     parts = []
     for function in _LOSSES[name]:
         names = set(inspect.signature(function).parameters) - {"logits", "output", "target"}
-        parts.append((function, "share" in names, {key: settings[key] for key in settings if key in names - {"share"}}))
+        parts.append(
+            (
+                function,
+                "share" in names,
+                {key: settings[key] for key in settings if key in names - {"share"}},
+            )
+        )
     unused = [key for key in settings if not any(key in takes for _, _, takes in parts)]
     if unused:
         raise ValueError(f"the dense loss {name!r} has no setting {', '.join(map(repr, unused))}")
 
-    def loss(output: Tensor, target: Tensor, share: bool = False) -> Tensor:
-        values = [function(output, target, **takes, **({"share": share} if shares else {}))
-                  for function, shares, takes in parts]
+    def loss(output: torch.Tensor, target: torch.Tensor, share: bool = False) -> torch.Tensor:
+        values = [
+            function(output, target, **takes, **({"share": share} if shares else {}))
+            for function, shares, takes in parts
+        ]
         return torch.stack(values).sum()
 
     return loss
 
 
-def median_frequency_weights(masks: Iterable[Tensor], num_classes: int) -> Tensor:
+def median_frequency_weights(masks: Iterable[torch.Tensor], num_classes: int) -> torch.Tensor:
     """Weights of classes for cross-entropy that let rare ones count: median frequency balancing.
 
-    The weight of class k is median(f) / f_k. The frequency f_k is the number of its pixels divided by that of all
-    labelled pixels in the masks where it occurs. A class that occurs nowhere has weight 0.
+    The weight of class k is median(f) / f_k. The frequency f_k is the number of its pixels divided
+    by that of all labelled pixels in the masks where it occurs. A class that occurs nowhere has
+    weight 0.
 
-    Source: Eigen and Fergus, "Predicting Depth, Surface Normals and Semantic Labels with a Common Multi-Scale
+    Source: Eigen and Fergus, "Predicting Depth, Surface Normals and Semantic Labels with a Common
+        Multi-Scale
     Convolutional Architecture", ICCV 2015 (arXiv 1411.4734), section 4.3.2.
 
     Args:
@@ -214,11 +263,13 @@ def median_frequency_weights(masks: Iterable[Tensor], num_classes: int) -> Tenso
     return (frequency.nanmedian() / frequency).nan_to_num(0)
 
 
-def _labels(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+def _labels(logits: torch.Tensor, target: torch.Tensor, ignore_index: int) -> torch.Tensor:
     """Labels (B, H, W) whose ignored pixels are -1."""
     if logits.ndim != 4 or target.shape != (len(logits), *logits.shape[2:]):
-        raise ValueError(f"logits must be (B, K, H, W) and the mask (B, H, W), got {tuple(logits.shape)} and "
-                         f"{tuple(target.shape)}")
+        raise ValueError(
+            f"logits must be (B, K, H, W) and the mask (B, H, W), got {tuple(logits.shape)} and "
+            f"{tuple(target.shape)}"
+        )
     if target.is_floating_point():
         raise ValueError(f"the mask must hold class indices (integers), got {target.dtype}")
     classes = max(2, logits.shape[1])
@@ -229,10 +280,12 @@ def _labels(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
     if labels.device.type == "cpu" and labels.numel():
         low, high = (int(value) for value in labels.aminmax())
         if high >= classes or low < -1:
-            raise ValueError(f"the mask holds {high if high >= classes else low}: neither one of the {classes} classes "
-                             f"from 0 on, nor -1, nor ignore_index={ignore_index}")
+            raise ValueError(
+                f"the mask holds {high if high >= classes else low}: neither one of the {classes} classes "
+                f"from 0 on, nor -1, nor ignore_index={ignore_index}"
+            )
     return labels
 
 
-def _at_least_float32(tensor: Tensor) -> Tensor:
+def _at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

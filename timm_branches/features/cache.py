@@ -1,4 +1,6 @@
-"""Features of a frozen backbone, computed once, kept in safetensors files and read in every epoch."""
+"""Features of a frozen backbone, computed once, kept in safetensors files and read in every
+epoch.
+"""
 
 import copy
 import hashlib
@@ -30,9 +32,11 @@ __all__ = ["FeatureDataset", "cache_features"]
 
 
 class FeatureDataset(Dataset):
-    """Features instead of images, with the labels of the dataset they were computed from. Made by `cache_features`.
+    """Features instead of images, with the labels of the dataset they were computed from. Made by
+    `cache_features`.
 
-    Files are mapped into memory when they are first read, in each worker process by itself; none stays open.
+    Files are mapped into memory when they are first read, in each worker process by itself; none
+    stays open.
 
     Args:
         place: Folder of the files.
@@ -80,8 +84,9 @@ class FeatureDataset(Dataset):
             self._opened[number] = read_shard(self.place, self._shards[number], self.width)
         rows, ends = self._opened[number]
         row = item - self._starts[number]
-        found = rows[row] if ends is None else rows[ends[row]:ends[row + 1]]
-        return found.clone(), self.source.labels[index]  # a copy: what is done to it must not reach the next epoch
+        found = rows[row] if ends is None else rows[ends[row] : ends[row + 1]]
+        # a copy: what is done to it must not reach the next epoch
+        return found.clone(), self.source.labels[index]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_opened": {}}  # a spawned worker maps the files itself
@@ -108,42 +113,55 @@ class FeatureDataset(Dataset):
         self._epoch.fill_(epoch)
 
 
-def cache_features(model: BranchModel, dataset: HierarchicalDataset, folder: "str | os.PathLike", views: int = 1,
-                   dtype: torch.dtype | None = None, batch_size: int = 64, num_workers: int = 0,
-                   verify: bool = False) -> FeatureDataset:
-    """Compute what a frozen model's heads read of each sample, or take it from files that were computed before.
+def cache_features(
+    model: BranchModel,
+    dataset: HierarchicalDataset,
+    folder: "str | os.PathLike",
+    views: int = 1,
+    dtype: torch.dtype | None = None,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    verify: bool = False,
+) -> FeatureDataset:
+    """Compute what a frozen model's heads read of each sample, or take it from files that were
+    computed before.
 
-    Files belong to a fingerprint of backbone, weights and BatchNorm's statistics, taps, preprocessing, samples, seed,
-    views and dtype, and lie in a folder of their own below `folder`. If there is none for this fingerprint, the
-    features are computed into a new one, and a warning says in what they differ from those that are there; these stay
-    until somebody deletes them. Labels do not belong to it: they come from the dataset, so they may change.
+    Files belong to a fingerprint of backbone, weights and BatchNorm's statistics, taps,
+    preprocessing, samples, seed, views and dtype, and lie in a folder of their own below `folder`.
+    If there is none for this fingerprint, the features are computed into a new one, and a warning
+    says in what they differ from those that are there; these stay until somebody deletes them.
+    Labels do not belong to it: they come from the dataset, so they may change.
 
-    A computation that was interrupted goes on where it was, file by file, in the next call. Among several processes
-    (DDP) the first computes and the others wait; all must see the folder.
+    A computation that was interrupted goes on where it was, file by file, in the next call. Among
+    several processes (DDP) the first computes and the others wait; all must see the folder.
 
-    Features of a sample take `F * itemsize * views` bytes on the disk, for clips as often as there are frames. F counts
-    C for each tap whose heads pool first ('avg', 'max', 'avgmax'), C * H * W else: of resnet18's stages 3 to 5 at
-    224 px 896 or 175,616 numbers.
+    Features of a sample take `F * itemsize * views` bytes on the disk, for clips as often as there
+    are frames. F counts C for each tap whose heads pool first ('avg', 'max', 'avgmax'), C * H * W
+    else: of resnet18's stages 3 to 5 at 224 px 896 or 175,616 numbers.
 
     Args:
-        model: A frozen model; it is put into eval mode meanwhile. What augments in its heads (dropout) still does.
+        model: A frozen model; it is put into eval mode meanwhile. What augments in its heads
+            (dropout) still does.
         dataset: The images or clips, with the training transform if there are to be several views.
         folder: Where to keep the files. Training and validation data have one each.
-        views: Augmented views V of each sample: those of the epochs 0 to V - 1. Epoch e reads view e % V.
-        dtype: How features are stored; None keeps them as they are, torch.float16 or torch.bfloat16 halves the files.
-        batch_size: Images or clips to compute at once; of clips `model.frames_per_pass` frames, if it is set.
+        views: Augmented views V of each sample: those of the epochs 0 to V - 1. Epoch e reads view
+            e % V.
+        dtype: How features are stored; None keeps them as they are, torch.float16 or torch.bfloat16
+            halves the files.
+        batch_size: Images or clips to compute at once; of clips `model.frames_per_pass` frames, if
+            it is set.
         num_workers: Worker processes that load images.
-        verify: Read the files that are there once, to check that they hold what was written. Their sizes are always
-            checked.
+        verify: Read the files that are there once, to check that they hold what was written. Their
+            sizes are always checked.
 
     Returns:
-        A dataset of the same length with features (F,), of clips (T, F), in place of images. A loader of clips'
-        features needs `collate_fn=collate_clips`.
+        A dataset of the same length with features (F,), of clips (T, F), in place of images. A
+        loader of clips' features needs `collate_fn=collate_clips`.
 
     Raises:
-        ValueError: The backbone is not wholly frozen, a head is a decoder, a setting has no effect, maps are of another
-            size than the model was made for, values do not fit dtype, the transform does not say what it does, or a
-            file is damaged.
+        ValueError: The backbone is not wholly frozen, a head is a decoder, a setting has no effect,
+            maps are of another size than the model was made for, values do not fit dtype, the
+            transform does not say what it does, or a file is damaged.
 
     Example:
         >>> from timm_branches import create_branch_model
@@ -158,19 +176,27 @@ def cache_features(model: BranchModel, dataset: HierarchicalDataset, folder: "st
     """
     check_frozen(model)
     if not isinstance(dataset, HierarchicalDataset) or not len(dataset):
-        raise ValueError(f"expected a HierarchicalDataset or ClipDataset with samples, not {type(dataset).__name__} of "
-                         f"{len(dataset)}; what says which samples these are is fingerprinted.")
+        raise ValueError(
+            f"expected a HierarchicalDataset or ClipDataset with samples, not {type(dataset).__name__} of "
+            f"{len(dataset)}; what says which samples these are is fingerprinted."
+        )
     if views < 1:
         raise ValueError(f"views must be at least 1, got {views}.")
     if views > 1 and not may_augment(dataset):
-        raise ValueError(f"views={views} has no effect: the dataset's transform does not augment, so that all views "
-                         "were the same. Take views=1, or create_transform(..., is_training=True).")
+        raise ValueError(
+            f"views={views} has no effect: the dataset's transform does not augment, so that all views "
+            "were the same. Take views=1, or create_transform(..., is_training=True)."
+        )
     own = next(model.backbone.parameters()).dtype
     dtype = own if dtype is None else dtype
     if not dtype.is_floating_point:
-        raise ValueError(f"dtype={dtype} cannot hold features: take torch.float16, torch.bfloat16 or torch.float32.")
+        raise ValueError(
+            f"dtype={dtype} cannot hold features: take torch.float16, torch.bfloat16 or torch.float32."
+        )
     facts = fingerprint(model, dataset, views, dtype)
-    place = Path(folder) / hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+    place = (
+        Path(folder) / hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+    )
 
     def compute() -> None:
         if read_index(place / INDEX) is None:
@@ -180,8 +206,10 @@ def cache_features(model: BranchModel, dataset: HierarchicalDataset, folder: "st
     _on_first_process(compute)
     index = read_index(place / INDEX)
     if index is None:
-        raise ValueError(f"{place / INDEX} is not there, though the first process computed the features: processes "
-                         "must see the same folder and have the same weights and data.")
+        raise ValueError(
+            f"{place / INDEX} is not there, though the first process computed the features: processes "
+            "must see the same folder and have the same weights and data."
+        )
     if index["fingerprint"] != facts:
         raise ValueError(f"{place} holds other features than its name says: delete it.")
     check_shards(place, index, verify)
@@ -190,13 +218,19 @@ def cache_features(model: BranchModel, dataset: HierarchicalDataset, folder: "st
 
 def _warn(folder: Path, place: Path, facts: dict[str, Any], dataset: HierarchicalDataset) -> None:
     """Say what will be computed anew and why, and what a single view of augmented images means."""
-    others = {path.parent: index["fingerprint"] for path in folder.glob(f"*/{INDEX}")
-              if (index := read_index(path, strict=False))}
+    others = {
+        path.parent: index["fingerprint"]
+        for path in folder.glob(f"*/{INDEX}")
+        if (index := read_index(path, strict=False))
+    }
     if others:
         nearest = min(others, key=lambda path: len(differences(others[path], facts)))
-        warnings.warn(f"the features in {nearest} are stale, they differ in: "
-                      f"{', '.join(differences(others[nearest], facts))}. New ones are computed into {place}; delete "
-                      "what is not needed any more.", stacklevel=5)
+        warnings.warn(
+            f"the features in {nearest} are stale, they differ in: "
+            f"{', '.join(differences(others[nearest], facts))}. New ones are computed into {place}; delete "
+            "what is not needed any more.",
+            stacklevel=5,
+        )
     if facts["views"] == 1 and may_augment(dataset):
         epoch = dataset.epoch
         try:
@@ -205,29 +239,48 @@ def _warn(folder: Path, place: Path, facts: dict[str, Any], dataset: Hierarchica
             for other in range(1, 8):
                 dataset.set_epoch(other)
                 if not torch.equal(dataset[0][0], first):
-                    warnings.warn("views=1 of a dataset that augments: each epoch will see the same augmented images. "
-                                  "Take more views, or a transform without augmentation.", stacklevel=5)
+                    warnings.warn(
+                        "views=1 of a dataset that augments: each epoch will see the same augmented images. "
+                        "Take more views, or a transform without augmentation.",
+                        stacklevel=5,
+                    )
                     break
         finally:
             dataset.set_epoch(epoch)
 
 
-def _compute(model: BranchModel, dataset: HierarchicalDataset, writer: ShardWriter, dtype: torch.dtype,
-             batch_size: int, num_workers: int) -> None:
+def _compute(
+    model: BranchModel,
+    dataset: HierarchicalDataset,
+    writer: ShardWriter,
+    dtype: torch.dtype,
+    batch_size: int,
+    num_workers: int,
+) -> None:
     """Write the features that are missing: all samples of view 0, then of view 1, and so on."""
     size, views, done = len(dataset), writer.index["fingerprint"]["views"], writer.done
     epoch, was_training = dataset.epoch, model.training
     data = copy.copy(dataset)
     if isinstance(data, ClipDataset):
-        data.strict = True  # a clip in the place of one that cannot be read would have its own label
+        # a clip in the place of one that cannot be read would have its own label
+        data.strict = True
     model.eval()
     try:
-        with tqdm(total=views * size, initial=done, unit="sample", desc="features", disable=None) as bar:
+        with tqdm(
+            total=views * size, initial=done, unit="sample", desc="features", disable=None
+        ) as bar:
             for view in range(done // size, views):
                 data.set_epoch(view)
                 part = Part(data, range(max(0, done - view * size), size))
-                for inputs in create_loader(part, batch_size, num_workers=num_workers, rank=0, world_size=1,
-                                            persistent_workers=False, collate_fn=_inputs):
+                for inputs in create_loader(
+                    part,
+                    batch_size,
+                    num_workers=num_workers,
+                    rank=0,
+                    world_size=1,
+                    persistent_workers=False,
+                    collate_fn=_inputs,
+                ):
                     rows = _features(model, inputs, dtype)
                     writer.add(rows, [len(x) for x in inputs] if inputs[0].ndim == 4 else None)
                     bar.update(len(inputs))
@@ -243,13 +296,19 @@ def _inputs(samples: Sequence[tuple[torch.Tensor, Any]]) -> list[torch.Tensor]:
 
 @torch.no_grad()
 def _features(model: BranchModel, inputs: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-    """Features (N, F) of images (C, H, W), or of all frames of clips (T, C, H, W) one after the other."""
+    """Features (N, F) of images (C, H, W), or of all frames of clips (T, C, H, W) one after the
+    other.
+    """
     is_clip = inputs[0].ndim == 4
     if not is_clip and model._temporal:
-        raise ValueError(f"the heads {sorted(model._temporal)} read clips, the dataset has images: make a ClipDataset.")
+        raise ValueError(
+            f"the heads {sorted(model._temporal)} read clips, the dataset has images: make a ClipDataset."
+        )
     sizes = {tuple(x.shape[1:] if is_clip else x.shape) for x in inputs}
     if len(sizes) > 1:
-        raise ValueError(f"samples of a batch have the shapes {sorted(sizes)}; a transform makes them equal.")
+        raise ValueError(
+            f"samples of a batch have the shapes {sorted(sizes)}; a transform makes them equal."
+        )
     like = next(model.backbone.parameters())
     frames = (torch.cat(inputs) if is_clip else torch.stack(inputs)).to(like.device, like.dtype)
     layout, _ = feature_layout(model)
@@ -262,16 +321,20 @@ def _features(model: BranchModel, inputs: list[torch.Tensor], dtype: torch.dtype
             y = found if isinstance(found, torch.Tensor) else found[feature.position]
             y = y if feature.pool is None else feature.pool(y)[:, :, None, None]
             if y.shape[1:] != feature.shape:
-                raise ValueError(f"the map at {key} is {tuple(y.shape[1:])} for images of {tuple(images.shape[1:])}, "
-                                 f"but {feature.shape} at the size that the model was made for, "
-                                 f"{model.input_size}: make the model with img_size=, or transform images to that.")
+                raise ValueError(
+                    f"the map at {key} is {tuple(y.shape[1:])} for images of {tuple(images.shape[1:])}, "
+                    f"but {feature.shape} at the size that the model was made for, "
+                    f"{model.input_size}: make the model with img_size=, or transform images to that."
+                )
             columns.append(y.flatten(1))
         parts.append(torch.cat(columns, 1).cpu())
     rows = torch.cat(parts)
     stored = rows.to(dtype)
     if rows.isfinite().all() and not stored.isfinite().all():
-        raise ValueError(f"features up to {float(rows.abs().max()):.3g} do not fit {dtype}: take torch.bfloat16, or "
-                         "leave out dtype=.")
+        raise ValueError(
+            f"features up to {float(rows.abs().max()):.3g} do not fit {dtype}: take torch.bfloat16, or "
+            "leave out dtype=."
+        )
     return stored
 
 

@@ -12,7 +12,13 @@ import torch
 
 from timm_branches.data.clips.sources import ArrayClips, FileClips
 from timm_branches.data.datasets import HierarchicalDataset
-from timm_branches.data.images import ArrayImages, FileImages, PackedImages, TarImages, is_image_name
+from timm_branches.data.images import (
+    ArrayImages,
+    FileImages,
+    PackedImages,
+    TarImages,
+    is_image_name,
+)
 from timm_branches.data.transforms import SampleTransform
 from timm_branches.features.heads_only import feature_layout
 from timm_branches.model import BranchModel
@@ -21,11 +27,14 @@ from timm_branches.weights import digest_tensors
 __all__ = ["differences", "fingerprint", "may_augment"]
 
 _FORMAT = 1  # of the files; another one makes what was written before stale
-_OF_HEADS = ("taps", "head", "names", "num_classes", "taxonomy", "drop_rate")  # taps are told apart by what is read
+# taps are told apart by what is read
+_OF_HEADS = ("taps", "head", "names", "num_classes", "taxonomy", "drop_rate")
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 
-def fingerprint(model: BranchModel, dataset: HierarchicalDataset, views: int, dtype: torch.dtype) -> dict[str, Any]:
+def fingerprint(
+    model: BranchModel, dataset: HierarchicalDataset, views: int, dtype: torch.dtype
+) -> dict[str, Any]:
     """All that a sample's features depend on, JSON-safe. Labels and heads are not among it.
 
     Files count as the same as long as path, size and time of change are; what is in memory is read.
@@ -35,8 +44,10 @@ def fingerprint(model: BranchModel, dataset: HierarchicalDataset, views: int, dt
         FileNotFoundError: A file of the dataset is gone.
     """
     features, _ = feature_layout(model)
-    tensors = {name: tensor.detach().cpu() for name, tensor in (*model.backbone.named_parameters(),
-                                                                *model.backbone.named_buffers())}
+    tensors = {
+        name: tensor.detach().cpu()
+        for name, tensor in (*model.backbone.named_parameters(), *model.backbone.named_buffers())
+    }
     options = {key: value for key, value in model.config.items() if key not in _OF_HEADS}
     ids = dataset.sample_ids.numpy()
     facts = {
@@ -54,7 +65,8 @@ def fingerprint(model: BranchModel, dataset: HierarchicalDataset, views: int, dt
         "views": views,
         "dtype": str(dtype).removeprefix("torch."),
     }
-    return json.loads(_ADDRESS.sub("", json.dumps(facts, default=repr)))  # as it is read back from a file
+    # as it is read back from a file
+    return json.loads(_ADDRESS.sub("", json.dumps(facts, default=repr)))
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
@@ -68,7 +80,9 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def may_augment(dataset: HierarchicalDataset) -> bool:
-    """Whether samples can differ from epoch to epoch, as far as that can be told without reading any."""
+    """Whether samples can differ from epoch to epoch, as far as that can be told without reading
+    any.
+    """
     sampler = getattr(dataset, "sampler", None)
     draws = sampler is not None and sampler.is_training and sampler.num_frames is not None
     transform = dataset.transform
@@ -77,26 +91,40 @@ def may_augment(dataset: HierarchicalDataset) -> bool:
 
 def _preprocessing(dataset: HierarchicalDataset) -> dict[str, Any]:
     transform: Any = dataset.transform
-    facts: dict[str, Any] = {"frames": repr(getattr(dataset, "sampler", None)),
-                             "in_chans": getattr(dataset.images, "in_chans", None)}
+    facts: dict[str, Any] = {
+        "frames": repr(getattr(dataset, "sampler", None)),
+        "in_chans": getattr(dataset.images, "in_chans", None),
+    }
     if isinstance(transform, SampleTransform):
         try:
             compose = None if transform.compose is None else transform.compose.to_dict()
         except (ValueError, NotImplementedError) as error:  # e.g. a Lambda without a name
-            raise ValueError(f"the augmentation cannot be told from another one: {error}") from error
-        facts |= {"size": transform.size, "mean": transform.mean.flatten().tolist(),
-                  "std": transform.std.flatten().tolist(), "keeps_exact": transform.keeps_exact,
-                  "geometry": repr(transform.geometry), "compose": compose}
+            raise ValueError(
+                f"the augmentation cannot be told from another one: {error}"
+            ) from error
+        facts |= {
+            "size": transform.size,
+            "mean": transform.mean.flatten().tolist(),
+            "std": transform.std.flatten().tolist(),
+            "keeps_exact": transform.keeps_exact,
+            "geometry": repr(transform.geometry),
+            "compose": compose,
+        }
     else:
         facts["transform"] = repr(transform)
     if _ADDRESS.search(json.dumps(facts, default=repr)):
-        raise ValueError(f"the transform {transform!r} cannot be told from another one in a later run: make it with "
-                         "create_transform, or give it a __repr__ that says what it does.")
+        raise ValueError(
+            f"the transform {transform!r} cannot be told from another one in a later run: make it with "
+            "create_transform, or give it a __repr__ that says what it does."
+        )
     return facts
 
 
 def _data(images: Any, ids: np.ndarray) -> str:
-    """Checksum of what identifies these samples: of files their path, size and time of change, else their content."""
+    """Checksum of what identifies these samples.
+
+    Of files their path, size and time of change, else their content.
+    """
     digest = hashlib.sha256()
     inner = images.images if isinstance(images, ArrayImages) else images
     inner = inner.clips if isinstance(inner, ArrayClips) else inner
@@ -106,7 +134,9 @@ def _data(images: Any, ids: np.ndarray) -> str:
         if isinstance(inner, FileImages):
             digest.update(_stat(str(inner.paths[i])).encode())
         elif isinstance(inner, FileClips):
-            digest.update(f"{_stat(str(inner.paths[i]))} {inner.starts[i]} {int(inner.ends[i])}".encode())
+            digest.update(
+                f"{_stat(str(inner.paths[i]))} {inner.starts[i]} {int(inner.ends[i])}".encode()
+            )
         elif isinstance(inner, TarImages):
             digest.update(f"{inner.offsets[i]} {inner.sizes[i]} ".encode())
         else:
@@ -116,7 +146,7 @@ def _data(images: Any, ids: np.ndarray) -> str:
 
 def _content(images: Any, i: int) -> bytes:
     if isinstance(images, PackedImages):  # undecoded
-        array = images.data[images.ends[i - 1] if i else 0:images.ends[i]]
+        array = images.data[images.ends[i - 1] if i else 0 : images.ends[i]]
     else:
         image = images[i]
         array = np.asarray(image() if callable(image) else image)
@@ -127,6 +157,10 @@ def _stat(path: str) -> str:
     """A file's path, size and time of change; of a folder of frames those of its images."""
     path = os.path.abspath(path)
     if os.path.isdir(path):
-        return "".join(_stat(os.path.join(path, name)) for name in sorted(os.listdir(path)) if is_image_name(name))
+        return "".join(
+            _stat(os.path.join(path, name))
+            for name in sorted(os.listdir(path))
+            if is_image_name(name)
+        )
     stat = os.stat(path)
     return f"{path} {stat.st_size} {stat.st_mtime_ns}\n"

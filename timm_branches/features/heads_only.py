@@ -16,7 +16,8 @@ __all__ = ["Feature", "HeadsOnly", "check_frozen", "feature_layout"]
 
 
 class Feature(NamedTuple):
-    """One part of a sample's features: the map at a tap, or what heads pool it to before anything else.
+    """One part of a sample's features: the map at a tap, or what heads pool it to before anything
+    else.
 
     Attributes:
         shape: (C, H, W); H and W are 1 where it is pooled.
@@ -34,20 +35,29 @@ class Feature(NamedTuple):
 def check_frozen(model: BranchModel) -> None:
     """Raise a ValueError if any part of the backbone may change in training."""
     if not isinstance(model, BranchModel):
-        raise ValueError(f"expected a branch model, not {type(model).__name__}: take it out of DDP, compile or a task "
-                         "with base_model(task).")
+        raise ValueError(
+            f"expected a branch model, not {type(model).__name__}: take it out of DDP, compile or a task "
+            "with base_model(task)."
+        )
     if not model.frozen or any(p.requires_grad for p in model.backbone.parameters()):
-        what = "is not frozen" if model.frozen_stages is None or model.frozen else \
-            f"is frozen up to stage {model.frozen_stages} only"
-        raise ValueError(f"the backbone {what}, so that its features change in training: call model.freeze().")
+        what = (
+            "is not frozen"
+            if model.frozen_stages is None or model.frozen
+            else f"is frozen up to stage {model.frozen_stages} only"
+        )
+        raise ValueError(
+            f"the backbone {what}, so that its features change in training: call model.freeze()."
+        )
 
 
 def feature_layout(model: BranchModel) -> tuple[dict[str, Feature], list[list[str]]]:
-    """The features of a sample in the order in which they are stored, that of their names, whatever that of the heads;
-    and for each head the names of those it reads.
+    """The features of a sample in the order in which they are stored, that of their names, whatever
+    that of the heads; and for each head the names of those it reads.
 
-    A map that a head pools first is stored pooled: pooling its single pixel again changes nothing, so the head need
-    not know. ('catavgmax' would double its channels again; there the map is stored.) Heads at the same tap share it.
+    A map that a head pools first is stored pooled: pooling its single pixel again changes nothing,
+        so the head need
+    not know. ('catavgmax' would double its channels again; there the map is stored.) Heads at the
+    same tap share it.
 
     Raises:
         ValueError: A head is a decoder, which reads the images too.
@@ -56,10 +66,16 @@ def feature_layout(model: BranchModel) -> tuple[dict[str, Feature], list[list[st
     reads: list[list[str]] = []
     for name, spec, which in zip(model.names, model.head_specs, model.head_taps, strict=True):
         if spec.dense:
-            raise ValueError(f"head {name!r} ({spec.kind}) reads the images too: features alone do not feed it.")
+            raise ValueError(
+                f"head {name!r} ({spec.kind}) reads the images too: features alone do not feed it."
+            )
         head = model.head(name)
         pool = head.to_vector if isinstance(head, BranchClassifier) else None
-        if not isinstance(pool, SelectAdaptivePool2d) or pool.pool_type not in ("avg", "max", "avgmax"):
+        if not isinstance(pool, SelectAdaptivePool2d) or pool.pool_type not in (
+            "avg",
+            "max",
+            "avgmax",
+        ):
             pool = None
         reads.append([])
         for position, i in enumerate(which):
@@ -73,20 +89,24 @@ def feature_layout(model: BranchModel) -> tuple[dict[str, Feature], list[list[st
 
 
 class HeadsOnly(BranchModel):
-    """A frozen branch model that takes its backbone's features instead of images: the input of its heads.
+    """A frozen branch model that takes its backbone's features instead of images: the input of its
+    heads.
 
-    It is the same model, seen from another side, not a copy: weights, names, taxonomy and mode are shared. So it goes
-    into a task and through ``fit`` as the model does, what is trained are the model's heads, and ``save_model`` of
-    either writes the whole model.
+    It is the same model, seen from another side, not a copy: weights, names, taxonomy and mode are
+        shared. So it goes
+    into a task and through ``fit`` as the model does, what is trained are the model's heads, and
+    ``save_model`` of either writes the whole model.
 
     Args:
         model: The frozen model.
 
-    Shapes: features (B, F) -> ``{name: (B, K)}``; of clips (B, T, F) -> what the model gives for clips. F features are
+    Shapes: features (B, F) -> ``{name: (B, K)}``; of clips (B, T, F) -> what the model gives for
+        clips. F features are
     those of :func:`timm_branches.data.cache_features`.
 
     Raises:
-        ValueError: The backbone is not wholly frozen, or a head is a decoder, which reads the images too.
+        ValueError: The backbone is not wholly frozen, or a head is a decoder, which reads the
+            images too.
 
     Example:
         >>> from timm_branches import create_branch_model
@@ -103,8 +123,12 @@ class HeadsOnly(BranchModel):
         feature_layout(model)
         self.__dict__ = model.__dict__
 
-    def forward(self, x: torch.Tensor, heads: Sequence[str] | None = None,
-                lengths: "torch.Tensor | Sequence[int] | None" = None) -> dict[str, torch.Tensor]:
+    def forward(
+        self,
+        x: torch.Tensor,
+        heads: Sequence[str] | None = None,
+        lengths: "torch.Tensor | Sequence[int] | None" = None,
+    ) -> dict[str, torch.Tensor]:
         """Logits of the heads.
 
         Args:
@@ -116,27 +140,35 @@ class HeadsOnly(BranchModel):
             What the model returns for the images.
 
         Raises:
-            ValueError: Features of another model, lengths that do not fit, an unknown head, or a backbone that was
-                unfrozen.
+            ValueError: Features of another model, lengths that do not fit, an unknown head, or a
+                backbone that was unfrozen.
         """
         if not self.frozen:
-            raise ValueError("the backbone was unfrozen: features that were computed before are not its own any more. "
-                             "Train the model itself, on images.")
+            raise ValueError(
+                "the backbone was unfrozen: features that were computed before are not its own any more. "
+                "Train the model itself, on images."
+            )
         features, reads = feature_layout(self)
         widths = [math.prod(feature.shape) for feature in features.values()]
         if x.ndim not in (2, 3) or x.shape[-1] != sum(widths):
-            raise ValueError(f"expected features (B, {sum(widths)}), or (B, T, {sum(widths)}) of clips, which "
-                             f"cache_features makes for this model, got {tuple(x.shape)}.")
+            raise ValueError(
+                f"expected features (B, {sum(widths)}), or (B, T, {sum(widths)}) of clips, which "
+                f"cache_features makes for this model, got {tuple(x.shape)}."
+            )
         which = self._select(heads)
         clips = Clips(x, lengths) if x.ndim == 3 else None
         if clips is None:
             temporal = [self.names[i] for i in which if self.names[i] in self._temporal]
             if temporal or lengths is not None:
-                raise ValueError(f"{f'the heads {temporal} read' if temporal else 'lengths= belongs to'} features of "
-                                 f"clips (B, T, {sum(widths)}), got {tuple(x.shape)}.")
+                raise ValueError(
+                    f"{f'the heads {temporal} read' if temporal else 'lengths= belongs to'} features of "
+                    f"clips (B, T, {sum(widths)}), got {tuple(x.shape)}."
+                )
         rows = (x if clips is None else clips.fold(x)).to(next(self.backbone.parameters()).dtype)
-        maps = {key: part.unflatten(1, feature.shape)
-                for (key, feature), part in zip(features.items(), rows.split(widths, 1), strict=True)}
+        maps = {
+            key: part.unflatten(1, feature.shape)
+            for (key, feature), part in zip(features.items(), rows.split(widths, 1), strict=True)
+        }
         outputs = {}
         for i in which:
             name = self.names[i]

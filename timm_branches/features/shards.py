@@ -1,4 +1,7 @@
-"""The files of cached features: shards of rows in safetensors, and an index that is written when all are there."""
+"""The files of cached features.
+
+Shards of rows in safetensors, and an index that is written when all are there.
+"""
 
 import hashlib
 import json
@@ -15,26 +18,31 @@ from timm_branches.files import replace_file
 
 __all__ = ["INDEX", "ShardWriter", "check_shards", "damaged", "read_index", "read_shard"]
 
-SHARD_BYTES = 256 * 1024**2  # of one file; about three times as much memory is needed while it is written
+# of one file; about three times as much memory is needed while it is written
+SHARD_BYTES = 256 * 1024**2
 INDEX, _PARTIAL = "index.json", "partial.json"
 
 
 class ShardWriter:
-    """Writes rows of features, and the index at the end. What an interrupted one wrote is taken over.
+    """Writes rows of features, and the index at the end. What an interrupted one wrote is taken
+    over.
 
     Args:
         place: Folder of the files.
         facts: The fingerprint.
 
     Attributes:
-        index: The fingerprint, the width F of a row, and of each shard its file, samples, bytes and checksum.
+        index: The fingerprint, the width F of a row, and of each shard its file, samples, bytes and
+            checksum.
     """
 
     def __init__(self, place: Path, facts: dict[str, Any]) -> None:
         self.place = place
         index = read_index(place / _PARTIAL, strict=False)
         taken_over = index is not None and index["fingerprint"] == facts
-        self.index: dict[str, Any] = index if index and taken_over else {"fingerprint": facts, "shards": []}
+        self.index: dict[str, Any] = (
+            index if index and taken_over else {"fingerprint": facts, "shards": []}
+        )
         good = 0
         for shard in self.index["shards"]:
             path = place / shard["file"]
@@ -77,7 +85,8 @@ class ShardWriter:
         data = save(tensors)
         sha256 = hashlib.sha256(data).hexdigest()
         shards = self.index["shards"]
-        # named after its content: another process that computes the same cannot spoil what an index lists
+        # named after its content: another process that computes the same cannot spoil what an index
+        # lists
         name = f"{len(shards):05d}-{sha256[:8]}.safetensors"
         replace_file(self.place / name, lambda temporary: Path(temporary).write_bytes(data))
         shards.append({"file": name, "items": self._items, "bytes": len(data), "sha256": sha256})
@@ -104,7 +113,9 @@ def read_index(path: Path, strict: bool = True) -> dict[str, Any] | None:
 
 
 def check_shards(place: Path, index: dict[str, Any], verify: bool) -> None:
-    """Raise a ValueError that names the file if one is gone or has another size, or, on `verify`, other content."""
+    """Raise a ValueError that names the file if one is gone or has another size, or, on
+    `verify`, other content.
+    """
     for shard in index["shards"]:
         path = place / shard["file"]
         _check_size(path, shard["bytes"])
@@ -112,8 +123,11 @@ def check_shards(place: Path, index: dict[str, Any], verify: bool) -> None:
             raise damaged(path, "it does not hold what was written")
 
 
-def read_shard(place: Path, shard: dict[str, Any], width: int) -> tuple[torch.Tensor, np.ndarray | None]:
-    """The rows (N, F) of a shard, mapped into memory, and for clips where each begins and the last one ends.
+def read_shard(
+    place: Path, shard: dict[str, Any], width: int
+) -> tuple[torch.Tensor, np.ndarray | None]:
+    """The rows (N, F) of a shard, mapped into memory, and for clips where each begins and the last
+    one ends.
 
     Raises:
         ValueError: A damaged file.
@@ -135,8 +149,10 @@ def read_shard(place: Path, shard: dict[str, Any], width: int) -> tuple[torch.Te
 
 def damaged(path: Path, reason: str) -> ValueError:
     """The error to raise for a file."""
-    return ValueError(f"{path} is damaged: {reason}. Delete the folder {path.parent}, and the features are computed "
-                      "anew.")
+    return ValueError(
+        f"{path} is damaged: {reason}. Delete the folder {path.parent}, and the features are computed "
+        "anew."
+    )
 
 
 def _check_size(path: Path, size: int) -> None:

@@ -1,7 +1,8 @@
 """See the gradient, of our models and of any module.
 
 - :func:`gradient_report`: which loss reaches which stage, how strongly, and why one does not.
-- :func:`path_gradients`, :func:`frame_gradients`: through which skip of a decoder, through which frames of a clip.
+- :func:`path_gradients`, :func:`frame_gradients`: through which skip of a decoder, through which
+  frames of a clip.
 - :func:`check_model`: a check-up before a long training, in sentences.
 - :func:`conv2d_weight_grad`, :func:`diagnose_kernel_gradients`: the kernels of a convolution.
 - :func:`branch_cosines`: whether the branches pull the shared layers the same way.
@@ -25,6 +26,20 @@ from timm_branches.gradients.report import GradientReport, gradient_report
 from timm_branches.gradients.report_figures import plot_conflicts, plot_report
 from timm_branches.gradients.routes import PathGradients, path_gradients
 
-__all__ = ["Diagnosis", "FrameGradients", "GradientReport", "PathGradients", "branch_cosines", "check_model",
-           "conv2d_weight_grad", "diagnose_kernel_gradients", "frame_gradients", "gradient_report",
-           "group_by_stage", "path_gradients", "plot_conflicts", "plot_kernel_gradients", "plot_report"]
+__all__ = [
+    "Diagnosis",
+    "FrameGradients",
+    "GradientReport",
+    "PathGradients",
+    "branch_cosines",
+    "check_model",
+    "conv2d_weight_grad",
+    "diagnose_kernel_gradients",
+    "frame_gradients",
+    "gradient_report",
+    "group_by_stage",
+    "path_gradients",
+    "plot_conflicts",
+    "plot_kernel_gradients",
+    "plot_report",
+]

@@ -1,10 +1,13 @@
-"""What a model does when it is run: in eval mode, on other inputs, and in a few steps of training."""
+"""What a model does when it is run.
+
+In eval mode, on other inputs, and in a few steps of training.
+"""
 
 import copy
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from timm_branches.gradients.frames import frame_gradients
 from timm_branches.gradients.objective import Objective
@@ -16,15 +19,21 @@ __all__ = ["evaluation_problems", "input_problems", "learning_problems"]
 _RATES = (1e-3, 1e-4)  # Adam's; a network that the first one throws off course gets a second try
 
 
-def _tensors(output: Any) -> list[Tensor]:
-    if isinstance(output, Tensor):
+def _tensors(output: Any) -> list[torch.Tensor]:
+    if isinstance(output, torch.Tensor):
         return [output]
-    values = output.values() if isinstance(output, dict) else output if isinstance(output, (tuple, list)) else ()
+    values = (
+        output.values()
+        if isinstance(output, dict)
+        else output
+        if isinstance(output, (tuple, list))
+        else ()
+    )
     return [t for value in values for t in _tensors(value)]
 
 
 @torch.no_grad()
-def evaluation_problems(module: nn.Module, x: Tensor) -> list[str]:
+def evaluation_problems(module: nn.Module, x: torch.Tensor) -> list[str]:
     """Is the output in eval mode finite, and the same twice?"""
     results = []
     try:
@@ -34,19 +43,26 @@ def evaluation_problems(module: nn.Module, x: Tensor) -> list[str]:
     except Exception as error:
         return [f"the forward pass fails in eval mode: {type(error).__name__}: {error}"]
     if not all(bool(y.isfinite().all()) for y in results[0]):
-        return ["the output in eval mode is NaN or infinite, though it is finite in train mode: look at BatchNorm's "
-                "running statistics."]
+        return [
+            "the output in eval mode is NaN or infinite, though it is finite in train mode: look at BatchNorm's "
+            "running statistics."
+        ]
     if any(not torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(*results, strict=True)):
-        return ["two passes in eval mode differ: something random is left on (F.dropout without "
-                "training=self.training, a dropout that never gets eval(), torch.rand in forward())."]
+        return [
+            "two passes in eval mode differ: something random is left on (F.dropout without "
+            "training=self.training, a dropout that never gets eval(), torch.rand in forward())."
+        ]
     return []
 
 
-def input_problems(module: nn.Module, x: Tensor) -> list[str]:
-    """Does the output (in eval mode, where samples do not mix) depend on the input, and on every frame of a clip?
+def input_problems(module: nn.Module, x: torch.Tensor) -> list[str]:
+    """Does the output (in eval mode, where samples do not mix) depend on the input, and on every
+    frame of a clip?
 
-    The gradient tells what a difference in float32 would not: an LSTM may have all but forgotten the first frames.
-    Where none arrives (a frozen part run without autograd), the frame is replaced and the outputs are compared.
+    The gradient tells what a difference in float32 would not: an LSTM may have all but forgotten
+        the first frames.
+    Where none arrives (a frozen part run without autograd), the frame is replaced and the outputs
+    are compared.
     """
     frames = list(range(x.shape[1])) if x.ndim == 5 else [None]
     leaf = x.clone().requires_grad_()
@@ -55,10 +71,12 @@ def input_problems(module: nn.Module, x: Tensor) -> list[str]:
     if outputs:
         total = torch.stack([(y * torch.randn_like(y)).sum() for y in outputs]).sum()
         try:
-            grad, = torch.autograd.grad(total, leaf, allow_unused=True)
+            (grad,) = torch.autograd.grad(total, leaf, allow_unused=True)
         except RuntimeError:  # a backward pass that fails is told of by another check
             pass
-    seen = {t for t in frames if grad is not None and bool((grad if t is None else grad[:, t]).any())}
+    seen = {
+        t for t in frames if grad is not None and bool((grad if t is None else grad[:, t]).any())
+    }
     if isinstance(module, BranchModel) and x.ndim == 5 and len(seen) < len(frames):
         for name in module._temporal:
             seen |= set(frame_gradients(module, x, lambda y: y.square().sum(), head=name).seen)
@@ -66,27 +84,37 @@ def input_problems(module: nn.Module, x: Tensor) -> list[str]:
     if not unseen:
         return []
     if len(unseen) == len(frames):
-        return ["the output does not depend on the input: it is the same for any other (a bias alone makes it, as "
-                "behind a dead layer, or the input is not used)."]
-    return [f"the output does not depend on the frames {unseen} (counted from 0) of {len(frames)}: hand the "
-            "recurrence's state from frame to frame, or give it all frames at once, and read out more than the last."]
+        return [
+            "the output does not depend on the input: it is the same for any other (a bias alone makes it, as "
+            "behind a dead layer, or the input is not used)."
+        ]
+    return [
+        f"the output does not depend on the frames {unseen} (counted from 0) of {len(frames)}: hand the "
+        "recurrence's state from frame to frame, or give it all frames at once, and read out more than the last."
+    ]
 
 
 @torch.no_grad()
-def _changes(module: nn.Module, x: Tensor, frame: int | None) -> bool:
+def _changes(module: nn.Module, x: torch.Tensor, frame: int | None) -> bool:
     other = x.clone()
     part = other if frame is None else other[:, frame]
     part.copy_(part.mean() + (part.std() + 1) * torch.randn_like(part))
-    return any(not torch.equal(a, b) for a, b in zip(_tensors(module(x.clone())), _tensors(module(other)), strict=True))
+    return any(
+        not torch.equal(a, b)
+        for a, b in zip(_tensors(module(x.clone())), _tensors(module(other)), strict=True)
+    )
 
 
 def learning_problems(objective: Objective, steps: int, report: GradientReport) -> list[str]:
     """Train a copy on the batch for a few steps; the dropout's masks are the same in each."""
     waiting = {item.parameter for item in report.silent if item.reason == "zero"}
     with torch.no_grad():
-        objective()  # a model that keeps a result of its last pass can be copied only if that has no graph
+        # a model that keeps a result of its last pass can be copied only if that has no graph
+        objective()
     for rate in _RATES:
-        twin: Any = copy.deepcopy(objective.task if objective.task is not None else objective.module)
+        twin: Any = copy.deepcopy(
+            objective.task if objective.task is not None else objective.module
+        )
         module = twin.trainable_module if objective.task is not None else twin
         optimizer = torch.optim.Adam([p for p in twin.parameters() if p.requires_grad], lr=rate)
         named = dict(module.named_parameters())
@@ -104,15 +132,21 @@ def learning_problems(objective: Objective, steps: int, report: GradientReport) 
             break
     else:
         if losses[-1] != losses[-1]:
-            return [f"the loss becomes NaN within {steps} steps of Adam (rate {_RATES[-1]:g}) on one batch: look for "
-                    "numbers that overflow, lower the learning rate, clip the gradient."]
+            return [
+                f"the loss becomes NaN within {steps} steps of Adam (rate {_RATES[-1]:g}) on one batch: look for "
+                "numbers that overflow, lower the learning rate, clip the gradient."
+            ]
         if abs(losses[0]) > 1e-6:
-            return [f"the loss does not fall on this one batch: {losses[0]:.4g} before and {losses[-1]:.4g} after "
-                    f"{steps} steps of Adam (rate {_RATES[-1]:g}). Look at the sign of the loss, at what the labels "
-                    "belong to, and at hooks or functions that change the gradient."]
+            return [
+                f"the loss does not fall on this one batch: {losses[0]:.4g} before and {losses[-1]:.4g} after "
+                f"{steps} steps of Adam (rate {_RATES[-1]:g}). Look at the sign of the loss, at what the labels "
+                "belong to, and at hooks or functions that change the gradient."
+            ]
     if still and steps > 1:
         names = sorted(still)
-        return [f"{len(names)} trainable parameters ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}) get a "
-                f"gradient of exactly 0 in all of {steps} steps: something behind them multiplies by 0 or is "
-                "saturated, or what they are applied to is always 0 (a recurrence that never gets its state)."]
+        return [
+            f"{len(names)} trainable parameters ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}) get a "
+            f"gradient of exactly 0 in all of {steps} steps: something behind them multiplies by 0 or is "
+            "saturated, or what they are applied to is always 0 (a recurrence that never gets its state)."
+        ]
     return []

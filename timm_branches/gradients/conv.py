@@ -8,33 +8,43 @@ With input x (N, C, H, W), weight (O, C/groups, kh, kw), output y (N, O, P, Q), 
     dE/dxp[n, c', u, v]   = sum over o, c, i, j, p, q with c' = f(o) + c, u = p*s + i*d, v = q*s + j*d of
                             grad_output[n, o, p, q] * W[o, c, i, j]
 
-xp is x after padding, s the stride, d the dilation, and f(o) = (o // (O/groups)) * C/groups the first channel that
-filter o reads. So channel c of filter o's gradient is a cross-correlation of *one* input channel with *one* map of
-grad_output, summed over the batch alone: nothing is summed over channels or filters, and depths need not match. Two
-channels of a filter get equal gradients when the input channels are equal, two filters of a group when their
-grad_outputs are. (Dumoulin and Visin, "A guide to convolution arithmetic for deep learning", arXiv 1603.07285, has the
-arithmetic of shapes; the equations are the chain rule.)
+xp is x after padding, s the stride, d the dilation, and f(o) = (o // (O/groups)) * C/groups the
+first channel that filter o reads. So channel c of filter o's gradient is a cross-correlation of
+*one* input channel with *one* map of grad_output, summed over the batch alone: nothing is summed
+over channels or filters, and depths need not match. Two channels of a filter get equal gradients
+when the input channels are equal, two filters of a group when their grad_outputs are. (Dumoulin and
+Visin, "A guide to convolution arithmetic for deep learning", arXiv 1603.07285, has the arithmetic
+of shapes; the equations are the chain rule.)
 """
 
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 __all__ = ["conv2d_bias_grad", "conv2d_input_grad", "conv2d_weight_grad"]
 
 Pair = int | Sequence[int]
 
 
-def conv2d_weight_grad(x: Tensor, grad_output: Tensor, kernel_size: Pair, stride: Pair = 1, padding: Pair | str = 0,
-                       dilation: Pair = 1, groups: int = 1, padding_mode: str = "zeros") -> Tensor:
+def conv2d_weight_grad(
+    x: torch.Tensor,
+    grad_output: torch.Tensor,
+    kernel_size: Pair,
+    stride: Pair = 1,
+    padding: Pair | str = 0,
+    dilation: Pair = 1,
+    groups: int = 1,
+    padding_mode: str = "zeros",
+) -> torch.Tensor:
     """The gradient of a convolution's weight::
 
         dE/dW[o, c, i, j] = sum over n, p, q of
-                            grad_output[n, o, p, q] * xp[n, f(o) + c, p*stride + i*dilation, q*stride + j*dilation]
+                            grad_output[n, o, p, q] * xp[n, f(o) + c, p*stride + i*dilation,
+                            q*stride + j*dilation]
 
-    with xp the padded input and f(o) the first channel of filter o's group (see the module). It is differentiable.
+    with xp the padded input and f(o) the first channel of filter o's group (see the module). It is
+    differentiable.
 
     Args:
         x: (N, C, H, W), what entered the convolution.
@@ -63,27 +73,41 @@ def conv2d_weight_grad(x: Tensor, grad_output: Tensor, kernel_size: Pair, stride
                 [44., 48., 56., 60.]])
     """
     if x.dim() != 4 or grad_output.dim() != 4:
-        raise ValueError(f"x and grad_output must be (N, C, H, W) and (N, O, P, Q), got {tuple(x.shape)} and "
-                         f"{tuple(grad_output.shape)}; an image without a batch dimension needs x[None]")
-    kernel, step, spread = (_pair(value, name, 1) for value, name in
-                            ((kernel_size, "kernel_size"), (stride, "stride"), (dilation, "dilation")))
+        raise ValueError(
+            f"x and grad_output must be (N, C, H, W) and (N, O, P, Q), got {tuple(x.shape)} and "
+            f"{tuple(grad_output.shape)}; an image without a batch dimension needs x[None]"
+        )
+    kernel, step, spread = (
+        _pair(value, name, 1)
+        for value, name in (
+            (kernel_size, "kernel_size"),
+            (stride, "stride"),
+            (dilation, "dilation"),
+        )
+    )
     out_size = _check_shapes(x.shape, grad_output, kernel, step, padding, spread, groups)
     if padding_mode not in ("zeros", "reflect", "replicate", "circular"):
-        raise ValueError(f"padding_mode must be 'zeros', 'reflect', 'replicate' or 'circular', got {padding_mode!r}")
+        raise ValueError(
+            f"padding_mode must be 'zeros', 'reflect', 'replicate' or 'circular', got {padding_mode!r}"
+        )
     (top, bottom), (left, right) = _pads(kernel, padding, spread, step)
-    x = F.pad(x, [left, right, top, bottom], mode="constant" if padding_mode == "zeros" else padding_mode)
+    x = F.pad(
+        x, [left, right, top, bottom], mode="constant" if padding_mode == "zeros" else padding_mode
+    )
     x, grad_output = x.unflatten(1, (groups, -1)), grad_output.unflatten(1, (groups, -1))
     width = (out_size[1] - 1) * step[1] + 1
     rows = []
-    for i in range(kernel[0]):  # row by row, as all windows at once take kh * kw times the input's memory
-        lines = x[..., i * spread[0]:i * spread[0] + (out_size[0] - 1) * step[0] + 1:step[0], :]
-        windows = lines.unfold(-1, width, spread[1])[..., :kernel[1], ::step[1]]
+    # row by row, as all windows at once take kh * kw times the input's memory
+    for i in range(kernel[0]):
+        lines = x[..., i * spread[0] : i * spread[0] + (out_size[0] - 1) * step[0] + 1 : step[0], :]
+        windows = lines.unfold(-1, width, spread[1])[..., : kernel[1], :: step[1]]
         rows.append(torch.einsum("ngopq,ngcpjq->gocj", grad_output, windows))
     return torch.stack(rows, dim=-2).flatten(0, 1)
 
 
-def conv2d_bias_grad(grad_output: Tensor) -> Tensor:
-    """The gradient of a convolution's bias, ``dE/db[o] = sum over n, p, q of grad_output[n, o, p, q]``.
+def conv2d_bias_grad(grad_output: torch.Tensor) -> torch.Tensor:
+    """The gradient of a convolution's bias, ``dE/db[o] = sum over n, p, q of grad_output[n, o, p,
+    q]``.
 
     Args:
         grad_output: (N, O, P, Q).
@@ -103,13 +127,22 @@ def conv2d_bias_grad(grad_output: Tensor) -> Tensor:
     return grad_output.sum((0, 2, 3))
 
 
-def conv2d_input_grad(grad_output: Tensor, weight: Tensor, input_size: Sequence[int], stride: Pair = 1,
-                      padding: Pair | str = 0, dilation: Pair = 1, groups: int = 1) -> Tensor:
+def conv2d_input_grad(
+    grad_output: torch.Tensor,
+    weight: torch.Tensor,
+    input_size: Sequence[int],
+    stride: Pair = 1,
+    padding: Pair | str = 0,
+    dilation: Pair = 1,
+    groups: int = 1,
+) -> torch.Tensor:
     """The gradient of a convolution's input, for zero padding::
 
-        dE/dxp[n, f(o) + c, p*stride + i*dilation, q*stride + j*dilation] += grad_output[n, o, p, q] * W[o, c, i, j]
+        dE/dxp[n, f(o) + c, p*stride + i*dilation, q*stride + j*dilation] += grad_output[n, o, p, q]
+        * W[o, c, i, j]
 
-    over all o, c, i, j, p and q, and without the padding in the end. Here filters *are* summed over.
+    over all o, c, i, j, p and q, and without the padding in the end. Here filters *are* summed
+    over.
 
     Args:
         grad_output: (N, O, P, Q).
@@ -130,19 +163,32 @@ def conv2d_input_grad(grad_output: Tensor, weight: Tensor, input_size: Sequence[
                 [1., 2., 1.]])
     """
     if weight.dim() != 4 or grad_output.dim() != 4 or weight.shape[0] != grad_output.shape[1]:
-        raise ValueError(f"grad_output (N, O, P, Q) and weight (O, C / groups, kh, kw) must have one O, got "
-                         f"{tuple(grad_output.shape)} and {tuple(weight.shape)}")
+        raise ValueError(
+            f"grad_output (N, O, P, Q) and weight (O, C / groups, kh, kw) must have one O, got "
+            f"{tuple(grad_output.shape)} and {tuple(weight.shape)}"
+        )
     kernel = weight.shape[2], weight.shape[3]
     step, spread = _pair(stride, "stride", 1), _pair(dilation, "dilation", 1)
     shape = (len(grad_output), weight.shape[1] * groups, *input_size[-2:])
     if len(input_size) not in (2, 4) or tuple(input_size) not in (shape, shape[2:]):
-        raise ValueError(f"input_size must be (H, W) or {shape[:2]} and H, W, got {tuple(input_size)}")
+        raise ValueError(
+            f"input_size must be (H, W) or {shape[:2]} and H, W, got {tuple(input_size)}"
+        )
     _check_shapes(shape, grad_output, kernel, step, padding, spread, groups)
-    columns = torch.einsum("ngopq,gocij->ngcijpq", grad_output.unflatten(1, (groups, -1)),
-                           weight.unflatten(0, (groups, -1))).flatten(-2).flatten(1, 4)
+    columns = (
+        torch.einsum(
+            "ngopq,gocij->ngcijpq",
+            grad_output.unflatten(1, (groups, -1)),
+            weight.unflatten(0, (groups, -1)),
+        )
+        .flatten(-2)
+        .flatten(1, 4)
+    )
     (top, bottom), (left, right) = _pads(kernel, padding, spread, step)
-    padded = F.fold(columns, (shape[2] + top + bottom, shape[3] + left + right), kernel, spread, 0, step)
-    return padded[..., top:top + shape[2], left:left + shape[3]]
+    padded = F.fold(
+        columns, (shape[2] + top + bottom, shape[3] + left + right), kernel, spread, 0, step
+    )
+    return padded[..., top : top + shape[2], left : left + shape[3]]
 
 
 def _pair(value: Pair, name: str, least: int) -> tuple[int, int]:
@@ -153,8 +199,9 @@ def _pair(value: Pair, name: str, least: int) -> tuple[int, int]:
     return values[0], values[1]
 
 
-def _pads(kernel: tuple[int, int], padding: Pair | str, dilation: tuple[int, int],
-          stride: tuple[int, int]) -> list[tuple[int, int]]:
+def _pads(
+    kernel: tuple[int, int], padding: Pair | str, dilation: tuple[int, int], stride: tuple[int, int]
+) -> list[tuple[int, int]]:
     """What is added before and after rows and columns."""
     if padding == "valid":
         return [(0, 0), (0, 0)]
@@ -162,29 +209,43 @@ def _pads(kernel: tuple[int, int], padding: Pair | str, dilation: tuple[int, int
         if stride != (1, 1):
             raise ValueError(f"padding 'same' needs a stride of 1, got {stride}")
         totals = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
-        return [(total // 2, total - total // 2) for total in totals]  # an odd one more goes to the end
+        # an odd one more goes to the end
+        return [(total // 2, total - total // 2) for total in totals]
     if isinstance(padding, str):
         raise ValueError(f"padding must be 'same', 'valid', an int or two of them, got {padding!r}")
     rows, columns = _pair(padding, "padding", 0)
     return [(rows, rows), (columns, columns)]
 
 
-def _check_shapes(shape: Sequence[int], grad_output: Tensor, kernel: tuple[int, int], stride: tuple[int, int],
-                  padding: Pair | str, dilation: tuple[int, int], groups: int) -> tuple[int, int]:
+def _check_shapes(
+    shape: Sequence[int],
+    grad_output: torch.Tensor,
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    padding: Pair | str,
+    dilation: tuple[int, int],
+    groups: int,
+) -> tuple[int, int]:
     """The output's size, if such an input has an output of grad_output's shape."""
     filters = grad_output.shape[1]
     if not isinstance(groups, int) or groups < 1 or shape[1] % groups or filters % groups:
-        raise ValueError(f"groups must divide the {shape[1]} input channels and the {filters} filters, got {groups}")
+        raise ValueError(
+            f"groups must divide the {shape[1]} input channels and the {filters} filters, got {groups}"
+        )
     pads = _pads(kernel, padding, dilation, stride)
     whole = [n + sum(pad) for n, pad in zip(shape[2:], pads, strict=True)]
     reach = [d * (k - 1) + 1 for k, d in zip(kernel, dilation, strict=True)]
     if any(n < r for n, r in zip(whole, reach, strict=True)):
-        raise ValueError(f"the kernel reaches over {reach[0]} x {reach[1]} pixels, more than the padded input's "
-                         f"{whole[0]} x {whole[1]}")
+        raise ValueError(
+            f"the kernel reaches over {reach[0]} x {reach[1]} pixels, more than the padded input's "
+            f"{whole[0]} x {whole[1]}"
+        )
     rows, columns = ((n - r) // s + 1 for n, r, s in zip(whole, reach, stride, strict=True))
     fits = (shape[0], filters, rows, columns)
     if tuple(grad_output.shape) != fits:
-        raise ValueError(f"grad_output {tuple(grad_output.shape)} does not fit: an input {tuple(shape)} with kernel "
-                         f"{kernel}, stride {stride}, padding {padding!r}, dilation {dilation} and {filters} filters "
-                         f"gives {fits}")
+        raise ValueError(
+            f"grad_output {tuple(grad_output.shape)} does not fit: an input {tuple(shape)} with kernel "
+            f"{kernel}, stride {stride}, padding {padding!r}, dilation {dilation} and {filters} filters "
+            f"gives {fits}"
+        )
     return rows, columns

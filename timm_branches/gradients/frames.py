@@ -1,7 +1,7 @@
 """Which frames of a clip the loss sees.
 
-A clip of frames x_1 ... x_T gives features f_t = CNN(x_t), which a recurrence reads. ‖dL/df_t‖ says how much the loss
-sees of frame t; it is exactly 0 for a frame that the loss does not depend on.
+A clip of frames x_1 ... x_T gives features f_t = CNN(x_t), which a recurrence reads. ‖dL/df_t‖ says
+how much the loss sees of frame t; it is exactly 0 for a frame that the loss does not depend on.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from timm_branches.gradients.objective import Objective, reproducible
 from timm_branches.gradients.report import table
@@ -25,26 +25,41 @@ class FrameGradients:
     """Result of :func:`frame_gradients`; ``print`` shows it as text.
 
     Attributes:
-        norms: ‖dL/df_t‖ for each frame t, over the batch (T,); None if no gradient arrives at any feature.
+        norms: ‖dL/df_t‖ for each frame t, over the batch (T,); None if no gradient arrives at any
+            feature.
         norms_per_clip: The same for each clip (B, T).
         seen: Numbers of the frames with a gradient.
         findings: What is wrong, in sentences.
     """
 
-    norms: Tensor | None
-    norms_per_clip: Tensor | None
+    norms: torch.Tensor | None
+    norms_per_clip: torch.Tensor | None
     seen: list[int]
     findings: list[str]
 
     def __str__(self) -> str:
-        lines = [] if self.norms is None else [
-            table("frame", [str(t) for t in range(len(self.norms))],
-                   [["gradient norm", *(f"{float(v):.1e}" for v in self.norms)]])]
+        lines = (
+            []
+            if self.norms is None
+            else [
+                table(
+                    "frame",
+                    [str(t) for t in range(len(self.norms))],
+                    [["gradient norm", *(f"{float(v):.1e}" for v in self.norms)]],
+                )
+            ]
+        )
         return "\n".join([*lines, *(self.findings or ["the loss sees every frame."])])
 
 
-def frame_gradients(model: nn.Module, batch: Any, loss: Callable[..., Tensor], features: str | None = None,
-                    head: str | None = None, lengths: Any = None) -> FrameGradients:
+def frame_gradients(
+    model: nn.Module,
+    batch: Any,
+    loss: Callable[..., torch.Tensor],
+    features: str | None = None,
+    head: str | None = None,
+    lengths: Any = None,
+) -> FrameGradients:
     """Measure which frames of a clip the loss sees, and whether its gradient goes on into the CNN.
 
     The model runs in the mode it is in and is left as it was, as by :func:`gradient_report`.
@@ -52,9 +67,11 @@ def frame_gradients(model: nn.Module, batch: Any, loss: Callable[..., Tensor], f
     Args:
         model: A branch model with a temporal head, or any module that takes clips (B, T, ...).
         batch: The clips, or a pair of clips and target.
-        loss: A function of (output) or (output, target) that returns a scalar; the output is that of the head.
-        features: For another module: path of its part that turns frames into features. It may be called once for all
-            frames, (B * T, ...) with the frames of a clip one after the other, or once for each time step, (B, ...).
+        loss: A function of (output) or (output, target) that returns a scalar; the output is that
+            of the head.
+        features: For another module: path of its part that turns frames into features. It may be
+            called once for all frames, (B * T, ...) with the frames of a clip one after the other,
+            or once for each time step, (B, ...).
         head: The branch model's head to look at, which may be left out if it has one temporal head.
         lengths: Valid frames of each clip, for a branch model.
 
@@ -74,12 +91,14 @@ def frame_gradients(model: nn.Module, batch: Any, loss: Callable[..., Tensor], f
     objective = Objective(model, batch, loss)
     clips = objective.input
     run, part, name, cnn = _frame_part(model, features, head, lengths)
-    calls: list[tuple[Tensor, bool]] = []
+    calls: list[tuple[torch.Tensor, bool]] = []
 
-    def hook(module: nn.Module, args: Any, output: Any) -> Tensor:
-        if not isinstance(output, Tensor):
-            raise ValueError(f"{name!r} returns {type(output).__name__}: features= must name a part that returns one "
-                             "tensor.")
+    def hook(module: nn.Module, args: Any, output: Any) -> torch.Tensor:
+        if not isinstance(output, torch.Tensor):
+            raise ValueError(
+                f"{name!r} returns {type(output).__name__}: features= must name a part that returns one "
+                "tensor."
+            )
         leaf = output.detach().requires_grad_()
         calls.append((leaf, output.requires_grad))
         # a view of a leaf made under no_grad would not carry its gradient
@@ -94,9 +113,14 @@ def frame_gradients(model: nn.Module, batch: Any, loss: Callable[..., Tensor], f
         finally:
             handle.remove()
         if not calls:
-            raise ValueError(f"{name!r} is not run in the forward pass: name the part that makes the features.")
-        given = torch.autograd.grad(value, [leaf for leaf, _ in calls], allow_unused=True) \
-            if value.requires_grad else [None] * len(calls)
+            raise ValueError(
+                f"{name!r} is not run in the forward pass: name the part that makes the features."
+            )
+        given = (
+            torch.autograd.grad(value, [leaf for leaf, _ in calls], allow_unused=True)
+            if value.requires_grad
+            else [None] * len(calls)
+        )
     trained = [p for p in cnn.parameters() if p.requires_grad]
     attached = all(live for _, live in calls)
     valid = None
@@ -104,45 +128,73 @@ def frame_gradients(model: nn.Module, batch: Any, loss: Callable[..., Tensor], f
         lengths = torch.as_tensor(lengths).cpu()
         lengths = lengths.sum(1) if lengths.ndim == 2 else lengths
         valid = torch.arange(clips.shape[1]) < lengths[:, None]
-    norms = _by_frame([leaf if g is None else g for (leaf, _), g in zip(calls, given, strict=True)],
-                      [g is not None for g in given], clips.shape[:2], valid, name)
+    norms = _by_frame(
+        [leaf if g is None else g for (leaf, _), g in zip(calls, given, strict=True)],
+        [g is not None for g in given],
+        clips.shape[:2],
+        valid,
+        name,
+    )
     findings = []
     if trained and not attached:
-        findings.append(f"{name} is run without autograd (torch.no_grad(), or its result is detached): the loss does "
-                        f"not train its {len(trained)} trainable parameters. Take the no_grad or detach away, or "
-                        "freeze them (requires_grad_(False)) if that is what you want.")
+        findings.append(
+            f"{name} is run without autograd (torch.no_grad(), or its result is detached): the loss does "
+            f"not train its {len(trained)} trainable parameters. Take the no_grad or detach away, or "
+            "freeze them (requires_grad_(False)) if that is what you want."
+        )
     if all(g is None for g in given):
-        findings.append("no gradient of the loss arrives at any frame's features: they are detached before the loss, "
-                        "or not used.")
+        findings.append(
+            "no gradient of the loss arrives at any frame's features: they are detached before the loss, "
+            "or not used."
+        )
         return FrameGradients(None, None, [], findings)
     over_batch = norms.square().sum(0).sqrt()
     seen = [t for t, v in enumerate(over_batch.tolist()) if v != 0]
-    return FrameGradients(over_batch, norms, seen, findings + _judge_frames(over_batch, seen, valid))
+    return FrameGradients(
+        over_batch, norms, seen, findings + _judge_frames(over_batch, seen, valid)
+    )
 
 
-def _frame_part(model: nn.Module, features: str | None, head: str | None, lengths: Any
-                ) -> tuple[Callable[[Tensor], Any], nn.Module, str, nn.Module]:
+def _frame_part(
+    model: nn.Module, features: str | None, head: str | None, lengths: Any
+) -> tuple[Callable[[torch.Tensor], Any], nn.Module, str, nn.Module]:
     """How to run the model, the part that makes features, its name, and the CNN."""
     if isinstance(model, BranchModel) and features is None:
         temporal = [n for n in model.names if n in model._temporal]
         if (head is None and len(temporal) != 1) or (head is not None and head not in temporal):
-            raise ValueError(f"head={head!r}: the model's temporal heads are {temporal}; name one of them.")
+            raise ValueError(
+                f"head={head!r}: the model's temporal heads are {temporal}; name one of them."
+            )
         chosen = temporal[0] if head is None else head
         part: Any = model.head(chosen).to_vector
-        return (lambda x: model(x, heads=[chosen], lengths=lengths)[chosen]), part, "backbone", model.backbone
+        return (
+            (lambda x: model(x, heads=[chosen], lengths=lengths)[chosen]),
+            part,
+            "backbone",
+            model.backbone,
+        )
     modules = dict(model.named_modules())
     if features is None or features not in modules or head is not None or lengths is not None:
-        raise ValueError(f"features={features!r}: name the part of the model that turns frames into features (and give "
-                         f"no head= or lengths=), one of {list(modules)[1:6]} ...")
+        raise ValueError(
+            f"features={features!r}: name the part of the model that turns frames into features (and give "
+            f"no head= or lengths=), one of {list(modules)[1:6]} ..."
+        )
     return model, modules[features], features, modules[features]
 
 
-def _by_frame(grads: list[Tensor], arrived: list[bool], shape: Sequence[int], valid: Tensor | None,
-              name: str) -> Tensor:
+def _by_frame(
+    grads: list[torch.Tensor],
+    arrived: list[bool],
+    shape: Sequence[int],
+    valid: torch.Tensor | None,
+    name: str,
+) -> torch.Tensor:
     """Norms (B, T) of the gradients at the features of the calls."""
     batch, time = shape
-    rows = [(g if here else torch.zeros_like(g)).detach().flatten(1).norm(dim=1).cpu()
-            for g, here in zip(grads, arrived, strict=True)]
+    rows = [
+        (g if here else torch.zeros_like(g)).detach().flatten(1).norm(dim=1).cpu()
+        for g, here in zip(grads, arrived, strict=True)
+    ]
     count = batch * time if valid is None else int(valid.sum())
     if len(rows) == 1 and len(rows[0]) == count:
         if valid is None:
@@ -150,24 +202,30 @@ def _by_frame(grads: list[Tensor], arrived: list[bool], shape: Sequence[int], va
         return torch.zeros(batch, time).masked_scatter(valid, rows[0].float())
     if len(rows) == time and all(len(row) == batch for row in rows):
         return torch.stack(rows, 1)
-    raise ValueError(f"{name!r} is called {len(rows)} times with {sorted({len(r) for r in rows})} rows for clips of "
-                     f"{batch} x {time} frames: it must be called once with all {count} frames, or for each of the "
-                     f"{time} time steps with {batch}.")
+    raise ValueError(
+        f"{name!r} is called {len(rows)} times with {sorted({len(r) for r in rows})} rows for clips of "
+        f"{batch} x {time} frames: it must be called once with all {count} frames, or for each of the "
+        f"{time} time steps with {batch}."
+    )
 
 
-def _judge_frames(norms: Tensor, seen: list[int], valid: Tensor | None) -> list[str]:
+def _judge_frames(norms: torch.Tensor, seen: list[int], valid: torch.Tensor | None) -> list[str]:
     expected = [t for t in range(len(norms)) if valid is None or bool(valid[:, t].any())]
     if not norms.isfinite().all():
         return ["the gradient of some frames is not finite (NaN or infinity)."]
     missing = [t for t in expected if t not in seen]
     if seen == [expected[-1]] and missing:
-        return [f"the loss sees only the last frame ({seen[0]}, counted from 0) of {len(expected)}: the recurrence "
-                "does not hand its state from frame to frame (out, state = lstm(x, state)), or only the last frame's "
-                "features are read."]
+        return [
+            f"the loss sees only the last frame ({seen[0]}, counted from 0) of {len(expected)}: the recurrence "
+            "does not hand its state from frame to frame (out, state = lstm(x, state)), or only the last frame's "
+            "features are read."
+        ]
     if missing:
         return [f"the loss does not see the frames {missing} (counted from 0)."]
     largest = float(norms.max())
     faded = [t for t in expected if float(norms[t]) < _FADED * largest]
     if faded:
-        return [f"the gradient fades over time: the frames {faded} get less than {_FADED:g} of the largest frame's."]
+        return [
+            f"the gradient fades over time: the frames {faded} get less than {_FADED:g} of the largest frame's."
+        ]
     return []

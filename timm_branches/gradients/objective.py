@@ -1,4 +1,7 @@
-"""What the tools here share: a model with its losses on one batch, left as it was; and its parameters by stage."""
+"""What the tools here share.
+
+A model with its losses on one batch, left as it was; and its parameters by stage.
+"""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -7,7 +10,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from timm.task import TrainingTask
-from torch import Tensor, nn
+from torch import nn
 
 from timm_branches.model import BranchModel
 from timm_branches.taps.freezing import part_up_to
@@ -18,109 +21,161 @@ __all__ = ["Evaluated", "Losses", "Objective", "group_by_stage", "reproducible"]
 Losses = Callable[..., Any] | Mapping[str, Callable[..., Any]]
 Groups = dict[str, dict[str, nn.Parameter]]
 
-_STAGES: WeakKeyDictionary[nn.Module, dict[str, str]] = WeakKeyDictionary()  # what belongs where never changes
+# what belongs where never changes
+_STAGES: WeakKeyDictionary[nn.Module, dict[str, str]] = WeakKeyDictionary()
 
 
 class Evaluated(NamedTuple):
     """The losses of one forward pass, their weighted sum, and what the model returned."""
 
-    losses: dict[str, Tensor]
-    total: Tensor
+    losses: dict[str, torch.Tensor]
+    total: torch.Tensor
     output: Any
 
 
 class Objective:
-    """A model with its losses on one batch; a call computes them, with random numbers from a fixed seed.
+    """A model with its losses on one batch; a call computes them, with random numbers from a fixed
+    seed.
 
     Args:
-        model: A timm training task (whose ``forward(input, target)`` gives ``loss`` and, by name, ``losses``), or any
-            module.
+        model: A timm training task (whose ``forward(input, target)`` gives ``loss`` and, by name,
+            ``losses``), or any module.
         batch: Its input, or a pair of input and target. They are moved to the model's device.
-        losses: For a module: a function of (output) or (output, target) that returns a scalar or a dict of scalars, or
-            a dict of such functions by name.
+        losses: For a module: a function of (output) or (output, target) that returns a scalar or a
+            dict of scalars, or a dict of such functions by name.
         weights: Of these losses in the sum, 1 each by default.
 
     Raises:
         ValueError: No losses, losses or weights beside those of a task, a weight of no loss.
     """
 
-    def __init__(self, model: nn.Module, batch: Any, losses: Losses | None = None,
-                 weights: Mapping[str, float] | None = None):
+    def __init__(
+        self,
+        model: nn.Module,
+        batch: Any,
+        losses: Losses | None = None,
+        weights: Mapping[str, float] | None = None,
+    ):
         self.task = model if isinstance(model, TrainingTask) else None
         self.module: nn.Module = base_model(self.task) if self.task else model
         if self.task and (losses is not None or weights is not None):
-            raise ValueError("losses= and weights= have no effect on a task, which has its own: give its model instead "
-                             "of it.")
+            raise ValueError(
+                "losses= and weights= have no effect on a task, which has its own: give its model instead "
+                "of it."
+            )
         if self.task is None and losses is None:
-            raise ValueError("losses= is missing: give a function of the model's output (and the target) that returns "
-                             "a scalar or a dict of scalars; or a task in place of the model.")
+            raise ValueError(
+                "losses= is missing: give a function of the model's output (and the target) that returns "
+                "a scalar or a dict of scalars; or a task in place of the model."
+            )
         first = next(self.module.parameters(), None)
         self.device = torch.device("cpu") if first is None else first.device
         parts = batch if isinstance(batch, (tuple, list)) else (batch,)
         if self.task and len(parts) != 2:
             raise ValueError(f"a task takes a batch of (input, target), got {len(parts)} part(s).")
-        self.input, *self.targets = (p.to(self.device) if isinstance(p, Tensor) else p for p in parts)
+        self.input, *self.targets = (
+            p.to(self.device) if isinstance(p, torch.Tensor) else p for p in parts
+        )
         self._losses, self._weights = losses, dict(weights or {})
 
     def __call__(self, module: nn.Module | None = None) -> Evaluated:
         """The losses of the batch, of the model or of a copy of it."""
-        x = self.input.clone() if isinstance(self.input, Tensor) else self.input  # networks may work in place
+        # networks may work in place
+        x = self.input.clone() if isinstance(self.input, torch.Tensor) else self.input
         with reproducible(self.device):
             if self.task is not None:
                 found = (self.task if module is None else module)(x, *self.targets)
                 total = found["loss"]
-                return Evaluated(_scalars(found.get("losses") or {"loss": total}), _scalar("loss", total),
-                                 found.get("output"))
+                return Evaluated(
+                    _scalars(found.get("losses") or {"loss": total}),
+                    _scalar("loss", total),
+                    found.get("output"),
+                )
             output = (self.module if module is None else module)(x)
             if isinstance(self._losses, Mapping):
-                values: Any = {name: loss(output, *self.targets) for name, loss in self._losses.items()}
+                values: Any = {
+                    name: loss(output, *self.targets) for name, loss in self._losses.items()
+                }
             else:
                 assert self._losses is not None
                 values = self._losses(output, *self.targets)
         losses = _scalars(values if isinstance(values, Mapping) else {"loss": values})
         if set(self._weights) - set(losses):
             raise ValueError(f"weights={self._weights}: the losses are {list(losses)}.")
-        total = torch.stack([self._weights.get(name, 1.0) * value for name, value in losses.items()]).sum()
+        total = torch.stack(
+            [self._weights.get(name, 1.0) * value for name, value in losses.items()]
+        ).sum()
         return Evaluated(losses, total, output)
 
     def weights_of(self, found: Evaluated) -> dict[str, float]:
-        """How much each loss counts at present: dL / dL_k, whatever made the sum (schedule, learned weights)."""
+        """How much each loss counts at present.
+
+        DL / dL_k, whatever made the sum (schedule, learned weights).
+        """
         live = [name for name, loss in found.losses.items() if loss.requires_grad]
         weights = dict.fromkeys(found.losses, 0.0)
         if self.task is None:
             return {name: float(self._weights.get(name, 1.0)) for name in weights}
         if live and found.total.requires_grad:
-            slopes = torch.autograd.grad(found.total, [found.losses[name] for name in live], retain_graph=True,
-                                         allow_unused=True)
-            weights |= {name: float(slope) for name, slope in zip(live, slopes, strict=True) if slope is not None}
+            slopes = torch.autograd.grad(
+                found.total,
+                [found.losses[name] for name in live],
+                retain_graph=True,
+                allow_unused=True,
+            )
+            weights |= {
+                name: float(slope)
+                for name, slope in zip(live, slopes, strict=True)
+                if slope is not None
+            }
         return weights
 
     @property
     def off(self) -> tuple[str, ...]:
         """Levels of the task that the current loss weights leave out."""
         active = getattr(self.task, "active", None)
-        return () if active is None else tuple(name for name in self.task.names if name not in active)  # type: ignore
+        if active is None:
+            return ()
+        names: Any = getattr(self.task, "names", ())
+        return tuple(name for name in names if name not in active)
 
     @property
     def detached_heads(self) -> set[str]:
-        """Heads of a branch model one of whose taps has ``detach=True``: there a cut graph was asked for."""
+        """Heads of a branch model one of whose taps has ``detach=True``.
+
+        There a cut graph was asked for.
+        """
         model = self.module
         if not isinstance(model, BranchModel):
             return set()
-        return {name for name, taps in zip(model.names, model.head_taps, strict=True)
-                if any(model.taps[i].tap.detach for i in taps)}
+        return {
+            name
+            for name, taps in zip(model.names, model.head_taps, strict=True)
+            if any(model.taps[i].tap.detach for i in taps)
+        }
 
     @contextmanager
     def undisturbed(self) -> Iterator[None]:
-        """Leave gradients, modes, buffers and random number generators as they were, whatever happens inside.
+        """Leave gradients, modes, buffers and random number generators as they were, whatever
+        happens inside.
 
-        A task's DDP and compile wrappers are off inside: nothing here is to be reduced over processes or compiled.
+        A task's DDP and compile wrappers are off inside: nothing here is to be reduced over
+        processes or compiled.
         """
         held = [(m, m.training, dict(m._buffers)) for m in (self.task or self.module).modules()]
-        values = {id(b): b.detach().clone() for _, _, buffers in held for b in buffers.values() if b is not None}
+        values = {
+            id(b): b.detach().clone()
+            for _, _, buffers in held
+            for b in buffers.values()
+            if b is not None
+        }
         grads = [(p, p.grad) for p in (self.task or self.module).parameters()]
         task: Any = self.task
-        wrapped = (task.trainable_module, getattr(task, "distributed", False)) if task is not None else None
+        wrapped = (
+            (task.trainable_module, getattr(task, "distributed", False))
+            if task is not None
+            else None
+        )
         try:
             if wrapped:
                 task.trainable_module = self.module
@@ -149,7 +204,7 @@ class Objective:
 
 @contextmanager
 def reproducible(device: torch.device) -> Iterator[None]:
-    """torch's random numbers from a fixed seed inside, and as they were behind."""
+    """Torch's random numbers from a fixed seed inside, and as they were behind."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(0)
@@ -161,10 +216,10 @@ def group_by_stage(model: nn.Module, stages: Mapping[str, Any] | None = None) ->
 
     Args:
         model: The model.
-        stages: For each stage a module of the model, or an iterable of its parameters. By default those of a branch
-            model are ``stage1`` to ``stage5`` of the backbone (what the map of stage k needs and that of stage k - 1
-            does not) and ``heads.<name>``; those of any other module its children, and ``(own)`` for parameters that
-            belong to none.
+        stages: For each stage a module of the model, or an iterable of its parameters. By default
+            those of a branch model are ``stage1`` to ``stage5`` of the backbone (what the map of
+            stage k needs and that of stage k - 1 does not) and ``heads.<name>``; those of any other
+            module its children, and ``(own)`` for parameters that belong to none.
 
     Raises:
         ValueError: A stage without parameters, or a parameter that is not the model's.
@@ -172,18 +227,25 @@ def group_by_stage(model: nn.Module, stages: Mapping[str, Any] | None = None) ->
     names = {id(p): name for name, p in model.named_parameters()}
     if stages is not None:
         return {stage: _listed(stage, part, names) for stage, part in stages.items()}
-    owner = _branch_stages(model) if isinstance(model, BranchModel) else \
-        {name: name.split(".")[0] if "." in name else "(own)" for name in names.values()}
+    owner = (
+        _branch_stages(model)
+        if isinstance(model, BranchModel)
+        else {name: name.split(".")[0] if "." in name else "(own)" for name in names.values()}
+    )
     groups: Groups = {stage: {} for stage in dict.fromkeys(owner.values())}
     for name, p in model.named_parameters():
         groups[owner[name]][name] = p
     return groups
 
 
-def _listed(stage: str, part: "nn.Module | Iterable[nn.Parameter]", names: dict[int, str]) -> dict[str, nn.Parameter]:
+def _listed(
+    stage: str, part: "nn.Module | Iterable[nn.Parameter]", names: dict[int, str]
+) -> dict[str, nn.Parameter]:
     parameters = list(part.parameters() if isinstance(part, nn.Module) else part)
     if not parameters or any(id(p) not in names for p in parameters):
-        raise ValueError(f"stages[{stage!r}] must be a module with parameters, or parameters, of the model itself.")
+        raise ValueError(
+            f"stages[{stage!r}] must be a module with parameters, or parameters, of the model itself."
+        )
     return {names[id(p)]: p for p in parameters}
 
 
@@ -203,18 +265,20 @@ def _branch_stages(model: BranchModel) -> dict[str, str]:
     return owner | rest
 
 
-def _scalars(losses: Mapping[str, Any]) -> dict[str, Tensor]:
+def _scalars(losses: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     if not losses:
         raise ValueError("there is no loss: losses= must give at least one scalar.")
     return {name: _scalar(name, value) for name, value in losses.items()}
 
 
-def _scalar(name: str, value: Any) -> Tensor:
-    if not isinstance(value, Tensor) or value.numel() != 1:
-        given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(f"loss {name!r} must be a scalar tensor, got {given}: take its mean or sum.")
+def _scalar(name: str, value: Any) -> torch.Tensor:
+    if not isinstance(value, torch.Tensor) or value.numel() != 1:
+        given = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+        raise ValueError(
+            f"loss {name!r} must be a scalar tensor, got {given}: take its mean or sum."
+        )
     return value if value.ndim == 0 else value.reshape(())
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.shape == b.shape and torch.equal(a, b)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from timm_branches.gradients.objective import Evaluated, Groups, Objective
 from timm_branches.gradients.watch import watch
@@ -11,18 +11,19 @@ from timm_branches.gradients.watch import watch
 __all__ = ["TOTAL", "WHY", "Reasons", "Silent", "depends"]
 
 TOTAL = "total"
-_MOST_PARTS = 32  # modules whose loss of gradient is looked into one by one; of more, stage by stage
+# modules whose loss of gradient is looked into one by one; of more, stage by stage
+_MOST_PARTS = 32
 
 WHY = {
     "frozen": "frozen: requires_grad is False",
     "off": "off: only levels whose loss weight is 0 now need them",
     "unused": "unused: no loss depends on them",
     "detached": "detached: the loss depends on them, but the graph is cut on the way (detach(), torch.no_grad(), "
-                ".data, .item() or numpy)",
+    ".data, .item() or numpy)",
     "tap": "detached, as Tap(detach=True) asks for",
     "dead": "dead: a ReLU on the way gives only zeros over the batch",
     "zero": "exactly 0: something on the way multiplies by 0, as a norm layer does whose weight starts at 0 (then it "
-            "is over after the first step)",
+    "is over after the first step)",
     "vanishing": "vanishing",
     "not finite": "not finite: NaN or infinity",
 }
@@ -30,7 +31,10 @@ WHY = {
 
 @dataclass(frozen=True)
 class Silent:
-    """A parameter that the weighted sum does not train: its stage, its name and the reason, a key of ``WHY``."""
+    """A parameter that the weighted sum does not train.
+
+    Its stage, its name and the reason, a key of ``WHY``.
+    """
 
     stage: str
     parameter: str
@@ -40,8 +44,13 @@ class Silent:
 class Reasons:
     """Finds out why gradients are missing; looks (a forward pass each) only where one is."""
 
-    def __init__(self, objective: Objective, found: Evaluated, groups: Groups,
-                 grads: dict[str, dict[int, Tensor | None]]):
+    def __init__(
+        self,
+        objective: Objective,
+        found: Evaluated,
+        groups: Groups,
+        grads: dict[str, dict[int, torch.Tensor | None]],
+    ):
         self.objective, self.found, self.groups, self.grads = objective, found, groups, grads
         self._reach: dict[str, set[str]] = {}
         self._dead: list[str] | None = None
@@ -58,8 +67,15 @@ class Reasons:
             self._dead = seen.dead
         return self._dead
 
-    def status(self, head: str, stage: str, norm: float, relative: float | None, vanishing: float,
-               weights: dict[str, float]) -> str:
+    def status(
+        self,
+        head: str,
+        stage: str,
+        norm: float,
+        relative: float | None,
+        vanishing: float,
+        weights: dict[str, float],
+    ) -> str:
         live = [p for p in self.groups[stage].values() if p.requires_grad]
         if not live:
             return "frozen"
@@ -83,7 +99,11 @@ class Reasons:
         result: dict[str, tuple[str, str]] = {}
         for stage, group in self.groups.items():
             for name, p in group.items():
-                given = [g for head in heads if p.requires_grad and (g := self.grads[head][id(p)]) is not None]
+                given = [
+                    g
+                    for head in heads
+                    if p.requires_grad and (g := self.grads[head][id(p)]) is not None
+                ]
                 if not p.requires_grad:
                     result[name] = (stage, "frozen")
                 elif not given:
@@ -101,8 +121,15 @@ class Reasons:
             cut = together
         for parts in cut.values():
             reached = depends(self.objective, self.found, list(parts.values())) & set(heads)
-            reason = "tap" if reached and reached <= self.objective.detached_heads else \
-                "detached" if reached else "off" if self.objective.off else "unused"
+            reason = (
+                "tap"
+                if reached and reached <= self.objective.detached_heads
+                else "detached"
+                if reached
+                else "off"
+                if self.objective.off
+                else "unused"
+            )
             for name in parts:
                 result[name] = (result[name][0], reason)
         return [Silent(stage, name, reason) for name, (stage, reason) in result.items()]
@@ -110,7 +137,9 @@ class Reasons:
 
 @torch.no_grad()
 def depends(objective: Objective, found: Evaluated, parameters: list[nn.Parameter]) -> set[str]:
-    """Names of the losses whose values change when these parameters do, whether or not autograd knows."""
+    """Names of the losses whose values change when these parameters do, whether or not autograd
+    knows.
+    """
     again = objective().losses
     # where a pass repeats to the last bit (on the CPU it does), so does the smallest change count
     exact = all(torch.equal(loss, again[name]) for name, loss in found.losses.items())
@@ -123,5 +152,8 @@ def depends(objective: Objective, found: Evaluated, parameters: list[nn.Paramete
     finally:
         for p, value in zip(parameters, kept, strict=True):
             p.copy_(value)
-    return {name for name, loss in found.losses.items()
-            if not torch.allclose(loss, now[name], rtol=0 if exact else 1e-6, atol=0, equal_nan=True)}
+    return {
+        name
+        for name, loss in found.losses.items()
+        if not torch.allclose(loss, now[name], rtol=0 if exact else 1e-6, atol=0, equal_nan=True)
+    }

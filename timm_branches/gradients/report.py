@@ -1,15 +1,17 @@
 """Which loss reaches which stage, how strongly, and why one does not.
 
-For losses L_k with weights w_k, g_k = dL_k/dθ over the parameters θ of one stage, and G = sum over k of w_k g_k, the
-gradient that the optimizer sees there::
+For losses L_k with weights w_k, g_k = dL_k/dθ over the parameters θ of one stage, and G = sum over
+k of w_k g_k, the gradient that the optimizer sees there::
 
     norm        ‖g_k‖                             Euclidean, over all trainable parameters of the stage
     relative    ‖g_k‖ / ‖θ‖                       a step of SGD with rate lr moves the stage by lr times that part of it
     share       <w_k g_k, G> / ‖G‖²               what L_k adds to G; shares sum to 1, one below 0 works against the sum
     cosine      <g_j, g_k> / (‖g_j‖ ‖g_k‖)        1 pulls the same way, below 0 the losses are in conflict
-                                                  (Yu et al. 2020, "Gradient Surgery", arXiv 2001.06782)
+                                                  (Yu et al. 2020, "Gradient Surgery", arXiv
+                                                  2001.06782)
 
-All of them come from the inner products of the g_k, stage by stage, so one backward pass for each loss is all it takes.
+All of them come from the inner products of the g_k, stage by stage, so one backward pass for each
+loss is all it takes.
 """
 
 from collections import Counter
@@ -19,12 +21,22 @@ from itertools import combinations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from timm_branches.gradients.objective import Evaluated, Groups, Losses, Objective, group_by_stage
 from timm_branches.gradients.reasons import TOTAL, WHY, Reasons, Silent
 
-__all__ = ["Cell", "GradientReport", "gradient_report", "gradients", "inner_products", "measure", "number", "table"]
+__all__ = [
+    "Cell",
+    "GradientReport",
+    "gradient_report",
+    "gradients",
+    "inner_products",
+    "measure",
+    "number",
+    "table",
+]
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -36,8 +48,9 @@ class Cell:
         norm: ‖g‖, 0 where nothing arrives.
         relative: ‖g‖ / ‖θ‖, None if the weights are all 0 or frozen.
         share: Of the total gradient at this stage; None if that is 0.
-        status: ``'ok'``, ``'none'`` (the loss does not depend on the stage, which need not be wrong), ``'frozen'``,
-            ``'detached'``, ``'dead'``, ``'zero'``, ``'vanishing'`` or ``'not finite'``.
+        status: ``'ok'``, ``'none'`` (the loss does not depend on the stage, which need not be
+            wrong), ``'frozen'``, ``'detached'``, ``'dead'``, ``'zero'``, ``'vanishing'`` or ``'not
+            finite'``.
     """
 
     head: str
@@ -83,7 +96,9 @@ class GradientReport:
         for cell in self.cells:
             if (cell.head, cell.stage) == (head, stage):
                 return cell
-        raise KeyError(f"{head!r} at {stage!r}: the losses are {self.heads}, the stages {self.stages}.")
+        raise KeyError(
+            f"{head!r} at {stage!r}: the losses are {self.heads}, the stages {self.stages}."
+        )
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -92,10 +107,19 @@ class GradientReport:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe form of everything."""
-        return {"losses": self.losses, "weights": self.weights, "rows": self.rows,
-                "cosines": [{"a": a, "b": b, "stage": stage, "cosine": value}
-                            for (a, b), values in self.cosines.items() for stage, value in values.items()],
-                "silent": [asdict(item) for item in self.silent], "findings": self.findings, "dead": self.dead}
+        return {
+            "losses": self.losses,
+            "weights": self.weights,
+            "rows": self.rows,
+            "cosines": [
+                {"a": a, "b": b, "stage": stage, "cosine": value}
+                for (a, b), values in self.cosines.items()
+                for stage, value in values.items()
+            ],
+            "silent": [asdict(item) for item in self.silent],
+            "findings": self.findings,
+            "dead": self.dead,
+        }
 
     def __str__(self) -> str:
         heads = [*self.heads, TOTAL]
@@ -104,40 +128,74 @@ class GradientReport:
             lines = []
             for head in heads:
                 row = [self.cell(head, stage) for stage in self.stages]
-                lines.append([head, *(number(getattr(c, key), form) if c.status in ("ok", "zero", "dead", "vanishing")
-                                      else "-" if c.status == "none" else c.status for c in row)])
+                lines.append(
+                    [
+                        head,
+                        *(
+                            number(getattr(c, key), form)
+                            if c.status in ("ok", "zero", "dead", "vanishing")
+                            else "-"
+                            if c.status == "none"
+                            else c.status
+                            for c in row
+                        ),
+                    ]
+                )
             return lines
 
-        parts = [table("gradient norm", self.stages, of("norm", ".2e")),
-                 table("relative to the weights", self.stages, of("relative", ".2e")),
-                 table("share of the total", self.stages, of("share", ".0%")[:-1])]
+        parts = [
+            table("gradient norm", self.stages, of("norm", ".2e")),
+            table("relative to the weights", self.stages, of("relative", ".2e")),
+            table("share of the total", self.stages, of("share", ".0%")[:-1]),
+        ]
         if self.cosines:
-            parts.append(table("cosine", self.stages, [
-                [f"{a}, {b}", *(number(values.get(stage), "+.2f") for stage in self.stages)]
-                for (a, b), values in self.cosines.items()]))
-        weights = ", ".join(f"{name} {self.losses[name]:.4g} (weight {self.weights[name]:.3g})" for name in self.heads)
-        return "\n\n".join([f"losses: {weights}", *parts, *(["\n".join(self.findings)] if self.findings else [])])
+            parts.append(
+                table(
+                    "cosine",
+                    self.stages,
+                    [
+                        [f"{a}, {b}", *(number(values.get(stage), "+.2f") for stage in self.stages)]
+                        for (a, b), values in self.cosines.items()
+                    ],
+                )
+            )
+        weights = ", ".join(
+            f"{name} {self.losses[name]:.4g} (weight {self.weights[name]:.3g})"
+            for name in self.heads
+        )
+        return "\n\n".join(
+            [f"losses: {weights}", *parts, *(["\n".join(self.findings)] if self.findings else [])]
+        )
 
 
-def gradient_report(model: nn.Module, batch: Any, losses: Losses | None = None,
-                    stages: Mapping[str, Any] | None = None, weights: Mapping[str, float] | None = None,
-                    vanishing: float = 1e-6) -> GradientReport:
-    """Measure the gradient of each loss at each stage of a model, and say why some parameters get none.
+def gradient_report(
+    model: nn.Module,
+    batch: Any,
+    losses: Losses | None = None,
+    stages: Mapping[str, Any] | None = None,
+    weights: Mapping[str, float] | None = None,
+    vanishing: float = 1e-6,
+) -> GradientReport:
+    """Measure the gradient of each loss at each stage of a model, and say why some parameters get
+    none.
 
-    The model runs in the mode it is in (call ``train()`` first to see what training sees) and is left as it was:
-    gradients, modes, buffers (BatchNorm's statistics among them) and random number generators, also if something
-    fails. Dropout draws from a fixed seed. The cost is a forward pass, one backward pass for each loss, and a forward
-    pass for each stage that a loss does not reach.
+    The model runs in the mode it is in (call ``train()`` first to see what training sees) and is
+    left as it was: gradients, modes, buffers (BatchNorm's statistics among them) and random number
+    generators, also if something fails. Dropout draws from a fixed seed. The cost is a forward
+    pass, one backward pass for each loss, and a forward pass for each stage that a loss does not
+    reach.
 
     Args:
-        model: Any module, or a task (:class:`timm_branches.task.BranchTask`), which has its losses and weights.
+        model: Any module, or a task (:class:`timm_branches.task.BranchTask`), which has its losses
+            and weights.
         batch: The model's input, or a pair of input and target.
-        losses: For a module: a function of (output), or (output, target) if there is a target, that returns a scalar
-            or a dict of scalars; or a dict of such functions.
-        stages: For each stage a module, or parameters; see :func:`group_by_stage` for what is taken by default.
+        losses: For a module: a function of (output), or (output, target) if there is a target, that
+            returns a scalar or a dict of scalars; or a dict of such functions.
+        stages: For each stage a module, or parameters; see :func:`group_by_stage` for what is taken
+            by default.
         weights: Of the losses of a module in their sum, 1 each by default.
-        vanishing: A relative norm below this counts as vanishing. At the default, SGD with a rate of 0.1 changes the
-            weights by less than float32 can hold (relative spacing 1.2e-7).
+        vanishing: A relative norm below this counts as vanishing. At the default, SGD with a rate
+            of 0.1 changes the weights by less than float32 can hold (relative spacing 1.2e-7).
 
     Returns:
         A :class:`GradientReport`.
@@ -165,12 +223,16 @@ def measure(objective: Objective, groups: Groups, vanishing: float) -> GradientR
     """The report of an objective, inside its ``undisturbed()``."""
     found = objective()
     parameters = {id(p): p for group in groups.values() for p in group.values() if p.requires_grad}
-    grads = {name: gradients(loss, list(parameters.values())) for name, loss in found.losses.items()}
+    grads = {
+        name: gradients(loss, list(parameters.values())) for name, loss in found.losses.items()
+    }
     by_id = {name: dict(zip(parameters, values, strict=True)) for name, values in grads.items()}
     slopes = objective.weights_of(found)
     heads, stages = list(found.losses), list(groups)
     values = {name: float(loss.detach()) for name, loss in found.losses.items()}
-    found = Evaluated({name: loss.detach() for name, loss in found.losses.items()}, found.total.detach(), None)
+    found = Evaluated(
+        {name: loss.detach() for name, loss in found.losses.items()}, found.total.detach(), None
+    )
 
     reasons = Reasons(objective, found, groups, by_id)
     cells: list[Cell] = []
@@ -182,61 +244,100 @@ def measure(objective: Objective, groups: Groups, vanishing: float) -> GradientR
         size = sum(float(p.detach().double().square().sum()) for p in live) ** 0.5
         total = float(w @ gram @ w)
         norms = gram.diagonal().clamp(min=0).sqrt().tolist()  # NaN stays
-        shares: list[float | None] = [float(s) if total > 0 else None for s in w * (gram @ w) / (total or 1.0)]
+        shares: list[float | None] = [
+            float(s) if total > 0 else None for s in w * (gram @ w) / (total or 1.0)
+        ]
         norms.append(max(total, 0.0) ** 0.5 if total == total else total)
-        for name, norm, share in zip([*heads, TOTAL], norms, [*shares, 1.0 if total > 0 else None], strict=True):
+        for name, norm, share in zip(
+            [*heads, TOTAL], norms, [*shares, 1.0 if total > 0 else None], strict=True
+        ):
             relative = norm / size if size else None
             status = reasons.status(name, stage, norm, relative, vanishing, slopes)
             finite = status != "not finite"
-            cells.append(Cell(name, stage, norm if finite else float("nan"), relative if finite else None,
-                              share if total == total and finite else None, status))
+            cells.append(
+                Cell(
+                    name,
+                    stage,
+                    norm if finite else float("nan"),
+                    relative if finite else None,
+                    share if total == total and finite else None,
+                    status,
+                )
+            )
         for a, b in combinations(range(len(heads)), 2):
             if norms[a] > 0 and norms[b] > 0:
                 cosines[heads[a], heads[b]][stage] = float(gram[a, b]) / (norms[a] * norms[b])
     silent = reasons.silent(slopes)
-    report = GradientReport(heads, stages, values, slopes, cells, {k: v for k, v in cosines.items() if v}, silent, [],
-                            reasons.dead)
+    report = GradientReport(
+        heads,
+        stages,
+        values,
+        slopes,
+        cells,
+        {k: v for k, v in cosines.items() if v},
+        silent,
+        [],
+        reasons.dead,
+    )
     report.findings = _findings(report, groups, objective, vanishing)
     return report
 
 
-def gradients(loss: Tensor, parameters: list[nn.Parameter]) -> list[Tensor | None]:
+def gradients(loss: torch.Tensor, parameters: list[nn.Parameter]) -> list[torch.Tensor | None]:
     """dL/dθ of each parameter, None where no path of the graph leads; the graph is kept."""
     if not parameters or not loss.requires_grad:
         return [None] * len(parameters)
     return list(torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True))
 
 
-def inner_products(grads: list[list[Tensor | None]]) -> Tensor:
+def inner_products(grads: list[list[torch.Tensor | None]]) -> torch.Tensor:
     """<g_j, g_k> (K, K) in float64, of K gradients of the same parameters."""
     gram = torch.zeros(len(grads), len(grads), dtype=torch.float64)
     for parts in zip(*grads, strict=True):
         here = [None if g is None else g.detach().flatten().double() for g in parts]
         for j, a in enumerate(here):
-            for k, b in enumerate(here[:j + 1]):
+            for k, b in enumerate(here[: j + 1]):
                 if a is not None and b is not None:
                     gram[j, k] += float(a @ b)
     return gram + gram.tril(-1).T
 
 
-def _findings(report: GradientReport, groups: Groups, objective: Objective, vanishing: float) -> list[str]:
+def _findings(
+    report: GradientReport, groups: Groups, objective: Objective, vanishing: float
+) -> list[str]:
     sentences = []
     count = Counter((item.stage, item.reason) for item in report.silent)
     for (stage, reason), number in count.items():
-        names = [item.parameter for item in report.silent if (item.stage, item.reason) == (stage, reason)]
+        names = [
+            item.parameter for item in report.silent if (item.stage, item.reason) == (stage, reason)
+        ]
         every = number == len(groups[stage])
-        which = f"all {number} parameters" if every else f"{number} of {len(groups[stage])} parameters ({_some(names)})"
+        which = (
+            f"all {number} parameters"
+            if every
+            else f"{number} of {len(groups[stage])} parameters ({_some(names)})"
+        )
         where = f" (in {_some(report.dead)})" if reason == "dead" else ""
-        sentences.append(f"{stage}: {which} get no gradient, {WHY[reason]}{where}." if reason != "not finite" else
-                         f"{stage}: {which} get a gradient that is not finite (NaN or infinity).")
+        sentences.append(
+            f"{stage}: {which} get no gradient, {WHY[reason]}{where}."
+            if reason != "not finite"
+            else f"{stage}: {which} get a gradient that is not finite (NaN or infinity)."
+        )
     for cell in report.cells:
         if cell.status == "vanishing":
-            sentences.append(f"{cell.stage}: the gradient of {cell.head} vanishes, {cell.relative:.1e} of the weights "
-                             f"(below {vanishing:g}).")
+            sentences.append(
+                f"{cell.stage}: the gradient of {cell.head} vanishes, {cell.relative:.1e} of the weights "
+                f"(below {vanishing:g})."
+            )
         elif cell.status == "detached" and cell.head != TOTAL:
-            why = "as Tap(detach=True) asks for" if cell.head in objective.detached_heads else \
-                "the graph is cut on the way"
-            sentences.append(f"{cell.stage}: {cell.head} depends on it, but its gradient does not arrive there: {why}.")
+            why = (
+                "as Tap(detach=True) asks for"
+                if cell.head in objective.detached_heads
+                else "the graph is cut on the way"
+            )
+            sentences.append(
+                f"{cell.stage}: {cell.head} depends on it, but its gradient does not arrive there: {why}."
+            )
     if objective.off:
         sentences.append(f"off, because their loss weight is 0: {', '.join(objective.off)}.")
     return sentences
@@ -255,5 +356,10 @@ def table(title: str, columns: list[str], rows: list[list[str]]) -> str:
     """Rows of text below columns of names, aligned."""
     cells = [[title, *columns], *rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w)
-                               for i, (cell, w) in enumerate(zip(row, widths, strict=True))).rstrip() for row in cells)
+    return "\n".join(
+        "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in cells
+    )

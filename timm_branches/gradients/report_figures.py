@@ -1,4 +1,7 @@
-"""Pictures of gradients: which loss reaches which stage, and how the branches get on with each other over training."""
+"""Pictures of gradients.
+
+Which loss reaches which stage, and how the branches get on with each other over training.
+"""
 
 import math
 import os
@@ -33,14 +36,15 @@ def plot_report(report: GradientReport, file: str | os.PathLike) -> Path:
 
 
 def report_figure(report: GradientReport) -> "Figure":
-    """Heatmap of the losses' gradients by stage, and below it of the cosines between the losses, if any meet.
+    """Heatmap of the losses' gradients by stage, and below it of the cosines between the losses, if
+    any meet.
 
     Args:
         report: What :func:`gradient_report` returned.
 
     Returns:
-        A matplotlib Figure. The colour is the norm relative to the weights, on a logarithmic scale; a cell says that
-        norm and the share of the total, or why there is none.
+        A matplotlib Figure. The colour is the norm relative to the weights, on a logarithmic scale;
+        a cell says that norm and the share of the total, or why there is none.
     """
     from matplotlib.colors import LogNorm
 
@@ -49,46 +53,104 @@ def report_figure(report: GradientReport) -> "Figure":
     heights = [0.55 * len(heads) + 0.2, *([0.55 * len(pairs) + 0.2] if pairs else [])]
     names = [*heads, *(f"{a}, {b}" for a, b in pairs)]
     left = 0.085 * max(map(len, names))
-    figure = new_figure(max(5.5, 1.0 * len(stages) + left + 1.3), sum(heights) + 1.5 + 0.5 * bool(pairs))
+    figure = new_figure(
+        max(5.5, 1.0 * len(stages) + left + 1.3), sum(heights) + 1.5 + 0.5 * bool(pairs)
+    )
     panels = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
     values = [[_or_nan(report.cell(head, stage).relative) for stage in stages] for head in heads]
     seen = [v for row in values for v in row if math.isfinite(v) and v > 0]
     norm = LogNorm(min(seen, default=1e-3) / 1.5, max(seen, default=1.0) * 1.5)
-    _heatmap(figure, panels[0], values, heads, stages, "viridis", norm, "gradient, relative to the weights")
+    _heatmap(
+        figure,
+        panels[0],
+        values,
+        heads,
+        stages,
+        "viridis",
+        norm,
+        "gradient, relative to the weights",
+    )
     for row, head in enumerate(heads):
         for column, stage in enumerate(stages):
             cell = report.cell(head, stage)
             value = values[row][column]
             shown = math.isfinite(value) and value > 0
             dark = shown and norm(value) < 0.55
-            share = f"\n{round(cell.share, 2) + 0.0:.0%}" if cell.share and head != TOTAL else ""  # no -0%
+            # no -0%
+            share = f"\n{round(cell.share, 2) + 0.0:.0%}" if cell.share and head != TOTAL else ""
             text = _short(value) + share if shown else "" if cell.status == "none" else cell.status
-            panels[0].text(column, row, text, ha="center", va="center", fontsize=8 if shown else 7.5,
-                           color="white" if dark else INK)
-    figure.supxlabel("percent: share of the total gradient;  empty: the loss does not depend on the stage",
-                     fontsize=7.5, color=_GREY, x=0.995, ha="right")
+            panels[0].text(
+                column,
+                row,
+                text,
+                ha="center",
+                va="center",
+                fontsize=8 if shown else 7.5,
+                color="white" if dark else INK,
+            )
+    figure.supxlabel(
+        "percent: share of the total gradient;  empty: the loss does not depend on the stage",
+        fontsize=7.5,
+        color=_GREY,
+        x=0.995,
+        ha="right",
+    )
     if pairs:
-        cosines = [[report.cosines[pair].get(stage, math.nan) for stage in stages] for pair in pairs]
-        _heatmap(figure, panels[1], cosines, [f"{a}, {b}" for a, b in pairs], stages, "PuOr", (-1, 1),
-                 "cosine between losses")
+        cosines = [
+            [report.cosines[pair].get(stage, math.nan) for stage in stages] for pair in pairs
+        ]
+        _heatmap(
+            figure,
+            panels[1],
+            cosines,
+            [f"{a}, {b}" for a, b in pairs],
+            stages,
+            "PuOr",
+            (-1, 1),
+            "cosine between losses",
+        )
         for row, line in enumerate(cosines):
             for column, value in enumerate(line):
                 if math.isfinite(value):
-                    panels[1].text(column, row, f"{value:+.2f}", ha="center", va="center", fontsize=8,
-                                   color="white" if abs(value) > 0.6 else INK)
+                    panels[1].text(
+                        column,
+                        row,
+                        f"{value:+.2f}",
+                        ha="center",
+                        va="center",
+                        fontsize=8,
+                        color="white" if abs(value) > 0.6 else INK,
+                    )
     return figure
 
 
-def _heatmap(figure: "Figure", axes: "Axes", values: list[list[float]], rows: list[str], columns: list[str],
-             colours: str, norm: Any, title: str) -> None:
-    scale: dict[str, Any] = {"vmin": norm[0], "vmax": norm[1]} if isinstance(norm, tuple) else {"norm": norm}
+def _heatmap(
+    figure: "Figure",
+    axes: "Axes",
+    values: list[list[float]],
+    rows: list[str],
+    columns: list[str],
+    colours: str,
+    norm: Any,
+    title: str,
+) -> None:
+    scale: dict[str, Any] = (
+        {"vmin": norm[0], "vmax": norm[1]} if isinstance(norm, tuple) else {"norm": norm}
+    )
     axes.set_facecolor("#EEEEEE")  # shows through where there is nothing
-    image = axes.imshow([[v if isinstance(norm, tuple) or v > 0 else math.nan for v in row] for row in values],
-                        cmap=colours, aspect="auto", interpolation="nearest", **scale)
+    image = axes.imshow(
+        [[v if isinstance(norm, tuple) or v > 0 else math.nan for v in row] for row in values],
+        cmap=colours,
+        aspect="auto",
+        interpolation="nearest",
+        **scale,
+    )
     axes.set_title(title, fontsize=10, color=INK, loc="left")
     axes.set_yticks(range(len(rows)), rows, fontsize=9)
     longest = max(map(len, columns))
-    turn: dict[str, Any] = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if longest > 12 else {}
+    turn: dict[str, Any] = (
+        {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if longest > 12 else {}
+    )
     axes.set_xticks(range(len(columns)), columns, fontsize=8.5, **turn)
     axes.tick_params(length=0, colors=INK)
     for spine in axes.spines.values():
@@ -120,11 +182,13 @@ def plot_conflicts(rows: Sequence[Mapping[str, Any]], file: str | os.PathLike) -
 
 
 def conflicts_figure(rows: Sequence[Mapping[str, Any]]) -> "Figure":
-    """Cosines between the branches' gradients by epoch, and below, on the same axis, how the loss was weighted.
+    """Cosines between the branches' gradients by epoch, and below, on the same axis, how the loss
+    was weighted.
 
     Args:
-        rows: One mapping an epoch with ``epoch``, ``cosine_<a>_<b>`` as :func:`branch_cosines` gives them and
-            ``weight_<level>``. Missing values (levels that are off) are None, NaN or absent.
+        rows: One mapping an epoch with ``epoch``, ``cosine_<a>_<b>`` as :func:`branch_cosines`
+            gives them and ``weight_<level>``. Missing values (levels that are off) are None, NaN or
+            absent.
 
     Returns:
         A matplotlib Figure with one axes, or two where there are weights.
@@ -142,9 +206,13 @@ def conflicts_figure(rows: Sequence[Mapping[str, Any]]) -> "Figure":
     levels = [key.removeprefix("weight_") for key in keys if key.startswith("weight_")]
     by_epoch = {float(row.get("epoch", i)): row for i, row in enumerate(rows)}
     if not any(math.isfinite(_or_nan(row.get(key))) for key in pairs for row in rows):
-        raise ValueError(f"There is nothing to plot: no row has a number under cosine_<a>_<b>. The keys are {keys}.")
+        raise ValueError(
+            f"There is nothing to plot: no row has a number under cosine_<a>_<b>. The keys are {keys}."
+        )
     epochs = sorted(by_epoch)
-    measured = [e for e in epochs if any(math.isfinite(_or_nan(by_epoch[e].get(key))) for key in pairs)]
+    measured = [
+        e for e in epochs if any(math.isfinite(_or_nan(by_epoch[e].get(key))) for key in pairs)
+    ]
     figure = new_figure(7.2, 5.0 if levels else 3.8)
     if levels:
         top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1.1])
@@ -158,14 +226,37 @@ def conflicts_figure(rows: Sequence[Mapping[str, Any]]) -> "Figure":
     for i, key in enumerate(pairs):
         y = [_or_nan(by_epoch[e].get(key)) for e in measured]
         if any(map(math.isfinite, y)):  # drawn with the gaps of levels that were off
-            top.plot(measured, y, color=COLOURS[-1 - i % len(COLOURS)], linewidth=2, marker="o", markersize=3.5,
-                     label=_pair(key, levels))
+            top.plot(
+                measured,
+                y,
+                color=COLOURS[-1 - i % len(COLOURS)],
+                linewidth=2,
+                marker="o",
+                markersize=3.5,
+                label=_pair(key, levels),
+            )
     low, high = top.get_ylim()
     top.set_ylim(max(-1.05, min(low, -0.1)), min(1.05, max(high, 0.1)))
-    top.annotate("conflict", (1, 0), xycoords=("axes fraction", "data"), xytext=(-3, -3), textcoords="offset points",
-                 ha="right", va="top", fontsize=8, color=_GREY)
-    top.legend(frameon=False, fontsize=9, labelcolor=INK, loc="lower left", bbox_to_anchor=(0, 1.0), borderaxespad=0,
-               ncols=max(1, min(len(pairs), 4)))
+    top.annotate(
+        "conflict",
+        (1, 0),
+        xycoords=("axes fraction", "data"),
+        xytext=(-3, -3),
+        textcoords="offset points",
+        ha="right",
+        va="top",
+        fontsize=8,
+        color=_GREY,
+    )
+    top.legend(
+        frameon=False,
+        fontsize=9,
+        labelcolor=INK,
+        loc="lower left",
+        bbox_to_anchor=(0, 1.0),
+        borderaxespad=0,
+        ncols=max(1, min(len(pairs), 4)),
+    )
     bottom.set_xlabel("epoch")
     bottom.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     top.set_xlim(epochs[0] - 0.5, epochs[-1] + 0.5)
@@ -173,8 +264,12 @@ def conflicts_figure(rows: Sequence[Mapping[str, Any]]) -> "Figure":
     return figure
 
 
-def _draw_weights(axes: "Axes", epochs: list[float], by_epoch: Mapping[float, Mapping[str, Any]],
-                  levels: list[str]) -> None:
+def _draw_weights(
+    axes: "Axes",
+    epochs: list[float],
+    by_epoch: Mapping[float, Mapping[str, Any]],
+    levels: list[str],
+) -> None:
     restrain(axes)
     axes.set_ylabel("loss weight")
     # the weights of epoch e hold for all of it: a band from e - 1/2 to e + 1/2
@@ -183,12 +278,27 @@ def _draw_weights(axes: "Axes", epochs: list[float], by_epoch: Mapping[float, Ma
     for i, level in enumerate(levels):
         found = [_or_nan(by_epoch[e].get(f"weight_{level}")) for e in epochs]
         summit = [b + (v if math.isfinite(v) else 0.0) for b, v in zip(base, found, strict=True)]
-        axes.fill_between(edges, base + base[-1:], summit + summit[-1:], step="post", linewidth=0, label=level,
-                          color=COLOURS[i % len(COLOURS)], alpha=0.85)
+        axes.fill_between(
+            edges,
+            base + base[-1:],
+            summit + summit[-1:],
+            step="post",
+            linewidth=0,
+            label=level,
+            color=COLOURS[i % len(COLOURS)],
+            alpha=0.85,
+        )
         base = summit
     axes.set_ylim(min(0.0, *base), max(base) or 1.0)
-    axes.legend(frameon=False, fontsize=8, labelcolor=INK, loc="center left", bbox_to_anchor=(1.0, 0.5),
-                reverse=True, handlelength=1.0)
+    axes.legend(
+        frameon=False,
+        fontsize=8,
+        labelcolor=INK,
+        loc="center left",
+        bbox_to_anchor=(1.0, 0.5),
+        reverse=True,
+        handlelength=1.0,
+    )
 
 
 def _pair(key: str, levels: list[str]) -> str:
@@ -199,7 +309,11 @@ def _pair(key: str, levels: list[str]) -> str:
 
 
 def _short(value: float) -> str:
-    return f"{value:.2g}" if 0.01 <= value < 100 else f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
+    return (
+        f"{value:.2g}"
+        if 0.01 <= value < 100
+        else f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
+    )
 
 
 def _or_nan(value: Any) -> float:

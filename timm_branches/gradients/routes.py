@@ -4,8 +4,9 @@ An encoder with parameters θ gives maps m_1 ... m_n, a decoder reads them all. 
 
     dL/dθ = sum over i of (dL/dm_i) (dm_i/dθ)
 
-where dL/dm_i holds the other maps fixed (in the decoder) and dm_i/dθ goes through the encoder down to the beginning.
-The i-th term is what is left of the gradient when all other maps are detached: the gradient through path i.
+where dL/dm_i holds the other maps fixed (in the decoder) and dm_i/dθ goes through the encoder down
+to the beginning. The i-th term is what is left of the gradient when all other maps are detached:
+the gradient through path i.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from timm_branches.gradients.objective import Objective, group_by_stage, reproducible
 from timm_branches.gradients.report import gradients, inner_products, number, table
@@ -33,8 +34,10 @@ class PathGradients:
         paths: Names of the paths.
         stages: Names of the encoder's stages.
         norms: ``{path: {stage: norm}}`` of the gradient through that path alone.
-        shares: ``{path: {stage: share}}``, <g_path, G> / ‖G‖²: they sum to 1 at each stage where anything arrives.
-        error: ‖sum of the paths - G‖ / ‖G‖, with G from an ordinary backward pass; rounding, if all paths are there.
+        shares: ``{path: {stage: share}}``, <g_path, G> / ‖G‖²: they sum to 1 at each stage where
+            anything arrives.
+        error: ‖sum of the paths - G‖ / ‖G‖, with G from an ordinary backward pass; rounding, if all
+            paths are there.
         findings: What is worth knowing, in sentences.
     """
 
@@ -46,17 +49,37 @@ class PathGradients:
     findings: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        norms = [[path, *(number(self.norms[path][stage], ".2e") for stage in self.stages)] for path in self.paths]
-        shares = [[path, *(number(self.shares[path][stage], ".1%") for stage in self.stages)] for path in self.paths]
-        return "\n\n".join([table("gradient norm through", self.stages, norms),
-                            table("share of the gradient", self.stages, shares),
-                            "\n".join([f"the paths add up to the gradient: relative error {self.error:.1e}",
-                                       *self.findings])])
+        norms = [
+            [path, *(number(self.norms[path][stage], ".2e") for stage in self.stages)]
+            for path in self.paths
+        ]
+        shares = [
+            [path, *(number(self.shares[path][stage], ".1%") for stage in self.stages)]
+            for path in self.paths
+        ]
+        return "\n\n".join(
+            [
+                table("gradient norm through", self.stages, norms),
+                table("share of the gradient", self.stages, shares),
+                "\n".join(
+                    [
+                        f"the paths add up to the gradient: relative error {self.error:.1e}",
+                        *self.findings,
+                    ]
+                ),
+            ]
+        )
 
 
-def path_gradients(model: nn.Module, batch: Any, loss: Callable[..., Tensor], head: str | None = None,
-                   encode: "Callable[[Any], Mapping[str, Tensor] | Sequence[Tensor]] | None" = None,
-                   decode: Callable[..., Any] | None = None, stages: Mapping[str, Any] | None = None) -> PathGradients:
+def path_gradients(
+    model: nn.Module,
+    batch: Any,
+    loss: Callable[..., torch.Tensor],
+    head: str | None = None,
+    encode: "Callable[[Any], Mapping[str, torch.Tensor] | Sequence[torch.Tensor]] | None" = None,
+    decode: Callable[..., Any] | None = None,
+    stages: Mapping[str, Any] | None = None,
+) -> PathGradients:
     """Measure the gradient through each skip of a decoder, and through the trunk, apart.
 
     The model runs in the mode it is in and is left as it was, as by :func:`gradient_report`.
@@ -64,18 +87,22 @@ def path_gradients(model: nn.Module, batch: Any, loss: Callable[..., Tensor], he
     Args:
         model: A branch model with a decoder, or any module.
         batch: The input, or a pair of input and target.
-        loss: A function of (output) or (output, target) that returns a scalar; the output is that of the head.
+        loss: A function of (output) or (output, target) that returns a scalar; the output is that
+            of the head.
         head: The branch model's head to look at, which may be left out if it has one decoder.
-        encode: For another module: its encoder, a function from the input to its maps, as a dict by name or in order.
+        encode: For another module: its encoder, a function from the input to its maps, as a dict by
+            name or in order.
         decode: And its decoder: ``decode(*maps)`` gives the output.
-        stages: Of the encoder, as :func:`gradient_report` takes them. Stages that no path reaches are left out.
+        stages: Of the encoder, as :func:`gradient_report` takes them. Stages that no path reaches
+            are left out.
 
     Returns:
-        A :class:`PathGradients`. The paths of a branch model are ``'trunk (<tap>)'``, through the deepest map, and
-        ``'skip (<tap>)'``.
+        A :class:`PathGradients`. The paths of a branch model are ``'trunk (<tap>)'``, through the
+        deepest map, and ``'skip (<tap>)'``.
 
     Raises:
-        ValueError: No or several decoders and no ``head``, or only one of ``encode`` and ``decode``.
+        ValueError: No or several decoders and no ``head``, or only one of ``encode`` and
+            ``decode``.
 
     Example:
         >>> from timm_branches import create_branch_model
@@ -88,8 +115,10 @@ def path_gradients(model: nn.Module, batch: Any, loss: Callable[..., Tensor], he
     if isinstance(model, BranchModel) and encode is None and decode is None:
         encode, decode, run = _encoder_decoder(model, head, objective.input)
     elif encode is None or decode is None or head is not None:
-        raise ValueError("give encode= and decode= (and no head=) for a module that is no branch model: functions from "
-                         "the input to the maps, and from the maps to the output.")
+        raise ValueError(
+            "give encode= and decode= (and no head=) for a module that is no branch model: functions from "
+            "the input to the maps, and from the maps to the output."
+        )
     else:
         whole_encode, whole_decode = encode, decode
 
@@ -97,24 +126,36 @@ def path_gradients(model: nn.Module, batch: Any, loss: Callable[..., Tensor], he
             maps = whole_encode(x)
             return whole_decode(*(maps.values() if isinstance(maps, Mapping) else maps))
 
-    groups = {stage: {n: p for n, p in group.items() if p.requires_grad}
-              for stage, group in group_by_stage(model, stages).items()}
+    groups = {
+        stage: {n: p for n, p in group.items() if p.requires_grad}
+        for stage, group in group_by_stage(model, stages).items()
+    }
     parameters = {id(p): p for group in groups.values() for p in group.values()}
     with objective.undisturbed():
         maps, leaves, value = _split(encode, decode, loss, objective)
-        slopes: list[Tensor | None] = list(torch.autograd.grad(
-            value, list(leaves.values()), allow_unused=True)) if value.requires_grad else [None] * len(maps)
-        through: dict[str, dict[int, Tensor | None]] = {}
+        slopes: list[torch.Tensor | None] = (
+            list(torch.autograd.grad(value, list(leaves.values()), allow_unused=True))
+            if value.requires_grad
+            else [None] * len(maps)
+        )
+        through: dict[str, dict[int, torch.Tensor | None]] = {}
         findings = []
         for (name, map_), slope in zip(maps.items(), slopes, strict=True):
-            given: list[Tensor | None] = [None] * len(parameters)
+            given: list[torch.Tensor | None] = [None] * len(parameters)
             if slope is None or not slope.any():
-                findings.append(f"{name}: no gradient arrives at its map: the decoder does not use it, or cuts it off.")
+                findings.append(
+                    f"{name}: no gradient arrives at its map: the decoder does not use it, or cuts it off."
+                )
             elif map_.requires_grad:
-                given = list(torch.autograd.grad(map_, list(parameters.values()), slope, retain_graph=True,
-                                                 allow_unused=True))
+                given = list(
+                    torch.autograd.grad(
+                        map_, list(parameters.values()), slope, retain_graph=True, allow_unused=True
+                    )
+                )
             elif parameters:
-                findings.append(f"{name}: its map is detached, so its gradient does not reach the encoder.")
+                findings.append(
+                    f"{name}: its map is detached, so its gradient does not reach the encoder."
+                )
             through[name] = dict(zip(parameters, given, strict=True))
         del maps
         with reproducible(objective.device):  # an ordinary pass, nothing detached
@@ -123,55 +164,80 @@ def path_gradients(model: nn.Module, batch: Any, loss: Callable[..., Tensor], he
         return _compare(groups, through, full, findings)
 
 
-def _encoder_decoder(model: BranchModel, head: str | None, x: Tensor) -> tuple[Callable, Callable, Callable]:
+def _encoder_decoder(
+    model: BranchModel, head: str | None, x: torch.Tensor
+) -> tuple[Callable, Callable, Callable]:
     """Encoder, decoder and both in one, for a head."""
     decoders = [name for name in model.names if isinstance(model.head(name), SkipDecoder)]
     if head is None and len(decoders) != 1:
-        raise ValueError(f"the model has the decoders {decoders}: give head= to choose one." if decoders else
-                         f"the model has no decoder, its heads are {list(model.names)}.")
+        raise ValueError(
+            f"the model has the decoders {decoders}: give head= to choose one."
+            if decoders
+            else f"the model has no decoder, its heads are {list(model.names)}."
+        )
     if head is not None and head not in decoders:
         raise ValueError(f"head={head!r}: the model's decoders are {decoders}.")
     name = decoders[0] if head is None else head
-    which, = model._select([name])
+    (which,) = model._select([name])
     module: Any = model.head(name)
     infos = [model.taps[i] for i in model.head_taps[which]]
     order = module.order  # the deepest first
 
-    def encode(images: Tensor) -> dict[str, Tensor]:
+    def encode(images: torch.Tensor) -> dict[str, torch.Tensor]:
         maps = model._head_maps(images, [which])[name]
-        return {f"{'skip' if k else 'trunk'} ({infos[i].tap.name})": maps[i] for k, i in enumerate(order)}
+        return {
+            f"{'skip' if k else 'trunk'} ({infos[i].tap.name})": maps[i]
+            for k, i in enumerate(order)
+        }
 
-    def decode(*maps: Tensor) -> Any:
+    def decode(*maps: torch.Tensor) -> Any:
         by_tap = dict(zip(order, maps, strict=True))
         return module(*(by_tap[i] for i in range(len(maps))), image=x)
 
     return encode, decode, lambda images: model(images, heads=[name])[name]
 
 
-def _split(encode: Callable, decode: Callable, loss: Callable, objective: Objective
-           ) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
-    """The encoder's maps, the same as leaves, and the loss of what the decoder makes of these leaves."""
+def _split(
+    encode: Callable, decode: Callable, loss: Callable, objective: Objective
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], torch.Tensor]:
+    """The encoder's maps, the same as leaves, and the loss of what the decoder makes of these
+    leaves.
+    """
     with reproducible(objective.device):
         found = encode(objective.input.clone())
-        maps = dict(found) if isinstance(found, Mapping) else {f"map {i}": m for i, m in enumerate(found)}
+        maps = (
+            dict(found)
+            if isinstance(found, Mapping)
+            else {f"map {i}": m for i, m in enumerate(found)}
+        )
         leaves = {name: m.detach().requires_grad_() for name, m in maps.items()}
         # clones, because a decoder may work in place and a leaf must not be changed
         value = loss(decode(*(leaf.clone() for leaf in leaves.values())), *objective.targets)
     return maps, leaves, value
 
 
-def _compare(groups: dict[str, dict[str, nn.Parameter]], through: dict[str, dict[int, Tensor | None]],
-             full: dict[int, Tensor | None], findings: list[str]) -> PathGradients:
+def _compare(
+    groups: dict[str, dict[str, nn.Parameter]],
+    through: dict[str, dict[int, torch.Tensor | None]],
+    full: dict[int, torch.Tensor | None],
+    findings: list[str],
+) -> PathGradients:
     norms: dict[str, dict[str, float]] = {path: {} for path in through}
     shares: dict[str, dict[str, float | None]] = {path: {} for path in through}
     stages, off, size = [], 0.0, 0.0
     for stage, group in groups.items():
         # what no path reaches is the decoder's own, or another head's
-        own = [id(p) for p in group.values() if any(grads[id(p)] is not None for grads in through.values())]
+        own = [
+            id(p)
+            for p in group.values()
+            if any(grads[id(p)] is not None for grads in through.values())
+        ]
         if not own:
             continue
         stages.append(stage)
-        gram = inner_products([*([grads[i] for i in own] for grads in through.values()), [full[i] for i in own]])
+        gram = inner_products(
+            [*([grads[i] for i in own] for grads in through.values()), [full[i] for i in own]]
+        )
         total = float(gram[-1, -1])
         for k, path in enumerate(through):
             norms[path][stage] = max(float(gram[k, k]), 0.0) ** 0.5
@@ -181,15 +247,23 @@ def _compare(groups: dict[str, dict[str, nn.Parameter]], through: dict[str, dict
             parts = [g.double() for grads in through.values() if (g := grads[i]) is not None]
             whole = full[i]
             off += float((sum(parts) - (0 if whole is None else whole.double())).square().sum())  # type: ignore
-    result = PathGradients(list(through), stages, norms, shares, (off / size) ** 0.5 if size else 0.0, findings)
+    result = PathGradients(
+        list(through), stages, norms, shares, (off / size) ** 0.5 if size else 0.0, findings
+    )
     if stages:
         first = stages[0]
         for path in result.paths:
             share = shares[path][first]
             faint = share is not None and abs(share) < _FAINT
-            if faint and len(result.paths) > 1 and not any(f.startswith(f"{path}:") for f in findings):
-                result.findings.append(f"{path}: brings {share:.2%} of the gradient at {first}, less than "
-                                       f"{_FAINT:.0%}: the network learns there almost only through the other paths.")
+            if (
+                faint
+                and len(result.paths) > 1
+                and not any(f.startswith(f"{path}:") for f in findings)
+            ):
+                result.findings.append(
+                    f"{path}: brings {share:.2%} of the gradient at {first}, less than "
+                    f"{_FAINT:.0%}: the network learns there almost only through the other paths."
+                )
     else:
         result.findings.append("no path reaches a trainable parameter of the encoder.")
     return result

@@ -1,24 +1,35 @@
-"""Watching one forward pass: which ReLU is dead, and where the first number that is not finite appears."""
+"""Watching one forward pass.
+
+Which ReLU is dead, and where the first number that is not finite appears.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = ["Watch", "watch"]
 
 _aten = torch.ops.aten
-_RELUS = {_aten.relu, _aten.relu_, _aten.hardtanh, _aten.hardtanh_, _aten.threshold, _aten.threshold_}
+_RELUS = {
+    _aten.relu,
+    _aten.relu_,
+    _aten.hardtanh,
+    _aten.hardtanh_,
+    _aten.threshold,
+    _aten.threshold_,
+}
 
 
 class Watch(TorchDispatchMode):
     """Sees each operation below autograd, so that layers, functions and in-place forms all count.
 
     Attributes:
-        failed: Path of the innermost module that an exception went through, if one went through all of them.
+        failed: Path of the innermost module that an exception went through, if one went through all
+            of them.
         dead: Paths of the modules in which a ReLU (or ReLU6) gave zeros only, over the whole batch.
         not_finite: Path of the module, and the operation, that first made NaN, or else infinity.
     """
@@ -33,14 +44,20 @@ class Watch(TorchDispatchMode):
 
     @property
     def not_finite(self) -> tuple[str, str] | None:
-        return self.nan or self.infinity  # a mask of -inf is common and harms nobody as long as it makes no NaN
+        # a mask of -inf is common and harms nobody as long as it makes no NaN
+        return self.nan or self.infinity
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        relu = func.overloadpacket in _RELUS and len(args) and isinstance(args[0], Tensor)
+        relu = func.overloadpacket in _RELUS and len(args) and isinstance(args[0], torch.Tensor)
         alive_before = relu and bool((args[0] != 0).any())
         out = func(*args, **(kwargs or {}))
         first = out[0] if isinstance(out, (tuple, list)) and out else out
-        if not self.stack or not isinstance(first, Tensor) or not first.is_floating_point() or not first.numel():
+        if (
+            not self.stack
+            or not isinstance(first, torch.Tensor)
+            or not first.is_floating_point()
+            or not first.numel()
+        ):
             return out
         # zeros that stay zeros are not the ReLU's doing
         if relu and alive_before and not first.any() and self.stack[-1] not in self.dead:
@@ -62,8 +79,14 @@ def watch(model: nn.Module) -> Iterator[Watch]:
     names = {module: name or "the model's own forward" for name, module in model.named_modules()}
     handles = []
     for module in names:
-        handles.append(module.register_forward_pre_hook(lambda m, args: seen.stack.append(names[m])))
-        handles.append(module.register_forward_hook(lambda m, args, out: _leave(seen, names[m], out), always_call=True))
+        handles.append(
+            module.register_forward_pre_hook(lambda m, args: seen.stack.append(names[m]))
+        )
+        handles.append(
+            module.register_forward_hook(
+                lambda m, args, out: _leave(seen, names[m], out), always_call=True
+            )
+        )
     try:
         with seen:
             yield seen

@@ -1,4 +1,7 @@
-"""Parts of skip decoders: resizing, upsampling, the attention gate, the linear bottleneck, and the two stages."""
+"""Parts of skip decoders.
+
+Resizing, upsampling, the attention gate, the linear bottleneck, and the two stages.
+"""
 
 import math
 from collections.abc import Sequence
@@ -10,18 +13,28 @@ from torch import nn
 
 from timm_branches.taps.reader import TapInfo
 
-__all__ = ["AttentionGate", "LinearBottleneck", "RedNetStage", "UNetStage", "Upsample", "conv_norm_act", "resize"]
+__all__ = [
+    "AttentionGate",
+    "LinearBottleneck",
+    "RedNetStage",
+    "UNetStage",
+    "Upsample",
+    "conv_norm_act",
+    "resize",
+]
 
 
 def resize(x: torch.Tensor, size: Sequence[int], mode: str = "bilinear") -> torch.Tensor:
     """A map (B, C, h, w) at the size (H, W); itself if it has that size."""
     if x.shape[2] == size[0] and x.shape[3] == size[1]:
         return x
-    return F.interpolate(x, size=(size[0], size[1]), mode=mode, align_corners=None if mode == "nearest" else False)
+    return F.interpolate(
+        x, size=(size[0], size[1]), mode=mode, align_corners=None if mode == "nearest" else False
+    )
 
 
 def norm_act(channels: int, norm: str | None, act: str) -> nn.Module:
-    """timm's norm and activation of these names, or the activation alone."""
+    """Timm's norm and activation of these names, or the activation alone."""
     if norm is None:
         return create_act_layer(act, inplace=True)
     # timm's 32 groups do not divide every width
@@ -29,8 +42,13 @@ def norm_act(channels: int, norm: str | None, act: str) -> nn.Module:
     return get_norm_act_layer(norm, act)(channels, **groups)
 
 
-def conv_norm_act(in_chs: int, out_chs: int, kernel_size: int, norm: str | None, act: str) -> nn.Sequential:
-    """Convolution that keeps the size, norm, activation; the norm's bias stands for the convolution's."""
+def conv_norm_act(
+    in_chs: int, out_chs: int, kernel_size: int, norm: str | None, act: str
+) -> nn.Sequential:
+    """Convolution that keeps the size, norm, activation.
+
+    The norm's bias stands for the convolution's.
+    """
     conv = nn.Conv2d(in_chs, out_chs, kernel_size, padding=kernel_size // 2, bias=norm is None)
     return nn.Sequential(conv, norm_act(out_chs, norm, act))
 
@@ -41,12 +59,13 @@ class Upsample(nn.Module):
     Args:
         in_chs: Channels C.
         out_chs: Channels of the result, where there is a convolution.
-        mode: ``'nearest'`` and ``'bilinear'`` interpolate; ``'transposed'`` (Zeiler et al. 2010) and ``'shuffle'``
-            (sub-pixel convolution, Shi et al. 2016, arXiv 1609.05158) learn to double, and interpolate what is
-            left to an odd size.
+        mode: ``'nearest'`` and ``'bilinear'`` interpolate; ``'transposed'`` (Zeiler et al. 2010)
+            and ``'shuffle'`` (sub-pixel convolution, Shi et al. 2016, arXiv 1609.05158) learn to
+            double, and interpolate what is left to an odd size.
         double: Whether the map is to be about doubled; if not, it is only resized.
-        with_conv: Whether this is all that a stage does: it then convolves with overlapping kernels (3x3, and 4x4
-            for ``'transposed'``) in every mode. Else only as the mode needs, and convolutions follow.
+        with_conv: Whether this is all that a stage does: it then convolves with overlapping kernels
+            (3x3, and 4x4 for ``'transposed'``) in every mode. Else only as the mode needs, and
+            convolutions follow.
 
     Attributes:
         out_chs: Channels of the result, ``in_chs`` where there is no convolution.
@@ -59,11 +78,16 @@ class Upsample(nn.Module):
         self.out_chs = out_chs if self.learned or with_conv else in_chs
         self.conv: nn.Module = nn.Identity()
         if self.learned and mode == "transposed":
-            self.conv = nn.ConvTranspose2d(in_chs, out_chs, 4, 2, 1) if with_conv else \
-                nn.ConvTranspose2d(in_chs, out_chs, 2, 2)
+            self.conv = (
+                nn.ConvTranspose2d(in_chs, out_chs, 4, 2, 1)
+                if with_conv
+                else nn.ConvTranspose2d(in_chs, out_chs, 2, 2)
+            )
         elif self.learned:
             kernel = 3 if with_conv else 1
-            self.conv = nn.Sequential(nn.Conv2d(in_chs, 4 * out_chs, kernel, padding=kernel // 2), nn.PixelShuffle(2))
+            self.conv = nn.Sequential(
+                nn.Conv2d(in_chs, 4 * out_chs, kernel, padding=kernel // 2), nn.PixelShuffle(2)
+            )
         elif with_conv:
             self.conv = nn.Conv2d(in_chs, out_chs, 3, padding=1)
 
@@ -74,10 +98,11 @@ class Upsample(nn.Module):
 
 
 class AttentionGate(nn.Module):
-    """Weighs each pixel of a skip by how it fits the decoder's map: (B, S, H, W), (B, G, H, W) -> (B, S, H, W).
+    """Weighs each pixel of a skip by how it fits the decoder's map: (B, S, H, W), (B, G, H, W) ->
+    (B, S, H, W).
 
-    ``skip * sigmoid(psi(relu(W_x skip + W_g gate)))``, additive attention of Oktay et al. 2018 (arXiv 1804.03999),
-    equations 1 and 2, computed at the size of the skip.
+    ``skip * sigmoid(psi(relu(W_x skip + W_g gate)))``, additive attention of Oktay et al. 2018
+    (arXiv 1804.03999), equations 1 and 2, computed at the size of the skip.
     """
 
     def __init__(self, skip_chs: int, gate_chs: int):
@@ -88,11 +113,16 @@ class AttentionGate(nn.Module):
         self.psi = nn.Conv2d(width, 1, 1)
 
     def forward(self, skip: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-        return skip * torch.sigmoid(self.psi(F.relu(self.skip(skip) + self.gate(gate), inplace=True)))
+        return skip * torch.sigmoid(
+            self.psi(F.relu(self.skip(skip) + self.gate(gate), inplace=True))
+        )
 
 
 class LinearBottleneck(nn.Module):
-    """Flatten, Linear to the code, Linear back, unflatten: (B, C, H, W) -> (B, C, H, W), for one size H x W."""
+    """Flatten, Linear to the code, Linear back, unflatten.
+
+    (B, C, H, W) -> (B, C, H, W), for one size H x W.
+    """
 
     def __init__(self, tap: TapInfo, code_size: int):
         super().__init__()
@@ -102,24 +132,39 @@ class LinearBottleneck(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.shape[1:] != self.shape:
-            raise ValueError(f"the decoder's bottleneck at tap {self.tap_name!r} was made for a map of "
-                             f"{self.shape[1]}x{self.shape[2]}, got {x.shape[2]}x{x.shape[3]}: give images of the size "
-                             "that the model was made for, set img_size=, or leave out bottleneck=.")
+            raise ValueError(
+                f"the decoder's bottleneck at tap {self.tap_name!r} was made for a map of "
+                f"{self.shape[1]}x{self.shape[2]}, got {x.shape[2]}x{x.shape[3]}: give images of the size "
+                "that the model was made for, set img_size=, or leave out bottleneck=."
+            )
         return self.decode(self.encode(x.flatten(1))).unflatten(1, self.shape)
 
 
 class UNetStage(nn.Module):
-    """Upsample, concatenate the skip, twice (3x3 convolution, norm, activation), as U-Net does (arXiv 1505.04597)."""
+    """Upsample, concatenate the skip, twice (3x3 convolution, norm, activation), as U-Net does
+    (arXiv 1505.04597).
+    """
 
-    def __init__(self, in_chs: int, skip_chs: int, out_chs: int, upsample: str, double: bool, norm: str | None,
-                 act: str, attention: bool):
+    def __init__(
+        self,
+        in_chs: int,
+        skip_chs: int,
+        out_chs: int,
+        upsample: str,
+        double: bool,
+        norm: str | None,
+        act: str,
+        attention: bool,
+    ):
         super().__init__()
         self.up = Upsample(in_chs, out_chs, upsample, double, with_conv=False)
         self.gate = AttentionGate(skip_chs, self.up.out_chs) if attention and skip_chs else None
         self.conv1 = conv_norm_act(self.up.out_chs + skip_chs, out_chs, 3, norm, act)
         self.conv2 = conv_norm_act(out_chs, out_chs, 3, norm, act)
 
-    def forward(self, x: torch.Tensor, skip: torch.Tensor | None, size: Sequence[int]) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, skip: torch.Tensor | None, size: Sequence[int]
+    ) -> torch.Tensor:
         x = self.up(x, size)
         if skip is not None:
             skip = skip if self.gate is None else self.gate(skip, x)
@@ -128,20 +173,34 @@ class UNetStage(nn.Module):
 
 
 class RedNetStage(nn.Module):
-    """Upsample with a convolution, add the skip, norm, activation, as RED-Net does (arXiv 1603.09056).
+    """Upsample with a convolution, add the skip, norm, activation, as RED-Net does (arXiv
+    1603.09056).
 
     The skip passes a 1x1 convolution only where its channels differ from the stage's.
     """
 
-    def __init__(self, in_chs: int, skip_chs: int, out_chs: int, upsample: str, double: bool, norm: str | None,
-                 act: str, attention: bool):
+    def __init__(
+        self,
+        in_chs: int,
+        skip_chs: int,
+        out_chs: int,
+        upsample: str,
+        double: bool,
+        norm: str | None,
+        act: str,
+        attention: bool,
+    ):
         super().__init__()
         self.up = Upsample(in_chs, out_chs, upsample, double, with_conv=True)
         self.gate = AttentionGate(skip_chs, out_chs) if attention and skip_chs else None
-        self.project = nn.Conv2d(skip_chs, out_chs, 1) if skip_chs not in (0, out_chs) else nn.Identity()
+        self.project = (
+            nn.Conv2d(skip_chs, out_chs, 1) if skip_chs not in (0, out_chs) else nn.Identity()
+        )
         self.norm_act = norm_act(out_chs, norm, act)
 
-    def forward(self, x: torch.Tensor, skip: torch.Tensor | None, size: Sequence[int]) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, skip: torch.Tensor | None, size: Sequence[int]
+    ) -> torch.Tensor:
         x = self.up(x, size)
         if skip is not None:
             skip = skip if self.gate is None else self.gate(skip, x)

@@ -14,8 +14,12 @@ __all__ = ["BranchClassifier", "FlattenHead", "PoolHead"]
 
 
 def _check(hidden: Sequence[int] | None, drop_rate: float | None) -> None:
-    if hidden is not None and any(isinstance(w, bool) or not isinstance(w, int) or w < 1 for w in hidden):
-        raise ValueError(f"hidden= takes the widths of the hidden layers, such as (256, 256), got {hidden!r}.")
+    if hidden is not None and any(
+        isinstance(w, bool) or not isinstance(w, int) or w < 1 for w in hidden
+    ):
+        raise ValueError(
+            f"hidden= takes the widths of the hidden layers, such as (256, 256), got {hidden!r}."
+        )
     if drop_rate is not None and not 0 <= drop_rate < 1:
         raise ValueError(f"drop_rate= must be in [0, 1), got {drop_rate!r}.")
 
@@ -25,9 +29,11 @@ class PoolHead:
     """Pool the map to a vector, then hidden layers if any, then Linear. Takes images of any size.
 
     Args:
-        hidden: Widths of hidden layers, each Linear -> ReLU -> BatchNorm -> Dropout. None by default.
+        hidden: Widths of hidden layers, each Linear -> ReLU -> BatchNorm -> Dropout. None by
+            default.
         pool_type: timm's global pooling: ``'avg'``, ``'max'``, ``'avgmax'``, ``'catavgmax'``.
-        drop_rate: Dropout behind each hidden layer and before the last Linear; None takes the model's, or 0.
+        drop_rate: Dropout behind each hidden layer and before the last Linear; None takes the
+            model's, or 0.
 
     Raises:
         ValueError: A width below 1, a rate outside [0, 1), an unknown pooling.
@@ -49,26 +55,38 @@ class PoolHead:
         object.__setattr__(self, "hidden", tuple(self.hidden))
         _check(self.hidden, self.drop_rate)
         if self.pool_type not in ("avg", "max", "avgmax", "catavgmax"):
-            raise ValueError(f"pool_type= must be 'avg', 'max', 'avgmax' or 'catavgmax', got {self.pool_type!r}.")
+            raise ValueError(
+                f"pool_type= must be 'avg', 'max', 'avgmax' or 'catavgmax', got {self.pool_type!r}."
+            )
 
-    def build(self, taps: Sequence[TapInfo], num_classes: int, drop_rate: float | None = None) -> "BranchClassifier":
+    def build(
+        self, taps: Sequence[TapInfo], num_classes: int, drop_rate: float | None = None
+    ) -> "BranchClassifier":
         """The head for the map at its one tap."""
-        tap, = taps
+        (tap,) = taps
         pool = SelectAdaptivePool2d(pool_type=self.pool_type, flatten=True)
         rate = self.drop_rate if self.drop_rate is not None else drop_rate or 0.0
-        return BranchClassifier(pool, tap.channels * pool.feat_mult(), self.hidden, num_classes, rate,
-                                drop_before_last=not self.hidden)
+        return BranchClassifier(
+            pool,
+            tap.channels * pool.feat_mult(),
+            self.hidden,
+            num_classes,
+            rate,
+            drop_before_last=not self.hidden,
+        )
 
 
 @dataclass(frozen=True)
 class FlattenHead:
     """B-CNN's branch: Flatten, then twice (Linear, ReLU, BatchNorm, Dropout 0.5), then Linear.
 
-    It is bound to one image size. At 224 px it has some 300 M parameters more than :class:`PoolHead`.
+    It is bound to one image size. At 224 px it has some 300 M parameters more than
+    :class:`PoolHead`.
 
     Args:
-        hidden: Widths of the hidden layers. By default two of twice the map's channels, which for B-CNN's
-            networks on CIFAR gives the paper's 256, 512 and 1024 (Zhu and Bain 2017, arXiv 1709.09890, figure 2).
+        hidden: Widths of the hidden layers. By default two of twice the map's channels, which for
+            B-CNN's networks on CIFAR gives the paper's 256, 512 and 1024 (Zhu and Bain 2017, arXiv
+            1709.09890, figure 2).
         drop_rate: Dropout behind each hidden layer; None takes the model's, or the paper's 0.5.
 
     Raises:
@@ -91,16 +109,28 @@ class FlattenHead:
             object.__setattr__(self, "hidden", tuple(self.hidden))
         _check(self.hidden, self.drop_rate)
 
-    def build(self, taps: Sequence[TapInfo], num_classes: int, drop_rate: float | None = None) -> "BranchClassifier":
+    def build(
+        self, taps: Sequence[TapInfo], num_classes: int, drop_rate: float | None = None
+    ) -> "BranchClassifier":
         """The head for the map at its one tap, whose size fixes the first Linear."""
-        tap, = taps
+        (tap,) = taps
         hidden = self.hidden if self.hidden is not None else (2 * tap.channels, 2 * tap.channels)
-        rate = self.drop_rate if self.drop_rate is not None else 0.5 if drop_rate is None else drop_rate
-        return BranchClassifier(_FixedFlatten(tap), tap.channels * tap.size[0] * tap.size[1], hidden, num_classes, rate)
+        rate = (
+            self.drop_rate
+            if self.drop_rate is not None
+            else 0.5
+            if drop_rate is None
+            else drop_rate
+        )
+        return BranchClassifier(
+            _FixedFlatten(tap), tap.channels * tap.size[0] * tap.size[1], hidden, num_classes, rate
+        )
 
 
 class _FixedFlatten(nn.Flatten):
-    """Flatten that refuses a map of another size with a sentence rather than with a failing matrix product."""
+    """Flatten that refuses a map of another size with a sentence rather than with a failing
+    matrix product.
+    """
 
     def __init__(self, tap: TapInfo):
         super().__init__()
@@ -108,9 +138,11 @@ class _FixedFlatten(nn.Flatten):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.shape[2:] != self.size:
-            raise ValueError(f"the 'flatten' head at tap {self.tap_name!r} was made for a map of "
-                             f"{self.size[0]}x{self.size[1]}, got {x.shape[2]}x{x.shape[3]}: give images of the size "
-                             "that the model was made for, set img_size=, or pool instead of flattening.")
+            raise ValueError(
+                f"the 'flatten' head at tap {self.tap_name!r} was made for a map of "
+                f"{self.size[0]}x{self.size[1]}, got {x.shape[2]}x{x.shape[3]}: give images of the size "
+                "that the model was made for, set img_size=, or pool instead of flattening."
+            )
         return super().forward(x)
 
 
@@ -120,8 +152,15 @@ class BranchClassifier(nn.Module):
     Shapes: (B, C, H, W) -> (B, num_classes); (B, width) when ``num_classes`` is 0.
     """
 
-    def __init__(self, to_vector: nn.Module, width: int, hidden: Sequence[int], num_classes: int, drop_rate: float,
-                 drop_before_last: bool = False):
+    def __init__(
+        self,
+        to_vector: nn.Module,
+        width: int,
+        hidden: Sequence[int],
+        num_classes: int,
+        drop_rate: float,
+        drop_before_last: bool = False,
+    ):
         super().__init__()
         self.to_vector = to_vector
         layers: list[nn.Module] = []

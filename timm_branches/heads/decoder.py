@@ -1,8 +1,9 @@
-"""Skip decoders: heads that read several maps and answer for every pixel. U-Net concatenates, RED-Net adds.
+"""Skip decoders: heads that read several maps and answer for every pixel. U-Net concatenates,
+RED-Net adds.
 
-The decoder starts from the deepest map and about doubles it, stage by stage, until it has the size of the image. Each
-further map enters as a skip at the stage that reaches its size. All sizes are read off the tensors, so that odd ones
-fit as well.
+The decoder starts from the deepest map and about doubles it, stage by stage, until it has the size
+of the image. Each further map enters as a skip at the stage that reaches its size. All sizes are
+read off the tensors, so that odd ones fit as well.
 """
 
 import math
@@ -14,7 +15,14 @@ import torch
 from timm.layers import create_act_layer, get_act_layer
 from torch import nn
 
-from timm_branches.heads.blocks import LinearBottleneck, RedNetStage, UNetStage, Upsample, conv_norm_act, resize
+from timm_branches.heads.blocks import (
+    LinearBottleneck,
+    RedNetStage,
+    UNetStage,
+    Upsample,
+    conv_norm_act,
+    resize,
+)
 from timm_branches.taps.reader import TapInfo
 
 __all__ = ["RedNetHead", "SkipDecoder", "UNetHead"]
@@ -27,27 +35,33 @@ _NORMS = ("batchnorm2d", "groupnorm", "groupnorm1", "layernorm2d", "rmsnorm2d")
 class UNetHead:
     """A decoder that concatenates its skips, U-Net (Ronneberger et al. 2015, arXiv 1505.04597).
 
-    Takes any taps in any order, and images of any size that the backbone takes. Where all maps have one stride (a ViT)
-    the deepest stays as it is and each shallower one is projected and enlarged twofold more, which makes a pyramid.
+    Takes any taps in any order, and images of any size that the backbone takes. Where all maps have
+    one stride (a ViT) the deepest stays as it is and each shallower one is projected and enlarged
+    twofold more, which makes a pyramid.
 
     Args:
-        channels: Width of each decoder stage from the deepest on. By default 16 times the stage's stride, at most 256:
-            (256, 128, 64, 32, 16) at strides 16, 8, 4, 2 and 1.
-        norm: timm's name of the norm: ``'batchnorm2d'``, ``'groupnorm'``, ``'groupnorm1'``, ``'layernorm2d'``,
-            ``'rmsnorm2d'``; None for none.
+        channels: Width of each decoder stage from the deepest on. By default 16 times the stage's
+            stride, at most 256: (256, 128, 64, 32, 16) at strides 16, 8, 4, 2 and 1.
+        norm: timm's name of the norm: ``'batchnorm2d'``, ``'groupnorm'``, ``'groupnorm1'``,
+            ``'layernorm2d'``, ``'rmsnorm2d'``; None for none.
         act: timm's name of the activation.
         upsample: ``'nearest'``, ``'bilinear'``, ``'transposed'`` or ``'shuffle'``.
         attention: Put an attention gate on each skip (Oktay et al. 2018).
-        input_skip: One more skip, at stride 1: a 3x3 convolution of the image. Without it a backbone whose first map
-            has stride 4 has lost the fine detail.
-        bottleneck: Size of a linear bottleneck at the deepest map, which binds the head to one image size.
-        residual: Output is the image plus the prediction, for restoration; needs as many classes as channels.
-        out_act: timm's names of activations applied to the prediction one after the other, such as ``'sigmoid'``.
-        deep_supervision: In training also answer from each stage before the last (Lee et al. 2014, arXiv 1409.5185).
+        input_skip: One more skip, at stride 1: a 3x3 convolution of the image. Without it a
+            backbone whose first map has stride 4 has lost the fine detail.
+        bottleneck: Size of a linear bottleneck at the deepest map, which binds the head to one
+            image size.
+        residual: Output is the image plus the prediction, for restoration; needs as many classes as
+            channels.
+        out_act: timm's names of activations applied to the prediction one after the other, such as
+            ``'sigmoid'``.
+        deep_supervision: In training also answer from each stage before the last (Lee et al. 2014,
+            arXiv 1409.5185).
         drop_rate: Dropout of channels before the last layer; None takes the model's, or 0.
 
     Raises:
-        ValueError: An unknown norm, activation or upsampling, a width below 1, a rate outside [0, 1).
+        ValueError: An unknown norm, activation or upsampling, a width below 1, a rate outside [0,
+            1).
 
     Example:
         >>> UNetHead(channels=[64, 32], act='gelu').channels
@@ -73,31 +87,50 @@ class UNetHead:
     drop_rate: float | None = None
 
     def __post_init__(self):
-        object.__setattr__(self, "out_act", (self.out_act,) if isinstance(self.out_act, str) else tuple(self.out_act))
+        object.__setattr__(
+            self,
+            "out_act",
+            (self.out_act,) if isinstance(self.out_act, str) else tuple(self.out_act),
+        )
         if self.channels is not None:
             object.__setattr__(self, "channels", tuple(self.channels))
             if not self.channels or not all(map(_is_count, self.channels)):
-                raise ValueError(f"channels= takes the widths of the decoder stages, such as (64, 32), got "
-                                 f"{self.channels!r}.")
+                raise ValueError(
+                    f"channels= takes the widths of the decoder stages, such as (64, 32), got "
+                    f"{self.channels!r}."
+                )
         if self.bottleneck is not None and not _is_count(self.bottleneck):
-            raise ValueError(f"bottleneck= takes the size of the code, a whole number from 1, got {self.bottleneck!r}.")
+            raise ValueError(
+                f"bottleneck= takes the size of the code, a whole number from 1, got {self.bottleneck!r}."
+            )
         if self.norm is not None and self.norm not in _NORMS:
-            raise ValueError(f"norm= must be None or one of {', '.join(map(repr, _NORMS))}, got {self.norm!r}.")
+            raise ValueError(
+                f"norm= must be None or one of {', '.join(map(repr, _NORMS))}, got {self.norm!r}."
+            )
         if self.upsample not in _UPSAMPLE:
-            raise ValueError(f"upsample= must be one of {', '.join(map(repr, _UPSAMPLE))}, got {self.upsample!r}.")
+            raise ValueError(
+                f"upsample= must be one of {', '.join(map(repr, _UPSAMPLE))}, got {self.upsample!r}."
+            )
         for key, name in [("act", self.act), *(("out_act", name) for name in self.out_act)]:
             try:
                 known = isinstance(name, str) and get_act_layer(name) is not None
             except KeyError:
                 known = False
             if not known:
-                raise ValueError(f"{key}= takes timm's names of activations, such as 'relu', 'leaky_relu', 'gelu', "
-                                 f"'silu' or 'sigmoid', got {name!r}.")
+                raise ValueError(
+                    f"{key}= takes timm's names of activations, such as 'relu', 'leaky_relu', 'gelu', "
+                    f"'silu' or 'sigmoid', got {name!r}."
+                )
         if self.drop_rate is not None and not 0 <= self.drop_rate < 1:
             raise ValueError(f"drop_rate= must be in [0, 1), got {self.drop_rate!r}.")
 
-    def build(self, taps: Sequence[TapInfo], num_classes: int, drop_rate: float | None = None,
-              in_chans: int = 3) -> "SkipDecoder":
+    def build(
+        self,
+        taps: Sequence[TapInfo],
+        num_classes: int,
+        drop_rate: float | None = None,
+        in_chans: int = 3,
+    ) -> "SkipDecoder":
         """The decoder for the maps at its taps and images of ``in_chans`` channels."""
         rate = self.drop_rate if self.drop_rate is not None else drop_rate or 0.0
         return SkipDecoder(self, taps, num_classes, rate, in_chans)
@@ -107,13 +140,15 @@ class UNetHead:
 class RedNetHead(UNetHead):
     """A decoder that adds its skips, RED-Net (Mao et al. 2016, arXiv 1603.09056).
 
-    A stage is one convolution that upsamples, the sum with the skip, and the activation. A skip is projected by a 1x1
-    convolution only where its channels are not the stage's. The last upsampling gives the output, unless a skip at
-    stride 1 calls for a stage of its own. Differs from :class:`UNetHead` in two defaults, both those of the paper.
+    A stage is one convolution that upsamples, the sum with the skip, and the activation. A skip is
+    projected by a 1x1 convolution only where its channels are not the stage's. The last upsampling
+    gives the output, unless a skip at stride 1 calls for a stage of its own. Differs from
+    :class:`UNetHead` in two defaults, both those of the paper.
 
     Args:
-        channels: As in :class:`UNetHead`, but by default a stage with a skip has the skip's channels (at most 256), and
-            the last upsampling, whose width is the number of classes, does not count.
+        channels: As in :class:`UNetHead`, but by default a stage with a skip has the skip's
+            channels (at most 256), and the last upsampling, whose width is the number of classes,
+            does not count.
         norm: None by default.
         upsample: ``'transposed'`` by default.
 
@@ -133,7 +168,10 @@ class RedNetHead(UNetHead):
 
 
 class _Step(NamedTuple):
-    """One stage: ``halvings`` doublings before the size of skip number ``target`` (of the image, if None)."""
+    """One stage.
+
+    ``halvings`` doublings before the size of skip number ``target`` (of the image, if None).
+    """
 
     stride: float
     skip: int | None  # which skip enters here
@@ -143,15 +181,21 @@ class _Step(NamedTuple):
 
 
 def _plan(strides: Sequence[float], input_skip: bool) -> list[_Step]:
-    """Stages from the deepest map (the first stride) through those of the skips to the size of the image."""
-    ends: list[tuple[float, int | None, int | None]] = [(s, i, i) for i, s in enumerate(strides[1:])]
+    """Stages from the deepest map (the first stride) through those of the skips to the size of
+    the image.
+    """
+    ends: list[tuple[float, int | None, int | None]] = [
+        (s, i, i) for i, s in enumerate(strides[1:])
+    ]
     if input_skip or strides[-1] > 1:
         ends.append((1, len(ends) if input_skip else None, None))
     steps, stride = [], strides[0]
     for end, skip, target in ends:
         doublings = round(math.log2(stride / end))
-        steps += [_Step(end * 2 ** k, None if k else skip, target, k, doublings > 0)
-                  for k in reversed(range(max(1, doublings)))]
+        steps += [
+            _Step(end * 2**k, None if k else skip, target, k, doublings > 0)
+            for k in reversed(range(max(1, doublings)))
+        ]
         stride = end
     return steps
 
@@ -161,32 +205,50 @@ class SkipDecoder(nn.Module):
 
     Args:
         spec: Its options.
-        taps: The maps it reads, in the order in which it is given them. Maps of one stride count as deeper the later
-            their stage, or, if one of all the taps is a module path, the later they are given.
+        taps: The maps it reads, in the order in which it is given them. Maps of one stride count as
+            deeper the later their stage, or, if one of all the taps is a module path, the later
+            they are given.
         num_classes: Channels of the output; 0 gives the last stage's map.
         drop_rate: Dropout of channels before the last layer.
         in_chans: Channels of the image.
 
-    Shapes: maps (B, C_i, H_i, W_i) and image (B, in_chans, H, W) -> (B, num_classes, H, W). In training with deep
-    supervision ``{'main': ..., 'aux1': ..., ...}``, all of that shape, 'aux1' from the deepest stage.
+    Shapes: maps (B, C_i, H_i, W_i) and image (B, in_chans, H, W) -> (B, num_classes, H, W). In
+        training with deep
+    supervision ``{'main': ..., 'aux1': ..., ...}``, all of that shape, 'aux1' from the deepest
+    stage.
 
     Raises:
-        ValueError: ``channels`` of another number than there are stages, ``residual`` without as many classes as
-            channels, options that have no effect on these taps; maps that do not fit the bottleneck.
+        ValueError: ``channels`` of another number than there are stages, ``residual`` without as
+            many classes as channels, options that have no effect on these taps; maps that do not
+            fit the bottleneck.
     """
 
-    def __init__(self, spec: UNetHead, taps: Sequence[TapInfo], num_classes: int, drop_rate: float = 0.0,
-                 in_chans: int = 3):
+    def __init__(
+        self,
+        spec: UNetHead,
+        taps: Sequence[TapInfo],
+        num_classes: int,
+        drop_rate: float = 0.0,
+        in_chans: int = 3,
+    ):
         super().__init__()
-        self.residual, self.deep_supervision, self.in_chans = spec.residual, spec.deep_supervision, in_chans
+        self.residual, self.deep_supervision, self.in_chans = (
+            spec.residual,
+            spec.deep_supervision,
+            in_chans,
+        )
         by_stage = all(tap.stage for tap in taps)
-        self.order = sorted(range(len(taps)), reverse=True, key=lambda i: (
-            taps[i].stride, taps[i].stage.index if by_stage else i))  # type: ignore[union-attr]
+
+        def depth(i: int) -> tuple[float, int]:
+            stage = taps[i].stage
+            return taps[i].stride, stage.index if by_stage and stage else i
+
+        self.order = sorted(range(len(taps)), reverse=True, key=depth)
         deepest, *skips = (taps[i] for i in self.order)
         strides: list[float] = [tap.stride for tap in (deepest, *skips)]
         enlarge = len(skips) > 0 and strides[0] == strides[-1] > 1
         if enlarge:
-            strides = [max(1, stride / 2 ** i) for i, stride in enumerate(strides)]
+            strides = [max(1, stride / 2**i) for i, stride in enumerate(strides)]
         steps = _plan(strides, spec.input_skip)
         # RED-Net's last deconvolution gives the output
         self.last = steps.pop() if spec.additive and steps and steps[-1].skip is None else None
@@ -195,30 +257,51 @@ class SkipDecoder(nn.Module):
 
         skip_chs = [tap.channels for tap in skips]
         own = dict(enumerate(skip_chs)) if spec.additive and not enlarge else {}
-        widths = [min(256, own[step.skip] if step.skip in own else max(1, int(16 * step.stride))) for step in steps]
+        widths = [
+            min(256, own[step.skip] if step.skip in own else max(1, int(16 * step.stride)))
+            for step in steps
+        ]
         if spec.channels is not None:
             if len(spec.channels) != len(steps):
-                raise ValueError(f"channels= takes one width per decoder stage, here {len(steps)} (at strides "
-                                 f"{', '.join(f'{step.stride:g}' for step in steps)}), got {spec.channels!r}.")
+                raise ValueError(
+                    f"channels= takes one width per decoder stage, here {len(steps)} (at strides "
+                    f"{', '.join(f'{step.stride:g}' for step in steps)}), got {spec.channels!r}."
+                )
             widths = list(spec.channels)
         by_skip = {step.skip: width for step, width in zip(steps, widths, strict=True)}
         if enlarge:
-            self.lateral = nn.ModuleList(conv_norm_act(chs, by_skip[i], 1, spec.norm, spec.act)
-                                         for i, chs in enumerate(skip_chs))
+            self.lateral = nn.ModuleList(
+                conv_norm_act(chs, by_skip[i], 1, spec.norm, spec.act)
+                for i, chs in enumerate(skip_chs)
+            )
             skip_chs = [by_skip[i] for i in range(len(skips))]
         else:
             self.lateral = nn.ModuleList()
-        self.stem = conv_norm_act(in_chans, widths[-1], 3, spec.norm, spec.act) if spec.input_skip else None
+        self.stem = (
+            conv_norm_act(in_chans, widths[-1], 3, spec.norm, spec.act) if spec.input_skip else None
+        )
         skip_chs += [widths[-1]] if spec.input_skip else []
         self._refuse_without_effect(spec, skip_chs)
 
-        self.bottleneck = None if spec.bottleneck is None else LinearBottleneck(deepest, spec.bottleneck)
+        self.bottleneck = (
+            None if spec.bottleneck is None else LinearBottleneck(deepest, spec.bottleneck)
+        )
         stage = RedNetStage if spec.additive else UNetStage
         self.stages = nn.ModuleList()
         chs = deepest.channels
         for step, width in zip(steps, widths, strict=True):
-            self.stages.append(stage(chs, 0 if step.skip is None else skip_chs[step.skip], width, spec.upsample,
-                                     step.double, spec.norm, spec.act, spec.attention))
+            self.stages.append(
+                stage(
+                    chs,
+                    0 if step.skip is None else skip_chs[step.skip],
+                    width,
+                    spec.upsample,
+                    step.double,
+                    spec.norm,
+                    spec.act,
+                    spec.attention,
+                )
+            )
             chs = width
         for module in (self.lateral, self.stem, self.stages):
             for m in module.modules() if module is not None else ():
@@ -236,24 +319,35 @@ class SkipDecoder(nn.Module):
 
     def _refuse_without_effect(self, spec: UNetHead, skip_chs: Sequence[int]) -> None:
         if spec.attention and not skip_chs:
-            raise ValueError("attention= has no effect on a decoder without skips: give several taps, or input_skip=.")
+            raise ValueError(
+                "attention= has no effect on a decoder without skips: give several taps, or input_skip=."
+            )
         if spec.deep_supervision and len(self.steps) < 2:
-            raise ValueError("deep_supervision= has no effect on a decoder of fewer than two stages: tap deeper.")
+            raise ValueError(
+                "deep_supervision= has no effect on a decoder of fewer than two stages: tap deeper."
+            )
 
     def reset_classifier(self, num_classes: int) -> None:
         """New last layers for ``num_classes`` channels of output; 0 leaves the last stage's map."""
         if self.residual and num_classes != self.in_chans:
-            raise ValueError(f"residual=True adds the prediction to the image: num_classes must be its {self.in_chans} "
-                             f"channels, got {num_classes}.")
+            raise ValueError(
+                f"residual=True adds the prediction to the image: num_classes must be its {self.in_chans} "
+                f"channels, got {num_classes}."
+            )
         like: torch.Tensor | None = next(self.parameters(), None)
         fc: nn.Module = nn.Identity()
         aux: dict[str, nn.Module] = {}
         if num_classes and self.last is not None:
-            fc = Upsample(self.num_features, num_classes, self.upsample, self.last.double, with_conv=True)
+            fc = Upsample(
+                self.num_features, num_classes, self.upsample, self.last.double, with_conv=True
+            )
         elif num_classes:
             fc = nn.Conv2d(self.num_features, num_classes, 3, padding=1)
         if num_classes and self.deep_supervision:
-            aux = {f"aux{i}": nn.Conv2d(chs, num_classes, 1) for i, chs in enumerate(self.aux_chs, start=1)}
+            aux = {
+                f"aux{i}": nn.Conv2d(chs, num_classes, 1)
+                for i, chs in enumerate(self.aux_chs, start=1)
+            }
         self.fc, self.aux = fc, nn.ModuleDict(aux)
         for layer in (self.fc, self.aux):
             for m in layer.modules():
@@ -265,7 +359,10 @@ class SkipDecoder(nn.Module):
         self.num_classes = num_classes
 
     def _init_output(self, conv: "nn.Conv2d | nn.ConvTranspose2d") -> None:
-        """A residual decoder starts as almost the identity: its first answer is the image, not noise upon it."""
+        """A residual decoder starts as almost the identity.
+
+        Its first answer is the image, not noise upon it.
+        """
         if self.residual:
             nn.init.normal_(conv.weight, std=0.01)
         else:
@@ -273,13 +370,17 @@ class SkipDecoder(nn.Module):
         if conv.bias is not None:
             nn.init.zeros_(conv.bias)
 
-    def forward(self, *maps: torch.Tensor, image: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
+    def forward(
+        self, *maps: torch.Tensor, image: torch.Tensor
+    ) -> torch.Tensor | dict[str, torch.Tensor]:
         height, width = image.shape[2:]
         x, *skips = (maps[i] for i in self.order)
         if len(self.lateral):
             h, w = x.shape[2:]
-            skips = [resize(conv(y), (min(h * 2 ** i, height), min(w * 2 ** i, width)))
-                     for i, (conv, y) in enumerate(zip(self.lateral, skips, strict=True), start=1)]
+            skips = [
+                resize(conv(y), (min(h * 2**i, height), min(w * 2**i, width)))
+                for i, (conv, y) in enumerate(zip(self.lateral, skips, strict=True), start=1)
+            ]
         if self.stem is not None:
             skips.append(self.stem(image))
         if self.bottleneck is not None:
@@ -287,7 +388,7 @@ class SkipDecoder(nn.Module):
         outputs = []
         for step, stage in zip(self.steps, self.stages, strict=True):
             h, w = (height, width) if step.target is None else skips[step.target].shape[2:]
-            size = (-(-h // 2 ** step.halvings), -(-w // 2 ** step.halvings))
+            size = (-(-h // 2**step.halvings), -(-w // 2**step.halvings))
             x = stage(x, None if step.skip is None else skips[step.skip], size)
             outputs.append(x)
         x = self.drop(x)

@@ -1,8 +1,9 @@
 """Temporal heads: an LSTM or GRU over the frames of a clip (CNN+LSTM).
 
-Source of the architecture: `Long-term Recurrent Convolutional Networks for Visual Recognition and Description`
-(Donahue et al. 2015), https://arxiv.org/abs/1411.4389: a CNN shared by all frames, its features into an LSTM. Attention
-pooling is that of Ilse et al. 2018 (https://arxiv.org/abs/1802.04712), equations (7) and (8).
+Source of the architecture: `Long-term Recurrent Convolutional Networks for Visual Recognition and
+Description` (Donahue et al. 2015), https://arxiv.org/abs/1411.4389: a CNN shared by all frames, its
+features into an LSTM. Attention pooling is that of Ilse et al. 2018
+(https://arxiv.org/abs/1802.04712), equations (7) and (8).
 """
 
 from collections.abc import Sequence
@@ -28,27 +29,30 @@ _ATTENTION_WIDTH = 128  # the source's
 
 @dataclass(frozen=True)
 class LSTMHead:
-    """LSTM over the frames of a clip: each frame's map to a vector, the recurrence, a readout, the classifier.
+    """LSTM over the frames of a clip: each frame's map to a vector, the recurrence, a readout, the
+    classifier.
 
     Args:
         hidden_size: Width of the recurrence, of each direction.
         num_layers: Recurrent layers, one upon the other.
         bidirectional: Read the clip in both directions; such a head cannot stream.
-        drop_rate: Dropout between recurrent layers, behind the last of them and behind each hidden layer; None takes
-            the model's, or 0.
-        pool_type: How a frame's map becomes a vector: timm's global pooling ``'avg'``, ``'max'``, ``'avgmax'``,
-            ``'catavgmax'``; ``'attention'``, a learned average over the positions; ``'flatten'``, the whole map,
-            which binds the head to one image size.
+        drop_rate: Dropout between recurrent layers, behind the last of them and behind each hidden
+            layer; None takes the model's, or 0.
+        pool_type: How a frame's map becomes a vector: timm's global pooling ``'avg'``, ``'max'``,
+            ``'avgmax'``, ``'catavgmax'``; ``'attention'``, a learned average over the positions;
+            ``'flatten'``, the whole map, which binds the head to one image size.
         projection: Width of a Linear between that vector and the recurrence; None for none.
         activation: Behind the projection, by timm's name (``'relu'``, ``'gelu'``); None for none.
         output: ``'clip'`` for one answer a clip (B, K), ``'frame'`` for one a frame (B, T, K).
-        readout: What a clip's answer is read from: ``'last'``, the state after its last valid frame (bidirectional:
-            beside it the backward state after the first frame); ``'mean'`` or ``'max'`` over the outputs of all valid
-            frames; ``'attention'``, a learned average of them.
+        readout: What a clip's answer is read from: ``'last'``, the state after its last valid frame
+            (bidirectional: beside it the backward state after the first frame); ``'mean'`` or
+            ``'max'`` over the outputs of all valid frames; ``'attention'``, a learned average of
+            them.
         hidden: Widths of hidden layers before the last Linear, each Linear -> ReLU -> Dropout.
 
     Raises:
-        ValueError: A width below 1, a rate outside [0, 1), an unknown name, or options that exclude each other.
+        ValueError: A width below 1, a rate outside [0, 1), an unknown name, or options that exclude
+            each other.
 
     Example:
         >>> LSTMHead(projection=300, num_layers=3, hidden=(128,)).kind
@@ -82,27 +86,44 @@ class LSTMHead:
                 raise ValueError(f"{name}= takes a whole number from 1, got {value!r}.")
         if not isinstance(self.bidirectional, bool):
             raise ValueError(f"bidirectional= takes True or False, got {self.bidirectional!r}.")
-        for name, known in (("pool_type", _POOLS), ("output", ("clip", "frame")), ("readout", _READOUTS)):
+        for name, known in (
+            ("pool_type", _POOLS),
+            ("output", ("clip", "frame")),
+            ("readout", _READOUTS),
+        ):
             if getattr(self, name) not in known:
-                raise ValueError(f"{name}= must be one of {', '.join(map(repr, known))}, got {getattr(self, name)!r}.")
+                raise ValueError(
+                    f"{name}= must be one of {', '.join(map(repr, known))}, got {getattr(self, name)!r}."
+                )
         if self.output == "frame" and self.readout != "last":
-            raise ValueError(f"readout={self.readout!r} has no effect with output='frame', which reads every frame: "
-                             "leave it out, or choose output='clip'.")
+            raise ValueError(
+                f"readout={self.readout!r} has no effect with output='frame', which reads every frame: "
+                "leave it out, or choose output='clip'."
+            )
         if self.activation is not None:
             if self.projection is None:
-                raise ValueError(f"activation={self.activation!r} stands behind the projection: give projection=.")
+                raise ValueError(
+                    f"activation={self.activation!r} stands behind the projection: give projection=."
+                )
             _activation(self.activation)
 
-    def build(self, taps: Sequence[TapInfo], num_classes: int, drop_rate: float | None = None) -> "TemporalClassifier":
+    def build(
+        self, taps: Sequence[TapInfo], num_classes: int, drop_rate: float | None = None
+    ) -> "TemporalClassifier":
         """The head for the maps at its one tap."""
-        tap, = taps
-        return TemporalClassifier(self, tap, num_classes,
-                                  self.drop_rate if self.drop_rate is not None else drop_rate or 0.0)
+        (tap,) = taps
+        return TemporalClassifier(
+            self,
+            tap,
+            num_classes,
+            self.drop_rate if self.drop_rate is not None else drop_rate or 0.0,
+        )
 
 
 @dataclass(frozen=True)
 class GRUHead(LSTMHead):
-    """GRU over the frames of a clip. Its arguments are those of :class:`LSTMHead`; it has no cell state.
+    """GRU over the frames of a clip. Its arguments are those of :class:`LSTMHead`; it has no cell
+    state.
 
     Example:
         >>> GRUHead(hidden_size=64, output='frame').kind
@@ -119,7 +140,9 @@ def _activation(name: str) -> type[nn.Module]:
     except (KeyError, AssertionError):
         layer = None
     if layer is None:
-        raise ValueError(f"activation={name!r} is not one of timm's: write 'relu', 'gelu', 'tanh', ... or None.")
+        raise ValueError(
+            f"activation={name!r} is not one of timm's: write 'relu', 'gelu', 'tanh', ... or None."
+        )
     return layer
 
 
@@ -128,8 +151,11 @@ class _AttentionPool(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.score = nn.Sequential(nn.Linear(width, _ATTENTION_WIDTH), nn.Tanh(),
-                                   nn.Linear(_ATTENTION_WIDTH, 1, bias=False))
+        self.score = nn.Sequential(
+            nn.Linear(width, _ATTENTION_WIDTH),
+            nn.Tanh(),
+            nn.Linear(_ATTENTION_WIDTH, 1, bias=False),
+        )
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         score = self.score(x)
@@ -146,9 +172,11 @@ class _MapAttention(_AttentionPool):
 
 
 class TemporalClassifier(BranchClassifier):
-    """Map to vector, recurrence, readout, classifier. Made by :class:`LSTMHead` and :class:`GRUHead`.
+    """Map to vector, recurrence, readout, classifier. Made by :class:`LSTMHead` and
+    :class:`GRUHead`.
 
-    Shapes: frames' maps (N, C, H, W) of B clips -> (B, K) or (B, T, K); without classes the features that the
+    Shapes: frames' maps (N, C, H, W) of B clips -> (B, K) or (B, T, K); without classes the
+        features that the
     classifier would read.
     """
 
@@ -171,8 +199,14 @@ class TemporalClassifier(BranchClassifier):
             if spec.activation is not None:
                 layers.append(_activation(spec.activation)())
             self.projection, width = nn.Sequential(*layers), spec.projection
-        self.rnn = spec.cell(width, spec.hidden_size, spec.num_layers, batch_first=True,
-                             dropout=drop_rate if spec.num_layers > 1 else 0.0, bidirectional=spec.bidirectional)
+        self.rnn = spec.cell(
+            width,
+            spec.hidden_size,
+            spec.num_layers,
+            batch_first=True,
+            dropout=drop_rate if spec.num_layers > 1 else 0.0,
+            bidirectional=spec.bidirectional,
+        )
         self.attention = _AttentionPool(out) if spec.readout == "attention" else None
         self.drop = nn.Dropout(drop_rate)
         hidden: list[nn.Module] = []
@@ -187,14 +221,16 @@ class TemporalClassifier(BranchClassifier):
         if "rnn" in self._modules:  # not yet while the head is made
             self.fc.to(next(self.rnn.parameters()))
 
-    def forward(self, x: torch.Tensor, clips: Clips, state: State | None = None  # type: ignore[override]
-                ) -> tuple[torch.Tensor, State]:
+    def forward(  # type: ignore[override]
+        self, x: torch.Tensor, clips: Clips, state: State | None = None
+    ) -> tuple[torch.Tensor, State]:
         """Answers for clips, and the state after their last frames.
 
         Args:
             x: Maps (N, C, H, W) of the clips' frames.
             clips: How these frames make up the clips.
-            state: What to go on from: hidden state (layers, B, hidden_size), for an LSTM the cell state beside it.
+            state: What to go on from: hidden state (layers, B, hidden_size), for an LSTM the cell
+                state beside it.
 
         Returns:
             Logits (B, K) or, with ``output='frame'``, (B, T, K); and the new state.
@@ -205,15 +241,20 @@ class TemporalClassifier(BranchClassifier):
             return clips.blank(self._classify(out)), state
         return self._classify(self._read_out(out, state, clips)), state
 
-    def _recur(self, y: torch.Tensor, clips: Clips, state: State | None) -> tuple[torch.Tensor, State]:
+    def _recur(
+        self, y: torch.Tensor, clips: Clips, state: State | None
+    ) -> tuple[torch.Tensor, State]:
         """Outputs (B, T, width), 0 behind the lengths, and the state."""
         given: Any = None if state is None else state if self.rnn.mode == "LSTM" else state[0]
         if clips.lengths is None:
             out, new = self.rnn(y, given)
-        elif clips.exporting:  # packed sequences have no place in a graph: the state at the length is gathered instead
+        # packed sequences have no place in a graph: the state at the length is gathered instead
+        elif clips.exporting:
             if self.spec.bidirectional:
-                raise ValueError("a bidirectional head cannot be exported with lengths=: export clips of one length, "
-                                 "or use bidirectional=False.")
+                raise ValueError(
+                    "a bidirectional head cannot be exported with lengths=: export clips of one length, "
+                    "or use bidirectional=False."
+                )
             out, new = self.rnn(y, given)
             out = clips.blank(out)
         else:
@@ -228,9 +269,15 @@ class TemporalClassifier(BranchClassifier):
         if self.attention is not None:
             return self.attention(out, mask)
         if self.spec.readout == "mean":
-            return out.mean(1) if mask is None else out.sum(1) / mask.sum(1, keepdim=True).to(out.dtype)
+            return (
+                out.mean(1)
+                if mask is None
+                else out.sum(1) / mask.sum(1, keepdim=True).to(out.dtype)
+            )
         if self.spec.readout == "max":
-            return (out if mask is None else out.masked_fill(~mask[:, :, None], float("-inf"))).amax(1)
+            return (
+                out if mask is None else out.masked_fill(~mask[:, :, None], float("-inf"))
+            ).amax(1)
         if mask is not None and clips.exporting:  # there the state is that of the padding
             last = (mask.sum(1) - 1)[:, None, None].expand(-1, 1, out.shape[2])
             return out.gather(1, last)[:, 0]
@@ -240,27 +287,48 @@ class TemporalClassifier(BranchClassifier):
     def _classify(self, y: torch.Tensor) -> torch.Tensor:
         return self.fc(self.hidden(self.drop(y)))
 
-    # -- streaming -------------------------------------------------------------------------------------------
+    # -- streaming
+    # -------------------------------------------------------------------------------------------
 
     def check_stream(self, name: str, batch_size: int, state: State | None = None) -> None:
-        """Refuse a head whose answer at a frame needs frames that are gone, or not there yet; and a wrong state.
+        """Refuse a head whose answer at a frame needs frames that are gone, or not there yet; and a
+        wrong state.
 
         Raises:
-            ValueError: The head is bidirectional or reads out all frames, or the state is not one of its own.
+            ValueError: The head is bidirectional or reads out all frames, or the state is not one
+                of its own.
         """
-        why = "reads the clip backwards too (bidirectional=True)" if self.spec.bidirectional else \
-            f"reads out all frames (readout={self.spec.readout!r})" if self.spec.readout != "last" else None
+        why = (
+            "reads the clip backwards too (bidirectional=True)"
+            if self.spec.bidirectional
+            else f"reads out all frames (readout={self.spec.readout!r})"
+            if self.spec.readout != "last"
+            else None
+        )
         if why:
-            raise ValueError(f"head {name!r} {why} and cannot go on from a state: use a unidirectional head with "
-                             "readout='last' or output='frame', or leave it out with heads=[...].")
+            raise ValueError(
+                f"head {name!r} {why} and cannot go on from a state: use a unidirectional head with "
+                "readout='last' or output='frame', or leave it out with heads=[...]."
+            )
         if state is not None:
-            given, right = [tuple(s.shape) for s in state], [tuple(s.shape) for s in self.zero_state(batch_size)]
+            given, right = (
+                [tuple(s.shape) for s in state],
+                [tuple(s.shape) for s in self.zero_state(batch_size)],
+            )
             if given != right:
-                raise ValueError(f"the state of head {name!r} has the shapes {given}, {batch_size} clips need {right}: "
-                                 "begin a new stream with state=None.")
+                raise ValueError(
+                    f"the state of head {name!r} has the shapes {given}, {batch_size} clips need {right}: "
+                    "begin a new stream with state=None."
+                )
 
     def zero_state(self, batch_size: int) -> State:
-        """The state before the first frame: hidden state (layers, B, hidden_size), for an LSTM the cell state too."""
+        """The state before the first frame.
+
+        Hidden state (layers, B, hidden_size), for an LSTM the cell state too.
+        """
         like = next(self.rnn.parameters())
         count = 2 if self.rnn.mode == "LSTM" else 1
-        return tuple(like.new_zeros(self.spec.num_layers, batch_size, self.spec.hidden_size) for _ in range(count))
+        return tuple(
+            like.new_zeros(self.spec.num_layers, batch_size, self.spec.hidden_size)
+            for _ in range(count)
+        )

@@ -2,7 +2,12 @@
 
 from timm_branches.hierarchy.decode import DECODERS, Prediction, back_off, decode, leaf_log_probs
 from timm_branches.hierarchy.evaluator import HierarchyEvaluator
-from timm_branches.hierarchy.metrics import consistency, full_path_accuracy, level_accuracy, sum_upwards
+from timm_branches.hierarchy.metrics import (
+    consistency,
+    full_path_accuracy,
+    level_accuracy,
+    sum_upwards,
+)
 
 __all__ = [
     "DECODERS",

@@ -1,34 +1,54 @@
-"""What losses need to know of labelled paths: their heights, the leaves below, and sums over these."""
+"""What losses need to know of labelled paths.
+
+Their heights, the leaves below, and sums over these.
+"""
+
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from timm_branches.taxonomy.taxonomy import Taxonomy
 
-__all__ = ["check_labels", "complete_paths", "deepest", "path_heights", "path_log_probabilities", "soft_targets"]
+__all__ = [
+    "check_labels",
+    "complete_paths",
+    "deepest",
+    "path_heights",
+    "path_log_probabilities",
+    "soft_targets",
+]
 
 
-def check_labels(labels: Tensor, taxonomy: Taxonomy, batch: int) -> None:
-    """Raise a ValueError unless labels are (batch, L) indices or -1; the range is checked on the CPU only.
+def check_labels(labels: torch.Tensor, taxonomy: Taxonomy, batch: int) -> None:
+    """Raise a ValueError unless labels are (batch, L) indices or -1; the range is checked on the
+    CPU only.
 
     Elsewhere that check would wait for the device.
     """
     if labels.shape != (batch, taxonomy.num_levels) or labels.is_floating_point():
-        raise ValueError(f"labels must be integers of shape ({batch}, {taxonomy.num_levels}), one column per level, "
-                         f"got {tuple(labels.shape)} of {labels.dtype}")
+        raise ValueError(
+            f"labels must be integers of shape ({batch}, {taxonomy.num_levels}), one column per level, "
+            f"got {tuple(labels.shape)} of {labels.dtype}"
+        )
     if labels.device.type != "cpu":
         return
-    for label, level, classes in zip(labels.unbind(1), taxonomy.levels, taxonomy.num_classes, strict=True):
+    for label, level, classes in zip(
+        labels.unbind(1), taxonomy.levels, taxonomy.num_classes, strict=True
+    ):
         wrong = label[(label < -1) | (label >= classes)]
         if len(wrong):
-            raise ValueError(f"label {int(wrong[0])} of level {level!r} is out of range; legal are 0 to {classes - 1}, "
-                             f"and -1 for unknown")
+            raise ValueError(
+                f"label {int(wrong[0])} of level {level!r} is out of range; legal are 0 to {classes - 1}, "
+                f"and -1 for unknown"
+            )
 
 
-def complete_paths(labels: Tensor, taxonomy: Taxonomy) -> Tensor:
-    """Label rows (N, L) with gaps above a known class filled in: a class determines its ancestors."""
+def complete_paths(labels: torch.Tensor, taxonomy: Taxonomy) -> torch.Tensor:
+    """Label rows (N, L) with gaps above a known class filled in.
+
+    A class determines its ancestors.
+    """
     columns = list(labels.long().unbind(1))
     for level in range(taxonomy.num_levels - 1, 0, -1):
         parent = taxonomy.parents[level].to(labels.device)[columns[level].clamp(min=0)]
@@ -36,22 +56,32 @@ def complete_paths(labels: Tensor, taxonomy: Taxonomy) -> Tensor:
     return torch.stack(columns, 1)
 
 
-def path_heights(paths: Tensor, taxonomy: Taxonomy) -> Tensor:
+def path_heights(paths: torch.Tensor, taxonomy: Taxonomy) -> torch.Tensor:
     """The height of each class of the paths (N, L); of unknown ones, any."""
     heights = [height.to(paths.device) for height in taxonomy.heights]
-    return torch.stack([height[label] for height, label in zip(heights, paths.clamp(min=0).unbind(1), strict=True)], 1)
+    return torch.stack(
+        [
+            height[label]
+            for height, label in zip(heights, paths.clamp(min=0).unbind(1), strict=True)
+        ],
+        1,
+    )
 
 
-def deepest(values: Tensor, paths: Tensor) -> Tensor:
+def deepest(values: torch.Tensor, paths: torch.Tensor) -> torch.Tensor:
     """The value (N,) of the deepest known class, of values (N, L) for the whole path."""
     depth = (paths >= 0).sum(1, keepdim=True)
     return values.gather(1, (depth - 1).clamp(min=0))[:, 0]
 
 
-def path_log_probabilities(log_p: Tensor, paths: Tensor, taxonomy: Taxonomy) -> Tensor:
-    """log p of the classes of the paths (N, L), the sums of their leaves' probabilities; 0 where unknown.
+def path_log_probabilities(
+    log_p: torch.Tensor, paths: torch.Tensor, taxonomy: Taxonomy
+) -> torch.Tensor:
+    """Log p of the classes of the paths (N, L), the sums of their leaves' probabilities; 0 where
+    unknown.
 
-    Only leaves below these classes are read, padded to the largest class of the level: at 10,000 leaves this is some
+    Only leaves below these classes are read, padded to the largest class of the level: at 10,000
+        leaves this is some
     twenty times quicker than sums over all leaves for every level.
     """
     table, device = taxonomy.leaf_table, log_p.device
@@ -64,12 +94,16 @@ def path_log_probabilities(log_p: Tensor, paths: Tensor, taxonomy: Taxonomy) -> 
         reaches = (table[order, level] >= 0).nonzero()[:, 0]
         node = table[order[reaches], level]
         size = node.bincount(minlength=classes)
-        first = torch.full((classes,), len(table), device="cpu").scatter_reduce(0, node, reaches, "amin")
+        first = torch.full((classes,), len(table), device="cpu").scatter_reduce(
+            0, node, reaches, "amin"
+        )
         label = paths[:, level].clamp(min=0)
         step = torch.arange(int(size.max()), device=device)
         columns.append((first.to(device)[label, None] + step).clamp(max=len(table) - 1))
         inside.append(step < size.to(device)[label, None])
-    leaves = log_p.gather(1, order.to(device)[torch.cat(columns, 1)]).masked_fill(~torch.cat(inside, 1), -torch.inf)
+    leaves = log_p.gather(1, order.to(device)[torch.cat(columns, 1)]).masked_fill(
+        ~torch.cat(inside, 1), -torch.inf
+    )
     sums = []
     for part in leaves.split([mask.shape[1] for mask in inside], 1):
         # logsumexp, but without a gradient of nan where all are -inf
@@ -80,12 +114,19 @@ def path_log_probabilities(log_p: Tensor, paths: Tensor, taxonomy: Taxonomy) -> 
     return torch.where(paths >= 0, torch.stack(sums, 1), 0)
 
 
-def soft_targets(paths: Tensor, taxonomy: Taxonomy, beta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Soft labels (N, leaves) of paths, and which leaves (N, leaves) are below the deepest known class."""
+def soft_targets(
+    paths: torch.Tensor, taxonomy: Taxonomy, beta: float, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Soft labels (N, leaves) of paths, and which leaves (N, leaves) are below the deepest known
+    class.
+    """
     shared = torch.zeros(len(paths), taxonomy.num_leaves, dtype=torch.uint8, device=paths.device)
-    for leaves, label in zip(taxonomy.leaf_table.T.to(paths.device, torch.int32), paths.int().unbind(1), strict=True):
+    for leaves, label in zip(
+        taxonomy.leaf_table.T.to(paths.device, torch.int32), paths.int().unbind(1), strict=True
+    ):
         shared += leaves == label.masked_fill(label < 0, -2)[:, None]  # -1 is nobody's ancestor
-    heights = F.pad(path_heights(paths, taxonomy), (1, 0), value=taxonomy.num_levels)  # the root above all comes first
+    # the root above all comes first
+    heights = F.pad(path_heights(paths, taxonomy), (1, 0), value=taxonomy.num_levels)
     depth = (paths >= 0).sum(1, keepdim=True)
     # heights above the label's own: the largest exponent is 0, however large beta is
     rise = (heights - heights.gather(1, depth)).to(dtype) / taxonomy.num_levels

@@ -1,15 +1,16 @@
-"""From every level's logits to one path of the tree: decoders, and backing off to a coarser answer where unsure.
+"""From every level's logits to one path of the tree: decoders, and backing off to a coarser answer
+where unsure.
 
-Nothing here loops over samples or leaves: each level is a few operations on (N, classes) tensors with index tables that
-are built once per taxonomy and device.
+Nothing here loops over samples or leaves: each level is a few operations on (N, classes) tensors
+with index tables that are built once per taxonomy and device.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from timm_branches.hierarchy.depth import (
@@ -21,30 +22,41 @@ from timm_branches.hierarchy.depth import (
 )
 from timm_branches.taxonomy.taxonomy import Taxonomy
 
-__all__ = ["DECODERS", "DepthAccuracy", "Prediction", "back_off", "decode", "depth_accuracy_curve", "leaf_log_probs",
-           "plot_depth_accuracy"]
+__all__ = [
+    "DECODERS",
+    "DepthAccuracy",
+    "Prediction",
+    "back_off",
+    "decode",
+    "depth_accuracy_curve",
+    "leaf_log_probs",
+    "plot_depth_accuracy",
+]
 
 
 class _Level(NamedTuple):
     """Index tables of one level."""
-    parents: Tensor  # (K,): on the level above; 0, the root, on the first
-    by_parent: Tensor  # (K,): the level's nodes, sorted by parent
-    first_child: Tensor  # (nodes above,): where a node's children begin in `by_parent`
-    num_children: Tensor  # (nodes above,)
+
+    parents: torch.Tensor  # (K,): on the level above; 0, the root, on the first
+    by_parent: torch.Tensor  # (K,): the level's nodes, sorted by parent
+    first_child: torch.Tensor  # (nodes above,): where a node's children begin in `by_parent`
+    num_children: torch.Tensor  # (nodes above,)
     max_children: int
-    leaf_nodes: Tensor  # the nodes that are leaves
-    leaves: Tensor  # their leaf indices
-    inner_nodes: Tensor  # the others
-    drop: Tensor  # (K,) float: height of the parent minus the node's own
+    leaf_nodes: torch.Tensor  # the nodes that are leaves
+    leaves: torch.Tensor  # their leaf indices
+    inner_nodes: torch.Tensor  # the others
+    drop: torch.Tensor  # (K,) float: height of the parent minus the node's own
 
 
 class _Tables(NamedTuple):
     levels: tuple[_Level, ...]
-    paths: Tensor  # (leaves, L)
-    order: Tensor | None  # puts the levels' leaves, listed level by level, into order; None if they are
+    paths: torch.Tensor  # (leaves, L)
+    # puts the levels' leaves, listed level by level, into order; None if they are
+    order: torch.Tensor | None
 
 
-# keyed by one of the taxonomy's tensors: hashing the taxonomy itself means hashing every path, on each call
+# keyed by one of the taxonomy's tensors: hashing the taxonomy itself means hashing every path, on
+# each call
 _CACHE: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
@@ -66,22 +78,36 @@ def _build_tables(taxonomy: Taxonomy, device: torch.device) -> _Tables:
         counts = parents.bincount(minlength=len(above))
         ends_here = (depths == depth + 1).nonzero()[:, 0]
         leaf_nodes, order = paths[ends_here, depth].sort()
-        levels.append(_Level(
-            parents=parents.to(device), by_parent=parents.argsort(stable=True).to(device),
-            first_child=(counts.cumsum(0) - counts).to(device), num_children=counts.to(device),
-            max_children=int(counts.max()), leaf_nodes=leaf_nodes.to(device), leaves=ends_here[order].to(device),
-            inner_nodes=height.nonzero()[:, 0].to(device), drop=(above[parents] - height).float().to(device)))
+        levels.append(
+            _Level(
+                parents=parents.to(device),
+                by_parent=parents.argsort(stable=True).to(device),
+                first_child=(counts.cumsum(0) - counts).to(device),
+                num_children=counts.to(device),
+                max_children=int(counts.max()),
+                leaf_nodes=leaf_nodes.to(device),
+                leaves=ends_here[order].to(device),
+                inner_nodes=height.nonzero()[:, 0].to(device),
+                drop=(above[parents] - height).float().to(device),
+            )
+        )
         above = height
     order = torch.cat([level.leaves for level in levels]).argsort()
     ordered = bool((order.diff() > 0).all())
     return _Tables(tuple(levels), paths.to(device), None if ordered else order)
 
 
-def _check(level_logits: Sequence[Tensor], taxonomy: Taxonomy) -> tuple[list[Tensor], _Tables]:
-    """The logits as tensors of one dtype, at least float32, each row with a finite maximum (or nan)."""
-    if isinstance(level_logits, (Mapping, Tensor)):
-        raise ValueError(f"level_logits must be a sequence of tensors, one per level from coarse to fine, got a "
-                         f"{type(level_logits).__name__}; of a model's dict of logits take list(logits.values())")
+def _check(
+    level_logits: Sequence[torch.Tensor], taxonomy: Taxonomy
+) -> tuple[list[torch.Tensor], _Tables]:
+    """The logits as tensors of one dtype, at least float32, each row with a finite maximum (or
+    nan).
+    """
+    if isinstance(level_logits, (Mapping, torch.Tensor)):
+        raise ValueError(
+            f"level_logits must be a sequence of tensors, one per level from coarse to fine, got a "
+            f"{type(level_logits).__name__}; of a model's dict of logits take list(logits.values())"
+        )
     level_logits = list(level_logits)
     shapes = [tuple(logits.shape) for logits in level_logits]
     rows = shapes[0][0] if shapes and shapes[0] else 0
@@ -91,39 +117,48 @@ def _check(level_logits: Sequence[Tensor], taxonomy: Taxonomy) -> tuple[list[Ten
     dtype = torch.float32  # half precision would lose the small leaves of a large tree
     for level, logits in zip(taxonomy.levels, level_logits, strict=True):
         if not logits.is_floating_point():
-            raise ValueError(f"the logits of level {level!r} must be floating point, got {logits.dtype}")
+            raise ValueError(
+                f"the logits of level {level!r} must be floating point, got {logits.dtype}"
+            )
         dtype = torch.promote_types(dtype, logits.dtype)
-    return [_tame(logits.to(dtype)) for logits in level_logits], _tables(taxonomy, level_logits[0].device)
+    return [_tame(logits.to(dtype)) for logits in level_logits], _tables(
+        taxonomy, level_logits[0].device
+    )
 
 
-def _tame(scores: Tensor) -> Tensor:
-    """Scores that softmax can take: +inf becomes the largest number, rows of nothing but -inf become all equal."""
+def _tame(scores: torch.Tensor) -> torch.Tensor:
+    """Scores that softmax can take.
+
+    +inf becomes the largest number, rows of nothing but -inf become all equal.
+    """
     top = scores.detach().amax(-1, keepdim=True)
     if not top.isfinite().all():
         scores = scores.clamp(max=torch.finfo(scores.dtype).max).masked_fill(top == -torch.inf, 0)
     return scores
 
 
-def _to_leaves(by_level: list[Tensor], tables: _Tables) -> Tensor:
+def _to_leaves(by_level: list[torch.Tensor], tables: _Tables) -> torch.Tensor:
     """(N, leaves) from the columns of each level's leaves."""
     columns = by_level[0] if len(by_level) == 1 else torch.cat(by_level, 1)
     return columns if tables.order is None else columns.index_select(1, tables.order)
 
 
-def _of_leaves(values: Tensor, level: _Level) -> Tensor:
+def _of_leaves(values: torch.Tensor, level: _Level) -> torch.Tensor:
     """The columns of a level's leaves."""
     return values if not len(level.inner_nodes) else values.index_select(1, level.leaf_nodes)
 
 
-def _masses(p: Tensor, tables: _Tables) -> list[Tensor]:
+def _masses(p: torch.Tensor, tables: _Tables) -> list[torch.Tensor]:
     """Each node's probability (N, K), per level, from those of the leaves (N, leaves)."""
-    masses: list[Tensor] = []
+    masses: list[torch.Tensor] = []
     for depth in reversed(range(len(tables.levels))):
         level = tables.levels[depth]
         is_all = tables.order is None and len(level.leaves) == p.shape[1]
         leaves = p if is_all else p.index_select(1, level.leaves)
         if len(level.inner_nodes):
-            mass = p.new_zeros(len(p), len(level.parents)).index_add_(1, tables.levels[depth + 1].parents, masses[-1])
+            mass = p.new_zeros(len(p), len(level.parents)).index_add_(
+                1, tables.levels[depth + 1].parents, masses[-1]
+            )
             mass.index_copy_(1, level.leaf_nodes, leaves)
         else:
             mass = leaves
@@ -131,28 +166,34 @@ def _masses(p: Tensor, tables: _Tables) -> list[Tensor]:
     return masses[::-1]
 
 
-def _path(leaf: Tensor, masses: list[Tensor], tables: _Tables) -> Prediction:
+def _path(leaf: torch.Tensor, masses: list[torch.Tensor], tables: _Tables) -> Prediction:
     """The path to each sample's leaf, with the probabilities of the nodes on it."""
     labels = tables.paths[leaf]
-    columns = [mass.gather(1, at.clamp(min=0)[:, None]) for mass, at in zip(masses, labels.T, strict=True)]
+    columns = [
+        mass.gather(1, at.clamp(min=0)[:, None]) for mass, at in zip(masses, labels.T, strict=True)
+    ]
     return Prediction(labels, torch.cat(columns, 1).clamp(max=1).masked_fill(labels < 0, 0))
 
 
-def leaf_log_probs(level_logits: Sequence[Tensor], taxonomy: Taxonomy) -> Tensor:
+def leaf_log_probs(level_logits: Sequence[torch.Tensor], taxonomy: Taxonomy) -> torch.Tensor:
     """The distribution over the leaves that the deepest answers give.
 
-    On an even tree this is the log-softmax of the last level: the coarser heads have no say. Where branches end at
-    different depths it walks down with the mass that is left: on each level the softmax is shared out between the
-    leaves that end there, which keep their part, and the rest, which is handed to the levels below. From the output of
-    :func:`~timm_branches.hierarchy.sum_upwards` it gives back the leaves' log-probabilities.
+    On an even tree this is the log-softmax of the last level: the coarser heads have no say. Where
+    branches end at
+    different depths it walks down with the mass that is left: on each level the softmax is shared
+        out between the
+    leaves that end there, which keep their part, and the rest, which is handed to the levels below.
+    From the output of :func:`~timm_branches.hierarchy.sum_upwards` it gives back the leaves'
+    log-probabilities.
 
     Args:
-        level_logits: one float tensor (N, num_classes[level]) per level, coarse to fine: logits or log-probabilities.
+        level_logits: one float tensor (N, num_classes[level]) per level, coarse to fine: logits or
+            log-probabilities.
         taxonomy: the tree.
 
     Returns:
-        Tensor (N, num_leaves), at least float32; the probabilities of each row sum to 1. A row of logits that are all
-        -inf says nothing and counts as uniform. Differentiable.
+        Tensor (N, num_leaves), at least float32; the probabilities of each row sum to 1. A row of
+        logits that are all -inf says nothing and counts as uniform. Differentiable.
 
     Raises:
         ValueError: if there is not one floating point tensor of the right shape per level.
@@ -165,9 +206,9 @@ def leaf_log_probs(level_logits: Sequence[Tensor], taxonomy: Taxonomy) -> Tensor
     return _leaf_log_probs(*_check(level_logits, taxonomy))
 
 
-def _leaf_log_probs(scores: list[Tensor], tables: _Tables) -> Tensor:
-    by_level: list[Tensor] = []
-    rest: Tensor | None = None  # log of the mass that goes on below
+def _leaf_log_probs(scores: list[torch.Tensor], tables: _Tables) -> torch.Tensor:
+    by_level: list[torch.Tensor] = []
+    rest: torch.Tensor | None = None  # log of the mass that goes on below
     for values, level in zip(scores, tables.levels, strict=True):
         if not len(level.leaves):
             continue
@@ -175,22 +216,29 @@ def _leaf_log_probs(scores: list[Tensor], tables: _Tables) -> Tensor:
         leaves = _of_leaves(log_q, level)
         by_level.append(leaves if rest is None else rest + leaves)
         if len(level.inner_nodes):
-            # log(1 - the leaves' share), without the cancellation; where it is log(0) the gradient would be nan
+            # log(1 - the leaves' share), without the cancellation; where it is log(0) the gradient
+            # would be nan
             inner = log_q.index_select(1, level.inner_nodes)
             none = inner.detach().amax(1, keepdim=True) == -torch.inf
-            share = inner.masked_fill(none, 0).logsumexp(1, keepdim=True).masked_fill(none, -torch.inf)
+            share = (
+                inner.masked_fill(none, 0).logsumexp(1, keepdim=True).masked_fill(none, -torch.inf)
+            )
             rest = share if rest is None else rest + share
     return _to_leaves(by_level, tables)
 
 
-def _independent(scores: list[Tensor], tables: _Tables) -> Prediction:
+def _independent(scores: list[torch.Tensor], tables: _Tables) -> Prediction:
     labels = torch.stack([values.max(-1).indices for values in scores], 1)
-    columns = [values.softmax(-1).gather(1, at[:, None]) for values, at in zip(scores, labels.T, strict=True)]
+    columns = [
+        values.softmax(-1).gather(1, at[:, None])
+        for values, at in zip(scores, labels.T, strict=True)
+    ]
     return Prediction(labels, torch.cat(columns, 1).clamp(max=1))
 
 
-def _top_down(scores: list[Tensor], tables: _Tables) -> Prediction:
-    node = torch.zeros(len(scores[0]), dtype=torch.long, device=scores[0].device)  # the root above all
+def _top_down(scores: list[torch.Tensor], tables: _Tables) -> Prediction:
+    # the root above all
+    node = torch.zeros(len(scores[0]), dtype=torch.long, device=scores[0].device)
     path = scores[0].new_ones(len(node), 1)
     ended = torch.zeros_like(node, dtype=torch.bool)
     labels, probabilities = [], []
@@ -200,8 +248,11 @@ def _top_down(scores: list[Tensor], tables: _Tables) -> Prediction:
         siblings = level.by_parent[at]  # (N, max_children), then those that there are
         missing = slot >= level.num_children[node][:, None]
         ended = ended | missing[:, 0]
-        # where all that there are say -inf they are equally likely; the ones missing stay impossible
-        values = _tame(values.gather(1, siblings).masked_fill(missing, -torch.inf)).masked_fill(missing, -torch.inf)
+        # where all that there are say -inf they are equally likely; the ones missing stay
+        # impossible
+        values = _tame(values.gather(1, siblings).masked_fill(missing, -torch.inf)).masked_fill(
+            missing, -torch.inf
+        )
         best = values.max(-1).indices[:, None]
         path = path * values.softmax(-1).gather(1, best)
         node = siblings.gather(1, best)[:, 0].masked_fill(ended, 0)
@@ -210,8 +261,8 @@ def _top_down(scores: list[Tensor], tables: _Tables) -> Prediction:
     return Prediction(torch.stack(labels, 1), torch.stack(probabilities, 1).clamp(max=1))
 
 
-def _best_path(scores: list[Tensor], tables: _Tables) -> Prediction:
-    total: Tensor | None = None
+def _best_path(scores: list[torch.Tensor], tables: _Tables) -> Prediction:
+    total: torch.Tensor | None = None
     by_level = []
     for depth, (values, level) in enumerate(zip(scores, tables.levels, strict=True)):
         log_p = values.log_softmax(-1)
@@ -224,15 +275,18 @@ def _best_path(scores: list[Tensor], tables: _Tables) -> Prediction:
     return _path(product.max(-1).indices, _masses(product.softmax(-1), tables), tables)
 
 
-def _leaf_marginal(scores: list[Tensor], tables: _Tables) -> Prediction:
+def _leaf_marginal(scores: list[torch.Tensor], tables: _Tables) -> Prediction:
     log_p = _leaf_log_probs(scores, tables)
     return _path(log_p.max(-1).indices, _masses(log_p.exp_(), tables), tables)
 
 
-def _crm(scores: list[Tensor], tables: _Tables) -> Prediction:
-    """The cost of leaf k is the root's height less what is saved at each node above or at k: drop * mass."""
+def _crm(scores: list[torch.Tensor], tables: _Tables) -> Prediction:
+    """The cost of leaf k is the root's height less what is saved at each node above or at k.
+
+    Drop * mass.
+    """
     masses = _masses(_leaf_log_probs(scores, tables).exp_(), tables)
-    saved: Tensor | None = None
+    saved: torch.Tensor | None = None
     by_level = []
     for mass, level in zip(masses, tables.levels, strict=True):
         above = torch.zeros_like(mass) if saved is None else saved.index_select(1, level.parents)
@@ -246,7 +300,7 @@ def _crm(scores: list[Tensor], tables: _Tables) -> Prediction:
     return _path(leaf, masses, tables)
 
 
-_DECODERS: dict[str, Callable[[list[Tensor], _Tables], Prediction]] = {
+_DECODERS: dict[str, Callable[[list[torch.Tensor], _Tables], Prediction]] = {
     "independent": _independent,
     "top-down": _top_down,
     "best-path": _best_path,
@@ -255,45 +309,54 @@ _DECODERS: dict[str, Callable[[list[Tensor], _Tables], Prediction]] = {
 }
 DECODERS: tuple[str, ...] = tuple(_DECODERS)
 
-_CACHED = 2 ** 19  # numbers: a CPU is twice as fast if what lies between logits and labels stays in its cache
+# numbers: a CPU is twice as fast if what lies between logits and labels stays in its cache
+_CACHED = 2**19
 
 
 @torch.no_grad()
-def decode(level_logits: Sequence[Tensor], taxonomy: Taxonomy, method: str = "independent") -> Prediction:
+def decode(
+    level_logits: Sequence[torch.Tensor], taxonomy: Taxonomy, method: str = "independent"
+) -> Prediction:
     """One label per level from every level's logits.
 
-    All methods but 'independent' promise a path of the tree that ends at a leaf, whatever the logits
-    (:meth:`Taxonomy.valid_paths`):
+    All methods but 'independent' promise a path of the tree that ends at a leaf, whatever the
+    logits (:meth:`Taxonomy.valid_paths`):
 
-    - 'independent': each level's argmax and its softmax probability, level by level. The answers may contradict each
-      other, and none is ever -1.
-    - 'top-down': the argmax of level 0, then at each step the argmax among the children of the node chosen. The
-      probability is the product of the conditional ones, each a softmax over the siblings.
-    - 'best-path': the leaf whose path has the greatest product of the levels' softmax probabilities. On uneven trees
-      the geometric mean over a path's own levels is compared, so that short paths are not favoured. Probabilities: the
-      products (a path of d < L levels counts as the geometric mean to the power L) are normalised over the leaves, a
-      product of experts (Hinton 2002), and summed up the tree, so they never rise down the path.
-    - 'leaf-marginal': the path of the most probable leaf of :func:`leaf_log_probs`; each node's probability is that of
-      the leaves below it. (What a flat baseline often reports instead, the most probable node of *each* level, is
-      'independent' on the output of :func:`~timm_branches.hierarchy.sum_upwards`. That need not be a path.)
-    - 'crm': the leaf of least expected cost, the cost of k where j is true being the height of their lowest common
-      ancestor (:meth:`Taxonomy.lca_height`), under the distribution of 'leaf-marginal', and probabilities as there.
+    - 'independent': each level's argmax and its softmax probability, level by level. The answers
+      may contradict each other, and none is ever -1.
+    - 'top-down': the argmax of level 0, then at each step the argmax among the children of the node
+      chosen. The probability is the product of the conditional ones, each a softmax over the
+      siblings.
+    - 'best-path': the leaf whose path has the greatest product of the levels' softmax
+      probabilities. On uneven trees the geometric mean over a path's own levels is compared, so
+      that short paths are not favoured. Probabilities: the products (a path of d < L levels counts
+      as the geometric mean to the power L) are normalised over the leaves, a product of experts
+      (Hinton 2002), and summed up the tree, so they never rise down the path.
+    - 'leaf-marginal': the path of the most probable leaf of :func:`leaf_log_probs`; each node's
+      probability is that of the leaves below it. (What a flat baseline often reports instead, the
+      most probable node of *each* level, is 'independent' on the output of
+      :func:`~timm_branches.hierarchy.sum_upwards`. That need not be a path.)
+    - 'crm': the leaf of least expected cost, the cost of k where j is true being the height of
+      their lowest common ancestor (:meth:`Taxonomy.lca_height`), under the distribution of
+      'leaf-marginal', and probabilities as there.
 
     Of equal candidates the one of lowest index is taken.
 
     Args:
-        level_logits: one float tensor (N, num_classes[level]) per level, coarse to fine: logits or log-probabilities,
-            such as `list(model(images).values())` or `sum_upwards(leaf_logits, taxonomy)`.
+        level_logits: one float tensor (N, num_classes[level]) per level, coarse to fine: logits or
+            log-probabilities, such as `list(model(images).values())` or `sum_upwards(leaf_logits,
+            taxonomy)`.
         taxonomy: the tree.
         method: one of `DECODERS`.
 
     Returns:
-        A :class:`Prediction`: labels (N, L) with -1 below a shallow leaf, and their probabilities (N, L), at least
-        float32. Where all candidates say -inf they are equally likely; +inf counts as the largest finite number; nan
-        gives nan probabilities.
+        A :class:`Prediction`: labels (N, L) with -1 below a shallow leaf, and their probabilities
+        (N, L), at least float32. Where all candidates say -inf they are equally likely; +inf counts
+        as the largest finite number; nan gives nan probabilities.
 
     Raises:
-        ValueError: if there is no such method, or not one floating point tensor of the right shape per level.
+        ValueError: if there is no such method, or not one floating point tensor of the right shape
+            per level.
 
     Example:
         >>> tree = Taxonomy(['animal/cat', 'animal/dog', 'transport/ship'])
@@ -301,15 +364,18 @@ def decode(level_logits: Sequence[Tensor], taxonomy: Taxonomy, method: str = "in
         >>> {method: decode(logits, tree, method).labels[0].tolist() for method in DECODERS[:3]}
         {'independent': [0, 2], 'top-down': [0, 1], 'best-path': [1, 2]}
 
-    Source: 'crm' is Karthik et al., "No Cost Likelihood Manipulation at Test Time for Making Better Mistakes in Deep
+    Source: 'crm' is Karthik et al., "No Cost Likelihood Manipulation at Test Time for Making Better
+        Mistakes in Deep
     Networks", ICLR 2021, equation 1; computed along the tree, without the matrix of costs.
     """
     if method not in _DECODERS:
-        raise ValueError(f'no decoder {method!r}; there are {", ".join(map(repr, DECODERS))}')
+        raise ValueError(f"no decoder {method!r}; there are {', '.join(map(repr, DECODERS))}")
     scores, tables = _check(level_logits, taxonomy)
     rows = len(scores[0])
     if scores[0].device.type == "cpu" and method != "top-down":  # which looks at few of the classes
         rows = _CACHED // taxonomy.num_leaves
     chunks = zip(*(values.split(max(1, rows)) for values in scores), strict=True)
-    labels, probabilities = zip(*(_DECODERS[method](list(chunk), tables) for chunk in chunks), strict=True)
+    labels, probabilities = zip(
+        *(_DECODERS[method](list(chunk), tables) for chunk in chunks), strict=True
+    )
     return Prediction(torch.cat(labels), torch.cat(probabilities))

@@ -1,14 +1,16 @@
-"""Accuracy on a hierarchy, by the standard definitions; all on label rows with one column per level.
+"""Accuracy on a hierarchy, by the standard definitions; all on label rows with one column per
+level.
 
--1 in a label is "unknown at this level": the level is left out for that sample, neither right nor wrong.
+-1 in a label is "unknown at this level": the level is left out for that sample, neither right nor
+wrong.
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from timm_branches.taxonomy.taxonomy import Taxonomy
 
@@ -25,19 +27,23 @@ __all__ = [
 ]
 
 
-def _check_pair(predictions: Tensor, labels: Tensor) -> None:
+def _check_pair(predictions: torch.Tensor, labels: torch.Tensor) -> None:
     if predictions.ndim != 2 or predictions.shape != labels.shape:
-        raise ValueError(f"predictions and labels must both have shape (N, L), one column per level, got "
-                         f"{tuple(predictions.shape)} and {tuple(labels.shape)}")
+        raise ValueError(
+            f"predictions and labels must both have shape (N, L), one column per level, got "
+            f"{tuple(predictions.shape)} and {tuple(labels.shape)}"
+        )
     for name, tensor in (("predictions", predictions), ("labels", labels)):
         if tensor.is_floating_point() or tensor.is_complex():
-            raise ValueError(f"{name} must be class indices (integers), got a tensor of {tensor.dtype}; take the "
-                             f"argmax of logits first")
+            raise ValueError(
+                f"{name} must be class indices (integers), got a tensor of {tensor.dtype}; take the "
+                f"argmax of logits first"
+            )
     if labels.numel() and int(labels.min()) < -1:
         raise ValueError(f"labels must be class indices or -1 (unknown), got {int(labels.min())}")
 
 
-def level_accuracy(predictions: Tensor, labels: Tensor) -> Tensor:
+def level_accuracy(predictions: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Top-1 accuracy on each level.
 
     Args:
@@ -45,11 +51,12 @@ def level_accuracy(predictions: Tensor, labels: Tensor) -> Tensor:
         labels: LongTensor (N, L), -1 where unknown.
 
     Returns:
-        Double tensor (L,), fractions in [0, 1]; nan for a level on which no sample has a label (there is no accuracy to
-        report, and 0 would claim one).
+        Double tensor (L,), fractions in [0, 1]; nan for a level on which no sample has a label
+        (there is no accuracy to report, and 0 would claim one).
 
     Raises:
-        ValueError: if the shapes differ or are not (N, L), or something else than class indices is given.
+        ValueError: if the shapes differ or are not (N, L), or something else than class indices is
+            given.
 
     Example:
         >>> level_accuracy(torch.tensor([[0, 1], [1, 3]]), torch.tensor([[0, 1], [1, 2]])).tolist()
@@ -58,10 +65,11 @@ def level_accuracy(predictions: Tensor, labels: Tensor) -> Tensor:
     _check_pair(predictions, labels)
     known = labels >= 0
     right = (predictions == labels) & known
-    return right.sum(0).double() / known.sum(0)  # 0 / 0 is nan; double counts exactly beyond 2 ** 24 samples
+    # 0 / 0 is nan; double counts exactly beyond 2 ** 24 samples
+    return right.sum(0).double() / known.sum(0)
 
 
-def top_k_accuracy(logits: Tensor, labels: Tensor, k: int = 5) -> Tensor:
+def top_k_accuracy(logits: torch.Tensor, labels: torch.Tensor, k: int = 5) -> torch.Tensor:
     """Share of one level's samples whose class is among the k with the largest logits.
 
     Args:
@@ -80,24 +88,28 @@ def top_k_accuracy(logits: Tensor, labels: Tensor, k: int = 5) -> Tensor:
         0.5
     """
     if logits.ndim != 2 or labels.shape != logits.shape[:1]:
-        raise ValueError(f"logits must be (N, K) and labels (N,), got {tuple(logits.shape)} and {tuple(labels.shape)}")
+        raise ValueError(
+            f"logits must be (N, K) and labels (N,), got {tuple(logits.shape)} and {tuple(labels.shape)}"
+        )
     if not 1 <= k <= logits.shape[1]:
         raise ValueError(f"k must be between 1 and the {logits.shape[1]} classes, got {k}")
     right = (logits.topk(k).indices == labels[:, None]).any(1)
     return right.sum().double() / (labels >= 0).sum()
 
 
-def full_path_accuracy(predictions: Tensor, labels: Tensor) -> Tensor:
+def full_path_accuracy(predictions: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Share of samples that are right on every level that is known (FPA, exact match).
 
-    Source: Park et al., "Visually Consistent Hierarchical Image Classification", ICLR 2025 (arXiv 2406.11608).
+    Source: Park et al., "Visually Consistent Hierarchical Image Classification", ICLR 2025 (arXiv
+        2406.11608).
 
     Args:
         predictions: LongTensor (N, L), class indices per level.
         labels: LongTensor (N, L), -1 where unknown.
 
     Returns:
-        Double tensor (), a fraction in [0, 1]. Samples without any known level are not counted; nan if all are such.
+        Double tensor (), a fraction in [0, 1]. Samples without any known level are not counted; nan
+        if all are such.
 
     Raises:
         ValueError: as for :func:`level_accuracy`.
@@ -112,7 +124,7 @@ def full_path_accuracy(predictions: Tensor, labels: Tensor) -> Tensor:
     return right.sum().double() / known.any(1).sum()
 
 
-def consistency(predictions: Tensor, taxonomy: Taxonomy) -> Tensor:
+def consistency(predictions: torch.Tensor, taxonomy: Taxonomy) -> torch.Tensor:
     """Share of samples whose predictions form a path of the tree, right or wrong.
 
     What counts as a path, on uneven trees too, is said at :meth:`Taxonomy.valid_paths`.
@@ -135,10 +147,11 @@ def consistency(predictions: Tensor, taxonomy: Taxonomy) -> Tensor:
     return taxonomy.valid_paths(predictions).double().mean()
 
 
-def tree_inconsistency_error(predictions: Tensor, taxonomy: Taxonomy) -> Tensor:
+def tree_inconsistency_error(predictions: torch.Tensor, taxonomy: Taxonomy) -> torch.Tensor:
     """Share of samples whose predictions form no path of the tree (TICE): 1 - :func:`consistency`.
 
-    Source: Park et al., "Visually Consistent Hierarchical Image Classification", ICLR 2025 (arXiv 2406.11608), where
+    Source: Park et al., "Visually Consistent Hierarchical Image Classification", ICLR 2025 (arXiv
+        2406.11608), where
     it is the tree-based inconsistency error rate.
 
     Args:
@@ -159,7 +172,9 @@ def tree_inconsistency_error(predictions: Tensor, taxonomy: Taxonomy) -> Tensor:
     return 1 - consistency(predictions, taxonomy)
 
 
-def class_scores(right: Tensor, predicted: Tensor, labelled: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def class_scores(
+    right: torch.Tensor, predicted: torch.Tensor, labelled: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Precision, recall and F1 of each class, from counts.
 
     Args:
@@ -168,8 +183,9 @@ def class_scores(right: Tensor, predicted: Tensor, labelled: Tensor) -> tuple[Te
         labelled: (K,) how many samples have the class (support): the matrix' row sums.
 
     Returns:
-        Three double tensors (K,), fractions in [0, 1]. Precision is nan for a class that was never predicted, recall
-        for one without samples, F1 = 2 right / (predicted + labelled) for one that has neither.
+        Three double tensors (K,), fractions in [0, 1]. Precision is nan for a class that was never
+        predicted, recall for one without samples, F1 = 2 right / (predicted + labelled) for one
+        that has neither.
 
     Example:
         >>> [y.tolist() for y in class_scores(torch.tensor([1, 0]), torch.tensor([2, 0]), torch.tensor([1, 1]))]
@@ -183,7 +199,8 @@ def format_class_report(rows: Sequence[dict[str, Any]]) -> str:
     """The rows that :meth:`HierarchyEvaluator.class_report` gives as a table.
 
     Args:
-        rows: dicts with ``level``, ``class``, ``precision``, ``recall`` and ``f1`` in percent, and ``support``.
+        rows: dicts with ``level``, ``class``, ``precision``, ``recall`` and ``f1`` in percent, and
+            ``support``.
 
     Example:
         >>> print(format_class_report([{'level': 'fine', 'class': 'cat', 'precision': 50.0, 'recall': 100.0,
@@ -193,21 +210,29 @@ def format_class_report(rows: Sequence[dict[str, Any]]) -> str:
     """
     wide = [max(len(str(row[key])) for row in ({key: key}, *rows)) for key in ("level", "class")]
     lines = [f"{'level':<{wide[0]}}  {'class':<{wide[1]}}  precision   recall       f1  support"]
-    lines += [f"{row['level']:<{wide[0]}}  {row['class']:<{wide[1]}}  {row['precision']:9.2f}  {row['recall']:7.2f}  "
-              f"{row['f1']:7.2f}  {row['support']:7d}" for row in rows]
+    lines += [
+        f"{row['level']:<{wide[0]}}  {row['class']:<{wide[1]}}  {row['precision']:9.2f}  {row['recall']:7.2f}  "
+        f"{row['f1']:7.2f}  {row['support']:7d}"
+        for row in rows
+    ]
     return "\n".join(lines)
 
 
-def expected_calibration_error(confidences: Tensor, right: Tensor, num_bins: int = 15) -> Tensor:
-    """Expected calibration error (ECE) with bins of equal width: how far confidence is from accuracy.
+def expected_calibration_error(
+    confidences: torch.Tensor, right: torch.Tensor, num_bins: int = 15
+) -> torch.Tensor:
+    """Expected calibration error (ECE) with bins of equal width: how far confidence is from
+    accuracy.
 
-    ECE = sum over bins B of |B| / n * |accuracy(B) - mean confidence(B)|, equation (3) of Guo et al., "On Calibration
-    of Modern Neural Networks", ICML 2017 (arXiv 1706.04599). Bin m holds the confidences in ((m - 1) / M, m / M], as
-    there; torchmetrics closes its bins on the other side and gives 1.0 a bin of its own.
+    ECE = sum over bins B of |B| / n * |accuracy(B) - mean confidence(B)|, equation (3) of Guo et
+    al., "On Calibration of Modern Neural Networks", ICML 2017 (arXiv 1706.04599). Bin m holds the
+    confidences in ((m - 1) / M, m / M], as there; torchmetrics closes its bins on the other side
+    and gives 1.0 a bin of its own.
 
     Args:
         confidences: float tensor (N,), the probability of the predicted class.
-        right: bool tensor (N,), whether it is the label. Samples without a label are to be left out of both.
+        right: bool tensor (N,), whether it is the label. Samples without a label are to be left out
+            of both.
         num_bins: M.
 
     Returns:
@@ -221,46 +246,63 @@ def expected_calibration_error(confidences: Tensor, right: Tensor, num_bins: int
         0.25
     """
     if confidences.ndim != 1 or confidences.shape != right.shape:
-        raise ValueError(f"confidences and right must both be (N,), got {tuple(confidences.shape)} and "
-                         f"{tuple(right.shape)}")
+        raise ValueError(
+            f"confidences and right must both be (N,), got {tuple(confidences.shape)} and "
+            f"{tuple(right.shape)}"
+        )
     counted = torch.ones_like(right, dtype=torch.bool)
-    return calibration_error(*calibration_bins(confidences, right.bool(), counted, num_bins, torch.float64))
+    return calibration_error(
+        *calibration_bins(confidences, right.bool(), counted, num_bins, torch.float64)
+    )
 
 
-def calibration_bins(confidences: Tensor, right: Tensor, counted: Tensor, num_bins: int,
-                     dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """How many samples (N, ...) are in each bin, how many of them right, and the sum of their confidences (..., M).
+def calibration_bins(
+    confidences: torch.Tensor,
+    right: torch.Tensor,
+    counted: torch.Tensor,
+    num_bins: int,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """How many samples (N, ...) are in each bin, how many of them right, and the sum of their
+    confidences (..., M).
 
-    These sums are all that ECE needs: batches and processes add up exactly, in memory that does not grow with N.
+    These sums are all that ECE needs: batches and processes add up exactly, in memory that does not
+        grow with N.
     """
-    edges = torch.linspace(0, 1, num_bins + 1, device=confidences.device, dtype=confidences.dtype)[1:-1]
+    edges = torch.linspace(0, 1, num_bins + 1, device=confidences.device, dtype=confidences.dtype)[
+        1:-1
+    ]
     bins = torch.bucketize(confidences.contiguous(), edges)[..., None]
     inside = (bins == torch.arange(num_bins, device=confidences.device)) & counted[..., None]
     sums = torch.where(inside, confidences[..., None].to(dtype), 0).sum(0)
     return inside.sum(0), (inside & right[..., None]).sum(0), sums
 
 
-def calibration_error(count: Tensor, right: Tensor, confidence: Tensor) -> Tensor:
+def calibration_error(
+    count: torch.Tensor, right: torch.Tensor, confidence: torch.Tensor
+) -> torch.Tensor:
     """ECE from the sums over each bin (..., M)."""
     return (right - confidence).abs().sum(-1) / count.sum(-1)
 
 
-def sum_upwards(leaf_logits: Tensor, taxonomy: Taxonomy) -> list[Tensor]:
-    """Every level's log-probabilities from a flat classifier: leaf probabilities are summed up the tree.
+def sum_upwards(leaf_logits: torch.Tensor, taxonomy: Taxonomy) -> list[torch.Tensor]:
+    """Every level's log-probabilities from a flat classifier: leaf probabilities are summed up the
+    tree.
 
-    This is what a flat baseline says about the coarse levels. It is computed as a log-sum-exp of the leaves'
-    log-softmax, so nothing underflows however sure the classifier is.
+    This is what a flat baseline says about the coarse levels. It is computed as a log-sum-exp of
+    the leaves' log-softmax, so nothing underflows however sure the classifier is.
 
     Args:
         leaf_logits: float tensor (..., num_leaves).
         taxonomy: the tree whose leaves the logits belong to.
 
     Returns:
-        For each level a tensor (..., num_classes[level]), at least float32. On levels below a shallow leaf the
-        probabilities sum to one minus that leaf's share.
+        For each level a tensor (..., num_classes[level]), at least float32. On levels below a
+        shallow leaf the probabilities sum to one minus that leaf's share.
 
     Raises:
-        ValueError: if the last dimension is not the number of leaves, or the logits are not floating point.
+        ValueError: if the last dimension is not the number of leaves, or the logits are not
+            floating point.
 
     Example:
         >>> tree = Taxonomy(['animal/cat', 'animal/dog', 'transport/ship'])
@@ -268,16 +310,19 @@ def sum_upwards(leaf_logits: Tensor, taxonomy: Taxonomy) -> list[Tensor]:
         [[0.5, 0.5], [0.25, 0.25, 0.5]]
     """
     if leaf_logits.ndim < 1 or leaf_logits.shape[-1] != taxonomy.num_leaves:
-        raise ValueError(f"leaf_logits must have one column per leaf, shape (..., {taxonomy.num_leaves}), got "
-                         f"{tuple(leaf_logits.shape)}")
+        raise ValueError(
+            f"leaf_logits must have one column per leaf, shape (..., {taxonomy.num_leaves}), got "
+            f"{tuple(leaf_logits.shape)}"
+        )
     if not leaf_logits.is_floating_point():
         raise ValueError(f"leaf_logits must be floating point, got {leaf_logits.dtype}")
     # half precision would lose the small leaves of a large tree
     log_p = leaf_logits.to(torch.promote_types(leaf_logits.dtype, torch.float32)).log_softmax(-1)
-    # from the deepest level up: a class is the sum of its children, so the leaves themselves are read only once
+    # from the deepest level up: a class is the sum of its children, so the leaves themselves are
+    # read only once
     table = taxonomy.leaf_table
     depths = (table >= 0).sum(1)
-    levels: list[Tensor] = []
+    levels: list[torch.Tensor] = []
     for depth in reversed(range(taxonomy.num_levels)):
         leaves = (depths == depth + 1).nonzero()[:, 0]  # those that end here
         here = log_p.index_select(-1, leaves.to(log_p.device))
@@ -289,15 +334,23 @@ def sum_upwards(leaf_logits: Tensor, taxonomy: Taxonomy) -> list[Tensor]:
     return levels
 
 
-def _log_sum_exp(values: Tensor, index: Tensor, size: int) -> Tensor:
-    """Log of the sums of exp(values) (..., K) that have the same index (K,) in 0 ... size - 1; (..., size)."""
+def _log_sum_exp(values: torch.Tensor, index: torch.Tensor, size: int) -> torch.Tensor:
+    """Log of the sums of exp(values) (..., K) that have the same index (K,) in 0 ...
+
+    size - 1; (..., size).
+    """
     if size == len(index):  # no two of them: a permutation
         return values.index_select(-1, index.argsort())
     shape = (*values.shape[:-1], size)
-    # each class's own maximum is taken out before exp; a class without any probability (all -inf) takes out 0
-    top = values.new_full(shape, -torch.inf).scatter_reduce(-1, index.expand(values.shape), values.detach(), "amax")
+    # each class's own maximum is taken out before exp; a class without any probability (all -inf)
+    # takes out 0
+    top = values.new_full(shape, -torch.inf).scatter_reduce(
+        -1, index.expand(values.shape), values.detach(), "amax"
+    )
     top = top.where(top.isfinite(), 0)
-    total = values.new_zeros(shape).index_add(-1, index, (values - top.index_select(-1, index)).exp())
+    total = values.new_zeros(shape).index_add(
+        -1, index, (values - top.index_select(-1, index)).exp()
+    )
     # log(0) is -inf as it should be, but its gradient is nan: keep log away from zeros
     some = total > 0
     return (total.where(some, 1).log() + top).where(some, -torch.inf)

@@ -1,26 +1,34 @@
-"""Metrics that know how far apart two classes are in the tree: hP, hR, hF, hierarchical distance, mistake severity.
+"""Metrics that know how far apart two classes are in the tree: hP, hR, hF, hierarchical distance,
+mistake severity.
 
--1 in a label is "unknown at this level", except below a leaf, where the path has ended and there is nothing to know.
--1 in a prediction is "no answer on this level". What is predicted below a predicted leaf does not count: a branch
-classifier has no class "none", see :meth:`Taxonomy.valid_paths`.
+-1 in a label is "unknown at this level", except below a leaf, where the path has ended and there is
+nothing to know. -1 in a prediction is "no answer on this level". What is predicted below a
+predicted leaf does not count: a branch classifier has no class "none", see
+:meth:`Taxonomy.valid_paths`.
 """
+
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from timm_branches.hierarchy.metrics import _check_pair
 from timm_branches.taxonomy.tables import as_labels
 from timm_branches.taxonomy.taxonomy import Taxonomy
 
-__all__ = ["distance_at_k", "hierarchical_distance", "hierarchical_precision_recall_f1", "mistake_severity"]
+__all__ = [
+    "distance_at_k",
+    "hierarchical_distance",
+    "hierarchical_precision_recall_f1",
+    "mistake_severity",
+]
 
 
 class PathTables:
-    """The nodes of all levels side by side, for looking up whole batches of label rows without leaving their device.
+    """The nodes of all levels side by side, for looking up whole batches of label rows without
+    leaving their device.
 
-    The last node, which index -1 means, stands for "no node": it has an empty path, and the height of the root above
-    all, which is what two paths have in common that share nothing.
+    The last node, which index -1 means, stands for "no node": it has an empty path, and the height
+    of the root above all, which is what two paths have in common that share nothing.
 
     Args:
         taxonomy: the tree.
@@ -29,7 +37,10 @@ class PathTables:
 
     def __init__(self, taxonomy: Taxonomy, device: torch.device | str = "cpu") -> None:
         depth, cpu = taxonomy.num_levels, torch.device("cpu")
-        paths = [taxonomy.expand(torch.arange(k, device=cpu), level) for level, k in enumerate(taxonomy.num_classes)]
+        paths = [
+            taxonomy.expand(torch.arange(k, device=cpu), level)
+            for level, k in enumerate(taxonomy.num_classes)
+        ]
         self.paths = torch.cat([*paths, torch.full((1, depth), -1, device=cpu)]).to(device)
         self.heights = torch.cat([*taxonomy.heights, torch.tensor([depth], device=cpu)]).to(device)
         self.leaf_paths = taxonomy.leaf_table.to(device)
@@ -37,39 +48,45 @@ class PathTables:
         self.depths = torch.arange(1, depth + 1, device=device)
         self.root_height = depth
 
-    def nodes(self, rows: Tensor) -> Tensor:
+    def nodes(self, rows: torch.Tensor) -> torch.Tensor:
         """Label rows (..., L) as indices of nodes, -1 for none."""
         return torch.where(rows >= 0, rows + self.starts, -1)
 
-    def is_leaf(self, rows: Tensor) -> Tensor:
+    def is_leaf(self, rows: torch.Tensor) -> torch.Tensor:
         return self.heights[self.nodes(rows)] == 0
 
-    def below_leaf(self, rows: Tensor) -> Tensor:
+    def below_leaf(self, rows: torch.Tensor) -> torch.Tensor:
         """Which levels lie below the first leaf of each row (N, L)."""
         leaf = self.is_leaf(rows).long()
         return leaf.cumsum(1) > leaf
 
-    def augment(self, rows: Tensor) -> Tensor:
+    def augment(self, rows: torch.Tensor) -> torch.Tensor:
         """The path (N, L, L) of each class of the rows (N, L), which end at their first leaf."""
         return self.paths[self.nodes(rows.masked_fill(self.below_leaf(rows), -1))]
 
-    def end(self, rows: Tensor) -> Tensor:
+    def end(self, rows: torch.Tensor) -> torch.Tensor:
         """The path (N, L) of the deepest class of each row, which ends at its first leaf."""
         rows = rows.masked_fill(self.below_leaf(rows), -1)
         deepest = ((rows >= 0) * self.depths).amax(1, keepdim=True)
         return self.paths[self.nodes(rows).gather(1, (deepest - 1).clamp(min=0))[:, 0]]
 
-    def lca_height(self, a: Tensor, b: Tensor) -> Tensor:
-        """As :meth:`Taxonomy.lca_height` for rows (..., L) that are paths: the height of the lowest node shared."""
+    def lca_height(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """As :meth:`Taxonomy.lca_height` for rows (..., L) that are paths.
+
+        The height of the lowest node shared.
+        """
         return torch.where(a == b, self.heights[self.nodes(a)], self.root_height).amin(-1)
 
-    def consistent(self, rows: Tensor, paths: Tensor) -> Tensor:
+    def consistent(self, rows: torch.Tensor, paths: torch.Tensor) -> torch.Tensor:
         """As :meth:`Taxonomy.valid_paths`, of rows (N, L) whose :meth:`augment` is `paths`."""
         rows = rows.masked_fill(self.below_leaf(rows), -1)[:, None]
         return ((paths == rows) | (paths < 0) | (rows < 0)).flatten(1).all(1)
 
-    def overlap(self, paths: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """|predicted and true|, |predicted| and |true|, summed over the samples; see hierarchical_precision_recall_f1.
+    def overlap(
+        self, paths: torch.Tensor, labels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """|predicted and true|, |predicted| and |true|, summed over the samples; see
+        hierarchical_precision_recall_f1.
 
         Args:
             paths: (N, L, L), predictions as :meth:`augment` gives them.
@@ -77,7 +94,8 @@ class PathTables:
         """
         known = labels >= 0
         right = ((paths == labels[:, None]).any(1) & known).sum()
-        # classes that occur several times on a level count once: sorted, each is where the value changes
+        # classes that occur several times on a level count once: sorted, each is where the value
+        # changes
         ordered = paths.sort(1).values
         new = torch.ones_like(ordered, dtype=torch.bool)
         new[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
@@ -85,37 +103,43 @@ class PathTables:
         return right, (new & (ordered >= 0) & told[:, None]).sum(), known.sum()
 
 
-def _check(predictions: Tensor, labels: Tensor, taxonomy: Taxonomy) -> PathTables:
+def _check(predictions: torch.Tensor, labels: torch.Tensor, taxonomy: Taxonomy) -> PathTables:
     _check_pair(predictions, labels)
     _check_rows(predictions, taxonomy, "prediction")
     _check_rows(labels, taxonomy, "label")
     return PathTables(taxonomy, labels.device)
 
 
-def _check_rows(rows: Tensor, taxonomy: Taxonomy, what: str) -> None:
+def _check_rows(rows: torch.Tensor, taxonomy: Taxonomy, what: str) -> None:
     if rows.ndim != 2 or rows.shape[1] != taxonomy.num_levels:
-        raise ValueError(f"{what}s must have shape (N, {taxonomy.num_levels}), one column per level, got "
-                         f"{tuple(rows.shape)}")
+        raise ValueError(
+            f"{what}s must have shape (N, {taxonomy.num_levels}), one column per level, got "
+            f"{tuple(rows.shape)}"
+        )
     for level, (name, count) in enumerate(zip(taxonomy.levels, taxonomy.num_classes, strict=True)):
         as_labels(rows[:, level], count, f"{what} of level {name!r}")
 
 
-def hierarchical_precision_recall_f1(predictions: Tensor, labels: Tensor,
-                                     taxonomy: Taxonomy) -> tuple[Tensor, Tensor, Tensor]:
+def hierarchical_precision_recall_f1(
+    predictions: torch.Tensor, labels: torch.Tensor, taxonomy: Taxonomy
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Hierarchical precision, recall and F1 (hP, hR, hF), micro-averaged.
 
-    With P_i the classes predicted for sample i and all their ancestors, and T_i its true class and all its ancestors,
-    both without the root above all:
+    With P_i the classes predicted for sample i and all their ancestors, and T_i its true class and
+    all its ancestors, both without the root above all:
 
-        hP = sum |P_i and T_i| / sum |P_i|,  hR = sum |P_i and T_i| / sum |T_i|,  hF = 2 hP hR / (hP + hR)
+        hP = sum |P_i and T_i| / sum |P_i|,  hR = sum |P_i and T_i| / sum |T_i|,  hF = 2 hP hR / (hP
+        + hR)
 
-    Source: Kiritchenko et al., "Learning and Evaluation in the Presence of Class Hierarchies", Canadian AI 2006; in
-    this form Silla and Freitas, "A survey of hierarchical classification across different application domains", Data
-    Mining and Knowledge Discovery 22, 2011.
+    Source: Kiritchenko et al., "Learning and Evaluation in the Presence of Class Hierarchies",
+        Canadian AI 2006; in
+    this form Silla and Freitas, "A survey of hierarchical classification across different
+    application domains", Data Mining and Knowledge Discovery 22, 2011.
 
-    Predictions that contradict each other all enter P_i, each with its own ancestors, which costs precision. Levels on
-    which the truth is unknown are left out of P_i and T_i; those below a known leaf are not unknown, and predictions
-    there count as wrong. A prediction of -1 adds nothing to P_i, which costs recall only.
+    Predictions that contradict each other all enter P_i, each with its own ancestors, which costs
+    precision. Levels on which the truth is unknown are left out of P_i and T_i; those below a known
+    leaf are not unknown, and predictions there count as wrong. A prediction of -1 adds nothing to
+    P_i, which costs recall only.
 
     Args:
         predictions: LongTensor (N, L), -1 for no answer.
@@ -123,8 +147,8 @@ def hierarchical_precision_recall_f1(predictions: Tensor, labels: Tensor,
         taxonomy: the tree.
 
     Returns:
-        hP, hR and hF as double tensors (), fractions in [0, 1]. hP is nan if nothing is predicted, hR if nothing is
-        known, hF if neither.
+        hP, hR and hF as double tensors (), fractions in [0, 1]. hP is nan if nothing is predicted,
+        hR if nothing is known, hF if neither.
 
     Raises:
         ValueError: if the shapes are not (N, L), or something else than class indices is given.
@@ -136,23 +160,30 @@ def hierarchical_precision_recall_f1(predictions: Tensor, labels: Tensor,
         [0.667, 0.5, 0.571]
     """
     tables = _check(predictions, labels, taxonomy)
-    right, predicted, true = (count.double() for count in tables.overlap(tables.augment(predictions), labels))
+    right, predicted, true = (
+        count.double() for count in tables.overlap(tables.augment(predictions), labels)
+    )
     return right / predicted, right / true, 2 * right / (predicted + true)
 
 
-def _distances(predictions: Tensor, labels: Tensor, taxonomy: Taxonomy) -> Tensor:
+def _distances(predictions: torch.Tensor, labels: torch.Tensor, taxonomy: Taxonomy) -> torch.Tensor:
     tables = _check(predictions, labels, taxonomy)
     known = tables.is_leaf(labels).any(1)
     return tables.lca_height(tables.end(labels), tables.end(predictions))[known].double()
 
 
-def hierarchical_distance(predictions: Tensor, labels: Tensor, taxonomy: Taxonomy) -> Tensor:
-    """Average hierarchical distance: the mean height of the lowest common ancestor (LCA) of truth and answer.
+def hierarchical_distance(
+    predictions: torch.Tensor, labels: torch.Tensor, taxonomy: Taxonomy
+) -> torch.Tensor:
+    """Average hierarchical distance: the mean height of the lowest common ancestor (LCA) of truth
+    and answer.
 
-    The answer is the deepest class predicted, so the leaf where there is one. A right answer has distance 0, one in
-    another tree of the forest L; a right answer that stops above the leaf has the height of the class it stops at.
+    The answer is the deepest class predicted, so the leaf where there is one. A right answer has
+    distance 0, one in another tree of the forest L; a right answer that stops above the leaf has
+    the height of the class it stops at.
 
-    Source: Bertinetto et al., "Making Better Mistakes", CVPR 2020 (arXiv 1912.09393), "average hierarchical distance
+    Source: Bertinetto et al., "Making Better Mistakes", CVPR 2020 (arXiv 1912.09393), "average
+        hierarchical distance
     of top-k" for k = 1.
 
     Args:
@@ -174,14 +205,20 @@ def hierarchical_distance(predictions: Tensor, labels: Tensor, taxonomy: Taxonom
     return _distances(predictions, labels, taxonomy).mean()
 
 
-def mistake_severity(predictions: Tensor, labels: Tensor, taxonomy: Taxonomy) -> tuple[Tensor, Tensor]:
-    """Mean hierarchical distance of the mistakes only, and the leaf top-1 accuracy without which it misleads.
+def mistake_severity(
+    predictions: torch.Tensor, labels: torch.Tensor, taxonomy: Taxonomy
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean hierarchical distance of the mistakes only, and the leaf top-1 accuracy without which it
+    misleads.
 
-    A classifier that makes many more, but trivial, mistakes has the lower severity: it compares classifiers of equal
+    A classifier that makes many more, but trivial, mistakes has the lower severity: it compares
+        classifiers of equal
     top-1 only. hierarchical distance = severity * (1 - top-1).
 
-    Source: Bertinetto et al. 2020 (arXiv 1912.09393), "hierarchical distance of a mistake"; on its misuse Karthik et
-    al., "No Cost Likelihood Manipulation at Test Time for Making Better Mistakes", ICLR 2021 (arXiv 2104.00795).
+    Source: Bertinetto et al. 2020 (arXiv 1912.09393), "hierarchical distance of a mistake"; on its
+        misuse Karthik et
+    al., "No Cost Likelihood Manipulation at Test Time for Making Better Mistakes", ICLR 2021 (arXiv
+    2104.00795).
 
     Args:
         predictions: as for :func:`hierarchical_distance`.
@@ -189,8 +226,8 @@ def mistake_severity(predictions: Tensor, labels: Tensor, taxonomy: Taxonomy) ->
         taxonomy: the tree.
 
     Returns:
-        Severity, in levels from 1 to L, and top-1, a fraction in [0, 1], as double tensors (). Severity is nan without
-        a mistake, top-1 if no leaf is known.
+        Severity, in levels from 1 to L, and top-1, a fraction in [0, 1], as double tensors ().
+        Severity is nan without a mistake, top-1 if no leaf is known.
 
     Raises:
         ValueError: as for :func:`hierarchical_distance`.
@@ -205,11 +242,16 @@ def mistake_severity(predictions: Tensor, labels: Tensor, taxonomy: Taxonomy) ->
     return distances[distances > 0].mean(), (distances == 0).double().mean()
 
 
-def distance_at_k(leaf_scores: Tensor, labels: Tensor, taxonomy: Taxonomy, k: int) -> Tensor:
-    """dist@k: the mean height of the LCA of the truth and each of the k leaves with the largest scores.
+def distance_at_k(
+    leaf_scores: torch.Tensor, labels: torch.Tensor, taxonomy: Taxonomy, k: int
+) -> torch.Tensor:
+    """dist@k: the mean height of the LCA of the truth and each of the k leaves with the largest
+    scores.
 
-    Source: Bertinetto et al. 2020 (arXiv 1912.09393), "average hierarchical distance of top-k". Less is better, and
-    for k > 1 even a perfect ranking does not reach 0: the truth itself has distance 0, the other k - 1 have not.
+    Source: Bertinetto et al. 2020 (arXiv 1912.09393), "average hierarchical distance of top-k".
+        Less is better, and
+    for k > 1 even a perfect ranking does not reach 0: the truth itself has distance 0, the other k
+    - 1 have not.
 
     Args:
         leaf_scores: float tensor (N, num_leaves), probabilities or anything of their order.
@@ -230,8 +272,10 @@ def distance_at_k(leaf_scores: Tensor, labels: Tensor, taxonomy: Taxonomy, k: in
     """
     _check_rows(labels, taxonomy, "label")
     if leaf_scores.shape != (len(labels), taxonomy.num_leaves):
-        raise ValueError(f"leaf_scores must be (N, {taxonomy.num_leaves}) for N = {len(labels)} labels, got "
-                         f"{tuple(leaf_scores.shape)}")
+        raise ValueError(
+            f"leaf_scores must be (N, {taxonomy.num_leaves}) for N = {len(labels)} labels, got "
+            f"{tuple(leaf_scores.shape)}"
+        )
     if not 1 <= k <= taxonomy.num_leaves:
         raise ValueError(f"k must be between 1 and the {taxonomy.num_leaves} leaves, got {k}")
     tables = PathTables(taxonomy, labels.device)

@@ -1,7 +1,7 @@
 """Predictions for people: which classes a saved model sees in images, as paths through its tree.
 
-Images are prepared exactly as for validation in training. They are decoded, and their predictions handed out, one
-batch at a time, so a folder of any size can be gone through.
+Images are prepared exactly as for validation in training. They are decoded, and their predictions
+handed out, one batch at a time, so a folder of any size can be gone through.
 """
 
 import os
@@ -28,17 +28,19 @@ _UNREADABLE = (OSError, ValueError, SyntaxError)
 
 @dataclass(frozen=True)
 class Record:
-    """What a model says of one image. `labels`, `probabilities` and `path` have one entry a level, down to the level
+    """What a model says of one image. `labels`, `probabilities` and `path` have one entry a level,
+    down to the level
     where the path ends: at a leaf, or where the model is not sure enough.
 
     Attributes:
-        file: The image's file, `archive.tar:member`, or `image 3` for the fourth of images in memory.
+        file: The image's file, `archive.tar:member`, or `image 3` for the fourth of images in
+            memory.
         labels: Class index per level (per head for a model without a tree).
         probabilities: What the decoder gives for each of them.
         path: Their names; empty for a model without a tree.
         stopped: Whether the threshold ended the path above the class that the decoder had chosen.
-        candidates: For every level its most probable classes and the chosen one as (index, probability by this level
-            alone), where `top` asked for them.
+        candidates: For every level its most probable classes and the chosen one as (index,
+            probability by this level alone), where `top` asked for them.
         error: Why the image could not be read; nothing else is known of it then.
     """
 
@@ -65,24 +67,26 @@ def predict(
 ) -> "Predictions":
     """Classify images on every level of a model's tree.
 
-    A model with one head a level is decoded as it is. A flat model, with a single head of the tree's leaves, has its
-    leaf probabilities summed upwards first. A model without a tree gives each head's most probable class. Decoders
-    beside such heads are left out, and not computed.
+    A model with one head a level is decoded as it is. A flat model, with a single head of the
+    tree's leaves, has its leaf probabilities summed upwards first. A model without a tree gives
+    each head's most probable class. Decoders beside such heads are left out, and not computed.
 
     Args:
         model: A model, or what :func:`timm_branches.load_model` takes.
-        images: A file, a folder (searched for images, natural order), a tar of images, a PIL image, an array (H, W) or
-            (H, W, C) of uint8, a uint8 tensor (C, H, W), or a floating-point tensor (C, H, W) that the model's
-            transform has made already; or any number of these.
+        images: A file, a folder (searched for images, natural order), a tar of images, a PIL image,
+            an array (H, W) or (H, W, C) of uint8, a uint8 tensor (C, H, W), or a floating-point
+            tensor (C, H, W) that the model's transform has made already; or any number of these.
         taxonomy: The tree of a model that was saved without one, or what `get_taxonomy` takes.
-        decoder: How the levels' answers become one path, see `timm_branches.hierarchy.decode`; None is 'best-path', for
-            a flat model 'leaf-marginal', and each head on its own without a tree.
+        decoder: How the levels' answers become one path, see `timm_branches.hierarchy.decode`; None
+            is 'best-path', for a flat model 'leaf-marginal', and each head on its own without a
+            tree.
         threshold: Stop at the deepest level whose probability is at least this, from 0 to 1.
         batch_size: Images a batch.
         num_workers: Processes that read images; 0 reads them in this one.
-        device: Where the model is moved to; None leaves a model where it is and puts a loaded one on a GPU if there is
-            one.
-        strict: Raise at the first image that cannot be read; otherwise it has a record with its `error`.
+        device: Where the model is moved to; None leaves a model where it is and puts a loaded one
+            on a GPU if there is one.
+        strict: Raise at the first image that cannot be read; otherwise it has a record with its
+            `error`.
         top: How many candidates of each level to keep in the records.
 
     Returns:
@@ -90,8 +94,9 @@ def predict(
 
     Raises:
         FileNotFoundError: A path given does not exist.
-        ValueError: There are no images, the model's file is damaged, or a tree is missing, does not fit, or is given
-            twice; while iterating: an image cannot be read, or the model's outputs are not finite.
+        ValueError: There are no images, the model's file is damaged, or a tree is missing, does not
+            fit, or is given twice; while iterating: an image cannot be read, or the model's outputs
+            are not finite.
 
     Example:
         >>> for record in predict('model.safetensors', ['photos/', 'a.jpg'], threshold=0.8):  # doctest: +SKIP
@@ -105,8 +110,10 @@ def predict(
         model = load_model(model)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if batch_size < 1 or num_workers < 0 or top < 0:
-        raise ValueError(f"batch_size must be at least 1, num_workers and top at least 0; got {batch_size}, "
-                         f"{num_workers} and {top}.")
+        raise ValueError(
+            f"batch_size must be at least 1, num_workers and top at least 0; got {batch_size}, "
+            f"{num_workers} and {top}."
+        )
     levels = _Levels(model, taxonomy, decoder, threshold)
     listed = ImageList(images, model.in_chans)
     if device is not None:
@@ -115,7 +122,8 @@ def predict(
 
 
 class Predictions:
-    """The records of images, in their order; made by :func:`predict`. Each iteration runs the model anew.
+    """The records of images, in their order; made by :func:`predict`. Each iteration runs the model
+    anew.
 
     Attributes:
         images: The images, to look at beside what was predicted.
@@ -123,11 +131,24 @@ class Predictions:
         taxonomy: The tree, or None.
     """
 
-    def __init__(self, model: BranchModel, images: ImageList, levels: "_Levels", batch_size: int, num_workers: int,
-                 strict: bool, top: int) -> None:
+    def __init__(
+        self,
+        model: BranchModel,
+        images: ImageList,
+        levels: "_Levels",
+        batch_size: int,
+        num_workers: int,
+        strict: bool,
+        top: int,
+    ) -> None:
         self.model, self.images, self._levels = model, images, levels
         self.levels, self.taxonomy = levels.names, levels.taxonomy
-        self.batch_size, self.num_workers, self.strict, self.top = batch_size, num_workers, strict, top
+        self.batch_size, self.num_workers, self.strict, self.top = (
+            batch_size,
+            num_workers,
+            strict,
+            top,
+        )
 
     def __len__(self) -> int:
         return len(self.images)
@@ -136,8 +157,15 @@ class Predictions:
         from timm_branches.data import create_loader
 
         samples = _Samples(self.images, _validation_transform(self.model))
-        loader = create_loader(samples, self.batch_size, num_workers=self.num_workers, rank=0, world_size=1,
-                               collate_fn=list, persistent_workers=False)
+        loader = create_loader(
+            samples,
+            self.batch_size,
+            num_workers=self.num_workers,
+            rank=0,
+            world_size=1,
+            collate_fn=list,
+            persistent_workers=False,
+        )
         parameter = next(self.model.parameters())
         names = iter(self.images.names)
         for batch in loader:
@@ -148,58 +176,85 @@ class Predictions:
                 file = next(names)
                 if isinstance(sample, str) and self.strict:
                     raise ValueError(sample)
-                yield Record(file, error=sample) if isinstance(sample, str) else Record(file, **next(known))
+                yield (
+                    Record(file, error=sample)
+                    if isinstance(sample, str)
+                    else Record(file, **next(known))
+                )
 
     @torch.inference_mode()
     def _forward(self, x: torch.Tensor) -> list[torch.Tensor]:
         training = self.model.training
         self.model.eval()
         try:
-            logits = {name: y.float().cpu() for name, y in self.model(x, heads=self._levels.heads).items()}
+            logits = {
+                name: y.float().cpu() for name, y in self.model(x, heads=self._levels.heads).items()
+            }
         finally:
             self.model.train(training)
         for name, y in logits.items():
             if y.ndim != 2:
-                raise ValueError(f"predict() classifies whole images; head {name!r} gives {tuple(y.shape)} for "
-                                 f"{len(x)} images.")
+                raise ValueError(
+                    f"predict() classifies whole images; head {name!r} gives {tuple(y.shape)} for "
+                    f"{len(x)} images."
+                )
             if not y.isfinite().all():
-                raise ValueError(f"head {name!r} of the model gives numbers that are not finite: the model has "
-                                 "diverged in training, or its input is out of bounds.")
+                raise ValueError(
+                    f"head {name!r} of the model gives numbers that are not finite: the model has "
+                    "diverged in training, or its input is out of bounds."
+                )
         return list(logits.values())
 
 
 class _Levels:
     """How a model's outputs become rows of labels: its tree, or the one given, and the decoder."""
 
-    def __init__(self, model: BranchModel, taxonomy: Any, decoder: str | None, threshold: float | None) -> None:
+    def __init__(
+        self, model: BranchModel, taxonomy: Any, decoder: str | None, threshold: float | None
+    ) -> None:
         tree = None if taxonomy is None else get_taxonomy(taxonomy)
         if tree is not None and model.taxonomy is not None and tree != model.taxonomy:
-            raise ValueError(f"the model has a tree of its own, {model.taxonomy!r}, and another was given, {tree!r}: "
-                             "leave it out.")
+            raise ValueError(
+                f"the model has a tree of its own, {model.taxonomy!r}, and another was given, {tree!r}: "
+                "leave it out."
+            )
         tree = model.taxonomy if tree is None else tree
-        self.heads = tuple(name for name, head in zip(model.names, model.head_specs, strict=False) if not head.dense)
+        self.heads = tuple(
+            name
+            for name, head in zip(model.names, model.head_specs, strict=False)
+            if not head.dense
+        )
         if not self.heads:
-            raise ValueError("predict() classifies whole images, and this model answers for every pixel: call the "
-                             "model itself, or timm_branches.dense.tiled_inference for large images.")
+            raise ValueError(
+                "predict() classifies whole images, and this model answers for every pixel: call the "
+                "model itself, or timm_branches.dense.tiled_inference for large images."
+            )
         classes = tuple(model.num_classes[name] for name in self.heads)
         if 0 in classes:
-            raise ValueError(f"a head without classes has nothing to predict; the model's have {model.num_classes}.")
+            raise ValueError(
+                f"a head without classes has nothing to predict; the model's have {model.num_classes}."
+            )
         self.flat = tree is not None and classes != tree.num_classes
         if tree is not None and self.flat and classes != (tree.num_leaves,):
-            raise ValueError(f"the tree does not fit the model, whose heads have {model.num_classes} classes: its "
-                             f"levels have {tree.num_classes} classes, and it has {tree.num_leaves} leaves.")
+            raise ValueError(
+                f"the tree does not fit the model, whose heads have {model.num_classes} classes: its "
+                f"levels have {tree.num_classes} classes, and it has {tree.num_leaves} leaves."
+            )
         if threshold is not None and not 0 <= threshold <= 1:
             raise ValueError(f"threshold must be a probability from 0 to 1, not {threshold}.")
         if tree is None and (threshold is not None or decoder not in (None, "independent")):
             what = "threshold" if threshold is not None else f"decoder {decoder!r}"
-            raise ValueError(f"{what} needs a tree, and this model was saved without one: give its taxonomy.")
+            raise ValueError(
+                f"{what} needs a tree, and this model was saved without one: give its taxonomy."
+            )
         if tree is not None:
             from timm_branches.hierarchy.decode import DECODERS
 
             if decoder is not None and decoder not in DECODERS:
                 raise ValueError(f"no decoder {decoder!r}; it is one of {', '.join(DECODERS)}.")
         self.taxonomy, self.threshold = tree, threshold
-        # summed leaves say the same thing on every level: multiplying them would count it several times
+        # summed leaves say the same thing on every level: multiplying them would count it several
+        # times
         self.decoder = decoder or ("leaf-marginal" if self.flat else "best-path")
         self.names: tuple[str, ...] = self.heads if tree is None else tree.levels
 
@@ -207,8 +262,9 @@ class _Levels:
         """What a record holds, for each row of a batch's logits."""
         if self.taxonomy is None:
             chances = [y.softmax(-1) for y in logits]
-            probabilities, labels = (torch.stack(part, 1) for part in
-                                     zip(*(p.max(-1) for p in chances), strict=True))
+            probabilities, labels = (
+                torch.stack(part, 1) for part in zip(*(p.max(-1) for p in chances), strict=True)
+            )
             stopped = [False] * len(labels)
         else:
             from timm_branches.hierarchy.decode import back_off, decode
@@ -222,15 +278,31 @@ class _Levels:
             stopped = (labels != decided.labels).any(1).tolist()
         records = []
         best = [p.topk(min(top, p.shape[1])) for p in chances] if top else []
-        for i, (row, chance) in enumerate(zip(labels.tolist(), probabilities.tolist(), strict=True)):
-            row = row[:row.index(-1)] if -1 in row else row
-            path = () if self.taxonomy is None else tuple(
-                names[label] for names, label in zip(self.taxonomy.classes, row, strict=False))
-            candidates = [dict(zip(b.indices[i].tolist(), b.values[i].tolist(), strict=True)) for b in best]
+        for i, (row, chance) in enumerate(
+            zip(labels.tolist(), probabilities.tolist(), strict=True)
+        ):
+            row = row[: row.index(-1)] if -1 in row else row
+            path = (
+                ()
+                if self.taxonomy is None
+                else tuple(
+                    names[label] for names, label in zip(self.taxonomy.classes, row, strict=False)
+                )
+            )
+            candidates = [
+                dict(zip(b.indices[i].tolist(), b.values[i].tolist(), strict=True)) for b in best
+            ]
             for known, p, label in zip(candidates, chances, row, strict=False):
                 known.setdefault(label, p[i, label].item())
-            records.append({"labels": tuple(row), "probabilities": tuple(chance[:len(row)]), "path": path,
-                            "stopped": stopped[i], "candidates": tuple(tuple(known.items()) for known in candidates)})
+            records.append(
+                {
+                    "labels": tuple(row),
+                    "probabilities": tuple(chance[: len(row)]),
+                    "path": path,
+                    "stopped": stopped[i],
+                    "candidates": tuple(tuple(known.items()) for known in candidates),
+                }
+            )
         return records
 
 
@@ -250,8 +322,10 @@ class _Samples(Dataset):
                 return self.transform(image)
             wanted = (self.images.in_chans, *self.transform.size)
             if tuple(image.shape) != wanted:
-                raise ValueError(f"a floating-point tensor must be what the model's transform makes, of shape "
-                                 f"{wanted}, not {tuple(image.shape)}; images themselves are uint8")
+                raise ValueError(
+                    f"a floating-point tensor must be what the model's transform makes, of shape "
+                    f"{wanted}, not {tuple(image.shape)}; images themselves are uint8"
+                )
             return image.detach().cpu()
         except _UNREADABLE as error:
             name, reason = self.images.names[index], " ".join(str(error).split())
@@ -264,10 +338,16 @@ def _validation_transform(model: BranchModel) -> "SampleTransform":
     from timm_branches.data import create_transform
 
     cfg = resolve_model_data_config(model)
-    # timm would fill in its own crop for a model that says nothing of it; create_transform goes by the image size
-    return create_transform(model.input_size, mean=cfg["mean"], std=cfg["std"], interpolation=cfg["interpolation"],
-                            crop_pct=model.pretrained_cfg.get("crop_pct"),
-                            crop_mode=model.pretrained_cfg.get("crop_mode"))
+    # timm would fill in its own crop for a model that says nothing of it; create_transform goes by
+    # the image size
+    return create_transform(
+        model.input_size,
+        mean=cfg["mean"],
+        std=cfg["std"],
+        interpolation=cfg["interpolation"],
+        crop_pct=model.pretrained_cfg.get("crop_pct"),
+        crop_mode=model.pretrained_cfg.get("crop_mode"),
+    )
 
 
 def _device(device: "torch.device | str") -> torch.device:
@@ -277,4 +357,6 @@ def _device(device: "torch.device | str") -> torch.device:
         return found
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"no device {str(device)!r}: {reason} Write cpu, cuda or cuda:1.") from None
+        raise ValueError(
+            f"no device {str(device)!r}: {reason} Write cpu, cuda or cuda:1."
+        ) from None

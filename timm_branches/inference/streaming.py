@@ -1,4 +1,7 @@
-"""Streams: a temporal model over a video or a camera, frame after frame, and the step that is exported for it."""
+"""Streams.
+
+A temporal model over a video or a camera, frame after frame, and the step that is exported for it.
+"""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +18,9 @@ __all__ = ["StreamingClassifier", "StreamingStep", "detach_state"]
 
 
 def detach_state(state: dict[str, State]) -> dict[str, State]:
-    """The state's values without their history, so that backpropagation ends here (truncated BPTT)."""
+    """The state's values without their history, so that backpropagation ends here (truncated
+    BPTT).
+    """
     return {name: tuple(tensor.detach() for tensor in tensors) for name, tensors in state.items()}
 
 
@@ -23,10 +28,11 @@ class StreamingClassifier:
     """Answers for a camera or a long video, one frame at a time. The cost of a frame does not grow.
 
     Args:
-        model: Model with a temporal head that can go on from a state. It runs in eval mode and without autograd here,
-            and is left in the mode it was in.
-        transform: Makes a tensor (C, H, W) of an uint8 frame (H, W, C); by default what the model's ``pretrained_cfg``
-            says, as in validation. Frames that are tensors are taken as they are.
+        model: Model with a temporal head that can go on from a state. It runs in eval mode and
+            without autograd here, and is left in the mode it was in.
+        transform: Makes a tensor (C, H, W) of an uint8 frame (H, W, C); by default what the model's
+            ``pretrained_cfg`` says, as in validation. Frames that are tensors are taken as they
+            are.
         probabilities: Give softmax (sigmoid for a head of one class) instead of logits.
         heads: Names of the heads to compute, all by default.
 
@@ -34,7 +40,8 @@ class StreamingClassifier:
         ValueError: The model has no temporal head, or one that cannot stream.
 
     Attributes:
-        state: The state after the last frame, as ``model.forward_stream`` takes it; None before the first.
+        state: The state after the last frame, as ``model.forward_stream`` takes it; None before the
+            first.
 
     Example:
         >>> from timm_branches import create_branch_model
@@ -46,8 +53,13 @@ class StreamingClassifier:
         torch.Size([3])
     """
 
-    def __init__(self, model: BranchModel, transform: Callable[[np.ndarray], torch.Tensor] | None = None,
-                 probabilities: bool = False, heads: Sequence[str] | None = None):
+    def __init__(
+        self,
+        model: BranchModel,
+        transform: Callable[[np.ndarray], torch.Tensor] | None = None,
+        probabilities: bool = False,
+        heads: Sequence[str] | None = None,
+    ):
         self.names = _streaming_heads(model, heads)
         self.model = model
         self.transform = transform
@@ -62,8 +74,8 @@ class StreamingClassifier:
         """Take the next frame.
 
         Args:
-            frame: uint8 array (H, W, C), or a prepared float tensor (C, H, W); of several streams (B, H, W, C) or
-                (B, C, H, W), always the same number of them until :meth:`reset`.
+            frame: uint8 array (H, W, C), or a prepared float tensor (C, H, W); of several streams
+                (B, H, W, C) or (B, C, H, W), always the same number of them until :meth:`reset`.
 
         Returns:
             ``{head: (K,)}``, of several streams ``{head: (B, K)}``.
@@ -77,29 +89,39 @@ class StreamingClassifier:
         answers = {name: self._answer(name, y) for name, y in outputs.items()}
         return answers if frame.ndim == 4 else {name: y[0] for name, y in answers.items()}
 
-    def run(self, frames: "Iterable[np.ndarray | torch.Tensor]") -> Iterator[dict[str, torch.Tensor]]:
-        """Answers for the frames of anything that gives one after the other (a camera, a decoder), as they come."""
+    def run(
+        self, frames: "Iterable[np.ndarray | torch.Tensor]"
+    ) -> Iterator[dict[str, torch.Tensor]]:
+        """Answers for the frames of anything that gives one after the other (a camera, a
+        decoder), as they come.
+        """
         for frame in frames:
             yield self(frame)
 
     def _prepare(self, frame: Any) -> torch.Tensor:
         if not isinstance(frame, np.ndarray | torch.Tensor) or frame.ndim not in (3, 4):
-            raise ValueError("a frame is an uint8 array (H, W, C) or a float tensor (C, H, W), of several streams "
-                             f"(B, H, W, C) or (B, C, H, W); got {getattr(frame, 'shape', type(frame).__name__)}.")
+            raise ValueError(
+                "a frame is an uint8 array (H, W, C) or a float tensor (C, H, W), of several streams "
+                f"(B, H, W, C) or (B, C, H, W); got {getattr(frame, 'shape', type(frame).__name__)}."
+            )
         several = frame if frame.ndim == 4 else frame[None]
         if isinstance(several, np.ndarray):
             if self.transform is None:
                 self.transform = _validation_transform(self.model)
             x = torch.stack([self.transform(image) for image in several])
         elif not several.is_floating_point():
-            raise ValueError(f"a frame that is a tensor must be prepared (float), got {several.dtype}: give uint8 "
-                             "frames as numpy arrays (H, W, C).")
+            raise ValueError(
+                f"a frame that is a tensor must be prepared (float), got {several.dtype}: give uint8 "
+                "frames as numpy arrays (H, W, C)."
+            )
         else:
             x = several
         return x.to(next(self.model.parameters()))
 
     def _answer(self, name: str, y: torch.Tensor) -> torch.Tensor:
-        if y.ndim == 3 or getattr(self.model.head_specs[self.model.names.index(name)], "dense", False):
+        if y.ndim == 3 or getattr(
+            self.model.head_specs[self.model.names.index(name)], "dense", False
+        ):
             y = y[:, 0]  # the only frame
         if not self.probabilities or y.ndim != 2:
             return y
@@ -107,7 +129,8 @@ class StreamingClassifier:
 
 
 class StreamingStep(nn.Module):
-    """One step of a stream with its state as plain inputs and outputs, for ``torch.export`` and ONNX.
+    """One step of a stream with its state as plain inputs and outputs, for ``torch.export`` and
+    ONNX.
 
     Args:
         model: Model with a temporal head that can go on from a state.
@@ -119,7 +142,8 @@ class StreamingStep(nn.Module):
     Attributes:
         state_names: Names of the states, in the order in which they are given and returned.
         input_names: Names of all inputs for ONNX: ``frame``, then the states.
-        output_names: Names of all outputs: the heads with ``logits_`` before them, then the states with ``new_``.
+        output_names: Names of all outputs: the heads with ``logits_`` before them, then the states
+            with ``new_``.
 
     Example:
         >>> from timm_branches import create_branch_model
@@ -138,10 +162,16 @@ class StreamingStep(nn.Module):
         self.model = model
         self.training = model.training  # exporters set the model's mode by this one
         self.temporal = [name for name in self.names if _is_temporal(model, name)]
-        self.state_names = [f"{name}_{part}" for name, state in self._zeros(1).items()
-                            for part, _ in zip("hc", state, strict=False)]
+        self.state_names = [
+            f"{name}_{part}"
+            for name, state in self._zeros(1).items()
+            for part, _ in zip("hc", state, strict=False)
+        ]
         self.input_names = ["frame", *self.state_names]
-        self.output_names = [*(f"logits_{name}" for name in self.names), *(f"new_{name}" for name in self.state_names)]
+        self.output_names = [
+            *(f"logits_{name}" for name in self.names),
+            *(f"new_{name}" for name in self.state_names),
+        ]
 
     def initial_state(self, batch_size: int = 1) -> State:
         """The states before the first frame of ``batch_size`` streams."""
@@ -151,9 +181,13 @@ class StreamingStep(nn.Module):
         return {name: self.model.head(name).zero_state(batch_size) for name in self.temporal}  # type: ignore[operator]
 
     def forward(self, frame: torch.Tensor, *state: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Frames (B, C, H, W) of B streams and their states -> logits (B, K) of each head, then the new states."""
+        """Frames (B, C, H, W) of B streams and their states -> logits (B, K) of each head, then
+        the new states.
+        """
         if len(state) != len(self.state_names):
-            raise ValueError(f"{len(state)} states for {self.state_names}: initial_state() makes those of the start.")
+            raise ValueError(
+                f"{len(state)} states for {self.state_names}: initial_state() makes those of the start."
+            )
         rest = iter(state)
         states = {name: tuple(next(rest) for _ in zeros) for name, zeros in self._zeros(1).items()}
         outputs, new = self.model.forward_stream(frame[:, None], states, self.names)
@@ -170,7 +204,9 @@ def _streaming_heads(model: BranchModel, heads: Sequence[str] | None) -> list[st
     names = [model.names[i] for i in model._select(heads)]
     temporal = [name for name in names if _is_temporal(model, name)]
     if not temporal:
-        raise ValueError(f"none of the heads {names} is temporal: give the model an LSTMHead or a GRUHead.")
+        raise ValueError(
+            f"none of the heads {names} is temporal: give the model an LSTMHead or a GRUHead."
+        )
     for name in temporal:
         model.head(name).check_stream(name, 1)  # type: ignore[operator]
     return names
@@ -195,6 +231,11 @@ def _validation_transform(model: BranchModel) -> Callable[[np.ndarray], torch.Te
     from timm_branches.data import create_transform
 
     cfg = resolve_model_data_config(model)
-    return create_transform(model.input_size, mean=cfg["mean"], std=cfg["std"], interpolation=cfg["interpolation"],
-                            crop_pct=model.pretrained_cfg.get("crop_pct"),
-                            crop_mode=model.pretrained_cfg.get("crop_mode"))
+    return create_transform(
+        model.input_size,
+        mean=cfg["mean"],
+        std=cfg["std"],
+        interpolation=cfg["interpolation"],
+        crop_pct=model.pretrained_cfg.get("crop_pct"),
+        crop_mode=model.pretrained_cfg.get("crop_mode"),
+    )

@@ -1,4 +1,5 @@
 """Schedules that follow the training."""
+
 from __future__ import annotations
 
 import math
@@ -19,20 +20,25 @@ __all__ = ["DynamicSchedule"]
 class DynamicSchedule(LossWeightSchedule):
     """Weights that follow the levels' accuracies: the worse a level is, the more it counts.
 
-    After each evaluation w_k = tau_k / sum_j tau_j with tau_k = b_k (1 - accuracy_k), b_k being the level's base
-    weight. Until the first one, the weights are the base weights, divided by their sum.
+    After each evaluation w_k = tau_k / sum_j tau_j with tau_k = b_k (1 - accuracy_k), b_k being the
+    level's base weight. Until the first one, the weights are the base weights, divided by their
+    sum.
 
-    Source: Noor and Robles-Kelly, "H-CapsNet: A capsule network for hierarchical image classification", Pattern
-    Recognition 147 (2024) 110135. They take training accuracies, and base weights by numbers of classes n_k: b_k in
-    proportion to 1 - n_k / sum_j n_j. The floor is ours: without it a level without errors has no weight at all.
+    Source: Noor and Robles-Kelly, "H-CapsNet: A capsule network for hierarchical image
+        classification", Pattern
+    Recognition 147 (2024) 110135. They take training accuracies, and base weights by numbers of
+    classes n_k: b_k in proportion to 1 - n_k / sum_j n_j. The floor is ours: without it a level
+    without errors has no weight at all.
 
     Args:
         base: base weights, one per level, coarsest first, all positive.
-        floor: errors 1 - accuracy below this count as this, so that no level's weight comes to 0: if all
-            accuracies are known, it is at least `floor` times the level's share of the base weights. In (0, 1].
+        floor: errors 1 - accuracy below this count as this, so that no level's weight comes to 0:
+            if all accuracies are known, it is at least `floor` times the level's share of the base
+            weights. In (0, 1].
 
     Raises:
-        ValueError: if weights are missing, not positive or not finite, or the floor is out of range.
+        ValueError: if weights are missing, not positive or not finite, or the floor is out of
+            range.
 
     Example:
         >>> schedule = DynamicSchedule((1, 1))
@@ -41,15 +47,20 @@ class DynamicSchedule(LossWeightSchedule):
         >>> [round(w, 3) for w in schedule(1)]
         [0.25, 0.75]
     """
+
     kind = "dynamic"
 
     def __init__(self, base: Sequence[float], floor: float = 0.01) -> None:
         self.base = check_weights(base, "dynamic schedule")
         if not all(self.base):
-            raise ValueError(f"dynamic schedule: each base weight must be positive, got {self.base}; with 0 a "
-                             f"level could never get another")
+            raise ValueError(
+                f"dynamic schedule: each base weight must be positive, got {self.base}; with 0 a "
+                f"level could never get another"
+            )
         if isinstance(floor, bool) or not isinstance(floor, (int, float)) or not 0 < floor <= 1:
-            raise ValueError(f"dynamic schedule: floor must be a number above 0 and at most 1, got {floor!r}")
+            raise ValueError(
+                f"dynamic schedule: floor must be a number above 0 and at most 1, got {floor!r}"
+            )
         self.floor = float(floor)
         # epoch -> weights from that epoch on; a later epoch is further down
         self._weights: dict[int, Weights] = {0: tuple(b / sum(self.base) for b in self.base)}
@@ -59,7 +70,10 @@ class DynamicSchedule(LossWeightSchedule):
         return len(self.base)
 
     def __call__(self, epoch: float) -> Weights:
-        """The weights used during `epoch`: for past epochs those that were used, for later ones as they stand now."""
+        """The weights used during `epoch`.
+
+        For past epochs those that were used, for later ones as they stand now.
+        """
         epoch = check_epoch(epoch)
         return self._weights[max(start for start in self._weights if start <= epoch)]
 
@@ -67,49 +81,71 @@ class DynamicSchedule(LossWeightSchedule):
         """Set the weights from epoch + 1 on. A level without an accuracy (NaN) keeps its weight."""
         start = check_epoch(epoch) + 1
         if start != int(start):
-            raise ValueError(f"accuracies are taken at the end of an epoch, a whole number; got {epoch!r}")
+            raise ValueError(
+                f"accuracies are taken at the end of an epoch, a whole number; got {epoch!r}"
+            )
         errors = [1 - float(accuracy) for accuracy in accuracies]
         if len(errors) != self.num_levels:
             raise ValueError(f"got {len(errors)} accuracies for {self.num_levels} levels")
         if not all(0 <= error <= 1 or math.isnan(error) for error in errors):
-            raise ValueError(f"accuracies must be fractions between 0 and 1, not percent (or NaN: unknown), got "
-                             f"{list(accuracies)}")
+            raise ValueError(
+                f"accuracies must be fractions between 0 and 1, not percent (or NaN: unknown), got "
+                f"{list(accuracies)}"
+            )
         # if training was taken up again at an earlier epoch, what came later is void
-        self._weights = {first: weights for first, weights in self._weights.items() if first < start}
+        self._weights = {
+            first: weights for first, weights in self._weights.items() if first < start
+        }
         old = self(epoch)
         tau = [b * max(error, self.floor) for b, error in zip(self.base, errors, strict=True)]
         known = [k for k, error in enumerate(errors) if not math.isnan(error)]
         free, total = sum(old[k] for k in known), sum(tau[k] for k in known)
-        self._weights[int(start)] = tuple(free * tau[k] / total if k in known else old[k] for k in range(len(old)))
+        self._weights[int(start)] = tuple(
+            free * tau[k] / total if k in known else old[k] for k in range(len(old))
+        )
         return True
 
     def table(self, epochs: int) -> list[Weights]:
-        """The weights of epochs 0 to `epochs` - 1, which must not go beyond the epoch after the last evaluation.
+        """The weights of epochs 0 to `epochs` - 1, which must not go beyond the epoch after the
+        last evaluation.
 
         Raises:
             ValueError: also if they do: these weights depend on accuracies to come.
         """
         weights, known = super().table(epochs), max(self._weights) + 1
         if epochs > known:
-            raise ValueError(f"a dynamic schedule follows the accuracies, so its weights are not known in advance: "
-                             f"only those of {known} epochs so far, not of {epochs}")
+            raise ValueError(
+                f"a dynamic schedule follows the accuracies, so its weights are not known in advance: "
+                f"only those of {known} epochs so far, not of {epochs}"
+            )
         return weights
 
     def to_dict(self) -> dict[str, Any]:
-        return {"kind": self.kind, "base": list(self.base), "floor": self.floor,
-                "weights": [[start, list(weights)] for start, weights in self._weights.items()]}
+        return {
+            "kind": self.kind,
+            "base": list(self.base),
+            "floor": self.floor,
+            "weights": [[start, list(weights)] for start, weights in self._weights.items()],
+        }
 
     @classmethod
     def _from_dict(cls, data: Mapping[str, Any]) -> DynamicSchedule:
         schedule = cls(data.get("base", ()), data.get("floor", 0.01))
         if "weights" in data:
             try:
-                stored = {int(start): check_weights(weights, f"epoch {start}") for start, weights in data["weights"]}
+                stored = {
+                    int(start): check_weights(weights, f"epoch {start}")
+                    for start, weights in data["weights"]
+                }
             except (TypeError, ValueError):
                 stored = {}
-            if 0 not in stored or any(len(weights) != schedule.num_levels for weights in stored.values()):
-                raise ValueError(f"'weights' of a 'dynamic' schedule must be pairs [epoch, [weight, ...]] from epoch 0 "
-                                 f"on, with a weight for each of {schedule.num_levels} levels; got {data['weights']!r}")
+            if 0 not in stored or any(
+                len(weights) != schedule.num_levels for weights in stored.values()
+            ):
+                raise ValueError(
+                    f"'weights' of a 'dynamic' schedule must be pairs [epoch, [weight, ...]] from epoch 0 "
+                    f"on, with a weight for each of {schedule.num_levels} levels; got {data['weights']!r}"
+                )
             schedule._weights = stored
         return schedule
 
@@ -117,6 +153,9 @@ class DynamicSchedule(LossWeightSchedule):
         return f"DynamicSchedule({self.base}, floor={self.floor})"
 
     def __str__(self) -> str:
-        """The compact text that :func:`parse_schedule` reads: the definition, not the weights of so far."""
+        """The compact text that :func:`parse_schedule` reads.
+
+        The definition, not the weights of so far.
+        """
         floor = "" if self.floor == 0.01 else f";floor={number(self.floor)}"
         return f"dynamic:{','.join(map(number, self.base))}{floor}"

@@ -1,4 +1,5 @@
 """What a loss-weight schedule is, and the checks of its numbers."""
+
 from __future__ import annotations
 
 import math
@@ -6,7 +7,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-__all__ = ["LossWeightSchedule", "Weights", "check_epoch", "check_levels", "check_weights", "number"]
+__all__ = [
+    "LossWeightSchedule",
+    "Weights",
+    "check_epoch",
+    "check_levels",
+    "check_weights",
+    "number",
+]
 
 Weights = tuple[float, ...]
 _KINDS: dict[str, type[LossWeightSchedule]] = {}
@@ -15,7 +23,9 @@ _KINDS: dict[str, type[LossWeightSchedule]] = {}
 def check_weights(weights: Any, where: str) -> Weights:
     """One set of weights as a tuple of floats, or a ValueError that says what is wrong with it."""
     if isinstance(weights, str) or not isinstance(weights, Sequence):
-        raise ValueError(f"{where}: weights must be a sequence with one number per level, got {weights!r}")
+        raise ValueError(
+            f"{where}: weights must be a sequence with one number per level, got {weights!r}"
+        )
     try:
         values = tuple(float(w) for w in weights)
     except (TypeError, ValueError):
@@ -25,14 +35,21 @@ def check_weights(weights: Any, where: str) -> Weights:
     if not all(map(math.isfinite, values)):
         raise ValueError(f"{where}: weights must be finite, got {values}")
     if min(values) < 0:
-        raise ValueError(f"{where}: weights must not be negative (the loss of that level would grow), got {values}")
+        raise ValueError(
+            f"{where}: weights must not be negative (the loss of that level would grow), got {values}"
+        )
     if not any(values):
-        raise ValueError(f"{where}: all weights are 0, nothing would be learned; at least one must be positive")
+        raise ValueError(
+            f"{where}: all weights are 0, nothing would be learned; at least one must be positive"
+        )
     return values
 
 
 def check_epoch(epoch: Any, what: str = "epoch") -> float:
-    """An epoch as a number from 0 upwards; numeric strings (the keys of JSON objects) are read as numbers."""
+    """An epoch as a number from 0 upwards.
+
+    Numeric strings (the keys of JSON objects) are read as numbers.
+    """
     try:
         value = math.nan if isinstance(epoch, bool) else float(epoch)
     except (TypeError, ValueError):
@@ -49,17 +66,21 @@ def number(value: float) -> str:
 
 def check_levels(schedule: LossWeightSchedule, num_levels: int | None) -> LossWeightSchedule:
     if num_levels is not None and schedule.num_levels != num_levels:
-        raise ValueError(f"the schedule has weights for {schedule.num_levels} levels, but there are {num_levels} "
-                         f"levels here; give {num_levels} weights per epoch")
+        raise ValueError(
+            f"the schedule has weights for {schedule.num_levels} levels, but there are {num_levels} "
+            f"levels here; give {num_levels} weights per epoch"
+        )
     return schedule
 
 
 class LossWeightSchedule(ABC):
     """The weights of the levels' losses as a function of the epoch.
 
-    A subclass with a class attribute `kind` enters the registry that :meth:`from_dict` reads. It implements
-    `__call__`, `num_levels`, `to_dict` and `_from_dict`; a checkpoint needs the last two.
+    A subclass with a class attribute `kind` enters the registry that :meth:`from_dict` reads. It
+    implements `__call__`, `num_levels`, `to_dict` and `_from_dict`; a checkpoint needs the last
+    two.
     """
+
     kind: ClassVar[str] = ""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -77,8 +98,9 @@ class LossWeightSchedule(ABC):
         """The weights used during `epoch`.
 
         Args:
-            epoch: 0-based; 9 is the tenth epoch. A fraction is a point inside the epoch (8.5: half way through the
-                ninth), which only schedules that change gradually tell apart from its beginning.
+            epoch: 0-based; 9 is the tenth epoch. A fraction is a point inside the epoch (8.5: half
+                way through the ninth), which only schedules that change gradually tell apart from
+                its beginning.
 
         Returns:
             One float per level, coarsest first.
@@ -91,15 +113,16 @@ class LossWeightSchedule(ABC):
         """Take note of an evaluation. Most schedules are fixed in advance and ignore it.
 
         Args:
-            accuracies: one per level, coarsest first, fractions in [0, 1]; NaN for a level without labels. The same on
-                all processes.
+            accuracies: one per level, coarsest first, fractions in [0, 1]; NaN for a level without
+                labels. The same on all processes.
             epoch: the 0-based epoch after which they were measured.
 
         Returns:
             Whether the weights of later epochs may be others now.
 
         Raises:
-            ValueError: if a schedule that makes use of them gets wrong numbers; it does not change then.
+            ValueError: if a schedule that makes use of them gets wrong numbers; it does not change
+                then.
         """
         return False
 
@@ -128,23 +151,31 @@ class LossWeightSchedule(ABC):
         """
         kind = data.get("kind") if isinstance(data, Mapping) else None
         if not isinstance(kind, str) or kind not in _KINDS:
-            raise ValueError(f"a schedule needs a 'kind', one of {', '.join(sorted(_KINDS))}; got {data!r}")
+            raise ValueError(
+                f"a schedule needs a 'kind', one of {', '.join(sorted(_KINDS))}; got {data!r}"
+            )
         return _KINDS[kind]._from_dict(data)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint must keep; JSON-safe. For schedules without memory this is their definition."""
+        """What a checkpoint must keep.
+
+        JSON-safe. For schedules without memory this is their definition.
+        """
         return self.to_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue with the schedule of a checkpoint.
 
         Raises:
-            ValueError: if `state` is of another kind, or for another number of levels; nothing is changed then.
+            ValueError: if `state` is of another kind, or for another number of levels; nothing is
+                changed then.
         """
         other = LossWeightSchedule.from_dict(state)
         if type(other) is not type(self):
-            raise ValueError(f"the checkpoint holds a {other.kind!r} schedule, this is a {self.kind!r} schedule; build "
-                             f"it with LossWeightSchedule.from_dict(state) instead")
+            raise ValueError(
+                f"the checkpoint holds a {other.kind!r} schedule, this is a {self.kind!r} schedule; build "
+                f"it with LossWeightSchedule.from_dict(state) instead"
+            )
         check_levels(other, self.num_levels)
         self.__dict__.update(other.__dict__)
 

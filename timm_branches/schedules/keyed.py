@@ -1,4 +1,5 @@
 """Schedules that are written down in advance, as weights at some epochs."""
+
 from __future__ import annotations
 
 import math
@@ -18,32 +19,41 @@ __all__ = ["ConstantSchedule", "CosineSchedule", "KeyedSchedule", "LinearSchedul
 
 class KeyedSchedule(LossWeightSchedule):
     """A schedule given by weights at some epochs; subclasses say what holds between them."""
+
     whole_epochs: ClassVar[bool] = False
 
     def __init__(self, points: Mapping[Any, Sequence[float]]) -> None:
-        """
-        Args:
-            points: epoch -> weights, one weight per level, coarsest first. Epoch 0 must be among them.
+        """Args:
+            points: epoch -> weights, one weight per level, coarsest first. Epoch 0 must be among
+                them.
 
         Raises:
-            ValueError: if there is no epoch 0, an epoch is not a number from 0 upwards, the numbers of weights
-                differ, or weights are negative, not finite or all zero.
+            ValueError: if there is no epoch 0, an epoch is not a number from 0 upwards, the numbers
+                of weights differ, or weights are negative, not finite or all zero.
         """
         if not isinstance(points, Mapping):
-            raise ValueError(f"points must map an epoch to weights, as {{0: (0.9, 0.1), 5: (0, 1)}}; got {points!r}")
+            raise ValueError(
+                f"points must map an epoch to weights, as {{0: (0.9, 0.1), 5: (0, 1)}}; got {points!r}"
+            )
         checked: dict[float, Weights] = {}
         for key, weights in points.items():
             epoch = check_epoch(key, "the epoch of a point")
             if self.whole_epochs and epoch != int(epoch):
-                raise ValueError(f"the epoch of a step must be a whole number (weights change between epochs): {key!r}")
+                raise ValueError(
+                    f"the epoch of a step must be a whole number (weights change between epochs): {key!r}"
+                )
             if epoch in checked:  # {'0': ..., 0: ...}: which of them was meant is anybody's guess
                 raise ValueError(f"epoch {number(epoch)} is given twice")
             checked[epoch] = check_weights(weights, f"epoch {number(epoch)}")
         if 0 not in checked:
-            raise ValueError(f"no weights for epoch 0: epochs count from 0, and the keys given are {sorted(checked)}")
+            raise ValueError(
+                f"no weights for epoch 0: epochs count from 0, and the keys given are {sorted(checked)}"
+            )
         if len({len(weights) for weights in checked.values()}) > 1:
             lengths = ", ".join(f"epoch {number(e)}: {len(w)}" for e, w in sorted(checked.items()))
-            raise ValueError(f"each epoch needs the same number of weights, one per level; got {lengths}")
+            raise ValueError(
+                f"each epoch needs the same number of weights, one per level; got {lengths}"
+            )
         self._epochs = tuple(sorted(checked))
         self._weights = tuple(checked[epoch] for epoch in self._epochs)
 
@@ -58,13 +68,16 @@ class KeyedSchedule(LossWeightSchedule):
 
     def __call__(self, epoch: float) -> Weights:
         epoch = check_epoch(epoch)
-        last = sum(key <= epoch for key in self._epochs) - 1  # the point in force; there always is one, at epoch 0
+        # the point in force; there always is one, at epoch 0
+        last = sum(key <= epoch for key in self._epochs) - 1
         if last == len(self._epochs) - 1 or epoch == self._epochs[last]:
             return self._weights[last]  # exactly the numbers given, without rounding
         start, stop = self._epochs[last], self._epochs[last + 1]
         share = self._share((epoch - start) / (stop - start))
-        return tuple((1 - share) * a + share * b
-                     for a, b in zip(self._weights[last], self._weights[last + 1], strict=True))
+        return tuple(
+            (1 - share) * a + share * b
+            for a, b in zip(self._weights[last], self._weights[last + 1], strict=True)
+        )
 
     def _share(self, progress: float) -> float:
         """The share of the next point's weights at `progress` (0 to 1) of the way to it."""
@@ -72,16 +85,23 @@ class KeyedSchedule(LossWeightSchedule):
 
     def to_dict(self) -> dict[str, Any]:
         # pairs rather than an object: JSON would turn the keys into strings
-        return {"kind": self.kind, "points": [[epoch, list(weights)] for epoch, weights in self.points.items()]}
+        return {
+            "kind": self.kind,
+            "points": [[epoch, list(weights)] for epoch, weights in self.points.items()],
+        }
 
     @classmethod
     def _from_dict(cls, data: Mapping[str, Any]) -> LossWeightSchedule:
         points = data.get("points")
         if isinstance(points, Mapping):
             return cls(points)
-        if not isinstance(points, Sequence) or not all(isinstance(p, Sequence) and len(p) == 2 for p in points):
-            raise ValueError(f"a {cls.kind!r} schedule needs 'points', which must hold pairs [epoch, [weight, ...]]; "
-                             f"got {data!r}")
+        if not isinstance(points, Sequence) or not all(
+            isinstance(p, Sequence) and len(p) == 2 for p in points
+        ):
+            raise ValueError(
+                f"a {cls.kind!r} schedule needs 'points', which must hold pairs [epoch, [weight, ...]]; "
+                f"got {data!r}"
+            )
         if len({str(epoch) for epoch, _ in points}) < len(points):
             raise ValueError(f"'points' gives an epoch twice: {[epoch for epoch, _ in points]}")
         return cls(dict(points))
@@ -103,6 +123,7 @@ class StepSchedule(KeyedSchedule):
         >>> schedule(8), schedule(9)
         ((0.98, 0.01, 0.01), (0.1, 0.8, 0.1))
     """
+
     kind = "step"
     whole_epochs = True
 
@@ -114,6 +135,7 @@ class LinearSchedule(KeyedSchedule):
         >>> LinearSchedule({0: (1, 0), 10: (0, 1)})(2.5)
         (0.75, 0.25)
     """
+
     kind = "linear"
 
     def _share(self, progress: float) -> float:
@@ -121,12 +143,14 @@ class LinearSchedule(KeyedSchedule):
 
 
 class CosineSchedule(KeyedSchedule):
-    """Weights that leave each point and reach the next smoothly, along half a cosine; constant after the last.
+    """Weights that leave each point and reach the next smoothly, along half a cosine; constant
+    after the last.
 
     Example:
         >>> [round(w, 3) for w in CosineSchedule({0: (1, 0), 4: (0, 1)})(1)]
         [0.854, 0.146]
     """
+
     kind = "cosine"
 
     def _share(self, progress: float) -> float:
@@ -146,6 +170,7 @@ class ConstantSchedule(KeyedSchedule):
         >>> ConstantSchedule((0.2, 0.3, 0.5))(17)
         (0.2, 0.3, 0.5)
     """
+
     kind = "constant"
 
     def __init__(self, weights: Sequence[float]) -> None:

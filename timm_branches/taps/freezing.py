@@ -1,4 +1,7 @@
-"""Freezing a backbone, whole or up to a stage: what belongs to a stage, and how it stays as it is."""
+"""Freezing a backbone, whole or up to a stage.
+
+What belongs to a stage, and how it stays as it is.
+"""
 
 from typing import NamedTuple, Self
 
@@ -22,19 +25,28 @@ class FrozenPart(NamedTuple):
 
 
 def part_up_to(backbone: nn.Module, reader: TapReader, stage: int) -> FrozenPart:
-    """What the map of a stage depends on: its parameters by autograd's graph, its modules by being run.
+    """What the map of a stage depends on: its parameters by autograd's graph, its modules by being
+    run.
 
-    A table of names would have to know every architecture; the graph of a dry run knows what changes the map.
+    A table of names would have to know every architecture; the graph of a dry run knows what
+    changes the map.
     """
     index = reader.table.get(stage).index
     names = {module: name for name, module in backbone.named_modules()}
     run: set[str] = set()
 
     def read(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
-        return model.forward_intermediates(x, indices=[index], stop_early=True,  # type: ignore[operator]
-                                           output_fmt="NCHW", intermediates_only=True)
+        return model.forward_intermediates(
+            x,
+            indices=[index],
+            stop_early=True,  # type: ignore[operator]
+            output_fmt="NCHW",
+            intermediates_only=True,
+        )
 
-    hooks = [module.register_forward_pre_hook(lambda m, args: run.add(names[m])) for module in names]
+    hooks = [
+        module.register_forward_pre_hook(lambda m, args: run.add(names[m])) for module in names
+    ]
     try:
         unused = unused_parameters(backbone, reader.input_size, read)
     finally:
@@ -46,29 +58,36 @@ def part_up_to(backbone: nn.Module, reader: TapReader, stage: int) -> FrozenPart
 
 
 class FreezableBackbone(nn.Module):
-    """The part of a branch model that freezes its ``backbone``. Freezing is a matter of training: files do not hold it.
+    """The part of a branch model that freezes its ``backbone``. Freezing is a matter of training:
+    files do not hold it.
 
-    A frozen part gets no gradients and keeps BatchNorm and dropout in eval through ``train()``. Autograd saves nothing
-    in it, because it begins at the input.
+    A frozen part gets no gradients and keeps BatchNorm and dropout in eval through ``train()``.
+    Autograd saves nothing in it, because it begins at the input.
     """
 
     backbone: nn.Module
     reader: TapReader
 
     def _init_freezing(self) -> None:
-        """Nothing is frozen but what is never trained. To be called when the backbone is cut to what its taps need."""
-        self._untrained = frozenset(name for name, p in self.backbone.named_parameters() if not p.requires_grad)
+        """Nothing is frozen but what is never trained.
+
+        To be called when the backbone is cut to what its taps need.
+        """
+        self._untrained = frozenset(
+            name for name, p in self.backbone.named_parameters() if not p.requires_grad
+        )
         self._frozen_stages: int | None = None
         self._frozen = False
         self._frozen_modules: frozenset[str] = frozenset()
         self._frozen_parameters: frozenset[str] = frozenset()  # those that would be trained else
 
     def freeze(self, stages: "int | str | None" = None) -> Self:
-        """Freeze the backbone, or its stages up to and including one. What is frozen already stays so.
+        """Freeze the backbone, or its stages up to and including one. What is frozen already stays
+        so.
 
         Args:
-            stages: The last frozen stage, by the number it has in taps. None freezes all of the backbone, which then
-                runs without autograd.
+            stages: The last frozen stage, by the number it has in taps. None freezes all of the
+                backbone, which then runs without autograd.
 
         Returns:
             The model itself.
@@ -91,10 +110,12 @@ class FreezableBackbone(nn.Module):
         return self
 
     def unfreeze(self, stages: "int | str | None" = None) -> Self:
-        """Train the backbone again, or its stages from one on (to unfreeze it step by step from the top).
+        """Train the backbone again, or its stages from one on (to unfreeze it step by step from the
+        top).
 
         Args:
-            stages: The first stage that trains again, those before it stay as they are. None frees all.
+            stages: The first stage that trains again, those before it stay as they are. None frees
+                all.
 
         Returns:
             The model itself.
@@ -109,30 +130,42 @@ class FreezableBackbone(nn.Module):
 
     def _stages(self) -> list[int]:
         """The stages that the backbone, cut behind its last tap, still computes."""
-        deepest = max(info.stage.index if info.stage else self.reader.within[info.module] - 1
-                      for info in self.reader.taps)
+        deepest = max(
+            info.stage.index if info.stage else self.reader.within[info.module] - 1
+            for info in self.reader.taps
+        )
         return [row.stage for row in self.reader.table if row.index <= deepest]
 
     def _check_stage(self, given: "int | str") -> int:
         stage = Tap(stage=given).stage  # type: ignore[arg-type]
         there = self._stages()
         if stage not in there:
-            raise ValueError(f"stages={given!r}: {self.reader.architecture} with these taps has the stages {there}; "
-                             "freeze() and unfreeze() without stages= take all of it.")
+            raise ValueError(
+                f"stages={given!r}: {self.reader.architecture} with these taps has the stages {there}; "
+                "freeze() and unfreeze() without stages= take all of it."
+            )
         assert isinstance(stage, int)
         return stage
 
     def _set_frozen(self, stage: int | None, whole: bool = False) -> None:
         own = dict(self.backbone.named_parameters())
-        everything = FrozenPart(frozenset(own), frozenset(name for name, _ in self.backbone.named_modules()))
-        part = FrozenPart(frozenset(), frozenset()) if stage is None else \
-            everything if whole else part_up_to(self.backbone, self.reader, stage)
+        everything = FrozenPart(
+            frozenset(own), frozenset(name for name, _ in self.backbone.named_modules())
+        )
+        part = (
+            FrozenPart(frozenset(), frozenset())
+            if stage is None
+            else everything
+            if whole
+            else part_up_to(self.backbone, self.reader, stage)
+        )
         self._frozen_stages = stage
         self._frozen = everything.parameters <= part.parameters | self._untrained
         self._frozen_modules = everything.modules if self._frozen else part.modules
         before = self._frozen_parameters
         self._frozen_parameters = frozenset(
-            name for name in part.parameters if name in before or own[name].requires_grad)
+            name for name in part.parameters if name in before or own[name].requires_grad
+        )
         for name in before | self._frozen_parameters:
             own[name].requires_grad_(name not in self._frozen_parameters)
         self.train(self.training)

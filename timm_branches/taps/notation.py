@@ -1,9 +1,10 @@
-"""Taps: one notation for "the feature map at this depth" that means the same on every timm backbone.
+"""Taps: one notation for "the feature map at this depth" that means the same on every timm
+backbone.
 
-Stage numbers count like conv1 to conv5 in the literature and the backbone's last stage is always 5, so on an
-ordinary pyramid stage k is the map at stride 2^k. Backbones without a pyramid (ViT, Mixer) have stage k of 2..5
-at (k-1)/4 of their depth and stage 1 at their first block. VGG's stage k is conv block k *with* its pool.
-Any module can be tapped by its path.
+Stage numbers count like conv1 to conv5 in the literature and the backbone's last stage is always 5,
+so on an ordinary pyramid stage k is the map at stride 2^k. Backbones without a pyramid (ViT, Mixer)
+have stage k of 2..5 at (k-1)/4 of their depth and stage 1 at their first block. VGG's stage k is
+conv block k *with* its pool. Any module can be tapped by its path.
 """
 
 import difflib
@@ -29,11 +30,13 @@ class Tap:
 
     Args:
         stage: Stage number (``3``) or its spellings ``'conv3'``, ``'stage3'``.
-        module: Path of a module whose output is tapped (``'layer3.2.conv2'``). Give either this or ``stage``.
+        module: Path of a module whose output is tapped (``'layer3.2.conv2'``). Give either this or
+            ``stage``.
         detach: Stop the gradient of the heads at this tap from reaching the backbone.
 
     Raises:
-        ValueError: Neither or both of ``stage`` and ``module`` are given, or the spelling is unknown.
+        ValueError: Neither or both of ``stage`` and ``module`` are given, or the spelling is
+            unknown.
 
     Example:
         >>> Tap(stage='conv3').stage
@@ -48,20 +51,29 @@ class Tap:
 
     def __post_init__(self):
         if (self.stage is None) == (self.module is None):
-            raise ValueError(f"A tap is either a stage or a module path, got stage={self.stage!r}, "
-                             f"module={self.module!r}. Write Tap(stage=3) or Tap(module='layer3.2').")
+            raise ValueError(
+                f"A tap is either a stage or a module path, got stage={self.stage!r}, "
+                f"module={self.module!r}. Write Tap(stage=3) or Tap(module='layer3.2')."
+            )
         if isinstance(self.stage, str):
             match = _STAGE_SPELLING.fullmatch(self.stage)
             if not match:
-                raise ValueError(f"Unknown stage {self.stage!r}: write 3, 'conv3' or 'stage3', "
-                                 f"or Tap(module={self.stage!r}) for a module path.")
+                raise ValueError(
+                    f"Unknown stage {self.stage!r}: write 3, 'conv3' or 'stage3', "
+                    f"or Tap(module={self.stage!r}) for a module path."
+                )
             object.__setattr__(self, "stage", int(match.group(1)))
-        elif self.stage is not None and (isinstance(self.stage, bool) or not isinstance(self.stage, int)):
+        elif self.stage is not None and (
+            isinstance(self.stage, bool) or not isinstance(self.stage, int)
+        ):
             raise ValueError(f"A stage is a whole number, got {self.stage!r}.")
 
     @classmethod
     def parse(cls, spec: "int | str | Tap | dict") -> "Tap":
-        """Read a tap from what people write: ``3``, ``'conv3'``, ``'stage3'``, ``'layer3.2.conv2'`` or a Tap."""
+        """Read a tap from what people write.
+
+        ``3``, ``'conv3'``, ``'stage3'``, ``'layer3.2.conv2'`` or a Tap.
+        """
         if isinstance(spec, Tap):
             return spec
         if isinstance(spec, dict):
@@ -75,7 +87,10 @@ class Tap:
 
     @property
     def name(self) -> str:
-        """Default name of the head at this tap: ``stage3``, or the module path with underscores for dots."""
+        """Default name of the head at this tap.
+
+        ``stage3``, or the module path with underscores for dots.
+        """
         return f"stage{self.stage}" if self.module is None else self.module.replace(".", "_")
 
     def to_dict(self) -> dict:
@@ -93,7 +108,8 @@ class StageInfo:
         channels: Channels of the map.
         stride: Input pixels per pixel of the map.
         index: Entry of timm's ``feature_info`` that the map comes from.
-        pool: The map is that entry after a 2x2 max-pool (VGG, whose entries stand before each pool).
+        pool: The map is that entry after a 2x2 max-pool (VGG, whose entries stand before each
+            pool).
     """
 
     stage: int
@@ -115,16 +131,23 @@ class TapTable(list[StageInfo]):
         cells = [("stage", "module", "channels", "stride")]
         cells += [(str(r.stage), r.module, str(r.channels), str(r.stride)) for r in self]
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
-                         for row in cells)
+        return "\n".join(
+            "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
+            for row in cells
+        )
 
     def get(self, stage: int) -> StageInfo:
-        """The row of a stage number; a ValueError that lists the stages there are if it has none."""
+        """The row of a stage number.
+
+        A ValueError that lists the stages there are if it has none.
+        """
         for row in self:
             if row.stage == stage:
                 return row
-        raise ValueError(f"{self.backbone} has no stage {stage}. Its taps are:\n{self}\n"
-                         "or any module path, such as " + repr(self[-1].module) + ".")
+        raise ValueError(
+            f"{self.backbone} has no stage {stage}. Its taps are:\n{self}\n"
+            "or any module path, such as " + repr(self[-1].module) + "."
+        )
 
 
 def stage_table(backbone: nn.Module) -> TapTable:
@@ -142,8 +165,10 @@ def stage_table(backbone: nn.Module) -> TapTable:
     name = _architecture(backbone)
     info = getattr(backbone, "feature_info", None)
     if not info or not hasattr(backbone, "forward_intermediates"):
-        raise ValueError(f"{name} cannot be tapped by stage: it has no feature_info or no forward_intermediates. "
-                         "timm 1.0.31 and later have both for all their architectures.")
+        raise ValueError(
+            f"{name} cannot be tapped by stage: it has no feature_info or no forward_intermediates. "
+            "timm 1.0.31 and later have both for all their architectures."
+        )
     entries = list(info)
     strides = [entry["reduction"] for entry in entries]
 
@@ -152,12 +177,21 @@ def stage_table(backbone: nn.Module) -> TapTable:
         return StageInfo(stage, entry["module"], entry["num_chs"], entry["reduction"], index)
 
     if isinstance(backbone, VGG):
-        # timm's entry k-1 is conv block k before its pool; the last entry is already the pooled block 5
+        # timm's entry k-1 is conv block k before its pool; the last entry is already the pooled
+        # block 5
         rows = []
         for stage, end in enumerate(backbone.feature_ends[:-1], start=1):
             entry = entries[stage - 1]
-            rows.append(StageInfo(stage, f"features.{end + 1}", entry["num_chs"], 2 * entry["reduction"],
-                                  stage - 1, pool=True))
+            rows.append(
+                StageInfo(
+                    stage,
+                    f"features.{end + 1}",
+                    entry["num_chs"],
+                    2 * entry["reduction"],
+                    stage - 1,
+                    pool=True,
+                )
+            )
         return TapTable(name, rows[:-1] + [row(5, len(entries) - 1)])
     if len(set(strides)) >= 3 or all(a < b for a, b in zip(strides, strides[1:], strict=False)):
         first = 6 - len(entries)
@@ -173,7 +207,8 @@ def list_taps(model: str | nn.Module, **kwargs) -> TapTable:
     """Stages of a backbone, what one reads before choosing taps. Needs no weights and no download.
 
     Args:
-        model: Name of a registered architecture (built on the meta device) or an unpruned timm model.
+        model: Name of a registered architecture (built on the meta device) or an unpruned timm
+            model.
         **kwargs: Passed to ``timm.create_model``, for example ``img_size`` or ``output_stride``.
 
     Returns:
@@ -205,18 +240,25 @@ def check_name(name: str) -> None:
     source, name = parse_model_name(name)
     if source is None and not is_model(name.split(".")[0]):
         near = difflib.get_close_matches(name.split(".")[0], list_models(), n=5)
-        raise ValueError(f"timm has no model {name!r}."
-                         + (f" Did you mean {', '.join(near)}?" if near else " timm.list_models() lists them."))
+        raise ValueError(
+            f"timm has no model {name!r}."
+            + (f" Did you mean {', '.join(near)}?" if near else " timm.list_models() lists them.")
+        )
 
 
 def find_module(backbone: nn.Module, path: str, table: TapTable) -> nn.Module:
-    """The module at a path; a ValueError that lists the stages and the nearest paths if there is none."""
+    """The module at a path.
+
+    A ValueError that lists the stages and the nearest paths if there is none.
+    """
     modules = dict(backbone.named_modules())
     if path not in modules or not path:
         near = difflib.get_close_matches(path, modules, n=5)
-        raise ValueError(f"{table.backbone} has no module {path!r}."
-                         + (f" Did you mean {', '.join(map(repr, near))}?" if near else "")
-                         + f" Its stages are:\n{table}")
+        raise ValueError(
+            f"{table.backbone} has no module {path!r}."
+            + (f" Did you mean {', '.join(map(repr, near))}?" if near else "")
+            + f" Its stages are:\n{table}"
+        )
     return modules[path]
 
 

@@ -1,4 +1,7 @@
-"""Dry runs on the meta device, and what they tell: which parts of a backbone a computation needs."""
+"""Dry runs on the meta device, and what they tell.
+
+Which parts of a backbone a computation needs.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +17,8 @@ __all__ = ["dry_run", "remove_unused_modules", "unused_parameters"]
 def _meta_weights(backbone: nn.Module, requires_grad: bool) -> Iterator[dict[int, torch.Tensor]]:
     """Meta tensors in place of a backbone's tensors, by the id of each.
 
-    Not functional_call, which leaves its tensors behind in modules that are reached by two paths (CoaT's).
+    Not functional_call, which leaves its tensors behind in modules that are reached by two paths
+    (CoaT's).
     """
     meta: dict[int, torch.Tensor] = {}
     held: list[tuple[dict, str, torch.Tensor]] = []
@@ -26,8 +30,11 @@ def _meta_weights(backbone: nn.Module, requires_grad: bool) -> Iterator[dict[int
                     if tensor is None:
                         continue
                     if id(tensor) not in meta:
-                        meta[id(tensor)] = tensor.detach().to("meta").requires_grad_(
-                            requires_grad and isinstance(tensor, nn.Parameter))
+                        meta[id(tensor)] = (
+                            tensor.detach()
+                            .to("meta")
+                            .requires_grad_(requires_grad and isinstance(tensor, nn.Parameter))
+                        )
                     held.append((tensors, name, tensor))
                     tensors[name] = meta[id(tensor)]
         yield meta
@@ -36,8 +43,13 @@ def _meta_weights(backbone: nn.Module, requires_grad: bool) -> Iterator[dict[int
             tensors[name] = tensor
 
 
-def dry_run(backbone: nn.Module, input_size: Sequence[int], run: Callable, parameters: dict | None = None):
-    """``run(backbone, x)`` for two blank images with meta tensors in place of the weights: shapes, no arithmetic."""
+def dry_run(
+    backbone: nn.Module, input_size: Sequence[int], run: Callable, parameters: dict | None = None
+):
+    """``run(backbone, x)`` for two blank images with meta tensors in place of the weights.
+
+    Shapes, no arithmetic.
+    """
     own = dict(backbone.named_parameters())
     was_training = [m for m in backbone.modules() if m.training]
     backbone.eval()
@@ -55,14 +67,18 @@ def dry_run(backbone: nn.Module, input_size: Sequence[int], run: Callable, param
                 if parameters is not None:
                     parameters.update(own)
                 first = next(backbone.parameters())
-                return run(backbone, torch.zeros(2, *input_size, device=first.device, dtype=first.dtype))
+                return run(
+                    backbone, torch.zeros(2, *input_size, device=first.device, dtype=first.dtype)
+                )
     finally:
         for m in was_training:
             m.training = True
 
 
 def unused_parameters(backbone: nn.Module, input_size: Sequence[int], run: Callable) -> set[str]:
-    """Names of the parameters from which no path of the autograd graph leads to the outputs of ``run``."""
+    """Names of the parameters from which no path of the autograd graph leads to the outputs of
+    ``run``.
+    """
     parameters: dict[str, torch.Tensor] = {}
     outputs = dry_run(backbone, input_size, run, parameters)
     seen, found = set(), set()
@@ -78,7 +94,9 @@ def unused_parameters(backbone: nn.Module, input_size: Sequence[int], run: Calla
     return {name for name, p in parameters.items() if id(p) not in found}
 
 
-def remove_unused_modules(backbone: nn.Module, unused: set[str]) -> list[tuple[nn.Module, str, nn.Module]]:
+def remove_unused_modules(
+    backbone: nn.Module, unused: set[str]
+) -> list[tuple[nn.Module, str, nn.Module]]:
     """Put an Identity in place of every topmost module all of whose parameters are unused."""
     removed = []
 

@@ -41,7 +41,9 @@ class _LastTapReached(Exception):
 
 
 class _Capture:
-    """Forward hook that keeps a module's output while a pass is being read (a class, so that deepcopy follows it)."""
+    """Forward hook that keeps a module's output while a pass is being read (a class, so that
+    deepcopy follows it).
+    """
 
     def __init__(self, reader: "TapReader", key: str):
         self.reader, self.key = reader, key
@@ -51,7 +53,8 @@ class _Capture:
         # no pass is being read: someone runs the backbone alone, or checkpointing computes it again
         if reader.captured is None or self.key not in reader.wanted:
             return
-        # after the construction a pass that does not end at the last tap may run what was emptied, in place
+        # after the construction a pass that does not end at the last tap may run what was emptied,
+        # in place
         copy = self.key in reader.copied or (reader.to_stage_end and reader.versions is None)
         reader.captured[self.key] = output.clone() if copy else output
         if reader.versions is not None:
@@ -64,7 +67,8 @@ class _Capture:
 class TapReader:
     """Runs a backbone once, only as deep as needed, and returns its maps at the taps as NCHW.
 
-    Stages are read with timm's ``forward_intermediates``, module paths with forward hooks. Construction prunes
+    Stages are read with timm's ``forward_intermediates``, module paths with forward hooks.
+    Construction prunes
     the backbone in place: what lies behind the last tap goes, the classifier included.
 
     Args:
@@ -73,7 +77,8 @@ class TapReader:
         input_size: Nominal input (C, H, W), for the sizes of the maps.
 
     Raises:
-        ValueError: A tap does not exist, is not a map, or is left without a pixel at this input size.
+        ValueError: A tap does not exist, is not a map, or is left without a pixel at this input
+            size.
     """
 
     def __init__(self, backbone: nn.Module, taps: Sequence[Tap], input_size: tuple[int, int, int]):
@@ -82,13 +87,16 @@ class TapReader:
         self.versions: dict[str, int] | None = None
         self.wanted: frozenset[str] = frozenset()
         self.hookable: set[str] = set()  # modules that return the map of their stage
-        self.copied: frozenset[str] = frozenset()  # tensors that the network overwrites later, in place
+        # tensors that the network overwrites later, in place
+        self.copied: frozenset[str] = frozenset()
         self.last: str | None = None
-        self.to_stage_end = False  # whether the pass runs on from the last tapped module to the end of its stage
+        # whether the pass runs on from the last tapped module to the end of its stage
+        self.to_stage_end = False
         self.raw: dict[str, Layout] = {}  # how hooked modules give their map
         self.order: dict[str, int] = {}  # in which the hooked modules are run
         self.calls: dict[str, int] = {}  # how often each of them is run in a pass
-        self.within: dict[str, int] = {}  # timm's entry that is computed when a hooked module is run
+        # timm's entry that is computed when a hooked module is run
+        self.within: dict[str, int] = {}
         self.table = stage_table(backbone)
         self.architecture = self.table.backbone
         self.depth = len(list(backbone.feature_info))  # type: ignore[arg-type]
@@ -108,40 +116,60 @@ class TapReader:
             raise ValueError(self.explain(backbone, input_size) or str(error)) from error
         self._measure(backbone)
 
-    # -- reading ---------------------------------------------------------------------------------------------
+    # -- reading
+    # ---------------------------------------------------------------------------------------------
 
-    def read(self, backbone: nn.Module, x: torch.Tensor, which: Sequence[int] | None = None) -> list[torch.Tensor]:
-        """Maps (B, C, H, W) of the taps numbered ``which`` (all by default) for images x (B, C, H, W)."""
+    def read(
+        self, backbone: nn.Module, x: torch.Tensor, which: Sequence[int] | None = None
+    ) -> list[torch.Tensor]:
+        """Maps (B, C, H, W) of the taps numbered ``which`` (all by default) for images x (B, C,
+        H, W).
+        """
         which = range(len(self.taps)) if which is None else which
         if self._hooks_only(which):
             found = self._run_hooks(backbone, x, which)
         else:
             found = self._run_stages(backbone, x, which)
         hooked = self.last is not None
-        maps = [as_map(y, self.raw[info.module], x) if hooked or info.stage is None else y for info, y in found]
+        maps = [
+            as_map(y, self.raw[info.module], x) if hooked or info.stage is None else y
+            for info, y in found
+        ]
         return [self._finish(self.taps[i], y) for i, y in zip(which, maps, strict=True)]
 
     def _hooks_only(self, which: Sequence[int]) -> bool:
-        """Whether the last of these taps is a module inside a stage, so that timm's loop does not get to return."""
+        """Whether the last of these taps is a module inside a stage, so that timm's loop does
+        not get to return.
+        """
         deepest = max((stage.index for i in which if (stage := self.taps[i].stage)), default=-1)
-        return any(self.within[self.taps[i].module] > deepest for i in which if self.taps[i].stage is None)
+        return any(
+            self.within[self.taps[i].module] > deepest for i in which if self.taps[i].stage is None
+        )
 
     def _run_stages(self, backbone: nn.Module, x: torch.Tensor, which: Sequence[int]) -> list:
-        """One call of timm's forward_intermediates gives the stages; hooks on modules fire on the way."""
+        """One call of timm's forward_intermediates gives the stages.
+
+        Hooks on modules fire on the way.
+        """
         indices = sorted({stage.index for i in which if (stage := self.taps[i].stage)})
         self.wanted = frozenset(self.taps[i].module for i in which if self.taps[i].stage is None)
         self.last, self.to_stage_end, self.captured = None, False, {}
         maps = backbone.forward_intermediates(  # type: ignore[operator]
-            x, indices=indices, stop_early=True, output_fmt="NCHW", intermediates_only=True)
+            x, indices=indices, stop_early=True, output_fmt="NCHW", intermediates_only=True
+        )
         captured = self._captured()
         by_index = dict(zip(indices, maps, strict=True))
-        return [(info, captured[info.module] if info.stage is None else by_index[info.stage.index])
-                for info in (self.taps[i] for i in which)]
+        return [
+            (info, captured[info.module] if info.stage is None else by_index[info.stage.index])
+            for info in (self.taps[i] for i in which)
+        ]
 
     def _run_hooks(self, backbone: nn.Module, x: torch.Tensor, which: Sequence[int]) -> list:
-        """The last tap is a module: the pass ends there, if hooks can give all that stands before it.
+        """The last tap is a module: the pass ends there, if hooks can give all that stands before
+        it.
 
-        Else (the map of a ViT's stage is not what any module returns) timm's loop runs to the end of that stage.
+        Else (the map of a ViT's stage is not what any module returns) timm's loop runs to the end
+        of that stage.
         """
         infos = [self.taps[i] for i in which]
         stages = {info.stage.index for info in infos if info.stage}
@@ -154,8 +182,12 @@ class TapReader:
         indices = sorted(stages | {min(bound, self.depth - 1)})
         try:
             result = backbone.forward_intermediates(  # type: ignore[operator]
-                x, indices=indices, stop_early=bound < self.depth, output_fmt="NCHW",
-                intermediates_only=bound < self.depth)
+                x,
+                indices=indices,
+                stop_early=bound < self.depth,
+                output_fmt="NCHW",
+                intermediates_only=bound < self.depth,
+            )
             by_index = dict(zip(indices, result if bound < self.depth else result[1], strict=True))
         except _LastTapReached:
             pass
@@ -163,16 +195,25 @@ class TapReader:
             self.hookable.clear()  # checkpointing runs the members of a stage, not the stage
             return self._run_hooks(backbone, x, which)
         captured = self._captured()
-        return [(info, captured[info.module] if hooked or info.stage is None else by_index[info.stage.index])
-                for info in infos]
+        return [
+            (
+                info,
+                captured[info.module]
+                if hooked or info.stage is None
+                else by_index[info.stage.index],
+            )
+            for info in infos
+        ]
 
     def _captured(self) -> dict[str, torch.Tensor]:
         """What hooks kept in this pass, which must be all that was wanted."""
         captured, self.captured = self.captured or {}, None
         for path in self.wanted:
             if path not in captured:
-                raise ValueError(f"{path!r} was not run as a module in this pass (gradient checkpointing runs the "
-                                 "members of a stage one by one); tap the stage by its number, or its last member")
+                raise ValueError(
+                    f"{path!r} was not run as a module in this pass (gradient checkpointing runs the "
+                    "members of a stage one by one); tap the stage by its number, or its last member"
+                )
         return captured
 
     def _run(self, backbone: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
@@ -186,54 +227,83 @@ class TapReader:
             y = F.max_pool2d(y, 2)
         return y.detach() if info.tap.detach else y
 
-    # -- construction ----------------------------------------------------------------------------------------
+    # -- construction
+    # ----------------------------------------------------------------------------------------
 
     def _hook(self, backbone: nn.Module) -> None:
-        """Hook the tapped modules; find their order, layouts, and which timm entry's computation they are within."""
+        """Hook the tapped modules.
+
+        Find their order, layouts, and which timm entry's computation they are within.
+        """
         paths = {info.module for info in self.taps if info.stage is None}
         if not paths:
             return
         modules = dict(backbone.named_modules())
-        for key, path in sorted({(info.module, _hooked_path(info, backbone)) for info in self.taps}):
+        for key, path in sorted(
+            {(info.module, _hooked_path(info, backbone)) for info in self.taps}
+        ):
             if path in modules:
                 modules[path].register_forward_hook(_Capture(self, key))
         self.wanted = frozenset(info.module for info in self.taps)
         self.captured, self.versions = {}, {}
         indices = sorted({info.stage.index for info in self.taps if info.stage} | {self.depth - 1})
-        _, maps = dry_run(backbone, self.input_size, lambda m, x: m.forward_intermediates(
-            x, indices=indices, output_fmt="NCHW"))
+        _, maps = dry_run(
+            backbone,
+            self.input_size,
+            lambda m, x: m.forward_intermediates(x, indices=indices, output_fmt="NCHW"),
+        )
         captured, self.captured, self.versions = self.captured, None, None
         self.order = {path: number for number, path in enumerate(captured)}
         for info in self.taps:
             if info.stage is not None:
-                if self._is_hookable(captured.get(info.module), maps[indices.index(info.stage.index)], info, backbone):
+                if self._is_hookable(
+                    captured.get(info.module), maps[indices.index(info.stage.index)], info, backbone
+                ):
                     self.hookable.add(info.module)
                 continue
             if info.module not in captured:
                 raise ValueError(
                     f"{self.architecture}: {info.module!r} is not run as a module when features are computed (it "
-                    f"belongs to the classifier, or is called in another way); tap another module.\n{self.table}")
+                    f"belongs to the classifier, or is called in another way); tap another module.\n{self.table}"
+                )
             if self.calls[info.module] > 1:
                 raise ValueError(
                     f"{self.architecture}: {info.module!r} is run {self.calls[info.module]} times in one pass: "
-                    f"which of its maps is meant is not clear; tap another module.\n{self.table}")
-            self.raw[info.module] = recognise_layout(captured[info.module], self.input_size, backbone, info.module)
+                    f"which of its maps is meant is not clear; tap another module.\n{self.table}"
+                )
+            self.raw[info.module] = recognise_layout(
+                captured[info.module], self.input_size, backbone, info.module
+            )
         self._find_within(backbone, paths)
 
-    def _is_hookable(self, y: Any, expected: torch.Tensor, info: TapInfo, backbone: nn.Module) -> bool:
-        """Whether the module of a stage returns that stage's map: the same memory, read in the same order."""
+    def _is_hookable(
+        self, y: Any, expected: torch.Tensor, info: TapInfo, backbone: nn.Module
+    ) -> bool:
+        """Whether the module of a stage returns that stage's map.
+
+        The same memory, read in the same order.
+        """
         if self.calls.get(info.module) != 1:
             return False
         try:
-            self.raw[info.module] = layout = recognise_layout(y, self.input_size, backbone, info.module)
+            self.raw[info.module] = layout = recognise_layout(
+                y, self.input_size, backbone, info.module
+            )
         except ValueError:
             return False
         y = as_map(y, layout, torch.empty(2, *self.input_size, device="meta"))
-        return (y.untyped_storage()._cdata == expected.untyped_storage()._cdata and y.shape == expected.shape
-                and y.stride() == expected.stride() and y.storage_offset() == expected.storage_offset())
+        return (
+            y.untyped_storage()._cdata == expected.untyped_storage()._cdata
+            and y.shape == expected.shape
+            and y.stride() == expected.stride()
+            and y.storage_offset() == expected.storage_offset()
+        )
 
     def _find_within(self, backbone: nn.Module, paths: set[str]) -> None:
-        """For each tapped module the first of timm's entries whose computation runs it; ``depth`` if none does."""
+        """For each tapped module the first of timm's entries whose computation runs it.
+
+        ``depth`` if none does.
+        """
         run: dict[int, set[str]] = {}
         for path in paths:
             low, high = 0, self.depth
@@ -241,15 +311,28 @@ class TapReader:
                 stop = (low + high) // 2
                 if stop not in run:
                     self.captured = {}
-                    dry_run(backbone, self.input_size, lambda m, x, stop=stop: m.forward_intermediates(
-                        x, indices=[stop], stop_early=True, output_fmt="NCHW", intermediates_only=True))
+                    dry_run(
+                        backbone,
+                        self.input_size,
+                        lambda m, x, stop=stop: m.forward_intermediates(
+                            x,
+                            indices=[stop],
+                            stop_early=True,
+                            output_fmt="NCHW",
+                            intermediates_only=True,
+                        ),
+                    )
                     run[stop], self.captured = set(self.captured), None
                 low, high = (low, stop) if path in run[stop] else (stop + 1, high)
             self.within[path] = low
 
     def _prune(self, backbone: nn.Module) -> None:
-        """Remove what no tap needs. timm cuts behind the last stage, autograd tells of everything else."""
-        if all(info.stage for info in self.taps):  # else timm might cut a tapped module (the pool behind a stem)
+        """Remove what no tap needs.
+
+        timm cuts behind the last stage, autograd tells of everything else.
+        """
+        # else timm might cut a tapped module (the pool behind a stem)
+        if all(info.stage for info in self.taps):
             indices = sorted({info.stage.index for info in self.taps if info.stage})
             backbone.prune_intermediate_layers(indices, prune_norm=True, prune_head=True)  # type: ignore[operator]
         unused = unused_parameters(backbone, self.input_size, self._run)
@@ -257,19 +340,25 @@ class TapReader:
         if removed:
             try:
                 dry_run(backbone, self.input_size, self._run)
-            except Exception:  # the forward pass does need one of them, if only for an attribute: put them back
+            # the forward pass does need one of them, if only for an attribute: put them back
+            except Exception:
                 for parent, name, module in removed:
                     setattr(parent, name, module)
         versions: dict[str, int] = {}
         self.versions = versions
         outputs = dry_run(backbone, self.input_size, self._run)
         self.versions = None
-        self.copied = frozenset(info.module for info, y in zip(self.taps, outputs, strict=True)
-                                if info.module in versions and y._version > versions[info.module])
-        if any(info.tap.detach for info in self.taps):  # what only detached taps read is run but not trained
+        self.copied = frozenset(
+            info.module
+            for info, y in zip(self.taps, outputs, strict=True)
+            if info.module in versions and y._version > versions[info.module]
+        )
+        # what only detached taps read is run but not trained
+        if any(info.tap.detach for info in self.taps):
             unused = unused_parameters(backbone, self.input_size, self.read)
         for name, parameter in backbone.named_parameters():
-            if name in unused:  # a single tensor that cannot be cut out (a mask token, say) must not be trained
+            # a single tensor that cannot be cut out (a mask token, say) must not be trained
+            if name in unused:
                 parameter.requires_grad_(False)
 
     def _measure(self, backbone: nn.Module) -> None:
@@ -283,10 +372,16 @@ class TapReader:
             if min(height, width) < 1:
                 raise ValueError(self.explain(backbone, self.input_size))
             stride = info.stage.stride if info.stage else max(1, round(self.input_size[1] / height))
-            self.taps[i] = replace(info, channels=int(y.shape[1]), size=(height, width), stride=stride)
+            self.taps[i] = replace(
+                info, channels=int(y.shape[1]), size=(height, width), stride=stride
+            )
 
     def explain(self, backbone: nn.Module, shape: Sequence[int]) -> str | None:
-        """Why images (C, H, W) of this shape cannot be read: a sentence that names the tap; None if they can."""
+        """Why images (C, H, W) of this shape cannot be read.
+
+        A sentence that names the tap; None if they can.
+        """
+
         def stride(i: int) -> int:
             stage = self.taps[i].stage
             return stage.stride if stage else 0
@@ -294,14 +389,20 @@ class TapReader:
         for i in sorted(range(len(self.taps)), key=stride):
             info = self.taps[i]
             try:
-                y, = dry_run(backbone, shape, lambda m, x, i=i: self.read(m, x, [i]))
+                (y,) = dry_run(backbone, shape, lambda m, x, i=i: self.read(m, x, [i]))
                 if min(y.shape[-2:]) < 1:
                     raise RuntimeError("the map has no pixel left")
             except Exception as error:
-                reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-                return (f"tap {info.tap.name!r} ({info.module}) of {self.architecture} cannot be computed for input "
-                        f"{_text(shape)}: {reason.rstrip('.')}. The model was made for input {_text(self.input_size)}; "
-                        "give images that fit, a shallower tap, or img_size=.")
+                reason = (
+                    str(error).strip().splitlines()[0]
+                    if str(error).strip()
+                    else type(error).__name__
+                )
+                return (
+                    f"tap {info.tap.name!r} ({info.module}) of {self.architecture} cannot be computed for input "
+                    f"{_text(shape)}: {reason.rstrip('.')}. The model was made for input {_text(self.input_size)}; "
+                    "give images that fit, a shallower tap, or img_size=."
+                )
             finally:
                 self.captured = None
         return None
@@ -314,13 +415,18 @@ def _text(shape: Sequence[int]) -> str:
 def _hooked_path(info: TapInfo, backbone: nn.Module) -> str:
     """The module to hook for a tap: for VGG's pooled stages timm's entry, one before the pool.
 
-    For a Sequential it is the last member, because gradient checkpointing runs the members and not the whole.
+    For a Sequential it is the last member, because gradient checkpointing runs the members and not
+    the whole.
     """
     path = info.module
     if info.stage is not None and info.stage.pool:
         path = list(backbone.feature_info)[info.stage.index]["module"]  # type: ignore[arg-type]
     module = dict(backbone.named_modules()).get(path)
-    while module is not None and type(module).forward is nn.Sequential.forward and len(module._modules):
+    while (
+        module is not None
+        and type(module).forward is nn.Sequential.forward
+        and len(module._modules)
+    ):
         name, module = list(module._modules.items())[-1]
         path = f"{path}.{name}"
     return path

@@ -1,4 +1,7 @@
-"""What all tasks share: a branch model, the weights of its losses by epoch, and how processes train it together."""
+"""What all tasks share.
+
+A branch model, the weights of its losses by epoch, and how processes train it together.
+"""
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -40,18 +43,29 @@ class HeadsTask(TrainingTask):
 
     heads_can_be_off = True  # whether a head may go without gradient because its weight is 0
 
-    def __init__(self, model: BranchModel, names: Sequence[str], schedule: Schedule = None,
-                 device: torch.device | None = None, dtype: torch.dtype | None = None, verbose: bool = True):
+    def __init__(
+        self,
+        model: BranchModel,
+        names: Sequence[str],
+        schedule: Schedule = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        verbose: bool = True,
+    ):
         super().__init__(device=device, dtype=dtype, verbose=verbose)
         self.trainable_module: Any = model
         self.names = tuple(names)
-        self.schedule: LossWeightSchedule = ConstantSchedule((1.0,) * len(names)) if schedule is None else \
-            get_schedule(schedule, num_levels=len(names))
+        self.schedule: LossWeightSchedule = (
+            ConstantSchedule((1.0,) * len(names))
+            if schedule is None
+            else get_schedule(schedule, num_levels=len(names))
+        )
         self.distributed = False
         self.to(next(model.parameters()).device if device is None else device)
         self.set_epoch(0)
 
-    # -- the schedule ----------------------------------------------------------------------------------------
+    # -- the schedule
+    # ----------------------------------------------------------------------------------------
 
     def set_epoch(self, epoch: int) -> None:
         """Take the loss weights of a 0-based epoch; call it when the epoch begins."""
@@ -60,7 +74,10 @@ class HeadsTask(TrainingTask):
         self.active = tuple(name for name, w in zip(self.names, self.weights, strict=True) if w > 0)
 
     def end_epoch(self, metrics: Mapping[str, float], epoch: int) -> None:
-        """Take note of what an evaluation said; weights that follow it act from the next epoch on."""
+        """Take note of what an evaluation said.
+
+        Weights that follow it act from the next epoch on.
+        """
 
     def describe_schedule(self) -> str:
         """The loss weights as a person would write them."""
@@ -74,8 +91,13 @@ class HeadsTask(TrainingTask):
         """The schedule and the epoch, for checkpoints."""
         return {"schedule": self.schedule.to_dict(), "epoch": self.epoch}
 
-    def load_task_state(self, state: dict[str, Any] | None, strict: bool = True, module: nn.Module | None = None,
-                        ema: bool = False) -> None:
+    def load_task_state(
+        self,
+        state: dict[str, Any] | None,
+        strict: bool = True,
+        module: nn.Module | None = None,
+        ema: bool = False,
+    ) -> None:
         """Continue with the checkpoint's schedule.
 
         Raises:
@@ -85,10 +107,13 @@ class HeadsTask(TrainingTask):
             self.schedule = get_schedule(state["schedule"], num_levels=len(self.names))
             self.set_epoch(int(state["epoch"]))
 
-    # -- timm's task -----------------------------------------------------------------------------------------
+    # -- timm's task
+    # -----------------------------------------------------------------------------------------
 
     def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs: Any) -> "HeadsTask":
-        """Wrap the model in DDP, which is told to look for parts without gradient if there can be any."""
+        """Wrap the model in DDP, which is told to look for parts without gradient if there can
+        be any.
+        """
         from torch.nn.parallel import DistributedDataParallel
 
         self.distributed = True
@@ -97,18 +122,29 @@ class HeadsTask(TrainingTask):
         cut = any(info.tap.detach for info in base_model(self).taps)
         ddp_kwargs.setdefault("find_unused_parameters", cut or self._turns_levels_off())
         self.eval_model = getattr(self, "eval_model", self.trainable_module)
-        self.trainable_module = DistributedDataParallel(self.trainable_module, device_ids=device_ids, **ddp_kwargs)
+        self.trainable_module = DistributedDataParallel(
+            self.trainable_module, device_ids=device_ids, **ddp_kwargs
+        )
         return self
 
     def compile(  # type: ignore[override]  # nn.Module has another method of this name; timm's is meant
-            self, backend: str = "inductor", mode: str | None = None, **compile_kwargs: Any) -> nn.Module:
-        """Compile the model; it is compiled anew for each set of levels that the schedule turns on."""
-        self.trainable_module = torch.compile(self.trainable_module, backend=backend, mode=mode, **compile_kwargs)
+        self, backend: str = "inductor", mode: str | None = None, **compile_kwargs: Any
+    ) -> nn.Module:
+        """Compile the model.
+
+        It is compiled anew for each set of levels that the schedule turns on.
+        """
+        self.trainable_module = torch.compile(
+            self.trainable_module, backend=backend, mode=mode, **compile_kwargs
+        )
         self.eval_model = self.trainable_module
         return self.trainable_module
 
     def get_clip_parameters(self, exclude_head: bool = False) -> list[nn.Parameter]:
-        """Parameters to clip; adaptive clipping leaves the heads out, as timm does with classifiers."""
+        """Parameters to clip.
+
+        Adaptive clipping leaves the heads out, as timm does with classifiers.
+        """
         model = base_model(self)
         return list((model.backbone if exclude_head else model).parameters())
 
@@ -116,14 +152,16 @@ class HeadsTask(TrainingTask):
         if not self.heads_can_be_off:
             return False
         points = getattr(self.schedule, "points", None)
-        # between its points a schedule interpolates, so a 0 between them is a 0 at one; others may do anything
+        # between its points a schedule interpolates, so a 0 between them is a 0 at one; others may
+        # do anything
         return points is None or any(0 in weights for weights in points.values())
 
     def forward(self, input: Any, target: Any) -> dict[str, Any]:
         """Forward pass and loss.
 
         Args:
-            input: Images (B, C, H, W) or clips (B, T, C, H, W), or a pair of clips and their lengths (B,).
+            input: Images (B, C, H, W) or clips (B, T, C, H, W), or a pair of clips and their
+                lengths (B,).
             target: What the losses compare with.
 
         Returns:
@@ -131,9 +169,14 @@ class HeadsTask(TrainingTask):
         """
         images, lengths = input if isinstance(input, tuple) else (input, None)
         heads = self.needed_heads()
-        output = self.trainable_module(images, heads=None if set(heads) == set(base_model(self).names) else heads,
-                                       **({} if lengths is None else {"lengths": lengths}))
-        loss, losses = self.compare(output, target, lengths, share=self.distributed and self.training)
+        output = self.trainable_module(
+            images,
+            heads=None if set(heads) == set(base_model(self).names) else heads,
+            **({} if lengths is None else {"lengths": lengths}),
+        )
+        loss, losses = self.compare(
+            output, target, lengths, share=self.distributed and self.training
+        )
         return {"loss": loss, "output": output, "losses": losses}
 
     @abstractmethod
@@ -141,8 +184,13 @@ class HeadsTask(TrainingTask):
         """The model's heads that are computed in training."""
 
     @abstractmethod
-    def compare(self, output: dict[str, torch.Tensor], target: Any, lengths: torch.Tensor | None = None,
-                share: bool = False) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def compare(
+        self,
+        output: dict[str, torch.Tensor],
+        target: Any,
+        lengths: torch.Tensor | None = None,
+        share: bool = False,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The total loss, and the losses by name, unweighted.
 
         Args:
@@ -153,13 +201,18 @@ class HeadsTask(TrainingTask):
         """
 
     def answer(self, model: nn.Module, input: Any) -> dict[str, torch.Tensor]:
-        """What a model says of a batch: logits (B, K) by head, those of frames averaged over each clip's frames."""
+        """What a model says of a batch.
+
+        Logits (B, K) by head, those of frames averaged over each clip's frames.
+        """
         images, lengths = input if isinstance(input, tuple) else (input, None)
         output = model(images) if lengths is None else model(images, lengths=lengths)
         frames = images.shape[1] if lengths is None else lengths[:, None].to(images.device)
-        return {name: y.sum(1) / frames if y.ndim == 3 else y for name, y in output.items()}  # 0 behind the lengths
+        # 0 behind the lengths
+        return {name: y.sum(1) / frames if y.ndim == 3 else y for name, y in output.items()}
 
-    # -- judging ---------------------------------------------------------------------------------------------
+    # -- judging
+    # ---------------------------------------------------------------------------------------------
 
     @property
     @abstractmethod

@@ -25,31 +25,37 @@ __all__ = ["BranchTask", "FlatTask", "two_classes"]
 
 
 class BranchTask(HeadsTask):
-    """Weighted sum of per-level cross-entropies, with weights that change by epoch (B-CNN's training strategy).
+    """Weighted sum of per-level cross-entropies, with weights that change by epoch (B-CNN's
+    training strategy).
 
-    L = sum over levels k of w_k(epoch) * CE_k, equation (1) of Zhu and Bain 2017 (arXiv 1709.09890), plus the terms
-    below where they are asked for. A level of weight 0 is off: its head is not computed in training, so no gradient,
-    weight decay or BatchNorm update moves it and no infinite loss there can poison the sum. (`consistency` and
-    `tree_path` read all levels, so with them every head is computed.)
+    L = sum over levels k of w_k(epoch) * CE_k, equation (1) of Zhu and Bain 2017 (arXiv
+    1709.09890), plus the terms below where they are asked for. A level of weight 0 is off: its head
+    is not computed in training, so no gradient, weight decay or BatchNorm update moves it and no
+    infinite loss there can poison the sum. (`consistency` and `tree_path` read all levels, so with
+    them every head is computed.)
 
     Args:
-        model: Branch model with one head a level, from coarse to fine. Other heads (decoders, and what stands behind
-            the levels of its taxonomy) are left alone.
+        model: Branch model with one head a level, from coarse to fine. Other heads (decoders, and
+            what stands behind the levels of its taxonomy) are left alone.
         schedule: Loss weights by epoch: a schedule, a preset's name, or None for equal weights.
         label_smoothing: Of every level's cross-entropy, or one for each level.
-        class_weights: Weight of each class, by level: ``{'fine': tensor (K,)}``; torch's weighted mean.
-        marginal: An image that is labelled on a coarser level only trains the finer heads, too: the probability of
-            the classes below its label is raised as a whole (:func:`marginal_loss` on each level).
+        class_weights: Weight of each class, by level: ``{'fine': tensor (K,)}``; torch's weighted
+            mean.
+        marginal: An image that is labelled on a coarser level only trains the finer heads, too: the
+            probability of the classes below its label is raised as a whole (:func:`marginal_loss`
+            on each level).
         consistency: Weight of :func:`consistency_loss` between neighbouring levels.
         tree_path: Weight of :func:`tree_path_kl`.
-        uncertainty: Learn the levels' weights (:class:`UncertaintyWeighting`) instead of scheduling them.
+        uncertainty: Learn the levels' weights (:class:`UncertaintyWeighting`) instead of scheduling
+            them.
         device: Where the task lives.
         dtype: As in timm.
         verbose: As in timm.
 
     Raises:
-        ValueError: The schedule is for another number of levels than the model has heads, a setting is out of its
-            range, a class weight fits no level, or a loss needs a taxonomy that the model does not have.
+        ValueError: The schedule is for another number of levels than the model has heads, a setting
+            is out of its range, a class weight fits no level, or a loss needs a taxonomy that the
+            model does not have.
 
     Example:
         >>> task = BranchTask(model, schedule='bcnn-cifar10')            # doctest: +SKIP
@@ -57,39 +63,76 @@ class BranchTask(HeadsTask):
         >>> task(images, labels)['loss'].backward()                      # doctest: +SKIP
     """
 
-    def __init__(self, model: BranchModel, schedule: Schedule = None,
-                 label_smoothing: float | Sequence[float] = 0.0,
-                 class_weights: Mapping[str, torch.Tensor | Sequence[float]] | None = None, *, marginal: bool = False,
-                 consistency: float = 0.0, tree_path: float = 0.0, uncertainty: bool = False,
-                 device: torch.device | None = None, dtype: torch.dtype | None = None, verbose: bool = True):
-        names = model.names[:model.taxonomy.num_levels] if model.taxonomy else \
-            [name for name, head in zip(model.names, model.head_specs, strict=True) if not head.dense]
+    def __init__(
+        self,
+        model: BranchModel,
+        schedule: Schedule = None,
+        label_smoothing: float | Sequence[float] = 0.0,
+        class_weights: Mapping[str, torch.Tensor | Sequence[float]] | None = None,
+        *,
+        marginal: bool = False,
+        consistency: float = 0.0,
+        tree_path: float = 0.0,
+        uncertainty: bool = False,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        verbose: bool = True,
+    ):
+        names = (
+            model.names[: model.taxonomy.num_levels]
+            if model.taxonomy
+            else [
+                name
+                for name, head in zip(model.names, model.head_specs, strict=True)
+                if not head.dense
+            ]
+        )
         if not names:
-            raise ValueError(f"the heads {list(model.names)} are decoders, without classes of whole images: a "
-                             "DenseTask trains them.")
+            raise ValueError(
+                f"the heads {list(model.names)} are decoders, without classes of whole images: a "
+                "DenseTask trains them."
+            )
         super().__init__(model, names, schedule, device, dtype, verbose)
         self.level_names = self.names
-        self.level_classes = tuple(max(2, model.num_classes[name]) for name in names)  # one logit: yes or no
+        # one logit: yes or no
+        self.level_classes = tuple(max(2, model.num_classes[name]) for name in names)
         self.taxonomy: Taxonomy | None = model.taxonomy
         count = len(names)
-        smoothing = [label_smoothing] * count if isinstance(label_smoothing, (int, float)) else list(label_smoothing)
+        smoothing = (
+            [label_smoothing] * count
+            if isinstance(label_smoothing, (int, float))
+            else list(label_smoothing)
+        )
         if len(smoothing) != count or not all(0 <= s < 1 for s in smoothing):
-            raise ValueError(f"label_smoothing must be in [0, 1), one number or one for each of {list(self.names)}, "
-                             f"got {label_smoothing}.")
+            raise ValueError(
+                f"label_smoothing must be in [0, 1), one number or one for each of {list(self.names)}, "
+                f"got {label_smoothing}."
+            )
         self.label_smoothing = dict(zip(self.names, smoothing, strict=True))
         for name, value in (("consistency", consistency), ("tree_path", tree_path)):
             if not 0 <= value < float("inf"):
                 raise ValueError(f"{name} must be a finite weight from 0 upwards, got {value}.")
-        self.extras = {name: value for name, value in (("consistency", consistency), ("tree_path", tree_path)) if value}
+        self.extras = {
+            name: value
+            for name, value in (("consistency", consistency), ("tree_path", tree_path))
+            if value
+        }
         if (self.extras or marginal) and self.taxonomy is None:
-            raise ValueError(f"{', '.join([*self.extras, *(['marginal'] if marginal else [])])} needs a taxonomy: make "
-                             "the model with taxonomy=.")
+            raise ValueError(
+                f"{', '.join([*self.extras, *(['marginal'] if marginal else [])])} needs a taxonomy: make "
+                "the model with taxonomy=."
+            )
         self._weigh_classes(class_weights or {}, model)
         self.marginal = marginal
-        self.below = nn.ModuleList([_Below(model.taxonomy, level) for level in range(count)]
-                                   if marginal and model.taxonomy else [])
+        self.below = nn.ModuleList(
+            [_Below(model.taxonomy, level) for level in range(count)]
+            if marginal and model.taxonomy
+            else []
+        )
         if uncertainty and schedule is not None:
-            raise ValueError("a schedule has no effect beside learned weights: give schedule= or uncertainty=True.")
+            raise ValueError(
+                "a schedule has no effect beside learned weights: give schedule= or uncertainty=True."
+            )
         if uncertainty and marginal:
             raise ValueError("uncertainty= does not go with marginal=.")
         self.uncertainty = UncertaintyWeighting(self.names) if uncertainty else None
@@ -99,15 +142,25 @@ class BranchTask(HeadsTask):
     def _weigh_classes(self, class_weights: Mapping[str, Any], model: BranchModel) -> None:
         for name, given in class_weights.items():
             weights = torch.as_tensor(given, dtype=torch.float32)
-            if name not in self.names or weights.shape != (model.num_classes[name],) or not (weights >= 0).all():
-                raise ValueError(f"class_weights[{name!r}] of shape {tuple(weights.shape)}: give one weight from 0 "
-                                 f"upwards for each class of one of the heads {model.num_classes}.")
-            self.register_buffer(f"class_weights_{self.names.index(name)}", weights, persistent=False)
+            if (
+                name not in self.names
+                or weights.shape != (model.num_classes[name],)
+                or not (weights >= 0).all()
+            ):
+                raise ValueError(
+                    f"class_weights[{name!r}] of shape {tuple(weights.shape)}: give one weight from 0 "
+                    f"upwards for each class of one of the heads {model.num_classes}."
+                )
+            self.register_buffer(
+                f"class_weights_{self.names.index(name)}", weights, persistent=False
+            )
 
     def end_epoch(self, metrics: Mapping[str, float], epoch: int) -> None:
         """Tell the schedule the levels' accuracies."""
         if len(self.level_names) == self.schedule.num_levels:
-            self.schedule.update([metrics[f"{name}_top1"] / 100 for name in self.level_names], epoch)
+            self.schedule.update(
+                [metrics[f"{name}_top1"] / 100 for name in self.level_names], epoch
+            )
 
     def parameters_of_loss(self) -> list[nn.Parameter]:
         """The learned uncertainties."""
@@ -118,26 +171,38 @@ class BranchTask(HeadsTask):
         learned = {"uncertainty": self.uncertainty.state_dict()} if self.uncertainty else {}
         return {**super().get_task_state(module, ema), **learned}
 
-    def load_task_state(self, state: dict[str, Any] | None, strict: bool = True, module: nn.Module | None = None,
-                        ema: bool = False) -> None:
+    def load_task_state(
+        self,
+        state: dict[str, Any] | None,
+        strict: bool = True,
+        module: nn.Module | None = None,
+        ema: bool = False,
+    ) -> None:
         """Continue with the checkpoint's schedule and what the loss has learned."""
         super().load_task_state(state, strict, module, ema)
         if state and self.uncertainty:
             self.uncertainty.load_state_dict(state["uncertainty"])
 
-    # -- losses ----------------------------------------------------------------------------------------------
+    # -- losses
+    # ----------------------------------------------------------------------------------------------
 
     def needed_heads(self) -> tuple[str, ...]:
         return self.names if self.extras else self.active
 
-    def compare(self, output: dict[str, torch.Tensor], target: torch.Tensor, lengths: torch.Tensor | None = None,
-                share: bool = False) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def compare(
+        self,
+        output: dict[str, torch.Tensor],
+        target: torch.Tensor,
+        lengths: torch.Tensor | None = None,
+        share: bool = False,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The weighted sum, and the losses by level.
 
         Args:
             output: Logits by level, of the levels that are on.
-            target: Labels (B, L) with -1 for unknown, or soft labels (B, sum of classes) as mixup makes them. Heads
-                that answer for each frame are held to the clip's labels in each of its frames, or to labels (B, T, L).
+            target: Labels (B, L) with -1 for unknown, or soft labels (B, sum of classes) as mixup
+                makes them. Heads that answer for each frame are held to the clip's labels in each
+                of its frames, or to labels (B, T, L).
             lengths: Valid frames of each clip.
             share: Average over the samples of all processes.
         """
@@ -158,30 +223,43 @@ class BranchTask(HeadsTask):
 
     def _known(self, targets: dict[str, torch.Tensor], share: bool) -> dict[str, torch.Tensor]:
         """Of each level, whether any process has a label for it."""
-        known = torch.stack([(y > 0 if y.is_floating_point() else y >= 0).any() for y in targets.values()])
+        known = torch.stack(
+            [(y > 0 if y.is_floating_point() else y >= 0).any() for y in targets.values()]
+        )
         if share:
             known = known.int()
             dist.all_reduce(known, op=dist.ReduceOp.MAX)
             known = known.bool()
         return dict(zip(targets, known.unbind(), strict=True))
 
-    def _level_loss(self, name: str, logits: torch.Tensor, level_target: torch.Tensor, target: torch.Tensor,
-                    share: bool) -> torch.Tensor:
+    def _level_loss(
+        self,
+        name: str,
+        logits: torch.Tensor,
+        level_target: torch.Tensor,
+        target: torch.Tensor,
+        share: bool,
+    ) -> torch.Tensor:
         """Cross-entropy of one level, which images with a coarser label may join."""
         index = self.names.index(name)
-        settings: dict[str, Any] = {"label_smoothing": self.label_smoothing[name],
-                                    "class_weights": getattr(self, f"class_weights_{index}", None)}
+        settings: dict[str, Any] = {
+            "label_smoothing": self.label_smoothing[name],
+            "class_weights": getattr(self, f"class_weights_{index}", None),
+        }
         if not self.marginal or target.is_floating_point():
             return level_cross_entropy(logits, level_target, **settings, share=share)
         below: Any = self.below[index]
         return _with_coarse(logits, level_target, below(target), below.taxonomy, settings, share)
 
-    def _extra_loss(self, name: str, output: dict[str, torch.Tensor], target: torch.Tensor,
-                    share: bool) -> torch.Tensor:
+    def _extra_loss(
+        self, name: str, output: dict[str, torch.Tensor], target: torch.Tensor, share: bool
+    ) -> torch.Tensor:
         assert self.taxonomy is not None
         logits = self.level_logits(output)
         if any(y.ndim != 2 for y in logits):
-            raise ValueError(f"{name}= compares answers for images or whole clips: give the heads output='clip'.")
+            raise ValueError(
+                f"{name}= compares answers for images or whole clips: give the heads output='clip'."
+            )
         if name == "consistency":
             return consistency_loss(logits, self.taxonomy, share)
         if target.is_floating_point():
@@ -191,19 +269,26 @@ class BranchTask(HeadsTask):
     def _targets(self, target: torch.Tensor) -> dict[str, torch.Tensor]:
         if target.is_floating_point():
             if target.ndim != 2 or target.shape[1] != sum(self.level_classes):
-                raise ValueError(f"soft labels must be (B, {sum(self.level_classes)}), the levels' classes "
-                                 f"{list(self.level_classes)} side by side, got {tuple(target.shape)}.")
-            return dict(zip(self.level_names, target.split(list(self.level_classes), dim=1), strict=True))
+                raise ValueError(
+                    f"soft labels must be (B, {sum(self.level_classes)}), the levels' classes "
+                    f"{list(self.level_classes)} side by side, got {tuple(target.shape)}."
+                )
+            return dict(
+                zip(self.level_names, target.split(list(self.level_classes), dim=1), strict=True)
+            )
         if target.ndim not in (2, 3) or target.shape[-1] != len(self.level_names):
-            raise ValueError(f"labels must be (B, {len(self.level_names)}), one column per level "
-                             f"{list(self.level_names)}, got {tuple(target.shape)}.")
+            raise ValueError(
+                f"labels must be (B, {len(self.level_names)}), one column per level "
+                f"{list(self.level_names)}, got {tuple(target.shape)}."
+            )
         return dict(zip(self.level_names, target.unbind(-1), strict=True))
 
     def level_logits(self, output: dict[str, torch.Tensor]) -> list[torch.Tensor]:
         """Logits (B, K) of every level from the model's output."""
         return [two_classes(output[name]) for name in self.names]
 
-    # -- judging ---------------------------------------------------------------------------------------------
+    # -- judging
+    # ---------------------------------------------------------------------------------------------
 
     @property
     def default_metric(self) -> str:
@@ -211,47 +296,76 @@ class BranchTask(HeadsTask):
 
     def create_evaluator(self, **kwargs: Any) -> HierarchyEvaluator:
         """A fresh evaluator that takes the model's whole output and labels (B, L)."""
-        return HierarchyEvaluator(self.level_names, self.level_classes, self.taxonomy, device=self.device,
-                                  to_levels=self.level_logits, **kwargs)
+        return HierarchyEvaluator(
+            self.level_names,
+            self.level_classes,
+            self.taxonomy,
+            device=self.device,
+            to_levels=self.level_logits,
+            **kwargs,
+        )
 
-    def confusions(self, evaluator: HierarchyEvaluator) -> list[tuple[str, torch.Tensor, list[str]]]:
-        names = self.taxonomy.classes if self.taxonomy else [map(str, range(k)) for k in self.level_classes]
+    def confusions(
+        self, evaluator: HierarchyEvaluator
+    ) -> list[tuple[str, torch.Tensor, list[str]]]:
+        names = (
+            self.taxonomy.classes
+            if self.taxonomy
+            else [map(str, range(k)) for k in self.level_classes]
+        )
         matrices = zip(self.level_names, evaluator.confusion_matrices(), names, strict=True)
-        return [(level, matrix, list(classes)) for level, matrix, classes in matrices if matrix is not None]
+        return [
+            (level, matrix, list(classes))
+            for level, matrix, classes in matrices
+            if matrix is not None
+        ]
 
 
 class FlatTask(BranchTask):
-    """The baseline that every hierarchy must beat: one head of leaves, level answers by summing upwards.
+    """The baseline that every hierarchy must beat: one head of leaves, level answers by summing
+    upwards.
 
     Args:
         model: Branch model with a single head of ``taxonomy.num_leaves`` classes.
         taxonomy: The hierarchy whose levels are reported.
         label_smoothing: Of the marginal loss, for images whose leaf is known.
-        loss: ``'marginal'``, cross-entropy on the deepest class that is known; ``'hxe'`` or ``'soft'``, the
-            hierarchical losses of Bertinetto et al. 2020.
+        loss: ``'marginal'``, cross-entropy on the deepest class that is known; ``'hxe'`` or
+            ``'soft'``, the hierarchical losses of Bertinetto et al. 2020.
         strength: alpha of ``'hxe'`` (default 0.1) or beta of ``'soft'`` (default 10).
         device: Where the task lives.
 
     Raises:
-        ValueError: The model has several heads, or another number of classes than leaves, the loss is unknown, or a
-            setting has no effect with it.
+        ValueError: The model has several heads, or another number of classes than leaves, the loss
+            is unknown, or a setting has no effect with it.
     """
 
     losses: ClassVar[tuple[str, ...]] = ("marginal", "hxe", "soft")
 
-    def __init__(self, model: BranchModel, taxonomy: Taxonomy, label_smoothing: float = 0.0, loss: str = "marginal",
-                 strength: float | None = None, device: torch.device | None = None):
+    def __init__(
+        self,
+        model: BranchModel,
+        taxonomy: Taxonomy,
+        label_smoothing: float = 0.0,
+        loss: str = "marginal",
+        strength: float | None = None,
+        device: torch.device | None = None,
+    ):
         super().__init__(model, None, label_smoothing, device=device)
         if len(self.names) != 1 or model.num_classes[self.names[0]] != taxonomy.num_leaves:
-            raise ValueError(f"a flat baseline has one head of the taxonomy's {taxonomy.num_leaves} leaves, "
-                             f"got {model.num_classes}.")
+            raise ValueError(
+                f"a flat baseline has one head of the taxonomy's {taxonomy.num_leaves} leaves, "
+                f"got {model.num_classes}."
+            )
         if loss not in self.losses:
             raise ValueError(f"loss={loss!r}: choose one of {', '.join(self.losses)}.")
         if loss != "marginal" and label_smoothing:
             raise ValueError(f"label_smoothing has no effect with loss={loss!r}.")
         if loss == "marginal" and strength is not None:
             raise ValueError("strength= has no effect with loss='marginal'.")
-        self.loss, self.strength = loss, {"hxe": 0.1, "soft": 10.0}.get(loss) if strength is None else strength
+        self.loss, self.strength = (
+            loss,
+            {"hxe": 0.1, "soft": 10.0}.get(loss) if strength is None else strength,
+        )
         self.taxonomy = taxonomy
         self.level_names = tuple(taxonomy.levels)
         self.level_classes = tuple(taxonomy.num_classes)
@@ -259,16 +373,26 @@ class FlatTask(BranchTask):
         table = taxonomy.leaf_table
         depth = (table >= 0).sum(1) - 1
         starts = torch.tensor([0, *self.level_classes[:-1]]).cumsum(0)
-        self.register_buffer("leaf_column", starts[depth] + table.gather(1, depth[:, None])[:, 0], persistent=False)
+        self.register_buffer(
+            "leaf_column", starts[depth] + table.gather(1, depth[:, None])[:, 0], persistent=False
+        )
         self.to(next(model.parameters()).device if device is None else device)
 
-    def _level_loss(self, name: str, logits: torch.Tensor, level_target: torch.Tensor, target: torch.Tensor,
-                    share: bool) -> torch.Tensor:
+    def _level_loss(
+        self,
+        name: str,
+        logits: torch.Tensor,
+        level_target: torch.Tensor,
+        target: torch.Tensor,
+        share: bool,
+    ) -> torch.Tensor:
         assert self.taxonomy is not None
         settings = {"label_smoothing": self.label_smoothing[name]}
         if target.is_floating_point():
             if self.loss != "marginal":
-                raise ValueError(f"loss={self.loss!r} needs class indices: it does not go with mixup or CutMix.")
+                raise ValueError(
+                    f"loss={self.loss!r} needs class indices: it does not go with mixup or CutMix."
+                )
             return level_cross_entropy(logits, level_target, share=share)
         if self.loss == "marginal":
             return _with_coarse(logits, level_target, target, self.taxonomy, settings, share)
@@ -298,18 +422,26 @@ class FlatTask(BranchTask):
 
 
 def two_classes(logits: torch.Tensor) -> torch.Tensor:
-    """A single logit z (..., 1) as the logits (0, z) of no and yes, whose cross-entropy is the binary one."""
+    """A single logit z (..., 1) as the logits (0, z) of no and yes, whose cross-entropy is the
+    binary one.
+    """
     return torch.cat([torch.zeros_like(logits), logits], -1) if logits.shape[-1] == 1 else logits
 
 
-def _by_sample(name: str, logits: torch.Tensor, target: torch.Tensor,
-               lengths: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits (N, K) and labels (N, L) of a head: of images or clips as they are, of frames one by one."""
+def _by_sample(
+    name: str, logits: torch.Tensor, target: torch.Tensor, lengths: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits (N, K) and labels (N, L) of a head.
+
+    Of images or clips as they are, of frames one by one.
+    """
     if logits.ndim == 2 and target.ndim == 2:
         return logits, target
     if logits.ndim == 2 or target.is_floating_point():
-        raise ValueError(f"head {name!r} with logits {tuple(logits.shape)} cannot be held to labels "
-                         f"{tuple(target.shape)}: labels of frames need a head with output='frame', class indices.")
+        raise ValueError(
+            f"head {name!r} with logits {tuple(logits.shape)} cannot be held to labels "
+            f"{tuple(target.shape)}: labels of frames need a head with output='frame', class indices."
+        )
     batch, time = logits.shape[:2]
     rows = target if target.ndim == 3 else target[:, None].expand(batch, time, target.shape[1])
     if lengths is not None:
@@ -319,33 +451,52 @@ def _by_sample(name: str, logits: torch.Tensor, target: torch.Tensor,
 
 
 class _Below(nn.Module):
-    """Labels of all levels as labels of the forest that ends at one level, for the marginal loss of that level's head.
+    """Labels of all levels as labels of the forest that ends at one level, for the marginal loss of
+    that level's head.
 
     A leaf above that level has no class there, so its images are unknown to it.
     """
 
     def __init__(self, taxonomy: Taxonomy, level: int):
         super().__init__()
-        self.taxonomy = Taxonomy(taxonomy.nodes[level], taxonomy.levels[:level + 1])
+        self.taxonomy = Taxonomy(taxonomy.nodes[level], taxonomy.levels[: level + 1])
         for depth in range(level + 1):
             here = {path: i for i, path in enumerate(self.taxonomy.nodes[depth])}
-            table = torch.tensor([*(here.get(path, -1) for path in taxonomy.nodes[depth]), -1])  # the last: unknown
+            # the last: unknown
+            table = torch.tensor([*(here.get(path, -1) for path in taxonomy.nodes[depth]), -1])
             self.register_buffer(f"table{depth}", table, persistent=False)
 
     def forward(self, labels: torch.Tensor) -> torch.Tensor:
-        labels = labels[:, :self.taxonomy.num_levels]
-        here = torch.stack([getattr(self, f"table{depth}")[column] for depth, column in enumerate(labels.unbind(1))], 1)
+        labels = labels[:, : self.taxonomy.num_levels]
+        here = torch.stack(
+            [
+                getattr(self, f"table{depth}")[column]
+                for depth, column in enumerate(labels.unbind(1))
+            ],
+            1,
+        )
         ends_above = ((labels >= 0) & (here < 0)).any(1)
         return here.masked_fill(ends_above[:, None], -1)
 
 
-def _with_coarse(logits: torch.Tensor, target: torch.Tensor, labels: torch.Tensor, taxonomy: Taxonomy,
-                 settings: dict[str, Any], share: bool) -> torch.Tensor:
-    """Mean over samples: cross-entropy where the class is known, the marginal loss where only a coarser one is."""
+def _with_coarse(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    labels: torch.Tensor,
+    taxonomy: Taxonomy,
+    settings: dict[str, Any],
+    share: bool,
+) -> torch.Tensor:
+    """Mean over samples.
+
+    Cross-entropy where the class is known, the marginal loss where only a coarser one is.
+    """
     fine = target >= 0
     coarse = ~fine & (labels >= 0).any(1)
-    total = level_cross_entropy(logits, target, **settings) * fine.sum() \
+    total = (
+        level_cross_entropy(logits, target, **settings) * fine.sum()
         + marginal_loss(logits, labels.masked_fill(fine[:, None], -1), taxonomy) * coarse.sum()
+    )
     known = (fine | coarse).sum().to(total.dtype)
     if share:
         dist.all_reduce(known)

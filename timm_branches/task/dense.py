@@ -13,26 +13,33 @@ __all__ = ["DenseTask"]
 
 
 class DenseTask(HeadsTask):
-    """A decoder of a branch model with a dense loss; of a hierarchy of mask classes a weighted sum over its levels.
+    """A decoder of a branch model with a dense loss; of a hierarchy of mask classes a weighted sum
+    over its levels.
 
     With deep supervision each stage of a decoder adds its loss, too.
 
     Args:
-        model: Branch model with a decoder (``head='unet'`` or ``'rednet'``). If decoders give the levels of its
-            taxonomy (one gives all, or each gives one), the target is a mask of leaves and each level has its loss.
-        loss: Name of a dense loss, see :func:`get_dense_loss`, or a function of (output, target) that gives a scalar.
+        model: Branch model with a decoder (``head='unet'`` or ``'rednet'``). If decoders give the
+            levels of its taxonomy (one gives all, or each gives one), the target is a mask of
+            leaves and each level has its loss.
+        loss: Name of a dense loss, see :func:`get_dense_loss`, or a function of (output, target)
+            that gives a scalar.
         evaluator: Makes the evaluator, given ``device=`` and ``max_samples=``: for masks
             ``partial(SegmentationEvaluator, classes)``, for images :class:`RestorationEvaluator`.
-        head: Name of the decoder, where the model has several that are not the levels of its taxonomy.
-        schedule: The losses' weights by epoch: of the levels from coarse to fine, and with deep supervision of the
-            stages from the deepest to the output itself (``mask_aux1``, ..., ``mask``); None weighs all equally.
+        head: Name of the decoder, where the model has several that are not the levels of its
+            taxonomy.
+        schedule: The losses' weights by epoch: of the levels from coarse to fine, and with deep
+            supervision of the stages from the deepest to the output itself (``mask_aux1``, ...,
+            ``mask``); None weighs all equally.
         device: Where the task lives; None leaves the model where it is.
         verbose: As in timm.
-        **settings: Of the named loss: ``ignore_index``, ``class_weights`` (with levels a dict of them), ...
+        **settings: Of the named loss: ``ignore_index``, ``class_weights`` (with levels a dict of
+            them), ...
 
     Raises:
-        ValueError: There is no such decoder or more than one, the loss or a setting is unknown, the evaluator has
-            another taxonomy, or a schedule is given where there is one loss or for another number of losses.
+        ValueError: There is no such decoder or more than one, the loss or a setting is unknown, the
+            evaluator has another taxonomy, or a schedule is given where there is one loss or for
+            another number of losses.
 
     Example:
         >>> from functools import partial
@@ -45,21 +52,41 @@ class DenseTask(HeadsTask):
 
     heads_can_be_off = False
 
-    def __init__(self, model: BranchModel, loss: str | Callable[..., torch.Tensor], evaluator: Callable[..., Any],
-                 head: str | None = None, schedule: Schedule = None, device: torch.device | None = None,
-                 verbose: bool = True, **settings: Any):
-        decoders = [name for name, spec in zip(model.names, model.head_specs, strict=True) if spec.dense]
+    def __init__(
+        self,
+        model: BranchModel,
+        loss: str | Callable[..., torch.Tensor],
+        evaluator: Callable[..., Any],
+        head: str | None = None,
+        schedule: Schedule = None,
+        device: torch.device | None = None,
+        verbose: bool = True,
+        **settings: Any,
+    ):
+        decoders = [
+            name for name, spec in zip(model.names, model.head_specs, strict=True) if spec.dense
+        ]
         self.levels = _levels(model, decoders) if head is None else {}
         if head is None and len(decoders) == 1:
             head = decoders[0]
         if head not in decoders and not self.levels:
-            raise ValueError(f"head={head!r}: name one of the model's decoders, {decoders} among {list(model.names)}.")
+            raise ValueError(
+                f"head={head!r}: name one of the model's decoders, {decoders} among {list(model.names)}."
+            )
         self.sources = self.levels or {str(head): str(head)}  # the decoder that gives each output
-        names = [name for output, source in self.sources.items()
-                 for name in (*(f"{output}_{key}" for key in getattr(model.head(source), "aux", {})), output)]
+        names = [
+            name
+            for output, source in self.sources.items()
+            for name in (
+                *(f"{output}_{key}" for key in getattr(model.head(source), "aux", {})),
+                output,
+            )
+        ]
         if schedule is not None and len(names) == 1:
-            raise ValueError("schedule= weighs the stages of a decoder with deep_supervision=True, or the levels of a "
-                             "taxonomy; this one has one loss.")
+            raise ValueError(
+                "schedule= weighs the stages of a decoder with deep_supervision=True, or the levels of a "
+                "taxonomy; this one has one loss."
+            )
         super().__init__(model, names, schedule, device, verbose=verbose)
         self.shares = isinstance(loss, str)
         self.ignore_index = int(settings.get("ignore_index", -1))
@@ -67,19 +94,28 @@ class DenseTask(HeadsTask):
         self.taxonomy = model.taxonomy if self.levels else None
         self.evaluator = evaluator
         if self.levels and getattr(self.create_evaluator(), "taxonomy", None) != self.taxonomy:
-            raise ValueError("the model answers for the levels of its taxonomy: give the evaluator the same, "
-                             "taxonomy=model.taxonomy.")
+            raise ValueError(
+                "the model answers for the levels of its taxonomy: give the evaluator the same, "
+                "taxonomy=model.taxonomy."
+            )
 
     def needed_heads(self) -> tuple[str, ...]:
         on = {self._output(name) for name in self.active}
-        return tuple(dict.fromkeys(source for output, source in self.sources.items() if output in on))
+        return tuple(
+            dict.fromkeys(source for output, source in self.sources.items() if output in on)
+        )
 
     def _output(self, name: str) -> str:
         """The output that a loss belongs to: itself, or that of the stage."""
         return name if name in self.sources else name.rpartition("_aux")[0]
 
-    def compare(self, output: dict[str, torch.Tensor], target: torch.Tensor, lengths: torch.Tensor | None = None,
-                share: bool = False) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def compare(
+        self,
+        output: dict[str, torch.Tensor],
+        target: torch.Tensor,
+        lengths: torch.Tensor | None = None,
+        share: bool = False,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The loss of the output, and in training those of the decoder's other stages.
 
         Args:
@@ -95,9 +131,14 @@ class DenseTask(HeadsTask):
         if self.taxonomy is not None:
             known = torch.where(target == self.ignore_index, -1, target)
             targets = dict(zip(self.sources, self.taxonomy.expand(known).unbind(-1), strict=True))
-        names = [name for name in self.active if name in output]  # in evaluation there are no other stages
-        losses = {name: self.losses[self._output(name)](output[name], targets[self._output(name)], **shared)
-                  for name in names}
+        # in evaluation there are no other stages
+        names = [name for name in self.active if name in output]
+        losses = {
+            name: self.losses[self._output(name)](
+                output[name], targets[self._output(name)], **shared
+            )
+            for name in names
+        }
         weights = dict(zip(self.names, self.weights, strict=True))
         return torch.stack([weights[name] * losses[name] for name in names]).sum(), losses
 
@@ -114,8 +155,12 @@ class DenseTask(HeadsTask):
         if not hasattr(evaluator, "confusion_matrices"):
             return []
         ious: Mapping[str, Mapping[str, float]] = evaluator.class_iou()
-        return [(level, matrix, list(classes)) for (level, classes), matrix in
-                zip(ious.items(), evaluator.confusion_matrices(), strict=True)]
+        return [
+            (level, matrix, list(classes))
+            for (level, classes), matrix in zip(
+                ious.items(), evaluator.confusion_matrices(), strict=True
+            )
+        ]
 
 
 class _OfHeads:
@@ -134,29 +179,46 @@ class _OfHeads:
 
 
 def _levels(model: BranchModel, decoders: Sequence[str]) -> dict[str, str]:
-    """The decoder that gives each level of the model's taxonomy; empty if decoders do not give them."""
+    """The decoder that gives each level of the model's taxonomy.
+
+    Empty if decoders do not give them.
+    """
     tree = model.taxonomy
     if tree is None or tree.num_levels < 2:
         return {}
     if answers_all_levels(model.head_specs, tree):
         return dict.fromkeys(tree.levels, decoders[0])
-    heads = model.names[:tree.num_levels]
+    heads = model.names[: tree.num_levels]
     return {name: name for name in heads} if set(heads) <= set(decoders) else {}
 
 
-def _losses(loss: str | Callable[..., torch.Tensor], outputs: Sequence[str], settings: dict[str, Any],
-            by_level: bool) -> dict[str, Callable[..., torch.Tensor]]:
-    """The loss of each output; those of levels have their own class weights, and read -1 for unlabelled."""
+def _losses(
+    loss: str | Callable[..., torch.Tensor],
+    outputs: Sequence[str],
+    settings: dict[str, Any],
+    by_level: bool,
+) -> dict[str, Callable[..., torch.Tensor]]:
+    """The loss of each output.
+
+    Those of levels have their own class weights, and read -1 for unlabelled.
+    """
     if not isinstance(loss, str):
         if settings:
-            raise ValueError(f"{', '.join(settings)}: settings belong to a loss that is given by name.")
+            raise ValueError(
+                f"{', '.join(settings)}: settings belong to a loss that is given by name."
+            )
         return dict.fromkeys(outputs, loss)
     if not by_level:
         return {output: get_dense_loss(loss, **settings) for output in outputs}
     settings = {key: value for key, value in settings.items() if key != "ignore_index"}
     weights = settings.pop("class_weights", {})
     if not isinstance(weights, Mapping) or set(weights) - set(outputs):
-        raise ValueError(f"class_weights= of levels is a dict with weights for some of {list(outputs)}, got "
-                         f"{list(weights) if isinstance(weights, Mapping) else weights!r}.")
-    own = {output: {"class_weights": weights[output]} if output in weights else {} for output in outputs}
+        raise ValueError(
+            f"class_weights= of levels is a dict with weights for some of {list(outputs)}, got "
+            f"{list(weights) if isinstance(weights, Mapping) else weights!r}."
+        )
+    own = {
+        output: {"class_weights": weights[output]} if output in weights else {}
+        for output in outputs
+    }
     return {output: get_dense_loss(loss, **settings, **own[output]) for output in outputs}

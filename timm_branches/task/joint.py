@@ -14,7 +14,8 @@ __all__ = ["JointTask"]
 
 
 class JointTask(HeadsTask):
-    """The weighted sum of several tasks' losses, computed from one pass of the model that they share.
+    """The weighted sum of several tasks' losses, computed from one pass of the model that they
+    share.
 
     Targets are a dict with an entry for each task.
 
@@ -24,7 +25,8 @@ class JointTask(HeadsTask):
         verbose: As in timm.
 
     Raises:
-        ValueError: The tasks do not share one model or compete for one head, or a weight is of no task or negative.
+        ValueError: The tasks do not share one model or compete for one head, or a weight is of no
+            task or negative.
 
     Example:
         >>> from functools import partial
@@ -40,22 +42,31 @@ class JointTask(HeadsTask):
         >>> task(torch.randn(2, 3, 64, 64), targets)['loss'].backward()
     """
 
-    def __init__(self, tasks: Mapping[str, HeadsTask], weights: Mapping[str, float] | None = None,
-                 verbose: bool = True):
+    def __init__(
+        self,
+        tasks: Mapping[str, HeadsTask],
+        weights: Mapping[str, float] | None = None,
+        verbose: bool = True,
+    ):
         models = {id(base_model(task)) for task in tasks.values()}
         names = [name for task in tasks.values() for name in task.names]
         if len(models) != 1 or len(set(names)) < len(names):
-            raise ValueError(f"tasks must share one model and have different heads, got {len(models)} models and the "
-                             f"losses {names}.")
+            raise ValueError(
+                f"tasks must share one model and have different heads, got {len(models)} models and the "
+                f"losses {names}."
+            )
         weights = dict(weights or {})
         if set(weights) - set(tasks) or not all(0 <= w < float("inf") for w in weights.values()):
-            raise ValueError(f"weights= are finite numbers from 0 upwards, by task ({', '.join(tasks)}), got "
-                             f"{weights}.")
+            raise ValueError(
+                f"weights= are finite numbers from 0 upwards, by task ({', '.join(tasks)}), got "
+                f"{weights}."
+            )
         first = next(iter(tasks.values()))
         model: BranchModel = base_model(first)
         self.heads_can_be_off = any(task.heads_can_be_off for task in tasks.values())
         super().__init__(model, names, device=first.device, verbose=verbose)
-        self.tasks = dict(tasks)  # not submodules: each holds the model, which must not be counted once more
+        # not submodules: each holds the model, which must not be counted once more
+        self.tasks = dict(tasks)
         self.task_weights = {name: float(weights.get(name, 1.0)) for name in tasks}
         self.set_epoch(0)
 
@@ -66,17 +77,23 @@ class JointTask(HeadsTask):
             return super().set_epoch(epoch)
         for task in self.tasks.values():
             task.set_epoch(epoch)
-        self.weights = tuple(self.task_weights[name] * w for name, task in self.tasks.items() for w in task.weights)
+        self.weights = tuple(
+            self.task_weights[name] * w for name, task in self.tasks.items() for w in task.weights
+        )
         self.active = tuple(name for name, w in zip(self.names, self.weights, strict=True) if w > 0)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "JointTask":
         super()._apply(fn, recurse)
-        for task in getattr(self, "tasks", {}).values():  # tables and weights of their losses move along
+        # tables and weights of their losses move along
+        for task in getattr(self, "tasks", {}).values():
             task._apply(fn, recurse)
         return self
 
     def _turns_levels_off(self) -> bool:
-        return any(task._turns_levels_off() for task in self.tasks.values()) or 0 in self.task_weights.values()
+        return (
+            any(task._turns_levels_off() for task in self.tasks.values())
+            or 0 in self.task_weights.values()
+        )
 
     def end_epoch(self, metrics: Mapping[str, float], epoch: int) -> None:
         for task in self.tasks.values():
@@ -86,30 +103,51 @@ class JointTask(HeadsTask):
         return "; ".join(f"{name}: {task.describe_schedule()}" for name, task in self.tasks.items())
 
     def parameters_of_loss(self) -> list[nn.Parameter]:
-        return [parameter for task in self.tasks.values() for parameter in task.parameters_of_loss()]
+        return [
+            parameter for task in self.tasks.values() for parameter in task.parameters_of_loss()
+        ]
 
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
         """Each task's state."""
-        return {"tasks": {name: task.get_task_state() for name, task in self.tasks.items()}, "epoch": self.epoch}
+        return {
+            "tasks": {name: task.get_task_state() for name, task in self.tasks.items()},
+            "epoch": self.epoch,
+        }
 
-    def load_task_state(self, state: dict[str, Any] | None, strict: bool = True, module: nn.Module | None = None,
-                        ema: bool = False) -> None:
+    def load_task_state(
+        self,
+        state: dict[str, Any] | None,
+        strict: bool = True,
+        module: nn.Module | None = None,
+        ema: bool = False,
+    ) -> None:
         if state:
             for name, task in self.tasks.items():
                 task.load_task_state(state["tasks"][name])
             self.set_epoch(int(state["epoch"]))
 
     def needed_heads(self) -> tuple[str, ...]:
-        needed = {head for name, task in self.tasks.items() if self.task_weights[name] for head in task.needed_heads()}
+        needed = {
+            head
+            for name, task in self.tasks.items()
+            if self.task_weights[name]
+            for head in task.needed_heads()
+        }
         return tuple(name for name in base_model(self).names if name in needed)
 
-    def compare(self, output: dict[str, torch.Tensor], target: Mapping[str, torch.Tensor],
-                lengths: torch.Tensor | None = None, share: bool = False
-                ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def compare(
+        self,
+        output: dict[str, torch.Tensor],
+        target: Mapping[str, torch.Tensor],
+        lengths: torch.Tensor | None = None,
+        share: bool = False,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The weighted sum over tasks, and all their losses by name."""
         if set(target) != set(self.tasks):
-            raise ValueError(f"targets are a dict with an entry for each of the tasks {list(self.tasks)}, got "
-                             f"{sorted(target)}.")
+            raise ValueError(
+                f"targets are a dict with an entry for each of the tasks {list(self.tasks)}, got "
+                f"{sorted(target)}."
+            )
         total: torch.Tensor | None = None
         losses: dict[str, torch.Tensor] = {}
         for name, task in self.tasks.items():
@@ -130,24 +168,41 @@ class JointTask(HeadsTask):
         return own.renamed[name, task.default_metric]
 
     def create_evaluator(self, **kwargs: Any) -> "_JointEvaluator":
-        return _JointEvaluator({name: task.create_evaluator(**kwargs) for name, task in self.tasks.items()})
+        return _JointEvaluator(
+            {name: task.create_evaluator(**kwargs) for name, task in self.tasks.items()}
+        )
 
     def confusions(self, evaluator: "_JointEvaluator") -> list[tuple[str, torch.Tensor, list[str]]]:
-        return [found for name, task in self.tasks.items() for found in task.confusions(evaluator.parts[name])]
+        return [
+            found
+            for name, task in self.tasks.items()
+            for found in task.confusions(evaluator.parts[name])
+        ]
 
 
 class _JointEvaluator:
-    """The tasks' evaluators side by side; a metric's name gets the task's before it where two have the same."""
+    """The tasks' evaluators side by side.
+
+    A metric's name gets the task's before it where two have the same.
+    """
 
     def __init__(self, parts: Mapping[str, Any]):
         self.parts = dict(parts)
         count = Counter(metric for part in parts.values() for metric in part.metric_names)
-        self.renamed = {(name, metric): f"{name}_{metric}" if count[metric] > 1 else metric
-                        for name, part in parts.items() for metric in part.metric_names}
-        self._lower = {self.renamed[name, metric]: part.lower_is_better(metric)
-                       for name, part in parts.items() for metric in part.metric_names}
+        self.renamed = {
+            (name, metric): f"{name}_{metric}" if count[metric] > 1 else metric
+            for name, part in parts.items()
+            for metric in part.metric_names
+        }
+        self._lower = {
+            self.renamed[name, metric]: part.lower_is_better(metric)
+            for name, part in parts.items()
+            for metric in part.metric_names
+        }
         self.metric_names = tuple(self.renamed.values())
-        self.headline = tuple(self.renamed[name, metric] for name, part in parts.items() for metric in part.headline)
+        self.headline = tuple(
+            self.renamed[name, metric] for name, part in parts.items() for metric in part.headline
+        )
         self.metrics: dict[str, float] = {}
 
     @property
@@ -167,7 +222,9 @@ class _JointEvaluator:
 
     def compute(self, distributed: bool = False) -> "OrderedDict[str, float]":
         found = {name: part.compute(distributed=distributed) for name, part in self.parts.items()}
-        return OrderedDict((new, found[name][metric]) for (name, metric), new in self.renamed.items())
+        return OrderedDict(
+            (new, found[name][metric]) for (name, metric), new in self.renamed.items()
+        )
 
     def summary(self) -> "OrderedDict[str, float]":
         return self.compute()

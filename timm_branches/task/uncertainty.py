@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 __all__ = ["UncertaintyWeighting"]
 
@@ -11,16 +11,17 @@ __all__ = ["UncertaintyWeighting"]
 class UncertaintyWeighting(nn.Module):
     """Adds up the levels' losses with learned weights: homoscedastic uncertainty weighting.
 
-    L = sum over levels k of exp(-s_k) L_k + s_k / 2, with s_k = log sigma_k^2 learned: the form for classification,
-    L_k / sigma_k^2 + log sigma_k. For a constant loss s_k settles at log(2 L_k), so a level whose loss is small counts
-    more; and a constant factor on L_k changes nothing in the long run, so fixed weights cannot be combined with it.
-    The sum may become negative.
+    L = sum over levels k of exp(-s_k) L_k + s_k / 2, with s_k = log sigma_k^2 learned: the form for
+    classification, L_k / sigma_k^2 + log sigma_k. For a constant loss s_k settles at log(2 L_k), so
+    a level whose loss is small counts more; and a constant factor on L_k changes nothing in the
+    long run, so fixed weights cannot be combined with it. The sum may become negative.
 
-    Source: Kendall, Gal and Cipolla, "Multi-Task Learning Using Uncertainty to Weigh Losses for Scene Geometry and
+    Source: Kendall, Gal and Cipolla, "Multi-Task Learning Using Uncertainty to Weigh Losses for
+        Scene Geometry and
     Semantics", CVPR 2018 (arXiv 1705.07115), equation (10) and the text below it.
 
-    The parameter `log_var` (L,) must be given to the optimizer beside the model's. timm's optimizer factory does not
-    decay it, since it has one dimension only.
+    The parameter `log_var` (L,) must be given to the optimizer beside the model's. timm's optimizer
+    factory does not decay it, since it has one dimension only.
 
     Args:
         levels: the levels' names. All weights start at 1 (s = 0).
@@ -42,13 +43,17 @@ class UncertaintyWeighting(nn.Module):
             raise ValueError(f"levels must be different names, at least one, got {list(levels)}")
         self.log_var = nn.Parameter(torch.zeros(len(self.levels)))
 
-    def forward(self, losses: Mapping[str, Tensor], known: Mapping[str, "Tensor | bool"]) -> Tensor:
+    def forward(
+        self, losses: Mapping[str, torch.Tensor], known: Mapping[str, "torch.Tensor | bool"]
+    ) -> torch.Tensor:
         """The weighted sum.
 
         Args:
-            losses: scalars by level. Levels that are off are left out; neither of their terms counts.
-            known: by level, whether any label of the batch was known (of all processes' batches where the losses are
-                means over these). Where not, neither term counts: s / 2 alone would pull s down.
+            losses: scalars by level. Levels that are off are left out; neither of their terms
+                counts.
+            known: by level, whether any label of the batch was known (of all processes' batches
+                where the losses are means over these). Where not, neither term counts: s / 2 alone
+                would pull s down.
 
         Returns:
             A scalar; 0, with zero gradients, where nothing is known.
@@ -57,7 +62,9 @@ class UncertaintyWeighting(nn.Module):
             ValueError: if a loss is of an unknown level.
         """
         if unknown := sorted(set(losses) - set(self.levels)):
-            raise ValueError(f"no such level: {', '.join(unknown)}; the levels are {', '.join(self.levels)}")
+            raise ValueError(
+                f"no such level: {', '.join(unknown)}; the levels are {', '.join(self.levels)}"
+            )
         total = self.log_var.sum() * 0  # so that the result has a gradient whatever is off
         for s, level in zip(self.log_var, self.levels, strict=True):
             if level in losses:

@@ -1,8 +1,24 @@
-"""Label hierarchies: the tree of classes, read from files, ready-made or derived. Labels and names; no network."""
+"""Label hierarchies.
 
-from timm_branches.taxonomy.derive import class_prototypes, cut_linkage, linkage_from_confusion, linkage_from_embeddings
+The tree of classes, read from files, ready-made or derived. Labels and names; no network.
+"""
+
+from timm_branches.taxonomy.derive import (
+    class_prototypes,
+    cut_linkage,
+    linkage_from_confusion,
+    linkage_from_embeddings,
+)
 from timm_branches.taxonomy.taxonomy import Taxonomy
-from timm_branches.taxonomy.trees import TREES, cifar10, cifar100, digits, fashion_mnist, get_taxonomy, mnist
+from timm_branches.taxonomy.trees import (
+    TREES,
+    cifar10,
+    cifar100,
+    digits,
+    fashion_mnist,
+    get_taxonomy,
+    mnist,
+)
 
 __all__ = [
     "TREES",

@@ -1,24 +1,42 @@
-"""Paths of a forest's nodes: their written form, their shortest names, finding one by its name, drawing them.
+"""Paths of a forest's nodes: their written form, their shortest names, finding one by its name,
+drawing them.
 
-A path holds the names from a root down to a node. What a :class:`Taxonomy` does with names rather than numbers is here.
+A path holds the names from a root down to a node. What a :class:`Taxonomy` does with names rather
+than numbers is here.
 """
+
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-__all__ = ["NodePath", "as_path", "by_end", "check_leaves", "check_levels", "check_order", "display_names", "draw",
-           "find", "hint"]
+__all__ = [
+    "NodePath",
+    "as_path",
+    "by_end",
+    "check_leaves",
+    "check_levels",
+    "check_order",
+    "display_names",
+    "draw",
+    "find",
+    "hint",
+]
 
 NodePath = tuple[str, ...]
 
 
 def as_path(path: Any) -> NodePath:
-    """A path given as 'a/b/c' or as a sequence of names; names in a sequence may contain slashes."""
+    """A path given as 'a/b/c' or as a sequence of names.
+
+    Names in a sequence may contain slashes.
+    """
     names = path.split("/") if isinstance(path, str) else path
     if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"a path is a text like 'animal/pet/cat' or a sequence of names, got {path!r}")
+        raise ValueError(
+            f"a path is a text like 'animal/pet/cat' or a sequence of names, got {path!r}"
+        )
     if not names or not all(name.strip() for name in names):
         raise ValueError(f"empty name in path {path!r}: each level of a path needs a name")
     return tuple(names)
@@ -27,7 +45,7 @@ def as_path(path: Any) -> NodePath:
 def hint(word: str, known: Iterable[str]) -> str:
     """The end of an error message: what may have been meant."""
     close = difflib.get_close_matches(word, list(known), n=3)
-    return f'; did you mean {" or ".join(map(repr, close))}?' if close else ""
+    return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 
 def check_leaves(leaves: Iterable[Any]) -> tuple[NodePath, ...]:
@@ -38,13 +56,17 @@ def check_leaves(leaves: Iterable[Any]) -> tuple[NodePath, ...]:
     first: dict[NodePath, int] = {}
     for i, path in enumerate(paths):
         if path in first:
-            raise ValueError(f'leaf {"/".join(path)!r} is listed twice, as number {first[path]} and {i}')
+            raise ValueError(
+                f"leaf {'/'.join(path)!r} is listed twice, as number {first[path]} and {i}"
+            )
         first[path] = i
     for path in paths:
         for depth in range(1, len(path)):
             if path[:depth] in first:
-                raise ValueError(f'{"/".join(path[:depth])!r} is listed as a leaf, but is also the parent of '
-                                 f'{"/".join(path)!r}; a node is either a leaf or has children')
+                raise ValueError(
+                    f"{'/'.join(path[:depth])!r} is listed as a leaf, but is also the parent of "
+                    f"{'/'.join(path)!r}; a node is either a leaf or has children"
+                )
     return paths
 
 
@@ -52,20 +74,30 @@ def check_levels(levels: Sequence[str] | None, depth: int) -> tuple[str, ...]:
     """The level names, or default ones, after making sure that they fit the depth."""
     if levels is None:
         return tuple(f"level{i + 1}" for i in range(depth))
-    if isinstance(levels, str) or not all(isinstance(name, str) and name.strip() for name in levels):
-        raise ValueError(f"levels must be a sequence of {depth} names that are not empty, got {levels!r}")
+    if isinstance(levels, str) or not all(
+        isinstance(name, str) and name.strip() for name in levels
+    ):
+        raise ValueError(
+            f"levels must be a sequence of {depth} names that are not empty, got {levels!r}"
+        )
     if len(levels) > depth:
-        raise ValueError(f"level {levels[depth]!r} is empty: {len(levels)} level names are given, but the deepest "
-                         f"leaf lies on level {depth}; name {depth} levels")
+        raise ValueError(
+            f"level {levels[depth]!r} is empty: {len(levels)} level names are given, but the deepest "
+            f"leaf lies on level {depth}; name {depth} levels"
+        )
     if len(levels) < depth:
-        raise ValueError(f"{len(levels)} level names are given, but the deepest leaf lies on level {depth}; "
-                         f"name {depth} levels, coarsest first")
+        raise ValueError(
+            f"{len(levels)} level names are given, but the deepest leaf lies on level {depth}; "
+            f"name {depth} levels, coarsest first"
+        )
     if len(set(levels)) < depth:
         raise ValueError(f"level names must differ from each other, got {list(levels)}")
     return tuple(levels)
 
 
-def check_order(levels: Sequence[str], nodes: list[list[NodePath]], order: Any) -> tuple[tuple[NodePath, ...], ...]:
+def check_order(
+    levels: Sequence[str], nodes: list[list[NodePath]], order: Any
+) -> tuple[tuple[NodePath, ...], ...]:
     """Each level's nodes in the order given, after making sure that it lists exactly them."""
     if order is None:
         return tuple(map(tuple, nodes))
@@ -76,8 +108,10 @@ def check_order(levels: Sequence[str], nodes: list[list[NodePath]], order: Any) 
         paths = found if given is None else [as_path(path) for path in given]
         if len(paths) != len(found) or set(paths) != set(found):
             odd = sorted("/".join(path) for path in set(paths) ^ set(found)) or "a node twice"
-            raise ValueError(f"order of level {level!r} must list each of its {len(found)} nodes once; it differs "
-                             f"in {odd}")
+            raise ValueError(
+                f"order of level {level!r} must list each of its {len(found)} nodes once; it differs "
+                f"in {odd}"
+            )
         ordered.append(tuple(paths))
     return tuple(ordered)
 
@@ -95,8 +129,16 @@ def display_names(paths: Sequence[NodePath]) -> tuple[str, ...]:
     """Each path's shortest end that no other of the paths shares."""
     ends = by_end(paths)
     return tuple(
-        next((end for end in ("/".join(path[-k:]) for k in range(1, len(path))) if len(ends[end]) == 1), "/".join(path))
-        for path in paths)
+        next(
+            (
+                end
+                for end in ("/".join(path[-k:]) for k in range(1, len(path)))
+                if len(ends[end]) == 1
+            ),
+            "/".join(path),
+        )
+        for path in paths
+    )
 
 
 def find(name: Any, ends: Mapping[str, list[NodePath]], nodes: Iterable[NodePath]) -> NodePath:
@@ -109,7 +151,7 @@ def find(name: Any, ends: Mapping[str, list[NodePath]], nodes: Iterable[NodePath
     """
     if not isinstance(name, str):
         name = as_path(name)
-        found = [path for path in ends.get("/".join(name), ()) if path[-len(name):] == name]
+        found = [path for path in ends.get("/".join(name), ()) if path[-len(name) :] == name]
         found = [path for path in found if path == name] or found
         name = "/".join(name)
     else:
@@ -119,8 +161,10 @@ def find(name: Any, ends: Mapping[str, list[NodePath]], nodes: Iterable[NodePath
         return found[0]
     if found:
         options = ", ".join(repr(path) for path in found[:5])
-        raise ValueError(f"{name!r} is ambiguous: it fits {len(found)} nodes, among them {options}; give the whole "
-                         f"path as a tuple")
+        raise ValueError(
+            f"{name!r} is ambiguous: it fits {len(found)} nodes, among them {options}; give the whole "
+            f"path as a tuple"
+        )
     if any(name in ("/".join(path), path[-1]) for path in nodes):
         raise ValueError(f"{name!r} is not a leaf but an inner node; encode_partial takes those")
     count = len({path for paths in ends.values() for path in paths})

@@ -1,8 +1,11 @@
-"""What the constructors of a :class:`Taxonomy` read: tables, nested JSON, class folders, maps from child to parent.
+"""What the constructors of a :class:`Taxonomy` read: tables, nested JSON, class folders, maps from
+child to parent.
 
-Plain functions that return one path per leaf, in class order, and the level names or the order of inner nodes where
-the source has them. They are documented at `Taxonomy.from_csv` and its neighbours, which call them.
+Plain functions that return one path per leaf, in class order, and the level names or the order of
+inner nodes where the source has them. They are documented at `Taxonomy.from_csv` and its
+neighbours, which call them.
 """
+
 from __future__ import annotations
 
 import csv
@@ -17,7 +20,9 @@ from timm_branches.taxonomy.paths import NodePath, hint
 __all__ = ["load_json", "read_csv", "read_dataframe", "read_folders", "read_json", "read_parents"]
 
 
-def read_csv(file: str | Path, columns: Sequence[str] | None = None) -> tuple[list[NodePath], list[str]]:
+def read_csv(
+    file: str | Path, columns: Sequence[str] | None = None
+) -> tuple[list[NodePath], list[str]]:
     """The leaves of a CSV file, one a row, and the columns they were read from."""
     with open(file, newline="", encoding="utf-8-sig") as stream:
         reader = csv.reader(stream)
@@ -30,15 +35,21 @@ def read_csv(file: str | Path, columns: Sequence[str] | None = None) -> tuple[li
     paths = []
     for line, row in rows:
         if len(row) > len(header):
-            raise ValueError(f"{file}, line {line}: {len(row)} cells, but the header names {len(header)}; quote "
-                             f"cells that contain a comma")
+            raise ValueError(
+                f"{file}, line {line}: {len(row)} cells, but the header names {len(header)}; quote "
+                f"cells that contain a comma"
+            )
         cells = dict(zip(header, row + [""] * (len(header) - len(row)), strict=True))
         paths.append(_row_path([cells[name] for name in wanted], f"{file}, line {line}"))
     return paths, wanted
 
 
-def read_dataframe(frame: Any, columns: Sequence[Any] | None = None) -> tuple[list[NodePath], list[str]]:
-    """The leaves of a data frame, each once in order of appearance, and the columns they were read from."""
+def read_dataframe(
+    frame: Any, columns: Sequence[Any] | None = None
+) -> tuple[list[NodePath], list[str]]:
+    """The leaves of a data frame, each once in order of appearance, and the columns they were
+    read from.
+    """
     if not hasattr(frame, "columns"):
         raise TypeError(f"a data frame has columns, as pandas' does; got {type(frame).__name__}")
     wanted = _pick_columns(list(frame.columns), columns, "the data frame")
@@ -52,7 +63,8 @@ def _cell(value: Any) -> str:
     if isinstance(value, str):
         return value.strip()
     if isinstance(value, float) and value.is_integer():
-        return str(int(value))  # pandas turns a column of integers to floats as soon as one is missing
+        # pandas turns a column of integers to floats as soon as one is missing
+        return str(int(value))
     text = str(value)
     return "" if text in ("None", "nan", "NaT", "<NA>") else text
 
@@ -65,15 +77,19 @@ def _pick_columns(header: Sequence[Any], columns: Sequence[Any] | None, source: 
     if len(set(header)) < len(header) or not all(str(name).strip() for name in header):
         raise ValueError(f"{source}: each column needs a name of its own, got {header}")
     if not wanted:
-        raise ValueError(f"{source} needs at least one column for a level, got none; its columns are {header}")
+        raise ValueError(
+            f"{source} needs at least one column for a level, got none; its columns are {header}"
+        )
     return wanted
 
 
 def _row_path(cells: Sequence[str], where: str) -> NodePath:
     """A row's path: its cells up to the first empty one, after which there may be no other."""
     names = tuple(cell for cell in cells if cell)
-    if tuple(cells[:len(names)]) != names:
-        raise ValueError(f"{where}: empty name above a class: {list(cells)}; only the last cells of a row may be empty")
+    if tuple(cells[: len(names)]) != names:
+        raise ValueError(
+            f"{where}: empty name above a class: {list(cells)}; only the last cells of a row may be empty"
+        )
     return names
 
 
@@ -86,7 +102,9 @@ def _no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """JSON's last-one-wins would drop a whole branch without a word."""
     keys = [key for key, _ in pairs]
     if len(set(keys)) < len(keys):
-        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)!r} occurs twice in one JSON object")
+        raise ValueError(
+            f"{next(key for key in keys if keys.count(key) > 1)!r} occurs twice in one JSON object"
+        )
     return dict(pairs)
 
 
@@ -102,14 +120,23 @@ def read_json(node: Any, path: NodePath = ()) -> list[NodePath]:
     if isinstance(node, Sequence) and not isinstance(node, str):
         if not node and path:
             raise ValueError(f"{where} has an empty list of children; write null for a leaf")
-        return [leaf for item in node
-                for leaf in ([(*path, item)] if isinstance(item, str) else _walk_json_item(item, path, where))]
-    raise ValueError(f"{where} holds {node!r}; expected an object of children, a list of leaf names, or null")
+        return [
+            leaf
+            for item in node
+            for leaf in (
+                [(*path, item)] if isinstance(item, str) else _walk_json_item(item, path, where)
+            )
+        ]
+    raise ValueError(
+        f"{where} holds {node!r}; expected an object of children, a list of leaf names, or null"
+    )
 
 
 def _walk_json_item(item: Any, path: NodePath, where: str) -> list[NodePath]:
     if not isinstance(item, Mapping):
-        raise ValueError(f"the list under {where} holds {item!r}; expected leaf names in quotes, or objects")
+        raise ValueError(
+            f"the list under {where} holds {item!r}; expected leaf names in quotes, or objects"
+        )
     return read_json(item, path)
 
 
@@ -125,7 +152,9 @@ def read_folders(root: str | Path) -> list[NodePath]:
 
 
 def _walk_folders(folder: Path, path: NodePath, above: tuple[Path, ...]) -> list[NodePath]:
-    below = sorted(child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
+    below = sorted(
+        child for child in folder.iterdir() if child.is_dir() and not child.name.startswith(".")
+    )
     leaves = []
     for child in below:
         real = child.resolve()
@@ -136,9 +165,13 @@ def _walk_folders(folder: Path, path: NodePath, above: tuple[Path, ...]) -> list
 
 
 def read_parents(
-    classes: Sequence[str], maps: Any, names: Sequence[Sequence[str] | None] | None, levels: Sequence[str] | None,
+    classes: Sequence[str],
+    maps: Any,
+    names: Sequence[Sequence[str] | None] | None,
+    levels: Sequence[str] | None,
 ) -> tuple[list[NodePath], list[list[NodePath]] | None]:
-    """The leaves of maps from child to parent, and the order of each level's nodes where there is a map for each step.
+    """The leaves of maps from child to parent, and the order of each level's nodes where there is a
+    map for each step.
 
     Args:
         classes: the leaves' names in class order.
@@ -154,13 +187,17 @@ def read_parents(
         edges = _as_map(maps)
         if not any(isinstance(key, Integral) for key in edges):
             if names is not None:
-                raise ValueError("names belong to a list of maps; a map of the whole forest names its parents")
+                raise ValueError(
+                    "names belong to a list of maps; a map of the whole forest names its parents"
+                )
             return _climb(classes, edges), None
         maps = [maps]
     if names is not None and len(names) != len(maps):
         raise ValueError(f"names needs one entry per map ({len(maps)}), got {len(names)}")
     if levels is not None and len(levels) != len(maps) + 1:
-        raise ValueError(f"{len(maps)} maps make {len(maps) + 1} levels, got {len(levels)} level names")
+        raise ValueError(
+            f"{len(maps)} maps make {len(maps) + 1} levels, got {len(levels)} level names"
+        )
     rows = [classes]  # names per level, finest first
     steps = []  # for each map, the parent's name of each name
     for i, given in enumerate(maps):
@@ -176,9 +213,16 @@ def read_parents(
 
 
 def _is_pair(item: Any) -> bool:
-    """Whether it is (child, parent); a map written as a list never looks like that, as it holds indices or pairs."""
-    return (isinstance(item, (tuple, list)) and len(item) == 2 and isinstance(item[0], str)
-            and (item[1] is None or isinstance(item[1], str)))
+    """Whether it is (child, parent).
+
+    A map written as a list never looks like that, as it holds indices or pairs.
+    """
+    return (
+        isinstance(item, (tuple, list))
+        and len(item) == 2
+        and isinstance(item[0], str)
+        and (item[1] is None or isinstance(item[1], str))
+    )
 
 
 def _as_map(given: Any) -> dict[Any, Any]:
@@ -192,9 +236,15 @@ def _as_map(given: Any) -> dict[Any, Any]:
             if edges.setdefault(child, parent) != parent:
                 raise ValueError(f"{child!r} has a second parent: {edges[child]!r} and {parent!r}")
         return edges
-    if isinstance(given, Sequence) and given and all(isinstance(index, Integral) for index in given):
+    if (
+        isinstance(given, Sequence)
+        and given
+        and all(isinstance(index, Integral) for index in given)
+    ):
         return dict(enumerate(given))
-    raise ValueError(f"a map is a dict, a list of (child, parent) names, or a list of parent indices; got {given!r}")
+    raise ValueError(
+        f"a map is a dict, a list of (child, parent) names, or a list of parent indices; got {given!r}"
+    )
 
 
 def _climb(classes: Sequence[str], edges: Mapping[str, str | None]) -> list[NodePath]:
@@ -203,19 +253,27 @@ def _climb(classes: Sequence[str], edges: Mapping[str, str | None]) -> list[Node
         path = [name]
         while (parent := edges.get(path[0])) is not None:
             if parent in path:
-                raise ValueError(f'cycle: {" -> ".join([*path[::-1], parent])}')
+                raise ValueError(f"cycle: {' -> '.join([*path[::-1], parent])}")
             path.insert(0, parent)
         paths.append(tuple(path))
     used = {name for path in paths for name in path}
     if unused := [name for name in edges if name not in used]:
-        raise ValueError(f"{unused[0]!r} has a parent but is neither a class nor above one{hint(unused[0], used)}")
+        raise ValueError(
+            f"{unused[0]!r} has a parent but is neither a class nor above one{hint(unused[0], used)}"
+        )
     return paths
 
 
 def _one_step(
-    row: Sequence[str], edges: Mapping[Any, Any], names: Sequence[str] | None, title: str,
+    row: Sequence[str],
+    edges: Mapping[Any, Any],
+    names: Sequence[str] | None,
+    title: str,
 ) -> tuple[dict[str, str], list[str]]:
-    """One map from a level to the next: the parent's name of each name, and the parents in order of their indices."""
+    """One map from a level to the next.
+
+    The parent's name of each name, and the parents in order of their indices.
+    """
     by_index = any(isinstance(key, Integral) for key in edges)
     keys: Sequence[Any] = range(len(row)) if by_index else row
     kind = "index" if by_index else "class"
@@ -224,22 +282,32 @@ def _one_step(
             raise ValueError(f"{kind} {key!r} has no parent on {title}")
     known = set(keys)
     if unknown := [key for key in edges if key not in known]:
-        raise ValueError(f"{kind} {unknown[0]!r} has a parent on {title}, but there is no such class"
-                         f"{hint(str(unknown[0]), row)}")
+        raise ValueError(
+            f"{kind} {unknown[0]!r} has a parent on {title}, but there is no such class"
+            f"{hint(str(unknown[0]), row)}"
+        )
     if not by_index:
-        upper = list(names) if names is not None else list(dict.fromkeys(edges[key] for key in keys))
+        upper = (
+            list(names) if names is not None else list(dict.fromkeys(edges[key] for key in keys))
+        )
         if set(upper) != {edges[key] for key in keys} or len(set(upper)) < len(upper):
-            raise ValueError(f"names of {title} must list each parent once: "
-                             f"{sorted(map(str, {edges[key] for key in keys}))}, got {upper}")
+            raise ValueError(
+                f"names of {title} must list each parent once: "
+                f"{sorted(map(str, {edges[key] for key in keys}))}, got {upper}"
+            )
         return dict(edges), upper
     used = {edges[key] for key in keys}
     if not all(isinstance(index, Integral) and int(index) >= 0 for index in used):
-        raise ValueError(f"a map whose keys are indices must have indices from 0 as values too, got "
-                         f"{sorted(map(str, used))}")
+        raise ValueError(
+            f"a map whose keys are indices must have indices from 0 as values too, got "
+            f"{sorted(map(str, used))}"
+        )
     count = max(used) + 1 if names is None else len(names)
     if used != set(range(count)):
-        raise ValueError(f"{title} has {count} classes, so parents must be each of 0 to {count - 1}; got "
-                         f"{sorted(used)}: an index without children would be an empty class")
+        raise ValueError(
+            f"{title} has {count} classes, so parents must be each of 0 to {count - 1}; got "
+            f"{sorted(used)}: an index without children would be an empty class"
+        )
     upper = list(names) if names is not None else [f"{title}_{i}" for i in range(count)]
     if len(set(upper)) < len(upper):
         raise ValueError(f"names of {title} must differ from each other, got {upper}")

@@ -1,11 +1,14 @@
-"""The lookup tables behind a :class:`Taxonomy`: every level's class index of each leaf and of each node."""
+"""The lookup tables behind a :class:`Taxonomy`.
+
+Every level's class index of each leaf and of each node.
+"""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from timm_branches.taxonomy.paths import NodePath
 
@@ -14,12 +17,14 @@ __all__ = ["LevelTables", "as_labels", "build_tables"]
 
 class LevelTables(NamedTuple):
     """Tensors that labels index. An extra last row makes index -1, "unknown", read as all -1."""
+
     leaf_index: dict[NodePath, int]  # leaf -> its index
     node_index: dict[NodePath, int]  # node -> its class index on its level
-    leaf: Tensor  # (leaves + 1, L)
-    ancestors: tuple[Tensor, ...]  # per level (nodes + 1, L): each node's own and ancestors' indices
-    is_leaf: tuple[Tensor, ...]  # per level (nodes,) bool
-    heights: tuple[Tensor, ...]  # per level (nodes,): steps down to the deepest leaf
+    leaf: torch.Tensor  # (leaves + 1, L)
+    # per level (nodes + 1, L): each node's own and ancestors' indices
+    ancestors: tuple[torch.Tensor, ...]
+    is_leaf: tuple[torch.Tensor, ...]  # per level (nodes,) bool
+    heights: tuple[torch.Tensor, ...]  # per level (nodes,): steps down to the deepest leaf
 
 
 def build_tables(leaves: Sequence[NodePath], nodes: Sequence[Sequence[NodePath]]) -> LevelTables:
@@ -27,25 +32,36 @@ def build_tables(leaves: Sequence[NodePath], nodes: Sequence[Sequence[NodePath]]
     node_index = {path: i for level in nodes for i, path in enumerate(level)}
     leaf_index = {path: i for i, path in enumerate(leaves)}
 
-    def rows(paths: Sequence[NodePath]) -> Tensor:
+    def rows(paths: Sequence[NodePath]) -> torch.Tensor:
         # device='cpu': a model built under torch.device('meta') must not take the tables along
-        data = [[node_index[path[:d + 1]] if d < len(path) else -1 for d in range(len(nodes))] for path in paths]
+        data = [
+            [node_index[path[: d + 1]] if d < len(path) else -1 for d in range(len(nodes))]
+            for path in paths
+        ]
         return torch.tensor([*data, [-1] * len(nodes)], dtype=torch.long, device="cpu")
 
-    is_leaf = tuple(torch.tensor([path in leaf_index for path in level], device="cpu") for level in nodes)
+    is_leaf = tuple(
+        torch.tensor([path in leaf_index for path in level], device="cpu") for level in nodes
+    )
     leaf = rows(leaves)
     depth = (leaf >= 0).sum(1)
     heights = []
     for level, paths in enumerate(nodes):
         below = leaf[:, level] >= 0
         deepest = torch.zeros(len(paths), dtype=torch.long, device="cpu")
-        heights.append(deepest.scatter_reduce(0, leaf[below, level], depth[below], "amax") - level - 1)
-    return LevelTables(leaf_index, node_index, leaf, tuple(map(rows, nodes)), is_leaf, tuple(heights))
+        heights.append(
+            deepest.scatter_reduce(0, leaf[below, level], depth[below], "amax") - level - 1
+        )
+    return LevelTables(
+        leaf_index, node_index, leaf, tuple(map(rows, nodes)), is_leaf, tuple(heights)
+    )
 
 
-def as_labels(labels: Any, count: int, what: str) -> Tensor:
+def as_labels(labels: Any, count: int, what: str) -> torch.Tensor:
     """Labels as a LongTensor, after making sure that all are in [-1, count)."""
-    labels = torch.as_tensor(labels, device="cpu") if not isinstance(labels, Tensor) else labels
+    labels = (
+        torch.as_tensor(labels, device="cpu") if not isinstance(labels, torch.Tensor) else labels
+    )
     if labels.numel() == 0:  # an empty list has no integer type
         return labels.long()
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
@@ -53,6 +69,8 @@ def as_labels(labels: Any, count: int, what: str) -> Tensor:
     labels = labels.long()
     wrong = (labels < -1) | (labels >= count)
     if wrong.any():
-        raise ValueError(f"{what} {int(labels[wrong][0])} is out of range; legal are 0 to {count - 1}, and -1 for "
-                         f"unknown")
+        raise ValueError(
+            f"{what} {int(labels[wrong][0])} is out of range; legal are 0 to {count - 1}, and -1 for "
+            f"unknown"
+        )
     return labels

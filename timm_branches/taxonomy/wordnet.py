@@ -2,6 +2,7 @@
 
 Documented at `Taxonomy.from_wordnet`, which calls :func:`read_wordnet`.
 """
+
 from __future__ import annotations
 
 import re
@@ -35,8 +36,10 @@ def read_wordnet(classes: Iterable[Any]) -> list[NodePath]:
             node = node.setdefault(synset.name(), {})
             lemmas[synset.name()] = synset.lemma_names()[0].replace("_", " ")
         if "" in node:
-            raise ValueError(f"{first[chain[-1].name()]!r} and {labels[i]!r} both mean {chain[-1].name()} in WordNet; "
-                             f"give the synset that is meant, such as 'crane.n.04'")
+            raise ValueError(
+                f"{first[chain[-1].name()]!r} and {labels[i]!r} both mean {chain[-1].name()} in WordNet; "
+                f"give the synset that is meant, such as 'crane.n.04'"
+            )
         node[""] = i
         first[chain[-1].name()] = labels[i]
     paths: dict[int, NodePath] = {}
@@ -45,8 +48,14 @@ def read_wordnet(classes: Iterable[Any]) -> list[NodePath]:
     return [paths[i] for i in range(len(items))]
 
 
-def _name_below(name: str, node: _Node | int, path: NodePath, labels: list[str], lemmas: dict[str, str],
-                paths: dict[int, NodePath]) -> None:
+def _name_below(
+    name: str,
+    node: _Node | int,
+    path: NodePath,
+    labels: list[str],
+    lemmas: dict[str, str],
+    paths: dict[int, NodePath],
+) -> None:
     """Write the paths of all leaves below a node whose own path is `path`."""
     name, node = _skip_single(name, node)
     if isinstance(node, int):  # there is only one class
@@ -73,8 +82,10 @@ def _load() -> Any:
     try:
         from nltk.corpus import wordnet
     except ImportError as error:
-        raise ImportError(f"Taxonomy.from_wordnet needs nltk, which is not installed ({error}). Install it with: pip "
-                          f"install nltk") from error
+        raise ImportError(
+            f"Taxonomy.from_wordnet needs nltk, which is not installed ({error}). Install it with: pip "
+            f"install nltk"
+        ) from error
     try:
         wordnet.ensure_loaded()
     except LookupError as error:
@@ -85,8 +96,10 @@ def _load() -> Any:
 def _missing_data(error: LookupError) -> LookupError:
     if isinstance(error, (KeyError, IndexError)):
         return error
-    return LookupError("nltk is installed, but WordNet's data is not. Download it with: python -m nltk.downloader "
-                       "wordnet")
+    return LookupError(
+        "nltk is installed, but WordNet's data is not. Download it with: python -m nltk.downloader "
+        "wordnet"
+    )
 
 
 def _look_up(wordnet: Any, item: Any) -> Any:
@@ -94,20 +107,26 @@ def _look_up(wordnet: Any, item: Any) -> Any:
     if hasattr(item, "hypernym_paths"):
         return item
     if not isinstance(item, str):
-        raise ValueError(f"a class is a word, a synset's name like 'dog.n.01', an ImageNet id like 'n02084071' or a "
-                         f"synset of nltk; got {item!r}")
+        raise ValueError(
+            f"a class is a word, a synset's name like 'dog.n.01', an ImageNet id like 'n02084071' or a "
+            f"synset of nltk; got {item!r}"
+        )
     if re.fullmatch(r"[nvars]\d{8}", item):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # we say it ourselves
             found, what = wordnet.synset_from_pos_and_offset(item[0], int(item[1:])), "synset"
     elif re.fullmatch(r".+\.[nvars]\.\d+", item):
         from nltk.corpus.reader.wordnet import WordNetError
+
         try:
             found, what = wordnet.synset(item), "synset"
         except WordNetError:
             found, what = None, "synset"
     else:
-        found, what = next(iter(wordnet.synsets(item.strip().replace(" ", "_"), pos="n")), None), "noun"
+        found, what = (
+            next(iter(wordnet.synsets(item.strip().replace(" ", "_"), pos="n")), None),
+            "noun",
+        )
     if found is None:
         raise ValueError(f"WordNet has no {what} {item!r}")
     return found

@@ -5,5 +5,13 @@ from timm_branches.train.loop import FitResult, evaluate, fit
 from timm_branches.train.lr import PiecewiseLR
 from timm_branches.train.process import is_primary, setup_device
 
-__all__ = ["FitConfig", "FitResult", "PiecewiseLR", "add_fit_arguments", "evaluate", "fit", "is_primary",
-           "setup_device"]
+__all__ = [
+    "FitConfig",
+    "FitResult",
+    "PiecewiseLR",
+    "add_fit_arguments",
+    "evaluate",
+    "fit",
+    "is_primary",
+    "setup_device",
+]

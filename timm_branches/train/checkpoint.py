@@ -1,4 +1,7 @@
-"""Training checkpoints: nested state (models, optimizer, scaler, schedule) in one safetensors file, without pickle."""
+"""Training checkpoints.
+
+Nested state (models, optimizer, scaler, schedule) in one safetensors file, without pickle.
+"""
 
 import json
 import os
@@ -42,11 +45,15 @@ def load_state(path: "str | os.PathLike") -> dict:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("producer") != _PRODUCER:
-                raise ValueError(f"{path} is not a training checkpoint of timm_branches. (To start from a model's "
-                                 "weights, give it as the checkpoint of a new run.)")
+                raise ValueError(
+                    f"{path} is not a training checkpoint of timm_branches. (To start from a model's "
+                    "weights, give it as the checkpoint of a new run.)"
+                )
             return _decode(json.loads(metadata["state"]), file)
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged: it was cut, or is something else ({error}).") from None
+        raise ValueError(
+            f"{path} is damaged: it was cut, or is something else ({error})."
+        ) from None
 
 
 def _encode(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
@@ -57,7 +64,9 @@ def _encode(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
     if isinstance(value, dict):  # as pairs: JSON turns integer keys into strings
         for key in value:
             if not (key is None or isinstance(key, (bool, int, float, str))):
-                raise TypeError(f"a checkpoint cannot hold a dict with a key of type {type(key).__name__}: {key!r}")
+                raise TypeError(
+                    f"a checkpoint cannot hold a dict with a key of type {type(key).__name__}: {key!r}"
+                )
         return {"dict": [[k, _encode(v, tensors)] for k, v in value.items()]}
     if isinstance(value, (list, tuple)):
         return [_encode(v, tensors) for v in value]

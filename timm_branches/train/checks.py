@@ -8,7 +8,8 @@ __all__ = ["check_losses", "check_weights"]
 
 
 def check_losses(pending: list[tuple[int, dict[str, torch.Tensor]]], epoch: int) -> None:
-    """Raise a FloatingPointError that names level, epoch and batch if one of the losses is not finite.
+    """Raise a FloatingPointError that names level, epoch and batch if one of the losses is not
+    finite.
 
     Args:
         pending: Pairs of a batch's number and its losses by level.
@@ -22,7 +23,8 @@ def check_losses(pending: list[tuple[int, dict[str, torch.Tensor]]], epoch: int)
         raise FloatingPointError(
             f"The loss of level {name!r} became {float(values[int(bad[0])])} in batch {index} of epoch {epoch} (both "
             "counted from 0). Training stops; the files of the last good epoch stay. A smaller --lr, --clip-grad 1, "
-            "or --amp-dtype bfloat16 instead of float16 help most often.")
+            "or --amp-dtype bfloat16 instead of float16 help most often."
+        )
 
 
 def check_weights(task: HeadsTask, epoch: int) -> None:
@@ -32,11 +34,21 @@ def check_weights(task: HeadsTask, epoch: int) -> None:
     checkpoint unseen.
     """
     model = base_model(task)
-    parts = {"backbone": model.backbone, **{f"head {name!r}": model.head(name) for name in task.needed_heads()}}
-    parameters = [(part, name, p) for part, module in parts.items() for name, p in module.named_parameters()]
+    parts = {
+        "backbone": model.backbone,
+        **{f"head {name!r}": model.head(name) for name in task.needed_heads()},
+    }
+    parameters = [
+        (part, name, p) for part, module in parts.items() for name, p in module.named_parameters()
+    ]
     finite = torch.stack([p.detach().isfinite().all() for *_, p in parameters]).tolist()
-    bad = [f"{name} of {part}" for (part, name, _), ok in zip(parameters, finite, strict=True) if not ok]
+    bad = [
+        f"{name} of {part}"
+        for (part, name, _), ok in zip(parameters, finite, strict=True)
+        if not ok
+    ]
     if bad:
         raise FloatingPointError(
             f"{len(bad)} weights, among them {bad[0]}, became NaN or infinite in epoch {epoch} (counted from 0). "
-            "Training stops; the files of the last good epoch stay. A smaller --lr or --clip-grad 1 help most often.")
+            "Training stops; the files of the last good epoch stay. A smaller --lr or --clip-grad 1 help most often."
+        )

@@ -1,4 +1,6 @@
-"""Is it worth it? Several seeds of several methods as one table, and a verdict that the numbers bear."""
+"""Is it worth it? Several seeds of several methods as one table, and a verdict that the numbers
+bear.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -37,7 +39,9 @@ class Difference:
         return f"{self.mean:+.2f} [{self.low:+.2f}, {self.high:+.2f}]"
 
 
-def paired_difference(a: Sequence[float], b: Sequence[float], confidence: float = 0.95) -> Difference:
+def paired_difference(
+    a: Sequence[float], b: Sequence[float], confidence: float = 0.95
+) -> Difference:
     """Mean of a - b over seeds with Student's confidence interval; pairs share data and seed.
 
     mean +- t_{n-1} * s / sqrt(n), with s the standard deviation of the differences.
@@ -58,7 +62,9 @@ def paired_difference(a: Sequence[float], b: Sequence[float], confidence: float 
         '+1.67 [+0.23, +3.10]'
     """
     if len(a) != len(b) or not a:
-        raise ValueError(f"a paired difference needs as many values on either side, got {len(a)} and {len(b)}.")
+        raise ValueError(
+            f"a paired difference needs as many values on either side, got {len(a)} and {len(b)}."
+        )
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must be in (0, 1), got {confidence}.")
     differences = [x - y for x, y in zip(a, b, strict=True)]
@@ -66,6 +72,7 @@ def paired_difference(a: Sequence[float], b: Sequence[float], confidence: float 
     if count == 1:
         return Difference(mean, -math.inf, math.inf, 1)
     from scipy.stats import t
+
     half = float(t.ppf((1 + confidence) / 2, count - 1)) * stdev(differences) / math.sqrt(count)
     return Difference(mean, mean - half, mean + half, count)
 
@@ -81,6 +88,7 @@ def comparison_table(results: Results, columns: Mapping[str, str], decimals: int
     Returns:
         Text. One seed has no deviation, so it stands alone.
     """
+
     def cell(runs: Sequence[Mapping[str, float]], metric: str) -> str:
         values = [run[metric] for run in runs if metric in run]
         if not values:
@@ -88,16 +96,30 @@ def comparison_table(results: Results, columns: Mapping[str, str], decimals: int
         text = f"{fmean(values):.{decimals}f}"
         return f"{text} ± {stdev(values):.{decimals}f}" if len(values) > 1 else text
 
-    rows = [["", *columns.values()], *([name, *(cell(runs, c) for c in columns)] for name, runs in results.items())]
+    rows = [
+        ["", *columns.values()],
+        *([name, *(cell(runs, c) for c in columns)] for name, runs in results.items()),
+    ]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(text.ljust(w) if i == 0 else text.rjust(w) for i, (text, w) in
-                       enumerate(zip(row, widths, strict=True))).rstrip() for row in rows]
+    lines = [
+        "  ".join(
+            text.ljust(w) if i == 0 else text.rjust(w)
+            for i, (text, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
     lines.insert(1, "-" * max(map(len, lines)))
     return "\n".join(lines)
 
 
-def verdict(results: Results, method: str, baseline: str, metric: str, title: str = "",
-            lower_is_better: bool = False) -> str:
+def verdict(
+    results: Results,
+    method: str,
+    baseline: str,
+    metric: str,
+    title: str = "",
+    lower_is_better: bool = False,
+) -> str:
     """One sentence: whether a method beats another on a metric, as far as these seeds can tell.
 
     Args:
@@ -109,16 +131,20 @@ def verdict(results: Results, method: str, baseline: str, metric: str, title: st
         lower_is_better: For distances.
 
     Returns:
-        The sentence with the paired difference and its 95 % interval. It says "no measurable gain" whenever the
-        interval holds zero, and "no verdict" for a single seed.
+        The sentence with the paired difference and its 95 % interval. It says "no measurable gain"
+        whenever the interval holds zero, and "no verdict" for a single seed.
 
     Raises:
         ValueError: A method or metric is not among the results.
     """
     for name in (method, baseline):
         if name not in results or any(metric not in run for run in results[name]):
-            raise ValueError(f"no {metric!r} of {name!r} among the results of {', '.join(results)}.")
-    difference = paired_difference([run[metric] for run in results[method]], [run[metric] for run in results[baseline]])
+            raise ValueError(
+                f"no {metric!r} of {name!r} among the results of {', '.join(results)}."
+            )
+    difference = paired_difference(
+        [run[metric] for run in results[method]], [run[metric] for run in results[baseline]]
+    )
     what = f"{method} against {baseline}, {title or metric}: {difference}"
     if difference.count == 1:
         return f"No verdict from a single seed. {what}."
@@ -126,4 +152,4 @@ def verdict(results: Results, method: str, baseline: str, metric: str, title: st
     if not difference.measurable:
         return f"No measurable gain. {what} ({seeds})."
     better = (difference.mean > 0) != lower_is_better
-    return f'{"A measurable gain" if better else "A measurable loss"}. {what} ({seeds}).'
+    return f"{'A measurable gain' if better else 'A measurable loss'}. {what} ({seeds})."

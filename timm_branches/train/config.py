@@ -14,7 +14,8 @@ def _setting(default: Any, text: str, **kwargs: Any) -> Any:
 
 @dataclass
 class FitConfig:
-    """What ``fit`` needs to know beside task and data. Names and meanings are those of timm's train.py.
+    """What ``fit`` needs to know beside task and data. Names and meanings are those of timm's
+    train.py.
 
     Raises:
         ValueError: A value outside its range, or settings that do not go together.
@@ -28,7 +29,9 @@ class FitConfig:
     epochs: int = _setting(20, "epochs to train")
     seed: int = _setting(0, "seed of everything random")
     device: str = _setting("", "cpu, cuda, ...; cuda if there is one")
-    resume: str = _setting("", "checkpoint to continue from, or 'auto' for the output folder's if there is one")
+    resume: str = _setting(
+        "", "checkpoint to continue from, or 'auto' for the output folder's if there is one"
+    )
 
     opt: str = _setting("sgd", "timm optimizer")
     lr: float = _setting(0.05, "learning rate")
@@ -36,7 +39,9 @@ class FitConfig:
     momentum: float = _setting(0.9, "momentum")
     layer_decay: float | None = _setting(None, "layer-wise learning-rate decay")
     sched: str = _setting("cosine", "timm scheduler, or 'piecewise' with --lr-steps")
-    lr_steps: str = _setting("", "learning rate from given 0-based epochs on, such as '0:3e-3;41:5e-4' (piecewise)")
+    lr_steps: str = _setting(
+        "", "learning rate from given 0-based epochs on, such as '0:3e-3;41:5e-4' (piecewise)"
+    )
     min_lr: float = _setting(0.0, "lowest learning rate")
     warmup_epochs: int = _setting(0, "epochs of linear warm-up")
     warmup_lr: float = _setting(1e-5, "learning rate at the start of warm-up")
@@ -50,17 +55,29 @@ class FitConfig:
     amp_dtype: str = _setting("bfloat16", "bfloat16 or float16", choices=("bfloat16", "float16"))
     channels_last: bool = _setting(False, "channels_last memory layout")
     torchcompile: bool = _setting(False, "compile the model")
-    grad_checkpointing: bool = _setting(False, "recompute the backbone's activations in the backward pass")
-    freeze_backbone: bool = _setting(False, "train the heads only; BatchNorm of the backbone is fixed too")
+    grad_checkpointing: bool = _setting(
+        False, "recompute the backbone's activations in the backward pass"
+    )
+    freeze_backbone: bool = _setting(
+        False, "train the heads only; BatchNorm of the backbone is fixed too"
+    )
     sync_bn: bool = _setting(False, "BatchNorm over all GPUs (DDP)")
 
-    model_ema: bool = _setting(False, "keep a moving average of the weights; it is what is evaluated and saved")
+    model_ema: bool = _setting(
+        False, "keep a moving average of the weights; it is what is evaluated and saved"
+    )
     model_ema_decay: float = _setting(0.9998, "decay of the moving average")
     model_ema_warmup: bool = _setting(False, "smaller decay at the start")
 
-    check: bool = _setting(False, "look for common faults in model and labels on one batch before training")
-    conflicts: int = _setting(0, "times an epoch at which the cosines between the branches' gradients are logged")
-    eval_metric: str = _setting("", "metric of the best model; by default the accuracy of the finest level")
+    check: bool = _setting(
+        False, "look for common faults in model and labels on one batch before training"
+    )
+    conflicts: int = _setting(
+        0, "times an epoch at which the cosines between the branches' gradients are logged"
+    )
+    eval_metric: str = _setting(
+        "", "metric of the best model; by default the accuracy of the finest level"
+    )
     tensorboard: bool = _setting(False, "log to TensorBoard")
     wandb: str = _setting("", "log to this wandb project")
     plots: bool = _setting(True, "draw curves and confusion matrices at the end")
@@ -74,25 +91,35 @@ class FitConfig:
                 raise ValueError(f"{_flag(name)} must be above 0, got {getattr(self, name)!r}.")
         for name in ("weight_decay", "min_lr", "warmup_epochs", "conflicts"):
             if not getattr(self, name) >= 0:
-                raise ValueError(f"{_flag(name)} must not be negative, got {getattr(self, name)!r}.")
+                raise ValueError(
+                    f"{_flag(name)} must not be negative, got {getattr(self, name)!r}."
+                )
         if self.clip_grad is not None and not self.clip_grad > 0:
-            raise ValueError(f"--clip-grad must be above 0, got {self.clip_grad!r}: leave it out not to clip.")
+            raise ValueError(
+                f"--clip-grad must be above 0, got {self.clip_grad!r}: leave it out not to clip."
+            )
         if not 0 <= self.model_ema_decay < 1:
             raise ValueError(f"--model-ema-decay must be in [0, 1), got {self.model_ema_decay!r}.")
         if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
             raise ValueError(f"--layer-decay must be in (0, 1], got {self.layer_decay!r}.")
         if (self.sched == "piecewise") != bool(self.lr_steps):
-            raise ValueError("--sched piecewise and --lr-steps go together: "
-                             f"got --sched {self.sched} and --lr-steps {self.lr_steps!r}.")
+            raise ValueError(
+                "--sched piecewise and --lr-steps go together: "
+                f"got --sched {self.sched} and --lr-steps {self.lr_steps!r}."
+            )
         if self.sched == "none" and self.layer_decay is not None:
             raise ValueError("--layer-decay has no effect with --sched none: use --sched constant.")
         for name in ("amp_dtype", "clip_mode"):
             choices = next(f for f in fields(self) if f.name == name).metadata["choices"]
             if getattr(self, name) not in choices:
-                raise ValueError(f"{_flag(name)} must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
+                raise ValueError(
+                    f"{_flag(name)} must be one of {', '.join(choices)}, got {getattr(self, name)!r}."
+                )
         steps = self.lr_at()
         if steps and self.lr not in (FitConfig.lr, steps[0]):
-            warnings.warn(f"--lr {self.lr} has no effect beside --lr-steps {self.lr_steps!r}.", stacklevel=3)
+            warnings.warn(
+                f"--lr {self.lr} has no effect beside --lr-steps {self.lr_steps!r}.", stacklevel=3
+            )
         for name, needed in _NEEDS.items():
             if getattr(self, name) != getattr(FitConfig, name) and not getattr(self, needed):
                 warnings.warn(f"{_flag(name)} has no effect without {_flag(needed)}.", stacklevel=3)
@@ -105,10 +132,13 @@ class FitConfig:
             pairs = [part.split(":") for part in self.lr_steps.split(";") if part.strip()]
             steps = {int(epoch): float(lr) for epoch, lr in pairs}
         except ValueError:
-            raise ValueError(f"--lr-steps {self.lr_steps!r}: write epoch:rate pairs, such as '0:3e-3;41:5e-4'."
-                             ) from None
+            raise ValueError(
+                f"--lr-steps {self.lr_steps!r}: write epoch:rate pairs, such as '0:3e-3;41:5e-4'."
+            ) from None
         if 0 not in steps or any(lr <= 0 for lr in steps.values()):
-            raise ValueError(f"--lr-steps {self.lr_steps!r}: epoch 0 must be given and rates be above 0.")
+            raise ValueError(
+                f"--lr-steps {self.lr_steps!r}: epoch 0 must be given and rates be above 0."
+            )
         return dict(sorted(steps.items()))
 
     @classmethod
@@ -118,8 +148,13 @@ class FitConfig:
 
 
 # settings that do nothing unless another is on
-_NEEDS = {"amp_dtype": "amp", "model_ema_decay": "model_ema", "model_ema_warmup": "model_ema", "clip_mode": "clip_grad",
-          "warmup_lr": "warmup_epochs"}
+_NEEDS = {
+    "amp_dtype": "amp",
+    "model_ema_decay": "model_ema",
+    "model_ema_warmup": "model_ema",
+    "clip_mode": "clip_grad",
+    "warmup_lr": "warmup_epochs",
+}
 
 
 def _flag(name: str) -> str:
@@ -131,11 +166,21 @@ def add_fit_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("training (timm's names)")
     for f in fields(FitConfig):
         assert f.default is not MISSING
-        convert = float if f.default is None else type(f.default)  # None is the default of "float | None" only
+        # None is the default of "float | None" only
+        convert = float if f.default is None else type(f.default)
         if convert is bool:
-            group.add_argument(_flag(f.name), action=argparse.BooleanOptionalAction, default=f.default,
-                               help=f.metadata["help"])
+            group.add_argument(
+                _flag(f.name),
+                action=argparse.BooleanOptionalAction,
+                default=f.default,
+                help=f.metadata["help"],
+            )
         else:
-            group.add_argument(_flag(f.name), type=convert, default=f.default, choices=f.metadata.get("choices"),
-                               help=f"{f.metadata['help']} (default: {f.default})".replace("%", "%%"),
-                               metavar=None if f.metadata.get("choices") else convert.__name__.upper())
+            group.add_argument(
+                _flag(f.name),
+                type=convert,
+                default=f.default,
+                choices=f.metadata.get("choices"),
+                help=f"{f.metadata['help']} (default: {f.default})".replace("%", "%%"),
+                metavar=None if f.metadata.get("choices") else convert.__name__.upper(),
+            )

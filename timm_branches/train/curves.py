@@ -1,5 +1,4 @@
-"""Pictures of a run: accuracy per level over the loss-weight schedule, and confusion matrices.
-"""
+"""Pictures of a run: accuracy per level over the loss-weight schedule, and confusion matrices."""
 
 import math
 import os
@@ -13,10 +12,19 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["collapse_figure", "confusion_figure", "history_figure", "plot_collapse", "plot_confusion", "plot_history"]
+__all__ = [
+    "collapse_figure",
+    "confusion_figure",
+    "history_figure",
+    "plot_collapse",
+    "plot_confusion",
+    "plot_history",
+]
 
 
-def plot_history(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike, metric: str = "") -> Path:
+def plot_history(
+    rows: Sequence[Mapping[str, Any]], path: str | os.PathLike, metric: str = ""
+) -> Path:
     """Draw :func:`history_figure` into a PNG, atomically.
 
     Args:
@@ -37,13 +45,15 @@ def history_figure(rows: Sequence[Mapping[str, Any]], metric: str = "") -> "Figu
     """Accuracy of each level by epoch, and below it, on the same axis, how the loss was weighted.
 
     Args:
-        rows: One mapping an epoch with ``epoch``, ``eval_<level>_top1`` (percent) and ``weight_<level>``. Missing
-            values are None, NaN or absent. Of two rows of one epoch the later counts, as after a resume.
-        metric: What to show where no level has an accuracy, such as ``'psnr'`` (the key ``eval_psnr``).
+        rows: One mapping an epoch with ``epoch``, ``eval_<level>_top1`` (percent) and
+            ``weight_<level>``. Missing values are None, NaN or absent. Of two rows of one epoch the
+            later counts, as after a resume.
+        metric: What to show where no level has an accuracy, such as ``'psnr'`` (the key
+            ``eval_psnr``).
 
     Returns:
-        A matplotlib Figure with one axes, or two where there are weights. Levels are those of ``weight_<level>`` in
-        the order of the columns, then those that only have an accuracy.
+        A matplotlib Figure with one axes, or two where there are weights. Levels are those of
+        ``weight_<level>`` in the order of the columns, then those that only have an accuracy.
 
     Raises:
         ValueError: There is no row, or none has a key ``weight_<level>`` or ``eval_<level>_top1``.
@@ -63,8 +73,10 @@ def history_figure(rows: Sequence[Mapping[str, Any]], metric: str = "") -> "Figu
         column, title = "eval_{}_top1", "top-1 accuracy (%)"
     levels = list(dict.fromkeys(weighted + [level for level in measured if level]))
     if not levels:
-        raise ValueError("There is nothing to plot: no row has a key weight_<level> or eval_<level>_top1. "
-                         f"The keys are {keys}.")
+        raise ValueError(
+            "There is nothing to plot: no row has a key weight_<level> or eval_<level>_top1. "
+            f"The keys are {keys}."
+        )
     by_epoch = {_value(row.get("epoch", i)): row for i, row in enumerate(rows)}
     by_epoch = {epoch: by_epoch[epoch] for epoch in sorted(e for e in by_epoch if math.isfinite(e))}
     epochs = list(by_epoch)
@@ -74,11 +86,15 @@ def history_figure(rows: Sequence[Mapping[str, Any]], metric: str = "") -> "Figu
     figure = new_figure(7.2, 5.0 if weighted else 3.8)
     if weighted:
         top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1.1])
-        _draw_weights(bottom, epochs, {lv: _column(by_epoch, f"weight_{lv}") for lv in weighted}, levels)
+        _draw_weights(
+            bottom, epochs, {lv: _column(by_epoch, f"weight_{lv}") for lv in weighted}, levels
+        )
         lowest = bottom
     else:
         top = lowest = figure.subplots()
-    _draw_accuracy(top, epochs, {lv: _column(by_epoch, column.format(lv)) for lv in levels}, levels, title)
+    _draw_accuracy(
+        top, epochs, {lv: _column(by_epoch, column.format(lv)) for lv in levels}, levels, title
+    )
     lowest.set_xlabel("epoch")
     lowest.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     top.set_xlim(epochs[0] - 0.5, epochs[-1] + 0.5)
@@ -86,8 +102,11 @@ def history_figure(rows: Sequence[Mapping[str, Any]], metric: str = "") -> "Figu
     return figure
 
 
-def plot_collapse(histories: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], levels: Sequence[str],
-                  path: str | os.PathLike) -> Path:
+def plot_collapse(
+    histories: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]],
+    levels: Sequence[str],
+    path: str | os.PathLike,
+) -> Path:
     """Draw :func:`collapse_figure` into a PNG, atomically.
 
     Args:
@@ -101,16 +120,21 @@ def plot_collapse(histories: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]
     return save_figure(collapse_figure(histories, levels), path)
 
 
-def collapse_figure(histories: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], levels: Sequence[str]) -> "Figure":
-    """Accuracy by epoch under several loss-weight schedules, a panel a level: what happens to heads turned off.
+def collapse_figure(
+    histories: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], levels: Sequence[str]
+) -> "Figure":
+    """Accuracy by epoch under several loss-weight schedules, a panel a level: what happens to heads
+    turned off.
 
     Args:
-        histories: For each schedule the rows (``epoch``, ``eval_<level>_top1`` in percent, ``weight_<level>``) of each
-            seed's run. The first schedule's epochs in which a level's weight is 0 are shaded in its panel.
+        histories: For each schedule the rows (``epoch``, ``eval_<level>_top1`` in percent,
+            ``weight_<level>``) of each seed's run. The first schedule's epochs in which a level's
+            weight is 0 are shaded in its panel.
         levels: The levels, coarse to fine.
 
     Returns:
-        A matplotlib Figure with one axes a level; thin lines are seeds, the thick one is their mean.
+        A matplotlib Figure with one axes a level; thin lines are seeds, the thick one is their
+        mean.
     """
     figure = new_figure(3.1 * len(levels) + 0.6, 3.4)
     panels = figure.subplots(1, len(levels), squeeze=False)[0]
@@ -123,7 +147,9 @@ def collapse_figure(histories: Mapping[str, Sequence[Sequence[Mapping[str, Any]]
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         for row in next(iter(histories.values()))[0]:
             if row[f"weight_{level}"] == 0:
-                axes.axvspan(row["epoch"] - 0.5, row["epoch"] + 0.5, color="#EEEEEE", linewidth=0, zorder=0)
+                axes.axvspan(
+                    row["epoch"] - 0.5, row["epoch"] + 0.5, color="#EEEEEE", linewidth=0, zorder=0
+                )
         for name, runs in histories.items():
             colour = _colour(name, names)
             curves = [[_value(row[f"eval_{level}_top1"]) for row in run] for run in runs]
@@ -133,14 +159,23 @@ def collapse_figure(histories: Mapping[str, Sequence[Sequence[Mapping[str, Any]]
             mean = [sum(values) / len(values) for values in zip(*curves, strict=True)]
             axes.plot(epochs, mean, color=colour, linewidth=2, label=name)
     panels[0].set_ylabel("top-1 accuracy (%)")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(names), frameon=False,
-                  fontsize=9, labelcolor=INK)
-    figure.suptitle("shaded: the level's weight is 0", fontsize=8, color="#777777", x=0.995, ha="right")
+    figure.legend(
+        *panels[0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=len(names),
+        frameon=False,
+        fontsize=9,
+        labelcolor=INK,
+    )
+    figure.suptitle(
+        "shaded: the level's weight is 0", fontsize=8, color="#777777", x=0.995, ha="right"
+    )
     return figure
 
 
-def _draw_accuracy(axes: "Axes", epochs: list[float], values: dict[str, list[float]], levels: list[str],
-                   title: str) -> None:
+def _draw_accuracy(
+    axes: "Axes", epochs: list[float], values: dict[str, list[float]], levels: list[str], title: str
+) -> None:
     restrain(axes)
     axes.set_ylabel(title)
     axes.grid(axis="y", color=FAINT, linewidth=0.8)
@@ -151,46 +186,83 @@ def _draw_accuracy(axes: "Axes", epochs: list[float], values: dict[str, list[flo
     marker = "o" if len(epochs) <= 20 else None
     ends = []
     for level, column in values.items():
-        # a level that is not evaluated every epoch is still one line, so its gaps are left out, not drawn
+        # a level that is not evaluated every epoch is still one line, so its gaps are left out, not
+        # drawn
         points = [(e, v) for e, v in zip(epochs, column, strict=True) if math.isfinite(v)]
         if points:
             x, y = zip(*points, strict=True)
-            axes.plot(x, y, color=_colour(level, levels), linewidth=2, marker=marker, markersize=4, label=level)
+            axes.plot(
+                x,
+                y,
+                color=_colour(level, levels),
+                linewidth=2,
+                marker=marker,
+                markersize=4,
+                label=level,
+            )
             ends.append((y[-1], level))
     lower, upper = axes.get_ylim()
     heights = _apart(sorted(value for value, _ in ends), lower, upper)
     for (value, level), height in zip(sorted(ends), heights, strict=True):
-        axes.annotate(f"{level}  {value:.1f}", (1.015, height), xycoords=("axes fraction", "data"), va="center",
-                      color=_colour(level, levels), fontsize=10, annotation_clip=False)
+        axes.annotate(
+            f"{level}  {value:.1f}",
+            (1.015, height),
+            xycoords=("axes fraction", "data"),
+            va="center",
+            color=_colour(level, levels),
+            fontsize=10,
+            annotation_clip=False,
+        )
 
 
-def _draw_weights(axes: "Axes", epochs: list[float], values: dict[str, list[float]], levels: list[str]) -> None:
+def _draw_weights(
+    axes: "Axes", epochs: list[float], values: dict[str, list[float]], levels: list[str]
+) -> None:
     restrain(axes)
     axes.set_ylabel("loss weight")
-    # the weights of epoch e hold for all of it: a band from e - 1/2 to e + 1/2, under the point of its accuracy
+    # the weights of epoch e hold for all of it: a band from e - 1/2 to e + 1/2, under the point of
+    # its accuracy
     edges = [e - 0.5 for e in epochs] + [epochs[-1] + 0.5]
     base = [0.0] * len(epochs)
     for level, column in values.items():
         summit = [b + (v if math.isfinite(v) else 0.0) for b, v in zip(base, column, strict=True)]
-        axes.fill_between(edges, base + base[-1:], summit + summit[-1:], step="post", linewidth=0,
-                          color=_colour(level, levels), alpha=0.85, label=level)
+        axes.fill_between(
+            edges,
+            base + base[-1:],
+            summit + summit[-1:],
+            step="post",
+            linewidth=0,
+            color=_colour(level, levels),
+            alpha=0.85,
+            label=level,
+        )
         base = summit
     axes.set_ylim(min(0.0, *base), max(base) or 1.0)
 
 
 def _apart(values: list[float], lower: float, upper: float) -> list[float]:
-    """Heights for labels at ascending ``values``, moved as little as lets none cover its neighbour."""
+    """Heights for labels at ascending ``values``, moved as little as lets none cover its
+    neighbour.
+    """
     step = 0.075 * (upper - lower)
-    groups: list[list[float]] = []  # [centre, labels]: labels that would overlap move together, about their mean
+    # [centre, labels]: labels that would overlap move together, about their mean
+    groups: list[list[float]] = []
     for value in values:
         groups.append([value, 1])
-        while len(groups) > 1 and groups[-1][0] - groups[-2][0] < step * (groups[-1][1] + groups[-2][1]) / 2:
+        while (
+            len(groups) > 1
+            and groups[-1][0] - groups[-2][0] < step * (groups[-1][1] + groups[-2][1]) / 2
+        ):
             (a, n), (b, m) = groups[-2:]
             groups[-2:] = [[(a * n + b * m) / (n + m), n + m]]
-    return [centre + step * (i - (count - 1) / 2) for centre, count in groups for i in range(int(count))]
+    return [
+        centre + step * (i - (count - 1) / 2) for centre, count in groups for i in range(int(count))
+    ]
 
 
-def plot_confusion(matrix: Any, class_names: Sequence[str], path: str | os.PathLike, title: str = "") -> Path:
+def plot_confusion(
+    matrix: Any, class_names: Sequence[str], path: str | os.PathLike, title: str = ""
+) -> Path:
     """Draw :func:`confusion_figure` into a PNG, atomically.
 
     Args:
@@ -209,10 +281,12 @@ def plot_confusion(matrix: Any, class_names: Sequence[str], path: str | os.PathL
 
 
 def confusion_figure(matrix: Any, class_names: Sequence[str], title: str = "") -> "Figure":
-    """Share of each true class that was predicted as each class; numbers in percent for up to 12 classes.
+    """Share of each true class that was predicted as each class; numbers in percent for up to 12
+    classes.
 
     Args:
-        matrix: Counts (K, K), rows true, columns predicted: tensor, array or lists. A row without samples stays grey.
+        matrix: Counts (K, K), rows true, columns predicted: tensor, array or lists. A row without
+            samples stays grey.
         class_names: K names. Where they do not fit, only every n-th is written.
         title: Above the picture.
 
@@ -220,14 +294,17 @@ def confusion_figure(matrix: Any, class_names: Sequence[str], title: str = "") -
         A matplotlib Figure whose first axes holds the picture.
 
     Raises:
-        ValueError: The matrix is not square, has another size than there are names, or holds a negative count.
+        ValueError: The matrix is not square, has another size than there are names, or holds a
+            negative count.
     """
     import numpy as np
 
     counts = np.asarray(matrix.detach().cpu() if hasattr(matrix, "detach") else matrix, dtype=float)
     n = len(class_names)
     if counts.shape != (n, n) or n == 0:
-        raise ValueError(f"{n} class names need a matrix of shape ({n}, {n}), n > 0, got {counts.shape}.")
+        raise ValueError(
+            f"{n} class names need a matrix of shape ({n}, {n}), n > 0, got {counts.shape}."
+        )
     if (counts < 0).any():
         raise ValueError(f"A confusion matrix holds counts, got a negative one: {counts.min():g}.")
     total = counts.sum(1, keepdims=True)
@@ -241,7 +318,8 @@ def confusion_figure(matrix: Any, class_names: Sequence[str], title: str = "") -
     from matplotlib.colors import PowerNorm
 
     axes.set_facecolor(FAINT)  # shows through where a class has no samples
-    # among many classes each confusion is a small share: the square root keeps it visible beside the diagonal
+    # among many classes each confusion is a small share: the square root keeps it visible beside
+    # the diagonal
     norm = PowerNorm(1.0 if n <= 12 else 0.5, vmin=0, vmax=1)
     image = axes.imshow(share, cmap="Blues", norm=norm, interpolation="nearest")
     axes.set_title(title, fontsize=12, color=INK, loc="left")
@@ -252,7 +330,9 @@ def confusion_figure(matrix: Any, class_names: Sequence[str], title: str = "") -
     size = 10 if n <= 12 else 7
     axes.set_yticks(ticks, [names[i] for i in ticks], fontsize=size)
     flat = max(map(len, names)) * size * 0.62 < 72 * side / n  # fits side by side without turning
-    turn: dict[str, Any] = {} if flat else {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
+    turn: dict[str, Any] = (
+        {} if flat else {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
+    )
     if n > 12 and not flat:
         turn = {"rotation": 90}
     axes.set_xticks(ticks, [names[i] for i in ticks], fontsize=size, **turn)
@@ -263,9 +343,24 @@ def confusion_figure(matrix: Any, class_names: Sequence[str], title: str = "") -
         for row in range(n):
             for column in range(n):
                 if math.isfinite(share[row, column]):
-                    axes.text(column, row, f"{100 * share[row, column]:.0f}", ha="center", va="center", fontsize=10,
-                              color="white" if share[row, column] > 0.55 else INK)
-        axes.text(1, 1.02, "% of true class", transform=axes.transAxes, ha="right", fontsize=8, color="#777777")
+                    axes.text(
+                        column,
+                        row,
+                        f"{100 * share[row, column]:.0f}",
+                        ha="center",
+                        va="center",
+                        fontsize=10,
+                        color="white" if share[row, column] > 0.55 else INK,
+                    )
+        axes.text(
+            1,
+            1.02,
+            "% of true class",
+            transform=axes.transAxes,
+            ha="right",
+            fontsize=8,
+            color="#777777",
+        )
     else:
         bar = figure.colorbar(image, ax=axes, shrink=0.6, aspect=30, ticks=[0, 0.05, 0.2, 0.5, 1])
         bar.ax.set_yticklabels(["0", "5", "20", "50", "100 %"], fontsize=8, color=INK)

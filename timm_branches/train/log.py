@@ -1,7 +1,9 @@
-"""Where the numbers of a run go: one CSV row an epoch, and optionally TensorBoard or Weights & Biases.
+"""Where the numbers of a run go: one CSV row an epoch, and optionally TensorBoard or Weights &
+Biases.
 
-The CSV is the record that plots and comparisons read. A kill at any moment leaves it whole, a resumed run drops the
-epochs it repeats, and a column that turns up late is added to the header instead of being lost.
+The CSV is the record that plots and comparisons read. A kill at any moment leaves it whole, a
+resumed run drops the epochs it repeats, and a column that turns up late is added to the header
+instead of being lost.
 """
 
 import csv
@@ -29,7 +31,8 @@ class CsvLog:
 
     Args:
         path: The file. Rows that it already holds stay, which is what a resumed run wants.
-        keep_until_epoch: Drop the rows of this epoch and later ones, which the resumed run computes again.
+        keep_until_epoch: Drop the rows of this epoch and later ones, which the resumed run computes
+            again.
 
     Raises:
         ValueError: The file exists and is not a CSV table with a header.
@@ -50,7 +53,9 @@ class CsvLog:
         if self.path.exists():
             self._load()
         if keep_until_epoch is not None:
-            kept = [row for row in self._rows if not _at_least(row.get("epoch", ""), keep_until_epoch)]
+            kept = [
+                row for row in self._rows if not _at_least(row.get("epoch", ""), keep_until_epoch)
+            ]
             if len(kept) < len(self._rows):
                 self._rows = kept
                 self._save()
@@ -71,8 +76,13 @@ class CsvLog:
         self._save()
 
     def read(self) -> list[dict[str, Any]]:
-        """All rows with every column: whole numbers as int, others as float, missing values as None, else text."""
-        return [{column: _parse(row.get(column, "")) for column in self._columns} for row in self._rows]
+        """All rows with every column.
+
+        Whole numbers as int, others as float, missing values as None, else text.
+        """
+        return [
+            {column: _parse(row.get(column, "")) for column in self._columns} for row in self._rows
+        ]
 
     def _load(self) -> None:
         text = self.path.read_text(encoding="utf-8")
@@ -80,13 +90,16 @@ class CsvLog:
             return
         header, *rows = csv.reader(io.StringIO(text, newline=""))
         if len(set(header)) != len(header) or any(len(row) > len(header) for row in rows):
-            raise ValueError(f"{self.path} is not a log: a row has more values than the header {header} has names, "
-                             "or a name comes twice. Give another path, or move the file away.")
+            raise ValueError(
+                f"{self.path} is not a log: a row has more values than the header {header} has names, "
+                "or a name comes twice. Give another path, or move the file away."
+            )
         self._columns = header
         self._rows = [dict(zip(header, row, strict=False)) for row in rows if row]
 
     def _save(self) -> None:
-        # all of it every time: an epoch's row is small, and appending in place could be cut in the middle
+        # all of it every time: an epoch's row is small, and appending in place could be cut in the
+        # middle
         out = io.StringIO(newline="")
         writer = csv.DictWriter(out, self._columns, restval="", lineterminator="\n")
         writer.writeheader()
@@ -96,7 +109,11 @@ class CsvLog:
 
 def _number(value: Any) -> Any:
     """A tensor or array of one element as its Python number, everything else as it is."""
-    return value.item() if hasattr(value, "item") and getattr(value, "size", None) is not None else value
+    return (
+        value.item()
+        if hasattr(value, "item") and getattr(value, "size", None) is not None
+        else value
+    )
 
 
 def _format(value: Any) -> str:
@@ -123,7 +140,8 @@ def _at_least(text: str, epoch: int) -> bool:
 
 
 class Trackers:
-    """The optional sinks of a run; without any it does nothing. Closes itself when used with ``with``.
+    """The optional sinks of a run; without any it does nothing. Closes itself when used with
+    ``with``.
 
     Args:
         tensorboard: A ``SummaryWriter``, or None.
@@ -142,7 +160,11 @@ class Trackers:
             step: Epoch (or update) that they belong to.
         """
         values = {key: _number(value) for key, value in row.items()}
-        finite = {key: float(v) for key, v in values.items() if isinstance(v, numbers.Real) and math.isfinite(v)}
+        finite = {
+            key: float(v)
+            for key, v in values.items()
+            if isinstance(v, numbers.Real) and math.isfinite(v)
+        }
         if self._tensorboard is not None:
             for key, value in finite.items():
                 self._tensorboard.add_scalar(key, value, step)
@@ -182,20 +204,25 @@ def open_trackers(
         An object with ``log(row, step)`` and ``close()``.
 
     Raises:
-        MissingPackageError: A sink's package is not installed. It is both a ValueError and an ImportError.
+        MissingPackageError: A sink's package is not installed. It is both a ValueError and an
+            ImportError.
 
     Example:
         >>> with open_trackers() as trackers:  # nothing asked for: the loop needs no 'if'
         ...     trackers.log({'train_loss': 0.5}, step=0)
     """
     # both packages before anything is opened, so that a missing one leaves nothing half open behind
-    board = _import("torch.utils.tensorboard", "tensorboard", "tensorboard") if tensorboard else None
+    board = (
+        _import("torch.utils.tensorboard", "tensorboard", "tensorboard") if tensorboard else None
+    )
     service = _import("wandb", "wandb", "wandb") if wandb else None
     writer = None
     if board is not None:
         writer = board.SummaryWriter(str(Path(output) / "tensorboard"))
         if config:
-            writer.add_text("config", f"```json\n{json.dumps(dict(config), indent=2, default=str)}\n```")
+            writer.add_text(
+                "config", f"```json\n{json.dumps(dict(config), indent=2, default=str)}\n```"
+            )
     run = None
     if service is not None:
         Path(output).mkdir(parents=True, exist_ok=True)
@@ -207,5 +234,7 @@ def _import(module: str, package: str, extra: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise MissingPackageError(f"Logging to {package} was asked for, but {package} is not installed ({error}). "
-                                  f"Install it with: pip install 'timm_branches[{extra}]'") from error
+        raise MissingPackageError(
+            f"Logging to {package} was asked for, but {package} is not installed ({error}). "
+            f"Install it with: pip install 'timm_branches[{extra}]'"
+        ) from error

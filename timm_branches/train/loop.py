@@ -36,7 +36,8 @@ class FitResult:
     """What a run gave.
 
     Attributes:
-        output: Folder of the run: ``model.safetensors`` (the best), ``last.safetensors`` (to resume), ``log.csv``.
+        output: Folder of the run: ``model.safetensors`` (the best), ``last.safetensors`` (to
+            resume), ``log.csv``.
         history: One dict per epoch, as in ``log.csv``.
         best_epoch: 0-based epoch of ``model.safetensors``.
         best: Its metrics; None where nothing could be measured (the severity of no mistakes).
@@ -56,8 +57,9 @@ class FitResult:
 
 
 @torch.no_grad()
-def evaluate(task: HeadsTask, loader: Iterable, ema: bool = False, amp: Any = nullcontext,
-             **options: Any) -> Any:
+def evaluate(
+    task: HeadsTask, loader: Iterable, ema: bool = False, amp: Any = nullcontext, **options: Any
+) -> Any:
     """Run a task's evaluator over a loader of (images, labels (N, L)), exactly, over all processes.
 
     Args:
@@ -68,7 +70,8 @@ def evaluate(task: HeadsTask, loader: Iterable, ema: bool = False, amp: Any = nu
         **options: What the evaluator takes, such as ``decoder``.
 
     Returns:
-        The evaluator; ``compute()`` has been called with the processes joined, see ``evaluator.metrics``.
+        The evaluator; ``compute()`` has been called with the processes joined, see
+        ``evaluator.metrics``.
     """
     model: Any = task.get_eval_model(ema=ema)
     was_training = model.training
@@ -83,14 +86,21 @@ def evaluate(task: HeadsTask, loader: Iterable, ema: bool = False, amp: Any = nu
     return evaluator
 
 
-def fit(task: HeadsTask, train_loader: Any, eval_loader: Any = None, config: FitConfig | None = None,
-        mixup: Callable | None = None, facts: dict | None = None) -> FitResult:
+def fit(
+    task: HeadsTask,
+    train_loader: Any,
+    eval_loader: Any = None,
+    config: FitConfig | None = None,
+    mixup: Callable | None = None,
+    facts: dict | None = None,
+) -> FitResult:
     """Train a task.
 
     Args:
         task: A task of ``timm_branches.task`` on the CPU or on its device.
-        train_loader: Loader of (images (B, C, H, W), targets), or of (clips with their lengths, labels), with the
-            targets that the task takes: labels (B, L) for a :class:`BranchTask`; ``set_epoch`` is called if it has one.
+        train_loader: Loader of (images (B, C, H, W), targets), or of (clips with their lengths,
+            labels), with the targets that the task takes: labels (B, L) for a :class:`BranchTask`;
+            ``set_epoch`` is called if it has one.
         eval_loader: The same for validation. Without it the last epoch counts as the best.
         config: Settings.
         mixup: Mixes a batch, as ``timm_branches.data.HierarchicalMixup``.
@@ -100,8 +110,8 @@ def fit(task: HeadsTask, train_loader: Any, eval_loader: Any = None, config: Fit
         A :class:`FitResult`. The folder ``config.output`` holds the files.
 
     Raises:
-        FloatingPointError: A level's loss became NaN or infinite; the message names level, epoch and batch. The
-            checkpoint of the last good epoch stays.
+        FloatingPointError: A level's loss became NaN or infinite; the message names level, epoch
+            and batch. The checkpoint of the last good epoch stays.
         ValueError: A setting that cannot be honoured.
     """
     config = config or FitConfig()
@@ -122,15 +132,24 @@ def fit(task: HeadsTask, train_loader: Any, eval_loader: Any = None, config: Fit
 class _Run:
     """State of one call of ``fit``."""
 
-    def __init__(self, task: HeadsTask, train_loader: Any, eval_loader: Any, config: FitConfig,
-                 mixup: Callable | None, facts: dict):
+    def __init__(
+        self,
+        task: HeadsTask,
+        train_loader: Any,
+        eval_loader: Any,
+        config: FitConfig,
+        mixup: Callable | None,
+        facts: dict,
+    ):
         self.task, self.loader, self.eval_loader = task, train_loader, eval_loader
         self.config, self.mixup, self.facts = config, mixup, facts
         self.primary = is_primary()
         self.device = current_device(config.device)
         self.rank = dist.get_rank() if is_distributed() else 0
         if len(train_loader) == 0:
-            raise ValueError("the training loader has no batch: the data set is smaller than a batch.")
+            raise ValueError(
+                "the training loader has no batch: the data set is smaller than a batch."
+            )
         self.memory_format = torch.channels_last if config.channels_last else None
         self._prepare()
         self.updates_per_epoch = math.ceil(len(train_loader) / config.grad_accum_steps)
@@ -138,7 +157,9 @@ class _Run:
         self.metric = config.eval_metric or task.default_metric
         judge = task.create_evaluator()
         if self.metric not in judge.metric_names:
-            raise ValueError(f"--eval-metric {self.metric!r}: choose one of {', '.join(judge.metric_names)}.")
+            raise ValueError(
+                f"--eval-metric {self.metric!r}: choose one of {', '.join(judge.metric_names)}."
+            )
         self.lower_is_better = judge.lower_is_better(self.metric)
         if config.conflicts and len(task.names) < 2:
             raise ValueError(f"--conflicts has no effect: {list(task.names)} is a single loss.")
@@ -148,23 +169,43 @@ class _Run:
         self.start_epoch, self.updates = 0, 0
         taken = self.checkpoint.exists() or self.result.model_path.exists()
         if taken and config.resume != "auto" and not _same_file(config.resume, self.checkpoint):
-            raise ValueError(f"{config.output} holds an earlier run: continue it with resume='auto' (--resume auto), "
-                             "or choose another output folder.")
+            raise ValueError(
+                f"{config.output} holds an earlier run: continue it with resume='auto' (--resume auto), "
+                "or choose another output folder."
+            )
         self._resume()
         # after a resume, which may bring a schedule that turns levels off
         if is_distributed() and not task.distributed:
-            task.prepare_distributed(device_ids=[self.device] if self.device.type == "cuda" else None)
-        self.log = CsvLog(self.result.output / "log.csv", keep_until_epoch=self.start_epoch) if self.primary else None
+            task.prepare_distributed(
+                device_ids=[self.device] if self.device.type == "cuda" else None
+            )
+        self.log = (
+            CsvLog(self.result.output / "log.csv", keep_until_epoch=self.start_epoch)
+            if self.primary
+            else None
+        )
         self.result.history = self.log.read() if self.log else []
-        self.trackers = open_trackers(config.tensorboard, config.wandb or None, str(self.result.output),
-                                      asdict(config)) if self.primary else None
+        self.trackers = (
+            open_trackers(
+                config.tensorboard, config.wandb or None, str(self.result.output), asdict(config)
+            )
+            if self.primary
+            else None
+        )
         # in a file or a pipe, the line that each epoch prints is enough
-        self.bar = tqdm(total=config.epochs * len(train_loader), initial=self.start_epoch * len(train_loader),
-                        unit="batch", dynamic_ncols=True,
-                        disable=not (config.progress and self.primary and sys.stderr.isatty()))
+        self.bar = tqdm(
+            total=config.epochs * len(train_loader),
+            initial=self.start_epoch * len(train_loader),
+            unit="batch",
+            dynamic_ncols=True,
+            disable=not (config.progress and self.primary and sys.stderr.isatty()),
+        )
 
     def _prepare(self) -> None:
-        """Model on its device, optimizer, averaging, compilation: in timm's order; DDP comes last."""
+        """Model on its device, optimizer, averaging, compilation.
+
+        In timm's order; DDP comes last.
+        """
         config, task = self.config, self.task
         model = base_model(task)
         if config.freeze_backbone:
@@ -175,16 +216,26 @@ class _Run:
             if not is_distributed() or self.device.type == "cpu":
                 raise ValueError("--sync-bn has no effect without several GPUs (torchrun).")
             from timm.layers import convert_sync_batchnorm
+
             task.trainable_module = convert_sync_batchnorm(model)
         task.to(device=self.device)
         if self.memory_format:
             model.to(memory_format=self.memory_format)
         self.optimizer = create_optimizer_v2(
-            model, opt=config.opt, lr=config.lr_at().get(0, config.lr), weight_decay=config.weight_decay,
-            momentum=config.momentum, layer_decay=config.layer_decay)
+            model,
+            opt=config.opt,
+            lr=config.lr_at().get(0, config.lr),
+            weight_decay=config.weight_decay,
+            momentum=config.momentum,
+            layer_decay=config.layer_decay,
+        )
         if own := list(task.parameters_of_loss()):
             self.optimizer.add_param_group({"params": own, "weight_decay": 0.0})
-        self.scaler = NativeScaler(device=self.device.type) if config.amp and config.amp_dtype == "float16" else None
+        self.scaler = (
+            NativeScaler(device=self.device.type)
+            if config.amp and config.amp_dtype == "float16"
+            else None
+        )
         if config.model_ema:
             task.setup_ema(decay=config.model_ema_decay, use_warmup=config.model_ema_warmup)
         if config.torchcompile:
@@ -196,7 +247,8 @@ class _Run:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=getattr(torch, self.config.amp_dtype))
 
-    # -- checkpoints -----------------------------------------------------------------------------------------
+    # -- checkpoints
+    # -----------------------------------------------------------------------------------------
 
     @property
     def checkpoint(self) -> Path:
@@ -212,21 +264,30 @@ class _Run:
         asked = self.task.describe_schedule()
         missing = [key for key in ("state_dict", "optimizer", "epoch") if key not in state]
         if missing or (self.config.model_ema and "state_dict_ema" not in state):
-            raise ValueError(f"--resume {path}: the checkpoint lacks {', '.join(missing or ['the moving average'])}.")
+            raise ValueError(
+                f"--resume {path}: the checkpoint lacks {', '.join(missing or ['the moving average'])}."
+            )
         trained_with = state.get("config", {}).get("opt", self.config.opt)
-        if trained_with != self.config.opt:  # torch itself would take the state of another optimizer as it is
-            raise ValueError(f"--resume {path} is of another optimizer: it was trained with --opt {trained_with}, "
-                             f"not {self.config.opt}.")
+        # torch itself would take the state of another optimizer as it is
+        if trained_with != self.config.opt:
+            raise ValueError(
+                f"--resume {path} is of another optimizer: it was trained with --opt {trained_with}, "
+                f"not {self.config.opt}."
+            )
         try:
             self.task.load_checkpoint_state(state["state_dict"], state.get("task_state"))
             if self.config.model_ema:
                 self.task.load_checkpoint_state(state["state_dict_ema"], ema=True)
             self.optimizer.load_state_dict(state["optimizer"])
         except (RuntimeError, ValueError, KeyError) as error:
-            raise ValueError(f"--resume {path} is of another model or optimizer: {error}") from error
+            raise ValueError(
+                f"--resume {path} is of another model or optimizer: {error}"
+            ) from error
         if self.task.describe_schedule() != asked and self.primary:
-            tqdm.write("The checkpoint's loss-weight schedule is used, not the one asked for:\n"
-                       f"{self.task.describe_schedule()}")
+            tqdm.write(
+                "The checkpoint's loss-weight schedule is used, not the one asked for:\n"
+                f"{self.task.describe_schedule()}"
+            )
         if self.scaler and "scaler" in state:
             self.scaler.load_state_dict(state["scaler"])
         self.start_epoch, self.updates = state["epoch"] + 1, state["updates"]
@@ -234,8 +295,10 @@ class _Run:
         if not _same_file(path, self.checkpoint):
             self._bring(Path(path).parent)
         if self.start_epoch >= self.config.epochs and self.config.resume != "auto":
-            raise ValueError(f"--resume {path} is of epoch {state['epoch']} (0-based): nothing is left of "
-                             f"--epochs {self.config.epochs}.")
+            raise ValueError(
+                f"--resume {path} is of epoch {state['epoch']} (0-based): nothing is left of "
+                f"--epochs {self.config.epochs}."
+            )
 
     def _bring(self, folder: Path) -> None:
         """Take over the best model and the log of a run in another folder."""
@@ -246,16 +309,23 @@ class _Run:
                 replace_file(self.result.output / name, partial(shutil.copyfile, folder / name))
 
     def _save(self, epoch: int) -> None:
-        state = {"epoch": epoch, "updates": self.updates, "optimizer": self.optimizer.state_dict(),
-                 "best_epoch": self.result.best_epoch, "best": dict(self.result.best),
-                 "config": asdict(self.config), **self.task.get_checkpoint_state()}
+        state = {
+            "epoch": epoch,
+            "updates": self.updates,
+            "optimizer": self.optimizer.state_dict(),
+            "best_epoch": self.result.best_epoch,
+            "best": dict(self.result.best),
+            "config": asdict(self.config),
+            **self.task.get_checkpoint_state(),
+        }
         if self.task.has_ema():
             state.update(self.task.get_checkpoint_state(ema=True))
         if self.scaler:
             state["scaler"] = self.scaler.state_dict()
         save_state(self.checkpoint, state)
 
-    # -- one epoch -------------------------------------------------------------------------------------------
+    # -- one epoch
+    # -------------------------------------------------------------------------------------------
 
     def check(self) -> None:
         """Ask the doctor before a long training.
@@ -264,8 +334,11 @@ class _Run:
             ValueError: It found something; the message says what, and what to do.
         """
         from timm_branches.gradients import check_model
+
         images, labels = next(iter(self.loader))
-        diagnosis = check_model(self.task, (_to(images, self.device, None), _move(labels, self.device)))
+        diagnosis = check_model(
+            self.task, (_to(images, self.device, None), _move(labels, self.device))
+        )
         if not diagnosis.ok:
             raise ValueError("--check found: " + " ".join(diagnosis.problems))
         if self.primary:
@@ -274,11 +347,16 @@ class _Run:
     def epoch(self, epoch: int) -> None:
         """Train, evaluate, log and save one epoch."""
         began = time.monotonic()
-        # everything random in this epoch follows from (seed, epoch, rank): a resumed run needs no generator's state
+        # everything random in this epoch follows from (seed, epoch, rank): a resumed run needs no
+        # generator's state
         seed_everything(self.config.seed, epoch, self.rank)
         self.task.set_epoch(epoch)
         # torch's DataLoader leaves it to its sampler
-        shuffles: Any = self.loader if hasattr(self.loader, "set_epoch") else getattr(self.loader, "sampler", None)
+        shuffles: Any = (
+            self.loader
+            if hasattr(self.loader, "set_epoch")
+            else getattr(self.loader, "sampler", None)
+        )
         if hasattr(shuffles, "set_epoch"):
             shuffles.set_epoch(epoch)
         if self.scheduler:
@@ -290,15 +368,22 @@ class _Run:
         row: dict[str, Any] = {"epoch": epoch, "lr": rate, **losses}
         if is_distributed():
             for ema in (False, True) if self.task.has_ema() else (False,):
-                distribute_bn(self.task.get_trainable_module(ema=ema), dist.get_world_size(), reduce=True)
+                distribute_bn(
+                    self.task.get_trainable_module(ema=ema), dist.get_world_size(), reduce=True
+                )
         metrics: dict[str, float | None] = {}
         if self.eval_loader is not None:
-            self.evaluator = evaluate(self.task, self.eval_loader, ema=self.task.has_ema(), amp=self.amp)
-            # a metric without a sample (severity without a mistake) is None in logs and files: JSON knows no NaN
+            self.evaluator = evaluate(
+                self.task, self.eval_loader, ema=self.task.has_ema(), amp=self.amp
+            )
+            # a metric without a sample (severity without a mistake) is None in logs and files: JSON
+            # knows no NaN
             metrics = {k: None if math.isnan(v) else v for k, v in self.evaluator.metrics.items()}
             self.task.end_epoch(self.evaluator.metrics, epoch)
         row |= {f"eval_{key}": value for key, value in metrics.items()}
-        row |= {f"weight_{name}": w for name, w in zip(self.task.names, self.task.weights, strict=True)}
+        row |= {
+            f"weight_{name}": w for name, w in zip(self.task.names, self.task.weights, strict=True)
+        }
         row |= {"seconds": round(seconds, 3), "images_per_second": round(count / seconds, 1)}
         if self.config.conflicts:
             row |= self._conflicts
@@ -309,13 +394,18 @@ class _Run:
             assert self.log is not None
             assert self.trackers is not None
             if better:
-                save_model(base_model(self.task, ema=self.task.has_ema()), self.result.model_path,
-                           extra={"epoch": epoch, "metrics": metrics, **self.facts})
+                save_model(
+                    base_model(self.task, ema=self.task.has_ema()),
+                    self.result.model_path,
+                    extra={"epoch": epoch, "metrics": metrics, **self.facts},
+                )
             self.log.append(row)
             self.trackers.log(row, epoch)
             self._save(epoch)
             if self.config.progress:
-                tqdm.write(_line(row, self.config.epochs, self.evaluator.headline if metrics else ()))
+                tqdm.write(
+                    _line(row, self.config.epochs, self.evaluator.headline if metrics else ())
+                )
                 sys.stdout.flush()
         self.result.history.append(row)
 
@@ -348,6 +438,7 @@ class _Run:
                 images, labels = self.mixup(images, labels)
             if every and index % every == 0:
                 from timm_branches.gradients import branch_cosines
+
                 with self.amp():
                     for (a, b), value in branch_cosines(task, (images, labels)).items():
                         cosines.setdefault(f"cosine_{a}_{b}", []).append(value)
@@ -362,8 +453,10 @@ class _Run:
                     check_losses(pending, epoch)
                     pending.clear()
                 self._backward(result["loss"] / group, last_of_group)
-            for name, value in {"train_loss": result["loss"].detach(),
-                                **{f"train_loss_{k}": v for k, v in values.items()}}.items():
+            for name, value in {
+                "train_loss": result["loss"].detach(),
+                **{f"train_loss_{k}": v for k, v in values.items()},
+            }.items():
                 sums[name] = sums[name] + value if name in sums else value
             if last_of_group:
                 self.optimizer.zero_grad()
@@ -384,8 +477,14 @@ class _Run:
         config = self.config
         parameters = list(self.task.get_clip_parameters(exclude_head=config.clip_mode == "agc"))
         if self.scaler:
-            self.scaler(loss, self.optimizer, clip_grad=config.clip_grad, clip_mode=config.clip_mode,
-                        parameters=parameters, need_update=step)
+            self.scaler(
+                loss,
+                self.optimizer,
+                clip_grad=config.clip_grad,
+                clip_mode=config.clip_mode,
+                parameters=parameters,
+                need_update=step,
+            )
             return
         loss.backward()
         if step:
@@ -409,19 +508,27 @@ class _Run:
             return
         try:
             from timm_branches.train.curves import plot_confusion, plot_history
+
             if any(key.startswith("cosine_") for row in self.result.history for key in row):
                 from timm_branches.gradients import plot_conflicts
+
                 plot_conflicts(self.result.history, self.result.output / "conflicts.png")
             plot_history(self.result.history, self.result.output / "history.png", self.metric)
         except ImportError:
-            tqdm.write("No plots: matplotlib is not installed (pip install 'timm_branches[recipes]').")
+            tqdm.write(
+                "No plots: matplotlib is not installed (pip install 'timm_branches[recipes]')."
+            )
             return
         if self.eval_loader is None:
             return
         for level, matrix, classes in self.task.confusions(self.evaluator):
             safe = "".join(c if c.isalnum() or c in "-_" else "_" for c in level)
-            plot_confusion(matrix, classes, self.result.output / f"confusion_{safe}.png",
-                           title=f"{level}: last epoch, validation")
+            plot_confusion(
+                matrix,
+                classes,
+                self.result.output / f"confusion_{safe}.png",
+                title=f"{level}: last epoch, validation",
+            )
 
 
 def _same_file(path: str, other: Path) -> bool:
@@ -434,7 +541,9 @@ def _to(images: Any, device: torch.device, memory_format: Any) -> Any:
         clips, lengths = images
         return _to(clips, device, memory_format), lengths
     if memory_format is not None and images.ndim < 4:
-        raise ValueError(f"--channels-last has no effect on features of shape {tuple(images.shape)}: leave it out.")
+        raise ValueError(
+            f"--channels-last has no effect on features of shape {tuple(images.shape)}: leave it out."
+        )
     if memory_format is None or images.ndim != 4:
         return images.to(device, non_blocking=True)
     return images.to(device, non_blocking=True, memory_format=memory_format)
@@ -449,6 +558,9 @@ def _move(targets: Any, device: torch.device) -> Any:
 
 def _line(row: dict, epochs: int, headline: Iterable[str]) -> str:
     parts = [f"epoch {row['epoch'] + 1}/{epochs}", f"loss {row['train_loss']:.4f}"]
-    parts += [f"{name.removesuffix('_top1')} {row[f'eval_{name}']:.2f}" for name in headline
-              if row[f"eval_{name}"] is not None]
+    parts += [
+        f"{name.removesuffix('_top1')} {row[f'eval_{name}']:.2f}"
+        for name in headline
+        if row[f"eval_{name}"] is not None
+    ]
     return "  ".join([*parts, f"lr {row['lr']:.2g}", f"{row['images_per_second']:.0f} img/s"])

@@ -12,7 +12,10 @@ __all__ = ["PiecewiseLR", "create_scheduler"]
 
 
 class PiecewiseLR(Scheduler):
-    """Learning rates given outright: ``{0: 3e-3, 41: 5e-4}`` is 5e-4 from the 0-based epoch 41 on."""
+    """Learning rates given outright.
+
+    ``{0: 3e-3, 41: 5e-4}`` is 5e-4 from the 0-based epoch 41 on.
+    """
 
     def __init__(self, optimizer: torch.optim.Optimizer, steps: dict[int, float]):
         if 0 not in steps:
@@ -27,7 +30,9 @@ class PiecewiseLR(Scheduler):
         return [rate * (value / first) for value in self.base_values]
 
 
-def create_scheduler(optimizer: torch.optim.Optimizer, config: FitConfig, updates_per_epoch: int) -> Scheduler | None:
+def create_scheduler(
+    optimizer: torch.optim.Optimizer, config: FitConfig, updates_per_epoch: int
+) -> Scheduler | None:
     """The scheduler that the settings ask for; None for ``--sched none``.
 
     Raises:
@@ -41,7 +46,15 @@ def create_scheduler(optimizer: torch.optim.Optimizer, config: FitConfig, update
     if (config.sched == "multistep") != bool(milestones):
         raise ValueError("--sched multistep and --decay-milestones go together.")
     scheduler, _ = create_scheduler_v2(
-        optimizer, sched=config.sched, num_epochs=config.epochs, min_lr=config.min_lr, decay_rate=config.decay_rate,
-        warmup_epochs=config.warmup_epochs, warmup_lr=config.warmup_lr, decay_milestones=milestones,
-        step_on_epochs=False, updates_per_epoch=updates_per_epoch)
+        optimizer,
+        sched=config.sched,
+        num_epochs=config.epochs,
+        min_lr=config.min_lr,
+        decay_rate=config.decay_rate,
+        warmup_epochs=config.warmup_epochs,
+        warmup_lr=config.warmup_lr,
+        decay_milestones=milestones,
+        step_on_epochs=False,
+        updates_per_epoch=updates_per_epoch,
+    )
     return scheduler

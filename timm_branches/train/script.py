@@ -1,4 +1,7 @@
-"""What every recipe does around its main: find a folder, say what it ran on, tell a person's mistakes on one line."""
+"""What every recipe does around its main.
+
+Find a folder, say what it ran on, tell a person's mistakes on one line.
+"""
 
 import os
 import platform
@@ -16,7 +19,8 @@ __all__ = ["hardware", "new_output", "run_script"]
 
 
 def new_output(output: "str | os.PathLike", resume: str) -> Path:
-    """The folder of a script's runs, made where it is missing: beside older runs, which stay as they are, a new one.
+    """The folder of a script's runs, made where it is missing: beside older runs, which stay as
+    they are, a new one.
 
     Args:
         output: The folder that was asked for.
@@ -43,7 +47,9 @@ def hardware(device: torch.device) -> str:
 def _cpu_name() -> str:
     try:
         with open("/proc/cpuinfo") as file:
-            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+            return next(
+                line.split(":", 1)[1].strip() for line in file if line.startswith("model name")
+            )
     except (OSError, StopIteration):  # no Linux, or none that says so
         return platform.processor() or platform.machine()
 

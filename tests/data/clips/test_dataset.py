@@ -1,4 +1,7 @@
-"""Datasets of clips: folders of frames, CSV, arrays; splits, transforms, and clips that cannot be read."""
+"""Datasets of clips.
+
+Folders of frames, CSV, arrays; splits, transforms, and clips that cannot be read.
+"""
 
 import subprocess
 import sys
@@ -23,7 +26,8 @@ from timm_branches.taxonomy.taxonomy import Taxonomy
 
 
 def save(folder, count=3, first=0, size=(6, 4)):
-    """A folder of plain grey frames, width x height, frame k of the value `first` + k, without leading zeros."""
+    """A folder of plain grey frames, width x height, frame k of the value `first` + k, without
+    leading zeros."""
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(count):
         Image.new("RGB", size, (first + number,) * 3).save(folder / f"frame{number}.png")
@@ -51,7 +55,12 @@ def test_folders_of_frames(tmp_path):
     assert data.taxonomy.leaves == (("rest", "sleep"), ("sport", "jump"), ("sport", "run"))
     assert data.labels.tolist() == [[0, 0], [1, 1], [1, 2], [1, 2]]
     # natural order: clip2 before clip10, frame2 before frame10
-    assert [greys(clip) for clip, _ in data] == [[7], [10, 11, 12], [50, 51, 52], list(range(100, 112))]
+    assert [greys(clip) for clip, _ in data] == [
+        [7],
+        [10, 11, 12],
+        [50, 51, 52],
+        list(range(100, 112)),
+    ]
     assert data[0][0].shape == (1, 3, 4, 6)
     assert create_clip_dataset(tmp_path, in_chans=1, num_frames=2)[3][0].shape == (2, 1, 4, 6)
 
@@ -100,12 +109,21 @@ def test_splits_of_folders(tmp_path):
     for split, names in {"train": "abc", "validation": "ac", "Test": "c"}.items():
         for name in names:
             save(tmp_path / split / name / "1", 3)
-    for split, labels in {"train": [0, 1, 2], "val": [0, 2], "test": [2], "trainval": [0, 1, 2, 0, 2]}.items():
-        assert sorted(create_clip_dataset(tmp_path, split).labels.flatten().tolist()) == sorted(labels)
+    for split, labels in {
+        "train": [0, 1, 2],
+        "val": [0, 2],
+        "test": [2],
+        "trainval": [0, 1, 2, 0, 2],
+    }.items():
+        assert sorted(create_clip_dataset(tmp_path, split).labels.flatten().tolist()) == sorted(
+            labels
+        )
     marks = {"transform": lambda clip: torch.ones(1), "eval_transform": lambda clip: torch.zeros(1)}
     parts = create_clip_splits(tmp_path, num_frames=2, sampling="dense", **marks)
     assert [len(part) for part in parts] == [3, 2, 1]
-    assert [part.sampler for part in parts] == [FrameSampler(2, "dense", is_training=t) for t in (True, False, False)]
+    assert [part.sampler for part in parts] == [
+        FrameSampler(2, "dense", is_training=t) for t in (True, False, False)
+    ]
     assert [part[0][0].item() for part in parts] == [1, 0, 0]
     with pytest.raises(ValueError, match="no split 'dev'"):
         create_clip_dataset(tmp_path, "dev")
@@ -148,7 +166,10 @@ def test_csv(tmp_path):
     assert data.labels.tolist() == [[1, 1], [1, -1], [0, 0], [-1, -1], [1, 1]]
     expected = [[0, 1, 2, 3, 4, 5], [12, 13, 14, 15], [20, 21, 22], [31, 32, 33, 34], [35]]
     assert [greys(clip) for clip, _ in data] == expected
-    assert [greys(clip) for clip, _ in create_clip_dataset(path, "val")] == [expected[2], expected[4]]
+    assert [greys(clip) for clip, _ in create_clip_dataset(path, "val")] == [
+        expected[2],
+        expected[4],
+    ]
     assert [len(part) for part in create_clip_splits(path)] == [2, 2, 1]
     tree = Taxonomy(["sport/jump", "sport/run", "rest/sleep"], levels=["coarse", "fine"])
     assert create_clip_dataset(path, taxonomy=tree).labels.tolist() == [[0, 1], [0, -1]]
@@ -161,7 +182,10 @@ def test_csv(tmp_path):
     [
         ("label\na\n", "needed are a column 'path'"),
         ("path,start,end\na,0,1\n", "one column per level"),
-        ("path,label,start\na,x,1.5\n", r"line 2: start='1\.5'.*no range of frames.*multiplied by the frame rate"),
+        (
+            "path,label,start\na,x,1.5\n",
+            r"line 2: start='1\.5'.*no range of frames.*multiplied by the frame rate",
+        ),
         ("path,label,start,end\na,x,0,4\nb,x,7,7\n", "line 3: start='7' and end='7' are no range"),
         ("path,label,end\na,x,-1\n", "line 2: .*no range"),
         ("path,label,split\na,x,dev\n", "has the splits 'dev'"),
@@ -186,7 +210,10 @@ def test_arrays():
         data[3]
     assert ClipDataset(clips, [1, 0, 1], in_chans=3)[0][0].shape == (5, 3, 8, 6)
     ragged = [clips[0], clips[1, :2, :, :, None].repeat(3, 3)]
-    assert [tuple(clip.shape) for clip, _ in ClipDataset(ragged, [0, 1])] == [(5, 1, 8, 6), (2, 3, 8, 6)]
+    assert [tuple(clip.shape) for clip, _ in ClipDataset(ragged, [0, 1])] == [
+        (5, 1, 8, 6),
+        (2, 3, 8, 6),
+    ]
     tree = Taxonomy(["a/x", "b/y"])
     assert ClipDataset(clips, tree.expand(torch.tensor([0, 1, 1])), tree)[2][1].tolist() == [1, 1]
 
@@ -213,8 +240,13 @@ def test_all_frames_of_a_clip_are_augmented_alike(augment, channels):
     if augment == "own":
         A = pytest.importorskip("albumentations")
         shift = A.Affine(rotate=(-30, 30), scale=(0.8, 1.2), p=0.8)
-        augment = A.Compose([A.OneOf([shift, A.GaussianBlur(p=1)]), A.RandomBrightnessContrast(p=0.7),
-                             A.GaussNoise(p=0.7)])
+        augment = A.Compose(
+            [
+                A.OneOf([shift, A.GaussianBlur(p=1)]),
+                A.RandomBrightnessContrast(p=0.7),
+                A.GaussNoise(p=0.7),
+            ]
+        )
     transform = create_transform((channels, 32, 32), True, augment)
     data = ClipDataset(video_like(3, channels), [0, 0, 0], transform=transform)
     plain = create_transform((channels, 32, 32))(video_like(1, channels)[0, 0])
@@ -228,7 +260,8 @@ def test_all_frames_of_a_clip_are_augmented_alike(augment, channels):
     if augment == "none":
         assert all(torch.equal(frame, plain) for frame in seen)
     else:
-        assert len({frame.numpy().tobytes() for frame in seen}) > 8  # of 12 clips; two may get the same shift
+        # of 12 clips; two may get the same shift
+        assert len({frame.numpy().tobytes() for frame in seen}) > 8
 
 
 def test_same_parameters_as_albumentations_images_target():
@@ -249,7 +282,9 @@ def test_another_callable_gets_the_whole_clip():
 def test_a_subset_reads_the_same_as_the_whole():
     clips = np.random.default_rng(0).integers(0, 256, (9, 20, 16, 16, 1), np.uint8)
     transform = create_transform((1, 16, 16), True, "light")
-    data = ClipDataset(clips, range(9), transform=transform, sampler=FrameSampler(4, is_training=True))
+    data = ClipDataset(
+        clips, range(9), transform=transform, sampler=FrameSampler(4, is_training=True)
+    )
     data.set_seed(3)
     data.set_epoch(4)
     part = ClipSubset(ClipSubset(data, [8, 5, 7]), [1, 2])
@@ -262,7 +297,12 @@ def test_a_subset_reads_the_same_as_the_whole():
     assert len(data.limit(4)) == 4
     assert len(data.limit(40)) == 9
     train, val = split_clips(data, 0.3)
-    assert (train.sampler.is_training, val.sampler.is_training, len(train), len(val)) == (True, False, 6, 3)
+    assert (train.sampler.is_training, val.sampler.is_training, len(train), len(val)) == (
+        True,
+        False,
+        6,
+        3,
+    )
     assert data.sampler.is_training
 
 
@@ -282,8 +322,12 @@ def broken(tmp_path):
 def test_a_broken_clip_is_replaced_by_the_next(broken):
     data = create_clip_dataset(broken)
     assert data.errors == 0
-    with pytest.warns(UserWarning, match=r"cannot read the image .*clips.1.frame1\.png.*takes its place"),\
-            pytest.warns(UserWarning, match="holds no image"):
+    with (
+        pytest.warns(
+            UserWarning, match=r"cannot read the image .*clips.1.frame1\.png.*takes its place"
+        ),
+        pytest.warns(UserWarning, match="holds no image"),
+    ):
         first = data[1]
     assert data.errors == 2  # 2, its successor, as well
     with pytest.warns(UserWarning, match=r"cannot open the video .*clips.5: No such file"):
@@ -326,7 +370,10 @@ def test_errors_are_counted_over_all_workers(broken):
 
 def test_errors_are_counted_over_spawned_workers(broken):
     data = create_clip_dataset(broken)
-    labels = [label.item() for _, label in DataLoader(data, None, num_workers=1, multiprocessing_context="spawn")]
+    labels = [
+        label.item()
+        for _, label in DataLoader(data, None, num_workers=1, multiprocessing_context="spawn")
+    ]
     assert labels == [0, 3, 3, 3, 4, 0]
     assert data.errors == 3
 
@@ -334,7 +381,9 @@ def test_errors_are_counted_over_spawned_workers(broken):
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_all_clips_broken(broken):
     data = ClipSubset(create_clip_dataset(broken), [1, 2, 5])
-    with pytest.raises(RuntimeError, match=r"none of the 3 clips can be read; the first error was: .*clips.2"):
+    with pytest.raises(
+        RuntimeError, match=r"none of the 3 clips can be read; the first error was: .*clips.2"
+    ):
         data[1]
 
 
@@ -342,7 +391,10 @@ def test_frames_of_different_sizes(tmp_path):
     folder = save(tmp_path / "run/1", 3, size=(6, 4))
     Image.new("RGB", (8, 4)).save(folder / "frame10.png")
     data = create_clip_dataset(tmp_path, strict=True)
-    with pytest.raises(ValueError, match=r"run.1 differ in size: frame0\.png is 6 x 4 pixels, frame10\.png is 8 x 4"):
+    with pytest.raises(
+        ValueError,
+        match=r"run.1 differ in size: frame0\.png is 6 x 4 pixels, frame10\.png is 8 x 4",
+    ):
         data[0]
 
 
@@ -370,5 +422,7 @@ def test_importing_and_reading_frames_needs_no_pyav(tmp_path):
         "import sys\nsys.modules['av'] = None\nfrom timm_branches.data import create_clip_dataset\n"
         f"print(len(create_clip_dataset({str(tmp_path)!r})[0][0]), 'albumentations' in sys.modules)"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     assert result.stdout.split() == ["3", "False"]

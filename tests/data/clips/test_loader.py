@@ -19,9 +19,13 @@ from timm_branches.data import (
 def make(count=12, is_training=True, lengths=(3, 9)):
     """Ragged clips that are told apart by their labels."""
     rng = np.random.default_rng(0)
-    clips = [rng.integers(0, 256, (rng.integers(*lengths), 16, 16, 1), np.uint8) for _ in range(count)]
+    clips = [
+        rng.integers(0, 256, (rng.integers(*lengths), 16, 16, 1), np.uint8) for _ in range(count)
+    ]
     transform = create_transform((1, 16, 16), is_training, "light")
-    return ClipDataset(clips, range(count), transform=transform, sampler=FrameSampler(6, is_training=is_training))
+    return ClipDataset(
+        clips, range(count), transform=transform, sampler=FrameSampler(6, is_training=is_training)
+    )
 
 
 def test_padding_and_lengths():
@@ -61,7 +65,9 @@ def test_workers_do_not_matter():
     assert orders[0] != orders[1]
     assert not all(torch.equal(expected[0, i], expected[1, i]) for i in range(12))
     for workers, persistent in [(2, True), (2, False)]:
-        loader = create_clip_loader(make(), 4, True, num_workers=workers, seed=5, persistent_workers=persistent)
+        loader = create_clip_loader(
+            make(), 4, True, num_workers=workers, seed=5, persistent_workers=persistent
+        )
         found, their_orders = epochs(loader)
         assert their_orders == orders
         assert all(torch.equal(found[key], clip) for key, clip in expected.items())
@@ -73,7 +79,9 @@ def test_ranks_see_what_one_process_sees():
     expected, _ = epochs(create_clip_loader(make(), 4, True, seed=1), (1,))
     found = {}
     for rank in range(2):
-        found |= epochs(create_clip_loader(make(), 2, True, seed=1, rank=rank, world_size=2), (1,))[0]
+        found |= epochs(create_clip_loader(make(), 2, True, seed=1, rank=rank, world_size=2), (1,))[
+            0
+        ]
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[key], clip) for key, clip in expected.items())
 

@@ -36,7 +36,8 @@ def test_uniform_draws_one_frame_of_each_segment(count):
     sampler = FrameSampler(4, is_training=True)
     draws = np.array([sampler(count, (0, epoch, 5)) for epoch in range(600)])
     seen = [set(column.tolist()) for column in draws.T]
-    assert sorted(position for segment in seen for position in segment) == list(range(count))  # none twice, none never
+    # none twice, none never
+    assert sorted(position for segment in seen for position in segment) == list(range(count))
     for column, segment in zip(draws.T, seen, strict=True):
         assert len(segment) in (count // 4, -(-count // 4))
         assert min(Counter(column.tolist()).values()) > 600 / len(segment) * 0.7
@@ -67,7 +68,9 @@ def test_random_takes_every_frame_equally_often():
 @pytest.mark.parametrize("sampling", ["uniform", "dense", "random"])
 def test_a_function_of_the_key(sampling):
     training = FrameSampler(4, sampling, is_training=True)
-    keys = [(seed, epoch, sample) for seed in (-1, 0, 2**40) for epoch in (0, 1) for sample in (0, 1)]
+    keys = [
+        (seed, epoch, sample) for seed in (-1, 0, 2**40) for epoch in (0, 1) for sample in (0, 1)
+    ]
     assert all((training(1000, key) == training(1000, key)).all() for key in keys)
     assert len({tuple(training(1000, key)) for key in keys}) > 0.8 * len(keys)
     evaluation = FrameSampler(4, sampling)

@@ -16,7 +16,13 @@ from timm_branches.data.clips.video import ClipError, count_frames, read_frames
 
 av = pytest.importorskip("av")
 
-LOSSY = [("mp4", "libx264"), ("mov", "mpeg4"), ("avi", "mpeg4"), ("webm", "libvpx-vp9"), ("gif", "gif")]
+LOSSY = [
+    ("mp4", "libx264"),
+    ("mov", "mpeg4"),
+    ("avi", "mpeg4"),
+    ("webm", "libvpx-vp9"),
+    ("gif", "gif"),
+]
 FORMATS = [("mkv", "ffv1"), ("avi", "ffv1"), *LOSSY]
 
 
@@ -35,7 +41,9 @@ def write(path, codec, count=40, size=(32, 48), images=None, options=None):
         stream.bit_rate = 10_000_000
         stream.pix_fmt = {"ffv1": "bgr0", "gif": "gray"}.get(codec, "yuv420p")
         for number in range(count):
-            image = np.full((*size, 3), grey(number), np.uint8) if images is None else images[number]
+            image = (
+                np.full((*size, 3), grey(number), np.uint8) if images is None else images[number]
+            )
             frame = av.VideoFrame.from_ndarray(image, "rgb24")
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
@@ -81,7 +89,11 @@ def test_presentation_order_not_coding_order(tmp_path, bframes):
         stream = container.add_stream("libx264", rate=10, options=options)
         stream.height, stream.width, stream.pix_fmt = 32, 48, "yuv420p"
         for number in range(40):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((32, 48, 3), grey(number), np.uint8))))
+            container.mux(
+                stream.encode(
+                    av.VideoFrame.from_ndarray(np.full((32, 48, 3), grey(number), np.uint8))
+                )
+            )
         container.mux(stream.encode())
     with av.open(str(path)) as container:
         coded = [packet.pts for packet in container.demux(video=0) if packet.pts is not None]
@@ -114,11 +126,14 @@ def test_rotation_of_an_upright_phone_video(tmp_path, quarter):
     image[:16, :24] = 255
     path = write(tmp_path / "video.mp4", "mpeg4", 3, images=[image] * 3)
     data = bytearray(path.read_bytes())
-    # the track header's matrix [a b u; c d v; x y w] maps a pixel's (x, y) to (ax + cy, bx + dy), y pointing down
+    # the track header's matrix [a b u; c d v; x y w] maps a pixel's (x, y) to (ax + cy, bx + dy), y
+    # pointing down
     turn = [(1, 0, 0, 1), (0, 1, -1, 0), (-1, 0, 0, -1), (0, -1, 1, 0)][quarter]
     matrix = [turn[0], turn[1], 0, turn[2], turn[3], 0, 0, 0, 0x4000]
     at = data.index(b"tkhd") + 4 + 40
-    data[at : at + 36] = b"".join((value * 0x10000).to_bytes(4, "big", signed=True) for value in matrix)
+    data[at : at + 36] = b"".join(
+        (value * 0x10000).to_bytes(4, "big", signed=True) for value in matrix
+    )
     path.write_bytes(data)
     frame = read_frames(str(path), [1])[0]
     expected = image
@@ -132,11 +147,19 @@ def test_rotation_of_an_upright_phone_video(tmp_path, quarter):
 def test_dataset_of_videos(tmp_path, extension, codec):
     write(tmp_path / f"run/10.{extension}", codec, 20)
     write(tmp_path / f"run/9.{extension}", codec, 3)
-    write(tmp_path / f"jump/1.{extension.upper()}" if extension != "gif" else tmp_path / "jump/1.gif", codec, 12)
+    write(
+        tmp_path / f"jump/1.{extension.upper()}" if extension != "gif" else tmp_path / "jump/1.gif",
+        codec,
+        12,
+    )
     data = create_clip_dataset(tmp_path, num_frames=4)
     assert data.taxonomy.leaf_names == ("jump", "run")
     assert data.labels.tolist() == [[0], [1], [1]]
-    assert [numbers(clip.mul(255)) for clip, _ in data] == [[1, 4, 7, 10], [0, 1, 2], [2, 7, 12, 17]]
+    assert [numbers(clip.mul(255)) for clip, _ in data] == [
+        [1, 4, 7, 10],
+        [0, 1, 2],
+        [2, 7, 12, 17],
+    ]
     assert data[0][0].shape == (4, 3, 32, 48)
     assert create_clip_dataset(tmp_path, num_frames=4, in_chans=1)[0][0].shape == (4, 1, 32, 48)
     assert len(create_clip_dataset(tmp_path)[2][0]) == 20
@@ -152,7 +175,9 @@ def test_csv_cuts_clips_out_of_a_video(tmp_path):
     data = create_clip_dataset(path, strict=True)
     ranges = [list(range(10, 20)), list(range(30, 40)), list(range(5))]
     assert [numbers(data[i][0].mul(255)) for i in range(3)] == ranges
-    with pytest.raises(ClipError, match=r"frame 40 of .*long\.mkv: it has only 40 frames, where 44 are expected"):
+    with pytest.raises(
+        ClipError, match=r"frame 40 of .*long\.mkv: it has only 40 frames, where 44 are expected"
+    ):
         data[3]
     with pytest.raises(ClipError, match=r"frame 50 of .*long\.mkv: it has only 40 frames"):
         data[4]
@@ -176,7 +201,9 @@ def test_a_header_that_counts_a_frame_too_many(tmp_path):
     clips.read(0, lambda count: asked.append(count) or [0])
     assert asked == [40]  # it is remembered
     patch_count(path, 60)
-    with pytest.raises(ClipError, match=r"cannot read frame 40 of .*video\.avi.* where 60 are expected"):
+    with pytest.raises(
+        ClipError, match=r"cannot read frame 40 of .*video\.avi.* where 60 are expected"
+    ):
         FileClips([str(path)]).read(0, range)
 
 
@@ -191,7 +218,8 @@ def test_decodes_a_video_without_a_count_only_once(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("extension", "codec"), [("mp4", "libx264"), ("mov", "mpeg4"), ("avi", "mpeg4"), ("avi", "ffv1")]
+    ("extension", "codec"),
+    [("mp4", "libx264"), ("mov", "mpeg4"), ("avi", "mpeg4"), ("avi", "ffv1")],
 )
 @pytest.mark.parametrize("faststart", [False, True])
 def test_truncated_video(tmp_path, extension, codec, faststart):
@@ -208,7 +236,9 @@ def test_truncated_video_without_a_count_is_warned_about(tmp_path):
     path = write(tmp_path / "video.mkv", "ffv1", images=noise)
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 6 // 10])
     clips = FileClips([str(path)])
-    with pytest.warns(UserWarning, match=r"frames of .*video\.mkv stands at .* 4\.00 s; is the file complete"):
+    with pytest.warns(
+        UserWarning, match=r"frames of .*video\.mkv stands at .* 4\.00 s; is the file complete"
+    ):
         assert 10 < len(clips.read(0, range)) < 40
 
 
@@ -220,7 +250,8 @@ def test_damage_in_the_middle_names_the_frame(tmp_path):
     path.write_bytes(data)
     with pytest.raises(ClipError, match=r"cannot decode frame \d+ of .*video\.mp4"):
         FileClips([str(path)]).read(0, range)
-    assert len(FileClips([str(path)]).read(0, lambda count: [0, 3])) == 2  # what comes before is good
+    # what comes before is good
+    assert len(FileClips([str(path)]).read(0, lambda count: [0, 3])) == 2
 
 
 @pytest.mark.parametrize("content", [b"", b"<html>404</html>", b"\0" * 5000])
@@ -264,7 +295,9 @@ def test_without_pyav(tmp_path):
         f"try:\n    create_clip_dataset({str(tmp_path)!r})[0]\n"
         "except ImportError as error:\n    print(error)"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     assert "pip install 'timm_branches[video]'" in result.stdout
 
 

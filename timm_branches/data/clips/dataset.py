@@ -30,16 +30,18 @@ __all__ = [
 class ClipDataset(HierarchicalDataset):
     """Clips in memory or on disk, each with one label, or one a level.
 
-    Frames and augmentation are functions of (seed, epoch, sample), as the augmentation of images is. A transform made
-    by :func:`timm_branches.data.create_transform` is given each frame of a clip with the same random numbers, so that
-    all of them are cut, flipped and coloured alike; any other callable is given the whole clip, uint8 (T, H, W, C).
+    Frames and augmentation are functions of (seed, epoch, sample), as the augmentation of images
+    is. A transform made by :func:`timm_branches.data.create_transform` is given each frame of a
+    clip with the same random numbers, so that all of them are cut, flipped and coloured alike; any
+    other callable is given the whole clip, uint8 (T, H, W, C).
 
-    A clip that cannot be read is replaced, its label too, by the next one that can, so that batches stay full; there is
-    one warning for each, and `errors` counts them. Where every single result matters, set `strict`.
+    A clip that cannot be read is replaced, its label too, by the next one that can, so that batches
+    stay full; there is one warning for each, and `errors` counts them. Where every single result
+    matters, set `strict`.
 
     Args:
-        clips: uint8 array (N, T, H, W) or (N, T, H, W, C), a sequence of uint8 arrays (T, H, W) or (T, H, W, C), or
-            what `create_clip_dataset` finds in files.
+        clips: uint8 array (N, T, H, W) or (N, T, H, W, C), a sequence of uint8 arrays (T, H, W) or
+            (T, H, W, C), or what `create_clip_dataset` finds in files.
         labels: (N,) class indices, or (N, L) of all levels; -1 is unknown.
         taxonomy: The tree that the labels refer to; it needs (N, L).
         transform: Makes a float tensor CHW of each frame; None scales to [0, 1].
@@ -48,7 +50,8 @@ class ClipDataset(HierarchicalDataset):
         strict: Raise for a clip that cannot be read, instead of taking another one.
 
     Raises:
-        ValueError: If clips and labels differ in number, labels do not fit the taxonomy, or clips are no such arrays.
+        ValueError: If clips and labels differ in number, labels do not fit the taxonomy, or clips
+            are no such arrays.
 
     Example:
         >>> data = ClipDataset(np.zeros((2, 30, 24, 48), np.uint8), [0, 1], sampler=FrameSampler(8))
@@ -68,7 +71,9 @@ class ClipDataset(HierarchicalDataset):
         strict: bool = False,
     ) -> None:
         if isinstance(clips, FileClips) and in_chans not in (None, clips.in_chans):
-            raise ValueError(f"in_chans={in_chans}, but the files are decoded to {clips.in_chans} channels")
+            raise ValueError(
+                f"in_chans={in_chans}, but the files are decoded to {clips.in_chans} channels"
+            )
         labels = torch.as_tensor(labels, dtype=torch.long)
         is_flat = labels.ndim == 1 and taxonomy is None
         super().__init__(clips, labels[:, None] if is_flat else labels, taxonomy, transform)
@@ -76,7 +81,8 @@ class ClipDataset(HierarchicalDataset):
         self.images: Any = clips if isinstance(clips, FileClips) else ArrayClips(clips, in_chans)
         self.sampler = sampler or FrameSampler()
         self.strict = strict
-        # By position in `images`, in memory that worker processes share: which ones could not be read.
+        # By position in `images`, in memory that worker processes share: which ones could not be
+        # read.
         self._failed = torch.zeros(len(labels), dtype=torch.bool).share_memory_()
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -86,7 +92,8 @@ class ClipDataset(HierarchicalDataset):
             index: Its position.
 
         Returns:
-            The frames (T, C, H, W), T at most the sampler's `num_frames`, and the label () or labels (L,).
+            The frames (T, C, H, W), T at most the sampler's `num_frames`, and the label () or
+            labels (L,).
 
         Raises:
             ClipError: If the clip cannot be read and `strict` is set; it is a ValueError.
@@ -110,7 +117,11 @@ class ClipDataset(HierarchicalDataset):
         key = (self.seed, self.epoch, sample)
         frames = self.images.read(sample, lambda count: self.sampler(count, key))
         if self.transform is None:
-            return torch.from_numpy(np.ascontiguousarray(frames.transpose(0, 3, 1, 2))).float().div_(255)
+            return (
+                torch.from_numpy(np.ascontiguousarray(frames.transpose(0, 3, 1, 2)))
+                .float()
+                .div_(255)
+            )
         if getattr(self.transform, "takes_key", False):
             return torch.stack([self.transform(frame, key=key) for frame in frames])
         return self.transform(frames)
@@ -122,11 +133,14 @@ class ClipDataset(HierarchicalDataset):
 
     @property
     def errors(self) -> int:
-        """How many of these clips could not be read so far, each counted once, in all worker processes together."""
+        """How many of these clips could not be read so far, each counted once, in all worker
+        processes together.
+        """
         return int(self._failed[self.sample_ids].sum())
 
     def limit(self, count: int, seed: int = 0) -> "ClipSubset":
-        """A stratified part, for quick runs: every class keeps its share, as far as whole clips allow.
+        """A stratified part, for quick runs: every class keeps its share, as far as whole clips
+        allow.
 
         Args:
             count: Clips wanted; all if there are fewer.
@@ -135,7 +149,9 @@ class ClipDataset(HierarchicalDataset):
         Returns:
             A subset with the same transform, sampler and taxonomy, its clips in their old order.
         """
-        return ClipSubset(self, stratified_indices(self.labels, min(count, len(self)), seed).sort().values)
+        return ClipSubset(
+            self, stratified_indices(self.labels, min(count, len(self)), seed).sort().values
+        )
 
 
 class ClipSubset(ClipDataset, Subset):
@@ -158,8 +174,11 @@ class ClipSubset(ClipDataset, Subset):
         Subset.__init__(self, dataset, indices)
 
 
-def split_clips(dataset: ClipDataset, fraction: float = 0.1, seed: int = 0) -> tuple[ClipSubset, ClipSubset]:
-    """Set a stratified part of the training clips aside for validation, as `split_dataset` does with images.
+def split_clips(
+    dataset: ClipDataset, fraction: float = 0.1, seed: int = 0
+) -> tuple[ClipSubset, ClipSubset]:
+    """Set a stratified part of the training clips aside for validation, as `split_dataset` does
+    with images.
 
     Args:
         dataset: The training data.
@@ -167,7 +186,8 @@ def split_clips(dataset: ClipDataset, fraction: float = 0.1, seed: int = 0) -> t
         seed: Which clips; the split depends on the labels, the fraction and the seed alone.
 
     Returns:
-        The training part, and the validation part with frames that are the same each time; both have the dataset's
+        The training part, and the validation part with frames that are the same each time; both
+        have the dataset's
         transform: give the latter one without augmentation (`val.transform = ...`).
 
     Raises:
@@ -179,7 +199,9 @@ def split_clips(dataset: ClipDataset, fraction: float = 0.1, seed: int = 0) -> t
         [8, 2]
     """
     positions = HierarchicalDataset(range(len(dataset)), dataset.labels.view(len(dataset), -1))
-    train, val = (ClipSubset(dataset, part.sample_ids) for part in split_dataset(positions, fraction, seed))
+    train, val = (
+        ClipSubset(dataset, part.sample_ids) for part in split_dataset(positions, fraction, seed)
+    )
     val.sampler = dataclasses.replace(val.sampler, is_training=False)
     return train, val
 
@@ -194,7 +216,9 @@ def _read(path: str | os.PathLike, taxonomy: Any, in_chans: int) -> Source:
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path} is neither a folder nor a file")
     if not path.lower().endswith(".csv"):
-        raise ValueError(f"{path} is of no known kind; expected a folder of class folders or a .csv")
+        raise ValueError(
+            f"{path} is of no known kind; expected a folder of class folders or a .csv"
+        )
     return read_clip_csv(path, in_chans, tree)
 
 
@@ -210,14 +234,18 @@ def create_clip_dataset(
     transform: Callable | None = None,
     strict: bool = False,
 ) -> ClipDataset:
-    """Make a dataset of the clips in a folder or a CSV; for arrays call :class:`ClipDataset` itself.
+    """Make a dataset of the clips in a folder or a CSV; for arrays call :class:`ClipDataset`
+    itself.
 
     Args:
-        path: A folder of class folders, which hold videos (.mp4, .avi, .mov, .mkv, .webm, .gif) or folders of images,
-            and may be nested and lie below train, val and test; or a .csv with a path to a video or a folder of
-            images and the names of its classes in each row, see `read_clip_csv`. Videos need PyAV.
-        split: 'train', 'val', 'test', 'trainval' or 'all'. Where the source has no splits, all is 'train'.
-        taxonomy: The tree of labels, or what `get_taxonomy` takes; None is the one that folders or columns describe.
+        path: A folder of class folders, which hold videos (.mp4, .avi, .mov, .mkv, .webm, .gif) or
+            folders of images, and may be nested and lie below train, val and test; or a .csv with a
+            path to a video or a folder of images and the names of its classes in each row, see
+            `read_clip_csv`. Videos need PyAV.
+        split: 'train', 'val', 'test', 'trainval' or 'all'. Where the source has no splits, all is
+            'train'.
+        taxonomy: The tree of labels, or what `get_taxonomy` takes; None is the one that folders or
+            columns describe.
         num_frames: Frames of each clip; None takes all.
         sampling: 'uniform' (the default), 'dense', 'random' or 'all', see :class:`FrameSampler`.
         stride: Distance between two frames of 'dense'.
@@ -231,7 +259,8 @@ def create_clip_dataset(
 
     Raises:
         FileNotFoundError: If there is no such folder or file.
-        ValueError: If the split or the class names do not exist, files are of no known kind, or settings do not fit.
+        ValueError: If the split or the class names do not exist, files are of no known kind, or
+            settings do not fit.
 
     Example:
         >>> data = create_clip_dataset('ucf101/', num_frames=16, is_training=True)      # doctest: +SKIP
@@ -242,7 +271,9 @@ def create_clip_dataset(
         raise ValueError(f"no split {split!r}; it is 'train', 'val', 'test', 'trainval' or 'all'")
     sampler = FrameSampler(num_frames, sampling, stride, is_training)
     source = _read(path, taxonomy, in_chans)
-    data = ClipDataset(source.images, source.labels, source.taxonomy, transform, sampler=sampler, strict=strict)
+    data = ClipDataset(
+        source.images, source.labels, source.taxonomy, transform, sampler=sampler, strict=strict
+    )
     split = SPLITS.get(split, split)
     present = {"train"} if source.splits is None else set(source.splits.tolist())
     wanted = {"trainval": {"train", "val"}, "all": {"train", "val", "test"}}.get(split, {split})
@@ -266,11 +297,13 @@ def create_clip_splits(
 ) -> tuple[ClipDataset, ClipDataset, ClipDataset | None]:
     """Training, validation and test clips of any source, in one call.
 
-    The source's own validation split is taken where there is one; otherwise a stratified part of its training clips.
+    The source's own validation split is taken where there is one; otherwise a stratified part of
+    its training clips.
 
     Args:
         path: As for `create_clip_dataset`.
-        val_fraction: The share of the training clips to set aside where there is no validation split.
+        val_fraction: The share of the training clips to set aside where there is no validation
+            split.
         seed: Which part to set aside.
         transform: For training, whose frames are drawn at random.
         eval_transform: For validation and test, whose frames are always the same.
@@ -286,15 +319,23 @@ def create_clip_splits(
         >>> train, val, test = create_clip_splits('ucf101/', num_frames=16)             # doctest: +SKIP
     """
     for name in {"split", "is_training"} & set(kwargs):
-        raise ValueError(f"{name} has no effect here: all splits are made, and only 'train' draws frames at random")
+        raise ValueError(
+            f"{name} has no effect here: all splits are made, and only 'train' draws frames at random"
+        )
     strict = kwargs.pop("strict", False)
     source = _read(path, kwargs.pop("taxonomy", None), kwargs.pop("in_chans", 3))
     sampler = FrameSampler(**kwargs, is_training=True)
-    data = ClipDataset(source.images, source.labels, source.taxonomy, transform, sampler=sampler, strict=strict)
+    data = ClipDataset(
+        source.images, source.labels, source.taxonomy, transform, sampler=sampler, strict=strict
+    )
     splits = np.full(len(data), "train") if source.splits is None else source.splits
-    train, val, test = (ClipSubset(data, np.flatnonzero(splits == part)) for part in ("train", "val", "test"))
+    train, val, test = (
+        ClipSubset(data, np.flatnonzero(splits == part)) for part in ("train", "val", "test")
+    )
     if not len(train):
-        raise ValueError(f"{path} has no training data, only {', '.join(sorted(set(splits.tolist())))}")
+        raise ValueError(
+            f"{path} has no training data, only {', '.join(sorted(set(splits.tolist())))}"
+        )
     if not len(val):
         train, val = split_clips(train, val_fraction, seed)
     for part in (val, test):

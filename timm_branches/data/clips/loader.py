@@ -26,7 +26,9 @@ class ClipBatch(NamedTuple):
     lengths: torch.Tensor
 
 
-def collate_clips(samples: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[ClipBatch, torch.Tensor]:
+def collate_clips(
+    samples: Sequence[tuple[torch.Tensor, torch.Tensor]],
+) -> tuple[ClipBatch, torch.Tensor]:
     """Make a batch of clips of any lengths, padded with zeros to the longest.
 
     Args:
@@ -46,13 +48,20 @@ def collate_clips(samples: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple
     frames, labels = zip(*samples, strict=True)
     shapes = sorted({tuple(clip.shape[1:]) for clip in frames})
     if len(shapes) > 1:
-        raise ValueError(f"frames of different clips in a batch have the shapes {shapes}; a transform makes them equal")
+        raise ValueError(
+            f"frames of different clips in a batch have the shapes {shapes}; a transform makes them equal"
+        )
     lengths = torch.tensor([len(clip) for clip in frames])
-    return ClipBatch(pad_sequence(list(frames), batch_first=True), lengths), default_collate(list(labels))
+    return ClipBatch(pad_sequence(list(frames), batch_first=True), lengths), default_collate(
+        list(labels)
+    )
 
 
-def create_clip_loader(dataset: ClipDataset, batch_size: int, is_training: bool = False, **kwargs: Any) -> Loader:
-    """A loader of clips that repeats exactly, whatever the number of workers and ranks: `create_loader` for clips.
+def create_clip_loader(
+    dataset: ClipDataset, batch_size: int, is_training: bool = False, **kwargs: Any
+) -> Loader:
+    """A loader of clips that repeats exactly, whatever the number of workers and ranks:
+    `create_loader` for clips.
 
     Args:
         dataset: The clips.
@@ -78,4 +87,6 @@ def create_clip_loader(dataset: ClipDataset, batch_size: int, is_training: bool 
             "evaluation of a dataset that draws frames at random; make it with is_training=False, or set its sampler",
             stacklevel=2,
         )
-    return create_loader(dataset, batch_size, is_training, **{"collate_fn": collate_clips, **kwargs})
+    return create_loader(
+        dataset, batch_size, is_training, **{"collate_fn": collate_clips, **kwargs}
+    )

@@ -18,12 +18,14 @@ class FrameSampler:
 
     Args:
         num_frames: Frames wanted, T; None with 'all' only.
-        sampling: 'uniform': the clip is cut into T equal segments with one frame of each, at its centre or anywhere in
-            it (TSN, Wang et al. 2016, arXiv 1608.00859); 'dense': T frames `stride` apart, in the middle of the clip or
-            from anywhere on; 'random': any T frames, in their order; 'all': every frame. None is 'uniform' where
-            num_frames is given, else 'all'.
+        sampling: 'uniform': the clip is cut into T equal segments with one frame of each, at its
+            centre or anywhere in it (TSN, Wang et al. 2016, arXiv 1608.00859); 'dense': T frames
+            `stride` apart, in the middle of the clip or from anywhere on; 'random': any T frames,
+            in their order; 'all': every frame. None is 'uniform' where num_frames is given, else
+            'all'.
         stride: Distance between two frames of 'dense'; 1 takes consecutive ones.
-        is_training: Whether to draw at random. Otherwise even 'random' draws the same frames each time.
+        is_training: Whether to draw at random. Otherwise even 'random' draws the same frames each
+            time.
 
     Raises:
         ValueError: For an unknown sampling, or a setting that it does not use.
@@ -55,14 +57,17 @@ class FrameSampler:
         if self.stride < 1:
             raise ValueError(f"stride must be at least 1, not {self.stride}")
         if self.stride > 1 and self.sampling != "dense":
-            raise ValueError(f"stride={self.stride} has no effect with sampling={self.sampling!r}, only with 'dense'")
+            raise ValueError(
+                f"stride={self.stride} has no effect with sampling={self.sampling!r}, only with 'dense'"
+            )
 
     def __call__(self, count: int, key: Sequence[int] = (0, 0, 0)) -> np.ndarray:
         """Choose frames.
 
         Args:
             count: Frames of the clip, at least 1.
-            key: (seed, epoch, sample), of which the choice is a function in training; without, only the sample counts.
+            key: (seed, epoch, sample), of which the choice is a function in training; without, only
+                the sample counts.
 
         Returns:
             int64 array (T,), or less where the clip is shorter: ascending positions, none twice.
@@ -84,6 +89,7 @@ class FrameSampler:
             return start + self.stride * np.arange(wanted)
         segment = np.arange(wanted)
         if self.is_training:
-            # Rounded borders: each frame is in exactly one segment, so that none is drawn twice or never.
+            # Rounded borders: each frame is in exactly one segment, so that none is drawn twice or
+            # never.
             return rng.integers(segment * count // wanted, (segment + 1) * count // wanted)
         return (2 * segment + 1) * count // (2 * wanted)

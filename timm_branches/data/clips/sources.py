@@ -1,7 +1,7 @@
 """Where clips come from: arrays, video files and folders of frames, listed by folders or by a CSV.
 
-As with images, every sequence here can be forked or pickled into DataLoader workers; files are open only while they
-are read.
+As with images, every sequence here can be forked or pickled into DataLoader workers; files are open
+only while they are read.
 """
 
 import csv
@@ -44,7 +44,8 @@ class ArrayClips:
     """Clips in memory.
 
     Args:
-        clips: One uint8 array (N, T, H, W) or (N, T, H, W, C), or a sequence of arrays (T, H, W) or (T, H, W, C).
+        clips: One uint8 array (N, T, H, W) or (N, T, H, W, C), or a sequence of arrays (T, H, W) or
+            (T, H, W, C).
         in_chans: Channels to return; None keeps each clip's own.
 
     Raises:
@@ -57,8 +58,17 @@ class ArrayClips:
 
     def __init__(self, clips: Any, in_chans: int | None = None) -> None:
         for number, clip in enumerate(clips):
-            if not isinstance(clip, np.ndarray) or clip.dtype != np.uint8 or clip.ndim not in (3, 4) or not len(clip):
-                what = f"{clip.dtype} of shape {clip.shape}" if isinstance(clip, np.ndarray) else type(clip).__name__
+            if (
+                not isinstance(clip, np.ndarray)
+                or clip.dtype != np.uint8
+                or clip.ndim not in (3, 4)
+                or not len(clip)
+            ):
+                what = (
+                    f"{clip.dtype} of shape {clip.shape}"
+                    if isinstance(clip, np.ndarray)
+                    else type(clip).__name__
+                )
                 raise ValueError(
                     f"clips must be uint8 arrays (T, H, W) or (T, H, W, C) with at least one frame, but clip {number} "
                     f"is {what}"
@@ -74,7 +84,8 @@ class ArrayClips:
 
         Args:
             index: Which clip.
-            choose: Takes the number of frames there are, returns the ascending positions of those wanted.
+            choose: Takes the number of frames there are, returns the ascending positions of those
+                wanted.
 
         Returns:
             uint8 array (T, H, W, C).
@@ -86,13 +97,15 @@ class ArrayClips:
 
 
 class FileClips:
-    """Clips in video files and in folders of frames (images, in natural order: frame2 before frame10).
+    """Clips in video files and in folders of frames (images, in natural order: frame2 before
+    frame10).
 
     Args:
         paths: For each clip a video or a folder.
         in_chans: 3 for RGB, 1 for grey.
         starts: For each clip its first frame, from 0; None is 0 for all.
-        ends: For each clip the frame after its last one, -1 for the end of the file; None is -1 for all.
+        ends: For each clip the frame after its last one, -1 for the end of the file; None is -1 for
+            all.
     """
 
     def __init__(
@@ -104,9 +117,13 @@ class FileClips:
     ) -> None:
         self.paths = np.array(list(paths), dtype=str)
         self.in_chans = in_chans
-        self.starts = np.zeros(len(self), np.int64) if starts is None else np.array(starts, np.int64)
-        # Counting may mean decoding a whole video: shared memory, so that one worker counts for all of them.
-        self.ends = torch.full((len(self),), -1) if ends is None else torch.tensor(ends)  # as given, -1: not given
+        self.starts = (
+            np.zeros(len(self), np.int64) if starts is None else np.array(starts, np.int64)
+        )
+        # Counting may mean decoding a whole video: shared memory, so that one worker counts for all
+        # of them.
+        # as given, -1: not given
+        self.ends = torch.full((len(self),), -1) if ends is None else torch.tensor(ends)
         self._ends = self.ends.clone().share_memory_()  # as counted since
 
     def __len__(self) -> int:
@@ -117,7 +134,8 @@ class FileClips:
 
         Args:
             index: Which clip.
-            choose: Takes the number of frames there are, returns the ascending positions of those wanted.
+            choose: Takes the number of frames there are, returns the ascending positions of those
+                wanted.
 
         Returns:
             uint8 array (T, H, W, in_chans).
@@ -133,9 +151,12 @@ class FileClips:
         try:
             clip = self._read_video(path, start, end, choose)
         except ClipEndsEarly as error:
-            # A header may count a few frames too many; more than that are missing from a damaged file.
+            # A header may count a few frames too many; more than that are missing from a damaged
+            # file.
             if error.count < end - max(2, end // 50):
-                raise ClipError(f"{error}, where {end} are expected; is the file complete?") from error
+                raise ClipError(
+                    f"{error}, where {end} are expected; is the file complete?"
+                ) from error
             end = error.count
             clip = self._read_video(path, start, end, choose)
         self._ends[index] = end
@@ -145,7 +166,9 @@ class FileClips:
         if start >= end:
             raise ClipError(f"cannot read frame {start} of {path}: it has only {end} frames")
         chosen = [start + int(number) for number in choose(end - start)]
-        return _stack(read_frames(path, chosen, self.in_chans), [f"frame {number}" for number in chosen], path)
+        return _stack(
+            read_frames(path, chosen, self.in_chans), [f"frame {number}" for number in chosen], path
+        )
 
     def _read_folder(self, path: str, start: int, end: int, choose: Choose) -> np.ndarray:
         from timm.utils.misc import natural_key
@@ -156,7 +179,9 @@ class FileClips:
                 raise ClipError(f"the folder {path} holds no image")
             end = len(names) if end < 0 else end
             if not start < end <= len(names):
-                raise ClipError(f"cannot read the frames {start} to {end} of {path}: it holds {len(names)} images")
+                raise ClipError(
+                    f"cannot read the frames {start} to {end} of {path}: it holds {len(names)} images"
+                )
             chosen = [names[start + int(number)] for number in choose(end - start)]
             images = [self._decode(os.path.join(path, name)) for name in chosen]
         except OSError as error:
@@ -197,7 +222,8 @@ def read_clip_folder(root: str, in_chans: int = 3, taxonomy: Taxonomy | None = N
         The clips, in natural order of their paths.
 
     Raises:
-        ValueError: If there are no clips, a clip lies in no class folder, or folders do not match the taxonomy.
+        ValueError: If there are no clips, a clip lies in no class folder, or folders do not match
+            the taxonomy.
     """
     from timm.utils.misc import natural_key
 
@@ -205,12 +231,15 @@ def read_clip_folder(root: str, in_chans: int = 3, taxonomy: Taxonomy | None = N
     for folder, below, files in os.walk(root, followlinks=True):
         below[:] = [name for name in below if not name.startswith(".")]
         rest = os.path.relpath(folder, root).replace(os.sep, "/")
-        videos = [name if rest == "." else f"{rest}/{name}" for name in files if is_video_name(name)]
+        videos = [
+            name if rest == "." else f"{rest}/{name}" for name in files if is_video_name(name)
+        ]
         names += videos
         has_images = any(map(is_image_name, files))
         if has_images and not videos and not below and rest != ".":
             names.append(rest)
-        elif has_images or not (videos or below):  # images beside videos or folders, a preview say, are no frames
+        # images beside videos or folders, a preview say, are no frames
+        elif has_images or not (videos or below):
             stray.append(rest)
     if not names:
         raise ValueError(
@@ -231,10 +260,11 @@ def read_clip_folder(root: str, in_chans: int = 3, taxonomy: Taxonomy | None = N
 def read_clip_csv(path: str, in_chans: int = 3, taxonomy: Taxonomy | None = None) -> Source:
     """A CSV as for images, whose paths lead to videos or folders of frames.
 
-    Columns: `path` (relative to the CSV), then one a level or one `label` with class names. Optional are `split`, and
-    `start` and `end`, which cut a clip out of a longer one: the numbers of its first frame, from 0, and of the frame
-    after its last. Frames, because they mean the same for videos of any frame rate and for folders. An empty start or
-    end is that of the file.
+    Columns: `path` (relative to the CSV), then one a level or one `label` with class names.
+        Optional are `split`, and
+    `start` and `end`, which cut a clip out of a longer one: the numbers of its first frame, from 0,
+    and of the frame after its last. Frames, because they mean the same for videos of any frame rate
+    and for folders. An empty start or end is that of the file.
 
     Args:
         path: The CSV.
@@ -245,8 +275,8 @@ def read_clip_csv(path: str, in_chans: int = 3, taxonomy: Taxonomy | None = None
         The clips in the order of the rows.
 
     Raises:
-        ValueError: If columns are missing, do not fit the taxonomy, names are unknown or ambiguous in it, or start and
-            end are no frame numbers.
+        ValueError: If columns are missing, do not fit the taxonomy, names are unknown or ambiguous
+            in it, or start and end are no frame numbers.
     """
     with open(path, newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file, skipinitialspace=True)
@@ -283,7 +313,9 @@ def _csv_labels(
     if taxonomy is not None and set(taxonomy.levels) <= set(levels):
         levels = list(taxonomy.levels)
     elif taxonomy is not None and len(levels) != taxonomy.num_levels:
-        raise ValueError(f"{where} has the level columns {levels}, the taxonomy the levels {list(taxonomy.levels)}")
+        raise ValueError(
+            f"{where} has the level columns {levels}, the taxonomy the levels {list(taxonomy.levels)}"
+        )
     cells = [tuple(row[level] for level in levels) for row in rows]
     tree = _derive(map(_known_start, cells), levels) if taxonomy is None else taxonomy
     return tree, _cell_labels(cells, tree, where)

@@ -10,13 +10,23 @@ import numpy as np
 
 from timm_branches.data.images import match_channels
 
-__all__ = ["VIDEO_EXTENSIONS", "ClipEndsEarly", "ClipError", "count_frames", "is_video_name", "read_frames"]
+__all__ = [
+    "VIDEO_EXTENSIONS",
+    "ClipEndsEarly",
+    "ClipError",
+    "count_frames",
+    "is_video_name",
+    "read_frames",
+]
 
 VIDEO_EXTENSIONS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".gif")
 
 
 class ClipError(ValueError):
-    """A clip cannot be read: its file is missing, damaged or empty. The message names the file and the frame."""
+    """A clip cannot be read.
+
+    Its file is missing, damaged or empty. The message names the file and the frame.
+    """
 
 
 class ClipEndsEarly(ClipError):
@@ -36,7 +46,9 @@ def _import_av() -> Any:
     try:
         import av
     except ImportError as error:
-        raise ImportError("video files are decoded with PyAV: pip install 'timm_branches[video]'") from error
+        raise ImportError(
+            "video files are decoded with PyAV: pip install 'timm_branches[video]'"
+        ) from error
     return av
 
 
@@ -63,8 +75,11 @@ def _open_video(path: str) -> Iterator[tuple[Any, Any]]:
     with container:
         stream = container.streams.best("video")
         if stream is None:
-            raise ClipError(f"{path} has no pictures, only {', '.join(s.type for s in container.streams) or 'nothing'}")
-        stream.codec_context.thread_count = 1  # loaders have worker processes for what runs in parallel
+            raise ClipError(
+                f"{path} has no pictures, only {', '.join(s.type for s in container.streams) or 'nothing'}"
+            )
+        # loaders have worker processes for what runs in parallel
+        stream.codec_context.thread_count = 1
         yield container, stream
 
 
@@ -77,18 +92,21 @@ def _decode(path: str, container: Any, stream: Any) -> Iterator[Any]:
             yield frame
             number += 1
     except av.FFmpegError as error:
-        raise ClipError(f"cannot decode frame {number} of {path}: {error.strerror or error}") from error
+        raise ClipError(
+            f"cannot decode frame {number} of {path}: {error.strerror or error}"
+        ) from error
 
 
 def count_frames(path: str) -> int:
-    """The number of frames of a video: what the header says, or all of them decoded if it does not (mkv, webm).
+    """The number of frames of a video: what the header says, or all of them decoded if it does not
+    (mkv, webm).
 
     Args:
         path: The video.
 
     Returns:
-        The number. A header's may be a little too high: it counts packets, and decoders make no picture of a few of
-        them (edit lists, packed B-frames).
+        The number. A header's may be a little too high: it counts packets, and decoders make no
+        picture of a few of them (edit lists, packed B-frames).
 
     Raises:
         ClipError: If the file cannot be decoded or holds no frame.
@@ -104,7 +122,8 @@ def count_frames(path: str) -> int:
         if not count:
             raise ClipError(f"{path} holds no frame")
         duration = (container.duration or 0) / 1e6
-        if end + end / max(1, count - 1) < 0.9 * duration:  # no error: the last frame may be meant to stand for long
+        # no error: the last frame may be meant to stand for long
+        if end + end / max(1, count - 1) < 0.9 * duration:
             warnings.warn(
                 f"the last of {count} frames of {path} stands at {end:.2f} s, but its header says that it lasts "
                 f"{duration:.2f} s; is the file complete?",
@@ -116,9 +135,9 @@ def count_frames(path: str) -> int:
 def read_frames(path: str, indices: Sequence[int], in_chans: int = 3) -> list[np.ndarray]:
     """Frames of a video by their position in presentation order, also where the frame rate varies.
 
-    Everything up to the last one is decoded, because compressed frames build on each other and few formats tell
-    which one a seek arrives at; only the wanted ones are converted to RGB. A rotation that the file asks for (upright
-    phone videos) is applied.
+    Everything up to the last one is decoded, because compressed frames build on each other and few
+    formats tell which one a seek arrives at; only the wanted ones are converted to RGB. A rotation
+    that the file asks for (upright phone videos) is applied.
 
     Args:
         path: The video.
