@@ -1,0 +1,110 @@
+"""The code that README and docs show runs, as it stands there, and their links lead somewhere."""
+
+import doctest
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")])
+# ```python is run; so is the set-up that a page needs but does not show, <!-- python ... -->
+BLOCK = re.compile(
+    r"^(?:```(?P<kind>python|pycon)\n(?P<code>.*?)^```|<!-- python\n(?P<hidden>.*?)^-->)",
+    re.MULTILINE | re.DOTALL,
+)
+LINK = re.compile(r"!?\[[^\]]*\]\((?!https?:)([^)#]*)(#[^)]*)?\)")
+COMMAND = re.compile(r"^(?:\$ )?python (recipes/\w+\.py)(.*)$")
+
+
+def name_of(page):
+    return str(page.relative_to(ROOT))
+
+
+def anchors(page):
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if BLOCK.search(p.read_text())], ids=name_of)
+def test_code(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # an example may write a file
+    text = page.read_text()
+    namespace = {"__name__": "__page__"}
+    for block in BLOCK.finditer(text):
+        line = text.count("\n", 0, block.start()) + 1
+        if block["kind"] == "pycon":
+            test = doctest.DocTestParser().get_doctest(
+                block["code"], namespace, name_of(page), name_of(page), line
+            )
+            assert doctest.DocTestRunner().run(test, clear_globs=False).failed == 0
+            namespace.update(test.globs)
+        else:
+            code = block["code"] or block["hidden"]
+            # blank lines in front, so that an error names the page's own line
+            exec(compile("\n" * line + code, name_of(page), "exec"), namespace)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links(page):
+    for target, anchor in LINK.findall(page.read_text()):
+        file = page if not target else (page.parent / target).resolve()
+        assert file.exists(), f"{name_of(page)} links to {target}"
+        if anchor:
+            assert anchor[1:] in anchors(file), f"{name_of(page)} links to {target}{anchor}"
+
+
+def commands():
+    """Every recipe's command in a page, as (page, script, arguments); set-ups apart."""
+    result = []
+    for page in PAGES:
+        lines = page.read_text().replace("\\\n", " ").split("\n")
+        for line in lines:
+            match = COMMAND.match(line)
+            if match:
+                arguments = shlex.split(match[2], comments=True)
+                result.append((name_of(page), match[1], arguments))
+    return result
+
+
+def test_commands():
+    """The flags of every command shown exist; nothing is trained."""
+    code = (
+        "import argparse, runpy, sys\n"
+        "class Parsed(BaseException): pass\n"
+        "parse = argparse.ArgumentParser.parse_args\n"
+        "def stop(self, *args):\n"
+        "    parse(self, *args)\n"
+        "    raise Parsed\n"
+        "argparse.ArgumentParser.parse_args = stop\n"
+        "failed = 0\n"
+        "for page, script, arguments in eval(sys.argv[1]):\n"
+        "    sys.argv = [script, *arguments]\n"
+        "    try:\n"
+        "        runpy.run_path(script, run_name='__main__')\n"
+        "    except Parsed:\n"
+        "        continue\n"
+        "    except SystemExit:\n"
+        "        pass\n"
+        "    failed = 1\n"
+        "    print(page, script, arguments)\n"
+        "sys.exit(failed)\n"
+    )
+    shown = commands()
+    assert len(shown) > 10
+    done = subprocess.run(
+        [sys.executable, "-c", code, repr(shown)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) < 200

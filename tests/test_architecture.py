@@ -1,0 +1,97 @@
+"""The walls of the package: who may import whom. docs/architecture.md draws this picture."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "timm_branches"
+
+# from the ground up: a unit (a folder or a file of the package) imports only from lower floors
+FLOORS = [
+    {"files", "schedules", "taps", "backbones"},
+    {"figures", "heads", "taxonomy"},
+    {"data", "hierarchy", "model"},
+    {"dense", "weights"},
+    {"factory", "features", "task"},
+    {"gradients", "inference"},
+    {"train", "__init__"},
+    {"cli"},
+    {"__main__"},
+]
+CORE = {"taps", "heads", "model", "weights", "factory"}
+WALLS = [
+    (CORE, {"data", "task", "train", "hierarchy", "schedules", "features", "dense", "gradients"}),
+    ({"taxonomy", "hierarchy", "schedules"}, CORE | {"backbones"}),
+    ({"data"}, CORE | {"backbones", "task", "train"}),
+]
+
+
+def unit_of(module):
+    """The unit of timm_branches.unit.rest; the package itself is __init__."""
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else "__init__"
+
+
+def imports_of(file):
+    """(unit, line) of every import of the package, in functions too."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}:{node.lineno} is a relative import"
+            modules = [node.module]
+            if node.module == "timm_branches":
+                units = [alias.name for alias in node.names]
+                modules = [f"timm_branches.{unit}" for unit in units if (PACKAGE / unit).exists()]
+                modules = modules or ["timm_branches"]
+        elif isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        else:
+            continue
+        for module in modules:
+            if module.split(".")[0] == "timm_branches":
+                yield unit_of(module), node.lineno
+            assert module.split(".")[0] != "recipes", f"{file}:{node.lineno} imports a recipe"
+
+
+def edges():
+    for file in sorted(PACKAGE.rglob("*.py")):
+        unit = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        for imported, line in imports_of(file):
+            if imported != unit:
+                yield unit, imported, f"{file.relative_to(ROOT)}:{line}"
+
+
+def test_every_unit_has_a_floor():
+    units = {
+        path.name.removesuffix(".py")
+        for path in PACKAGE.iterdir()
+        if path.suffix == ".py" or (path / "__init__.py").exists()
+    }
+    assert units == set().union(*FLOORS)
+
+
+def test_imports_go_down():
+    floor = {unit: number for number, units in enumerate(FLOORS) for unit in units}
+    up = [
+        f"{place}: {unit} imports {imported}"
+        for unit, imported, place in edges()
+        if floor[imported] >= floor[unit]
+    ]
+    assert not up
+
+
+@pytest.mark.parametrize(("inside", "outside"), WALLS, ids=["core", "labels", "data"])
+def test_walls(inside, outside):
+    through = [
+        f"{place}: {unit} imports {imported}"
+        for unit, imported, place in edges()
+        if unit in inside and imported in outside
+    ]
+    assert not through
+
+
+def test_nobody_imports_a_recipe():
+    for folder in ("recipes", "benchmarks"):
+        for file in sorted((ROOT / folder).glob("*.py")):
+            list(imports_of(file))  # asserts
