@@ -223,7 +223,7 @@ class TestFramesPerPass:
             model(clips())
 
 
-def test_dense_heads_get_the_images(monkeypatch):
+def test_dense_heads_get_the_images():
     """A dense head is called with the folded frames beside its map, and its maps are unfolded."""
     from dataclasses import dataclass
     from typing import ClassVar
@@ -231,11 +231,9 @@ def test_dense_heads_get_the_images(monkeypatch):
     from timm_branches import heads
 
     @dataclass(frozen=True)
-    class Sum:
+    class Sum(heads.Head):
         kind: ClassVar[str] = "sum"
-        multi_tap: ClassVar[bool] = False
         dense: ClassVar[bool] = True
-        temporal: ClassVar[bool] = False
 
         def build(self, taps, num_classes, drop_rate=None, in_chans=0):
             assert in_chans == 3
@@ -243,11 +241,14 @@ def test_dense_heads_get_the_images(monkeypatch):
 
     class SumModule(torch.nn.Module):
         num_classes = 3
+        fc = torch.nn.Identity()
+
+        def reset_classifier(self, num_classes):
+            raise AssertionError
 
         def forward(self, y, image):
             return image + y.mean((1, 2, 3), keepdim=True)
 
-    monkeypatch.setitem(heads.HEADS, "sum", Sum)
     model = create_branch_model(
         "test_resnet",
         taps=[5, 5],

@@ -5,10 +5,12 @@ from timm_branches.heads import (
     BranchClassifier,
     FlattenHead,
     GRUHead,
+    Head,
     LSTMHead,
     PoolHead,
     RedNetHead,
     UNetHead,
+    register_head,
 )
 from timm_branches.inference import StreamingClassifier, StreamingStep, detach_state
 from timm_branches.model import BranchModel
@@ -23,6 +25,7 @@ __all__ = [
     "BranchModel",
     "FlattenHead",
     "GRUHead",
+    "Head",
     "LSTMHead",
     "PoolHead",
     "RedNetHead",
@@ -36,6 +39,7 @@ __all__ = [
     "list_taps",
     "load_model",
     "load_weights",
+    "register_head",
     "save_model",
     "save_pretrained",
 ]

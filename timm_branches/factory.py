@@ -15,7 +15,7 @@ from timm.models._hub import load_model_config_from_path
 from torch import nn
 
 import timm_branches.backbones  # noqa: F401  (registers the papers' networks)
-from timm_branches.heads import Head, head_to_dict, parse_head
+from timm_branches.heads import HEADS, Head, head_to_dict, parse_head
 from timm_branches.model import BranchModel, answers_all_levels, module_key
 from timm_branches.taps.notation import Tap, check_name
 from timm_branches.taxonomy import Taxonomy
@@ -374,18 +374,33 @@ def load_model(
             metadata["config"] if source == path else source.read_text(encoding="utf-8")
         )
         arguments, pretrained_cfg = dict(config["model"]), dict(config["pretrained_cfg"])
-        if arguments.get("taxonomy") is not None:
-            arguments["taxonomy"] = Taxonomy.from_dict(arguments["taxonomy"])
-        model = create_branch_model(**arguments)
+        unknown = _unregistered(arguments.get("head"))
+        if unknown is None:
+            if arguments.get("taxonomy") is not None:
+                arguments["taxonomy"] = Taxonomy.from_dict(arguments["taxonomy"])
+            model = create_branch_model(**arguments)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{source} does not say how its model is built, or says it wrongly: {error!r}"
         ) from error
+    if unknown is not None:
+        raise ValueError(f"{source} cannot be loaded yet. {unknown}")
     model.pretrained_cfg.update(
         {k: tuple(v) if isinstance(v, list) else v for k, v in pretrained_cfg.items()}
     )
     fill_model(model, tensors, path)
     return model.to(map_location).eval()
+
+
+def _unregistered(heads: Any) -> ValueError | None:
+    """What is missing if one of a file's heads comes from outside and is not registered here."""
+    for head in heads or ():
+        if isinstance(head, dict) and "module" in head and head.get("kind") not in HEADS:
+            try:
+                parse_head(head)
+            except ValueError as error:
+                return error
+    return None
 
 
 def _download(repository: str) -> str:

@@ -9,9 +9,8 @@ import torch
 from timm.models import group_modules, group_parameters
 from torch import nn
 
-from timm_branches.heads import Head
+from timm_branches.heads import Head, State, check_module
 from timm_branches.heads.folding import read_clips, warn_of_batch_statistics
-from timm_branches.heads.temporal import State
 from timm_branches.taps.freezing import FreezableBackbone
 from timm_branches.taps.notation import Tap
 from timm_branches.taps.reader import TapReader
@@ -40,6 +39,8 @@ class BranchModel(FreezableBackbone):
     Attributes:
         names: Names of the heads in tap order.
         taps: Resolved taps (module, channels, size, stride) of all heads, one after the other.
+        temporal_heads: Names of the heads that read clips.
+        dense_heads: Names of the heads that answer with maps.
         head_taps: For each head its taps, as positions in ``taps``.
         taxonomy: The label hierarchy or None; the first heads are its levels, or a lone decoder
             gives them all.
@@ -76,15 +77,14 @@ class BranchModel(FreezableBackbone):
         for name, head, which, classes in zip(
             self.names, heads, self.head_taps, num_classes, strict=True
         ):
-            of_images = {"in_chans": self.input_size[0]} if head.dense else {}
-            self.heads[self._keys[name]] = head.build(
-                [self.taps[i] for i in which], classes, drop_rate, **of_images
-            )
+            taps_read = [self.taps[i] for i in which]
+            module = head.build(taps_read, classes, drop_rate, in_chans=self.input_size[0])
+            check_module(head, module)
+            self.heads[self._keys[name]] = module
         self.head_specs = tuple(heads)
-        self._temporal = {
-            name for name, head in zip(self.names, heads, strict=True) if head.temporal
-        }
-        self._dense = {name for name, head in zip(self.names, heads, strict=True) if head.dense}
+        specs = list(zip(self.names, heads, strict=True))
+        self.temporal_heads = tuple(name for name, head in specs if head.temporal)
+        self.dense_heads = tuple(name for name, head in specs if head.dense)
         self._shared = answers_all_levels(heads, taxonomy)
         self.frames_per_pass: int | None = None
         self._init_freezing()
@@ -168,7 +168,7 @@ class BranchModel(FreezableBackbone):
             ...     state = detach_state(state)       # the values go on, the graph ends here
         """
         which = self._select(heads)
-        temporal = [self.names[i] for i in which if self.names[i] in self._temporal]
+        temporal = [self.names[i] for i in which if self.names[i] in self.temporal_heads]
         if clips.ndim != 5 or not temporal:
             raise ValueError(
                 f"forward_stream takes clips (B, T, C, H, W) and needs a temporal head; got "
@@ -191,7 +191,10 @@ class BranchModel(FreezableBackbone):
     ) -> tuple[dict[str, torch.Tensor], dict[str, State]]:
         """Outputs of these heads for images or clips, and the new states of the temporal ones."""
         clips = read_clips(
-            x, lengths, self.input_size[0], self._temporal & {self.names[i] for i in which}
+            x,
+            lengths,
+            self.input_size[0],
+            {self.names[i] for i in which} & set(self.temporal_heads),
         )
         frames = x if clips is None else clips.fold(x)
         outputs: dict[str, torch.Tensor] = {}
@@ -200,10 +203,10 @@ class BranchModel(FreezableBackbone):
             frames, which, None if clips is None else self.frames_per_pass
         ).items():
             head = self.head(name)
-            if name in self._temporal:
+            if name in self.temporal_heads:
                 outputs[name], states[name] = head(*maps, clips, state and state[name])
             else:
-                y = head(*maps, image=frames) if name in self._dense else head(*maps)
+                y = head(*maps, image=frames) if name in self.dense_heads else head(*maps)
                 several = self._by_name(name, y)
                 outputs |= (
                     several if clips is None else {k: clips.unfold(v) for k, v in several.items()}

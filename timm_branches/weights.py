@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from timm_branches.files import replace_file
+from timm_branches.heads import check_registered
 from timm_branches.model import BranchModel
 
 __all__ = [
@@ -221,6 +222,8 @@ def read_weights(path: "str | os.PathLike") -> tuple[dict[str, str], dict[str, t
 
 def _config(model: BranchModel) -> dict:
     arguments = dict(model.config)
+    for head in arguments.get("head", ()):
+        check_registered(head)
     if arguments.get("taxonomy") is not None:
         arguments["taxonomy"] = arguments["taxonomy"].to_dict()
     for key, value in arguments.items():

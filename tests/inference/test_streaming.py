@@ -302,7 +302,7 @@ class TestStreamingClassifier:
         assert stream.state is None
 
     def test_needs_a_temporal_head(self):
-        with pytest.raises(ValueError, match=r"none of the heads \['coarse'\] is temporal"):
+        with pytest.raises(ValueError, match=r"None of the heads \['coarse'\] is temporal"):
             StreamingClassifier(make(), heads=["coarse"])
 
 

@@ -300,9 +300,9 @@ def _features(model: BranchModel, inputs: list[torch.Tensor], dtype: torch.dtype
     other.
     """
     is_clip = inputs[0].ndim == 4
-    if not is_clip and model._temporal:
+    if not is_clip and model.temporal_heads:
         raise ValueError(
-            f"the heads {sorted(model._temporal)} read clips, the dataset has images: make a ClipDataset."
+            f"the heads {sorted(model.temporal_heads)} read clips, the dataset has images: make a ClipDataset."
         )
     sizes = {tuple(x.shape[1:] if is_clip else x.shape) for x in inputs}
     if len(sizes) > 1:

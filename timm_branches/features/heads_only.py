@@ -8,8 +8,7 @@ import torch
 from timm.layers import SelectAdaptivePool2d
 from torch import nn
 
-from timm_branches.heads import BranchClassifier
-from timm_branches.heads.folding import Clips
+from timm_branches.heads import Clips
 from timm_branches.model import BranchModel
 
 __all__ = ["Feature", "HeadsOnly", "check_frozen", "feature_layout"]
@@ -70,7 +69,7 @@ def feature_layout(model: BranchModel) -> tuple[dict[str, Feature], list[list[st
                 f"head {name!r} ({spec.kind}) reads the images too: features alone do not feed it."
             )
         head = model.head(name)
-        pool = head.to_vector if isinstance(head, BranchClassifier) else None
+        pool = getattr(head, "to_vector", None)
         if not isinstance(pool, SelectAdaptivePool2d) or pool.pool_type not in (
             "avg",
             "max",
@@ -158,7 +157,7 @@ class HeadsOnly(BranchModel):
         which = self._select(heads)
         clips = Clips(x, lengths) if x.ndim == 3 else None
         if clips is None:
-            temporal = [self.names[i] for i in which if self.names[i] in self._temporal]
+            temporal = [self.names[i] for i in which if self.names[i] in self.temporal_heads]
             if temporal or lengths is not None:
                 raise ValueError(
                     f"{f'the heads {temporal} read' if temporal else 'lengths= belongs to'} features of "
@@ -173,7 +172,7 @@ class HeadsOnly(BranchModel):
         for i in which:
             name = self.names[i]
             inputs = [maps[key] for key in reads[i]]
-            if name in self._temporal:
+            if name in self.temporal_heads:
                 outputs[name], _ = self.head(name)(*inputs, clips, None)
             else:
                 y = self.head(name)(*inputs)

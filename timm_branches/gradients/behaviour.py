@@ -78,7 +78,7 @@ def input_problems(module: nn.Module, x: torch.Tensor) -> list[str]:
         t for t in frames if grad is not None and bool((grad if t is None else grad[:, t]).any())
     }
     if isinstance(module, BranchModel) and x.ndim == 5 and len(seen) < len(frames):
-        for name in module._temporal:
+        for name in module.temporal_heads:
             seen |= set(frame_gradients(module, x, lambda y: y.square().sum(), head=name).seen)
     unseen = [t for t in frames if t not in seen and not _changes(module, x, t)]
     if not unseen:

@@ -160,10 +160,10 @@ def _frame_part(
 ) -> tuple[Callable[[torch.Tensor], Any], nn.Module, str, nn.Module]:
     """How to run the model, the part that makes features, its name, and the CNN."""
     if isinstance(model, BranchModel) and features is None:
-        temporal = [n for n in model.names if n in model._temporal]
+        temporal = model.temporal_heads
         if (head is None and len(temporal) != 1) or (head is not None and head not in temporal):
             raise ValueError(
-                f"head={head!r}: the model's temporal heads are {temporal}; name one of them."
+                f"head={head!r}: the model's temporal heads are {list(temporal)}; name one of them."
             )
         chosen = temporal[0] if head is None else head
         part: Any = model.head(chosen).to_vector

@@ -8,24 +8,26 @@ import torch
 from timm.layers import SelectAdaptivePool2d
 from torch import nn
 
+from timm_branches.heads.base import Head, register_head
 from timm_branches.taps.reader import TapInfo
 
 __all__ = ["BranchClassifier", "FlattenHead", "PoolHead"]
 
 
-def _check(hidden: Sequence[int] | None, drop_rate: float | None) -> None:
-    if hidden is not None and any(
-        isinstance(w, bool) or not isinstance(w, int) or w < 1 for w in hidden
-    ):
-        raise ValueError(
-            f"hidden= takes the widths of the hidden layers, such as (256, 256), got {hidden!r}."
-        )
+def check_options(hidden: Sequence[int] | None, drop_rate: float | None) -> None:
+    """Raise a ValueError for widths below 1 or a rate outside [0, 1)."""
+    for width in hidden or ():
+        if isinstance(width, bool) or not isinstance(width, int) or width < 1:
+            raise ValueError(
+                f"hidden= takes the widths of the hidden layers, such as (256, 256), got {hidden!r}."
+            )
     if drop_rate is not None and not 0 <= drop_rate < 1:
         raise ValueError(f"drop_rate= must be in [0, 1), got {drop_rate!r}.")
 
 
+@register_head
 @dataclass(frozen=True)
-class PoolHead:
+class PoolHead(Head):
     """Pool the map to a vector, then hidden layers if any, then Linear. Takes images of any size.
 
     Args:
@@ -44,23 +46,24 @@ class PoolHead:
     """
 
     kind: ClassVar[str] = "pool"
-    multi_tap: ClassVar[bool] = False
-    dense: ClassVar[bool] = False
-    temporal: ClassVar[bool] = False
     hidden: tuple[int, ...] = ()
     pool_type: str = "avg"
     drop_rate: float | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "hidden", tuple(self.hidden))
-        _check(self.hidden, self.drop_rate)
+        check_options(self.hidden, self.drop_rate)
         if self.pool_type not in ("avg", "max", "avgmax", "catavgmax"):
             raise ValueError(
                 f"pool_type= must be 'avg', 'max', 'avgmax' or 'catavgmax', got {self.pool_type!r}."
             )
 
     def build(
-        self, taps: Sequence[TapInfo], num_classes: int, drop_rate: float | None = None
+        self,
+        taps: Sequence[TapInfo],
+        num_classes: int,
+        drop_rate: float | None = None,
+        in_chans: int = 3,
     ) -> "BranchClassifier":
         """The head for the map at its one tap."""
         (tap,) = taps
@@ -76,8 +79,9 @@ class PoolHead:
         )
 
 
+@register_head
 @dataclass(frozen=True)
-class FlattenHead:
+class FlattenHead(Head):
     """B-CNN's branch: Flatten, then twice (Linear, ReLU, BatchNorm, Dropout 0.5), then Linear.
 
     It is bound to one image size. At 224 px it has some 300 M parameters more than
@@ -98,48 +102,48 @@ class FlattenHead:
     """
 
     kind: ClassVar[str] = "flatten"
-    multi_tap: ClassVar[bool] = False
-    dense: ClassVar[bool] = False
-    temporal: ClassVar[bool] = False
     hidden: tuple[int, ...] | None = None
     drop_rate: float | None = None
 
     def __post_init__(self):
         if self.hidden is not None:
             object.__setattr__(self, "hidden", tuple(self.hidden))
-        _check(self.hidden, self.drop_rate)
+        check_options(self.hidden, self.drop_rate)
 
     def build(
-        self, taps: Sequence[TapInfo], num_classes: int, drop_rate: float | None = None
+        self,
+        taps: Sequence[TapInfo],
+        num_classes: int,
+        drop_rate: float | None = None,
+        in_chans: int = 3,
     ) -> "BranchClassifier":
         """The head for the map at its one tap, whose size fixes the first Linear."""
         (tap,) = taps
-        hidden = self.hidden if self.hidden is not None else (2 * tap.channels, 2 * tap.channels)
-        rate = (
-            self.drop_rate
-            if self.drop_rate is not None
-            else 0.5
-            if drop_rate is None
-            else drop_rate
-        )
-        return BranchClassifier(
-            _FixedFlatten(tap), tap.channels * tap.size[0] * tap.size[1], hidden, num_classes, rate
-        )
+        hidden = self.hidden
+        if hidden is None:
+            hidden = (2 * tap.channels, 2 * tap.channels)
+        rate = self.drop_rate
+        if rate is None:
+            rate = drop_rate
+        if rate is None:
+            rate = 0.5  # the paper's
+        height, width = tap.size
+        features = tap.channels * height * width
+        return BranchClassifier(FixedFlatten(tap), features, hidden, num_classes, rate)
 
 
-class _FixedFlatten(nn.Flatten):
-    """Flatten that refuses a map of another size with a sentence rather than with a failing
-    matrix product.
-    """
+class FixedFlatten(nn.Flatten):
+    """Flatten that refuses a map of another size by name, not with a failing matrix product."""
 
     def __init__(self, tap: TapInfo):
         super().__init__()
         self.tap_name, self.size = tap.tap.name, tuple(tap.size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) -> (B, C * H * W)."""
         if x.shape[2:] != self.size:
             raise ValueError(
-                f"the 'flatten' head at tap {self.tap_name!r} was made for a map of "
+                f"The 'flatten' head at tap {self.tap_name!r} was made for a map of "
                 f"{self.size[0]}x{self.size[1]}, got {x.shape[2]}x{x.shape[3]}: give images of the size "
                 "that the model was made for, set img_size=, or pool instead of flattening."
             )
@@ -189,5 +193,6 @@ class BranchClassifier(nn.Module):
         self.num_classes = num_classes
 
     def forward(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """Logits (B, K) of maps (B, C, H, W); with ``pre_logits`` what the last layer reads."""
         x = self.drop(self.hidden(self.to_vector(x)))
         return x if pre_logits else self.fc(x)

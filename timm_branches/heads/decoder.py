@@ -15,6 +15,7 @@ import torch
 from timm.layers import create_act_layer, get_act_layer
 from torch import nn
 
+from timm_branches.heads.base import Head, register_head
 from timm_branches.heads.blocks import (
     LinearBottleneck,
     RedNetStage,
@@ -31,8 +32,9 @@ _UPSAMPLE = ("nearest", "bilinear", "transposed", "shuffle")
 _NORMS = ("batchnorm2d", "groupnorm", "groupnorm1", "layernorm2d", "rmsnorm2d")
 
 
+@register_head
 @dataclass(frozen=True)
-class UNetHead:
+class UNetHead(Head):
     """A decoder that concatenates its skips, U-Net (Ronneberger et al. 2015, arXiv 1505.04597).
 
     Takes any taps in any order, and images of any size that the backbone takes. Where all maps have
@@ -71,7 +73,6 @@ class UNetHead:
     kind: ClassVar[str] = "unet"
     multi_tap: ClassVar[bool] = True
     dense: ClassVar[bool] = True
-    temporal: ClassVar[bool] = False
     additive: ClassVar[bool] = False
 
     channels: tuple[int, ...] | None = None
@@ -136,6 +137,7 @@ class UNetHead:
         return SkipDecoder(self, taps, num_classes, rate, in_chans)
 
 
+@register_head
 @dataclass(frozen=True)
 class RedNetHead(UNetHead):
     """A decoder that adds its skips, RED-Net (Mao et al. 2016, arXiv 1603.09056).

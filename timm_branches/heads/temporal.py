@@ -15,22 +15,24 @@ from timm.layers import SelectAdaptivePool2d, get_act_layer
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from timm_branches.heads.classifier import BranchClassifier, _check, _FixedFlatten
+from timm_branches.heads.base import Head, State, register_head
+from timm_branches.heads.classifier import BranchClassifier, FixedFlatten, check_options
 from timm_branches.heads.folding import Clips
 from timm_branches.taps.reader import TapInfo
 
 __all__ = ["GRUHead", "LSTMHead", "TemporalClassifier"]
 
-State = tuple[torch.Tensor, ...]
 _POOLS = ("avg", "max", "avgmax", "catavgmax", "attention", "flatten")
 _READOUTS = ("last", "mean", "max", "attention")
 _ATTENTION_WIDTH = 128  # the source's
 
 
+@register_head
 @dataclass(frozen=True)
-class LSTMHead:
-    """LSTM over the frames of a clip: each frame's map to a vector, the recurrence, a readout, the
-    classifier.
+class LSTMHead(Head):
+    """LSTM over the frames of a clip.
+
+    Each frame's map becomes a vector; then the recurrence, a readout and the classifier.
 
     Args:
         hidden_size: Width of the recurrence, of each direction.
@@ -60,8 +62,6 @@ class LSTMHead:
     """
 
     kind: ClassVar[str] = "lstm"
-    multi_tap: ClassVar[bool] = False
-    dense: ClassVar[bool] = False
     temporal: ClassVar[bool] = True
     cell: ClassVar[type[nn.LSTM] | type[nn.GRU]] = nn.LSTM
     hidden_size: int = 256
@@ -77,7 +77,7 @@ class LSTMHead:
 
     def __post_init__(self):
         object.__setattr__(self, "hidden", tuple(self.hidden))
-        _check(self.hidden, self.drop_rate)
+        check_options(self.hidden, self.drop_rate)
         for name in ("hidden_size", "num_layers", "projection"):
             value = getattr(self, name)
             if name == "projection" and value is None:
@@ -108,22 +108,24 @@ class LSTMHead:
             _activation(self.activation)
 
     def build(
-        self, taps: Sequence[TapInfo], num_classes: int, drop_rate: float | None = None
+        self,
+        taps: Sequence[TapInfo],
+        num_classes: int,
+        drop_rate: float | None = None,
+        in_chans: int = 3,
     ) -> "TemporalClassifier":
         """The head for the maps at its one tap."""
         (tap,) = taps
-        return TemporalClassifier(
-            self,
-            tap,
-            num_classes,
-            self.drop_rate if self.drop_rate is not None else drop_rate or 0.0,
-        )
+        rate = drop_rate or 0.0
+        if self.drop_rate is not None:
+            rate = self.drop_rate
+        return TemporalClassifier(self, tap, num_classes, rate)
 
 
+@register_head
 @dataclass(frozen=True)
 class GRUHead(LSTMHead):
-    """GRU over the frames of a clip. Its arguments are those of :class:`LSTMHead`; it has no cell
-    state.
+    """GRU over the frames of a clip, with the arguments of :class:`LSTMHead` and no cell state.
 
     Example:
         >>> GRUHead(hidden_size=64, output='frame').kind
@@ -172,19 +174,17 @@ class _MapAttention(_AttentionPool):
 
 
 class TemporalClassifier(BranchClassifier):
-    """Map to vector, recurrence, readout, classifier. Made by :class:`LSTMHead` and
-    :class:`GRUHead`.
+    """Map to vector, recurrence, readout, classifier: what the temporal heads build.
 
     Shapes: frames' maps (N, C, H, W) of B clips -> (B, K) or (B, T, K); without classes the
-        features that the
-    classifier would read.
+    features that the classifier would read.
     """
 
     def __init__(self, spec: LSTMHead, tap: TapInfo, num_classes: int, drop_rate: float):
         pool: nn.Module
         width = tap.channels
         if spec.pool_type == "flatten":
-            pool, width = _FixedFlatten(tap), tap.channels * tap.size[0] * tap.size[1]
+            pool, width = FixedFlatten(tap), tap.channels * tap.size[0] * tap.size[1]
         elif spec.pool_type == "attention":
             pool = _MapAttention(width)
         else:
@@ -245,7 +245,9 @@ class TemporalClassifier(BranchClassifier):
         self, y: torch.Tensor, clips: Clips, state: State | None
     ) -> tuple[torch.Tensor, State]:
         """Outputs (B, T, width), 0 behind the lengths, and the state."""
-        given: Any = None if state is None else state if self.rnn.mode == "LSTM" else state[0]
+        given: Any = state
+        if state is not None and self.rnn.mode == "GRU":
+            given = state[0]
         if clips.lengths is None:
             out, new = self.rnn(y, given)
         # packed sequences have no place in a graph: the state at the length is gathered instead
@@ -261,65 +263,60 @@ class TemporalClassifier(BranchClassifier):
             packed = pack_padded_sequence(y, clips.lengths, batch_first=True, enforce_sorted=False)
             out, new = self.rnn(packed, given)
             out, _ = pad_packed_sequence(out, batch_first=True, total_length=clips.shape[1])
-        return out, tuple(new) if isinstance(new, tuple) else (new,)
+        new_state = new if isinstance(new, tuple) else (new,)
+        return out, new_state
 
     def _read_out(self, out: torch.Tensor, state: State, clips: Clips) -> torch.Tensor:
         """Outputs (B, T, width) to one vector a clip (B, width)."""
-        mask = clips.mask
+        mask = clips.mask  # (B, T)
         if self.attention is not None:
             return self.attention(out, mask)
         if self.spec.readout == "mean":
-            return (
-                out.mean(1)
-                if mask is None
-                else out.sum(1) / mask.sum(1, keepdim=True).to(out.dtype)
-            )
+            if mask is None:
+                return out.mean(1)
+            frames = mask.sum(1, keepdim=True).to(out.dtype)  # (B, 1)
+            return out.sum(1) / frames  # `out` is 0 behind the lengths
         if self.spec.readout == "max":
-            return (
-                out if mask is None else out.masked_fill(~mask[:, :, None], float("-inf"))
-            ).amax(1)
+            if mask is not None:
+                out = out.masked_fill(~mask[:, :, None], float("-inf"))
+            return out.amax(1)
         if mask is not None and clips.exporting:  # there the state is that of the padding
             last = (mask.sum(1) - 1)[:, None, None].expand(-1, 1, out.shape[2])
             return out.gather(1, last)[:, 0]
-        h = state[0]
-        return torch.cat([h[-2], h[-1]], 1) if self.spec.bidirectional else h[-1]
+        h = state[0]  # (layers * directions, B, hidden_size)
+        if self.spec.bidirectional:
+            return torch.cat([h[-2], h[-1]], 1)
+        return h[-1]
 
     def _classify(self, y: torch.Tensor) -> torch.Tensor:
         return self.fc(self.hidden(self.drop(y)))
 
-    # -- streaming
-    # -------------------------------------------------------------------------------------------
-
     def check_stream(self, name: str, batch_size: int, state: State | None = None) -> None:
-        """Refuse a head whose answer at a frame needs frames that are gone, or not there yet; and a
-        wrong state.
+        """Refuse a head whose answer needs frames that are gone or not there yet, and a wrong state.
 
         Raises:
             ValueError: The head is bidirectional or reads out all frames, or the state is not one
                 of its own.
         """
-        why = (
-            "reads the clip backwards too (bidirectional=True)"
-            if self.spec.bidirectional
-            else f"reads out all frames (readout={self.spec.readout!r})"
-            if self.spec.readout != "last"
-            else None
-        )
-        if why:
+        reads = ""
+        if self.spec.bidirectional:
+            reads = "reads the clip backwards too (bidirectional=True)"
+        elif self.spec.readout != "last":
+            reads = f"reads out all frames (readout={self.spec.readout!r})"
+        if reads:
             raise ValueError(
-                f"head {name!r} {why} and cannot go on from a state: use a unidirectional head with "
-                "readout='last' or output='frame', or leave it out with heads=[...]."
+                f"The head {name!r} {reads} and cannot go on from a state: use a unidirectional "
+                "head with readout='last' or output='frame', or leave it out with heads=[...]."
             )
-        if state is not None:
-            given, right = (
-                [tuple(s.shape) for s in state],
-                [tuple(s.shape) for s in self.zero_state(batch_size)],
+        if state is None:
+            return
+        given = [tuple(tensor.shape) for tensor in state]
+        needed = [tuple(tensor.shape) for tensor in self.zero_state(batch_size)]
+        if given != needed:
+            raise ValueError(
+                f"The state of head {name!r} has the shapes {given}, {batch_size} clips need "
+                f"{needed}: begin a new stream with state=None."
             )
-            if given != right:
-                raise ValueError(
-                    f"the state of head {name!r} has the shapes {given}, {batch_size} clips need {right}: "
-                    "begin a new stream with state=None."
-                )
 
     def zero_state(self, batch_size: int) -> State:
         """The state before the first frame.
@@ -327,8 +324,7 @@ class TemporalClassifier(BranchClassifier):
         Hidden state (layers, B, hidden_size), for an LSTM the cell state too.
         """
         like = next(self.rnn.parameters())
-        count = 2 if self.rnn.mode == "LSTM" else 1
-        return tuple(
-            like.new_zeros(self.spec.num_layers, batch_size, self.spec.hidden_size)
-            for _ in range(count)
-        )
+        hidden = like.new_zeros(self.spec.num_layers, batch_size, self.spec.hidden_size)
+        if self.rnn.mode == "LSTM":
+            return hidden, torch.zeros_like(hidden)
+        return (hidden,)

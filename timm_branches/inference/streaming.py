@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from timm_branches.heads.temporal import State
+from timm_branches.heads import State
 from timm_branches.model import BranchModel
 
 __all__ = ["StreamingClassifier", "StreamingStep", "detach_state"]
@@ -119,9 +119,7 @@ class StreamingClassifier:
         return x.to(next(self.model.parameters()))
 
     def _answer(self, name: str, y: torch.Tensor) -> torch.Tensor:
-        if y.ndim == 3 or getattr(
-            self.model.head_specs[self.model.names.index(name)], "dense", False
-        ):
+        if y.ndim == 3 or name in self.model.dense_heads:
             y = y[:, 0]  # the only frame
         if not self.probabilities or y.ndim != 2:
             return y
@@ -161,12 +159,13 @@ class StreamingStep(nn.Module):
         self.names = _streaming_heads(model, heads)
         self.model = model
         self.training = model.training  # exporters set the model's mode by this one
-        self.temporal = [name for name in self.names if _is_temporal(model, name)]
-        self.state_names = [
-            f"{name}_{part}"
-            for name, state in self._zeros(1).items()
-            for part, _ in zip("hc", state, strict=False)
-        ]
+        self.temporal = [name for name in self.names if name in model.temporal_heads]
+        self.state_names = []
+        for name, state in self._zeros(1).items():
+            parts: Sequence[str] = "hc"[: len(state)]
+            if len(state) > 2:
+                parts = [f"state{i}" for i in range(len(state))]
+            self.state_names += [f"{name}_{part}" for part in parts]
         self.input_names = ["frame", *self.state_names]
         self.output_names = [
             *(f"logits_{name}" for name in self.names),
@@ -195,17 +194,13 @@ class StreamingStep(nn.Module):
         return (*logits, *(tensor for name in self.temporal for tensor in new[name]))
 
 
-def _is_temporal(model: BranchModel, name: str) -> bool:
-    return bool(getattr(model.head_specs[model.names.index(name)], "temporal", False))
-
-
 def _streaming_heads(model: BranchModel, heads: Sequence[str] | None) -> list[str]:
     """The heads to compute in tap order, all of which can stream."""
     names = [model.names[i] for i in model._select(heads)]
-    temporal = [name for name in names if _is_temporal(model, name)]
+    temporal = [name for name in names if name in model.temporal_heads]
     if not temporal:
         raise ValueError(
-            f"none of the heads {names} is temporal: give the model an LSTMHead or a GRUHead."
+            f"None of the heads {names} is temporal: give the model an LSTMHead or a GRUHead."
         )
     for name in temporal:
         model.head(name).check_stream(name, 1)  # type: ignore[operator]
