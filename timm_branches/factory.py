@@ -389,6 +389,7 @@ def load_model(
         {k: tuple(v) if isinstance(v, list) else v for k, v in pretrained_cfg.items()}
     )
     fill_model(model, tensors, path)
+    model.data_summary = json.loads(metadata.get("data_summary", "null"))
     return model.to(map_location).eval()
 
 

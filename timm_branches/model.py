@@ -45,6 +45,8 @@ class BranchModel(FreezableBackbone):
         taxonomy: The label hierarchy or None; the first heads are its levels, or a lone decoder
             gives them all.
         config: What rebuilds the model, as ``create_branch_model`` takes it.
+        data_summary: What was understood of the data that it was trained on, JSON-safe; kept in
+            its file.
         frames_per_pass: Frames of a clip that go through the backbone at once; None, the default,
             takes all. It bounds memory and changes results only where BatchNorm takes its
             statistics from a batch.
@@ -72,6 +74,7 @@ class BranchModel(FreezableBackbone):
         self.input_size = tuple(input_size)
         self.drop_rate = drop_rate
         self.config: dict[str, Any] = {}
+        self.data_summary: dict[str, Any] | None = None
         self._keys = {name: module_key(name) for name in self.names}
         self.heads = nn.ModuleDict()
         for name, head, which, classes in zip(
@@ -253,6 +256,10 @@ class BranchModel(FreezableBackbone):
     def head(self, name: str) -> nn.Module:
         """The module of the head with this name."""
         return self.heads[self._keys[name]]
+
+    def head_prefix(self, name: str) -> str:
+        """Where the tensors of the head with this name stand in the state dict."""
+        return f"heads.{self._keys[name]}"
 
     def _select(self, heads: Sequence[str] | None) -> list[int]:
         if heads is None:

@@ -13,10 +13,13 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import nn
 
 from timm_branches.files import replace_file
 from timm_branches.heads import check_registered
 from timm_branches.model import BranchModel
+from timm_branches.taxonomy import Taxonomy
+from timm_branches.taxonomy.matching import match_taxonomies
 
 __all__ = [
     "digest_tensors",
@@ -61,6 +64,8 @@ def save_model(model: BranchModel, path: "str | os.PathLike", extra: dict | None
         "tied": json.dumps(tied),
         "extra": json.dumps(extra or {}),
     }
+    if model.data_summary is not None:
+        metadata["data_summary"] = json.dumps(model.data_summary)
     metadata["sha256"] = digest_tensors(tensors, metadata)
     replace_file(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
     return path
@@ -85,14 +90,57 @@ def save_pretrained(
 
 
 def load_weights(model: BranchModel, path: "str | os.PathLike") -> None:
-    """Load a file's weights into a model that is built like it. The model changes only if
-    everything fits.
+    """Load a file's weights into a model that is built like it.
+
+    The model changes only if everything fits. Classes are compared by name: if both have a tree,
+    and the file's has the same classes in another order, the last layers' rows are put into the
+    model's order.
 
     Raises:
         FileNotFoundError: No such file.
-        ValueError: A damaged or foreign file, missing or unexpected tensors, other shapes.
+        ValueError: A damaged or foreign file, missing or unexpected tensors, other shapes, or
+            classes of other names.
     """
-    fill_model(model, read_weights(path)[1], path)
+    metadata, tensors = read_weights(path)
+    fill_model(model, _in_order_of(model, tensors, metadata, path), path)
+
+
+def _in_order_of(
+    model: BranchModel,
+    tensors: dict[str, torch.Tensor],
+    metadata: dict[str, str],
+    path: "str | os.PathLike",
+) -> dict[str, torch.Tensor]:
+    """A file's tensors with the rows of the last layers in the order of the model's classes."""
+    described = json.loads(metadata["config"])["model"].get("taxonomy")
+    if described is None or model.taxonomy is None:
+        return tensors
+    saved = Taxonomy.from_dict(described)
+    translation = match_taxonomies(
+        saved,
+        model.taxonomy,
+        given_name=f"the file {path}",
+        expected_name="the model",
+        subset=False,
+    )
+    if translation is None:
+        return tensors
+    result = dict(tensors)
+    for name, (_, table) in zip(model.names, translation.tables, strict=False):
+        rows = table[:-1].argsort()  # for each class of the model its row in the file
+        if torch.equal(rows, torch.arange(len(rows))):
+            continue
+        if not isinstance(model.head(name).fc, nn.Linear):
+            raise ValueError(
+                f"{path} has the classes of {name!r} in another order than the model, and the last "
+                "layer of that head is no Linear, whose rows could be reordered: make the model "
+                "with the file's own tree."
+            )
+        for part in ("weight", "bias"):
+            key = f"{model.head_prefix(name)}.fc.{part}"
+            if key in result and len(result[key]) == len(rows):
+                result[key] = result[key][rows]
+    return result
 
 
 def fill_model(

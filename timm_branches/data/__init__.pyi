@@ -58,6 +58,9 @@ from .mixup import (
 from .mixup import (
     split_levels as split_levels,
 )
+from .names import (
+    label_names as label_names,
+)
 from .pairs import (
     DenoisingDataset as DenoisingDataset,
 )

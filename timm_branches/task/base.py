@@ -4,7 +4,7 @@ A branch model, the weights of its losses by epoch, and how processes train it t
 """
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,8 @@ from torch import nn
 
 from timm_branches.model import BranchModel
 from timm_branches.schedules import ConstantSchedule, LossWeightSchedule, get_schedule
+from timm_branches.taxonomy import Taxonomy
+from timm_branches.taxonomy.matching import match_classes, match_taxonomies
 
 __all__ = ["HeadsTask", "Schedule", "base_model"]
 
@@ -211,8 +213,48 @@ class HeadsTask(TrainingTask):
         # 0 behind the lengths
         return {name: y.sum(1) / frames if y.ndim == 3 else y for name, y in output.items()}
 
-    # -- judging
-    # ---------------------------------------------------------------------------------------------
+    # -- names
+    # -----------------------------------------------------------------------------------------------
+
+    def match_labels(self, names: Any) -> Callable[[Any], Any] | None:
+        """Compare what a data set's labels mean with what the task's do, by name.
+
+        Args:
+            names: What :func:`timm_branches.data.label_names` says of the data set.
+
+        Returns:
+            What turns the data set's targets into the task's; None if they mean the same, or if one
+            of the two has no names.
+
+        Raises:
+            ValueError: They differ in more than order or a missing part; the difference is named.
+        """
+        return None
+
+    def describe_labels(self) -> dict[str, Any]:
+        """The names behind the labels, JSON-safe, as a checkpoint keeps them; empty without any."""
+        return {}
+
+    def check_labels_of(self, described: Mapping[str, Any], source: str) -> None:
+        """Compare the names that a checkpoint describes with the task's own.
+
+        Raises:
+            ValueError: The checkpoint's numbers mean other classes; the difference is named.
+        """
+        own = self.describe_labels()
+        for key in ("taxonomy", "classes"):
+            if key not in described or key not in own:
+                continue
+            try:
+                _check_same(key, described[key], own[key], source)
+            except ValueError as error:
+                raise ValueError(
+                    f"{source} was trained on other labels. {error} Give the data the same tree "
+                    "and order, or begin a new run."
+                ) from error
+
+    # -- evaluation
+    # ------------------------------------------------------------------------------------------
 
     @property
     @abstractmethod
@@ -226,6 +268,17 @@ class HeadsTask(TrainingTask):
     def confusions(self, evaluator: Any) -> list[tuple[str, torch.Tensor, list[str]]]:
         """Confusion matrices to draw: title, counts (K, K), names of the classes."""
         return []
+
+
+def _check_same(key: str, theirs: Any, ours: Any, source: str) -> None:
+    """Raise a ValueError unless two descriptions number the same classes alike."""
+    names = {"given_name": "the checkpoint", "expected_name": "this run"}
+    if key == "taxonomy":
+        given, expected = Taxonomy.from_dict(theirs), Taxonomy.from_dict(ours)
+        if match_taxonomies(given, expected, subset=False, **names) is not None:
+            raise ValueError("The classes are the same, in another order.")
+    elif match_classes(theirs, ours, subset=False, **names) is not None:
+        raise ValueError("The classes are the same, in another order.")
 
 
 def _mean_over_processes(gradient: torch.Tensor) -> torch.Tensor:

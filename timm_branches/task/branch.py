@@ -1,6 +1,6 @@
 """Losses of label hierarchies: a head a level, weighted by epoch; and the flat baseline."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -20,6 +20,7 @@ from timm_branches.model import BranchModel
 from timm_branches.task.base import HeadsTask, Schedule
 from timm_branches.task.uncertainty import UncertaintyWeighting
 from timm_branches.taxonomy import Taxonomy
+from timm_branches.taxonomy.matching import match_classes, match_taxonomies
 
 __all__ = ["BranchTask", "FlatTask", "two_classes"]
 
@@ -94,9 +95,10 @@ class BranchTask(HeadsTask):
             )
         super().__init__(model, names, schedule, device, dtype, verbose)
         self.level_names = self.names
-        # one logit: yes or no
-        self.level_classes = tuple(max(2, model.num_classes[name]) for name in names)
         self.taxonomy: Taxonomy | None = model.taxonomy
+        # without a tree one logit says yes or no; a tree's level of one class has one answer
+        smallest = 2 if self.taxonomy is None else 1
+        self.level_classes = tuple(max(smallest, model.num_classes[name]) for name in names)
         count = len(names)
         smoothing = (
             [label_smoothing] * count
@@ -209,7 +211,7 @@ class BranchTask(HeadsTask):
         targets = self._targets(target)
         losses = {}
         for name in self.active:
-            logits, rows = _by_sample(name, two_classes(output[name]), target, lengths)
+            logits, rows = _by_sample(name, self._logits(output, name), target, lengths)
             losses[name] = self._level_loss(name, logits, self._targets(rows)[name], rows, share)
         weights = dict(zip(self.names, self.weights, strict=True))
         if self.uncertainty:
@@ -285,10 +287,31 @@ class BranchTask(HeadsTask):
 
     def level_logits(self, output: dict[str, torch.Tensor]) -> list[torch.Tensor]:
         """Logits (B, K) of every level from the model's output."""
-        return [two_classes(output[name]) for name in self.names]
+        return [self._logits(output, name) for name in self.names]
 
-    # -- judging
-    # ---------------------------------------------------------------------------------------------
+    def _logits(self, output: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+        """Logits (..., K) of a head with at least as many classes as its labels have."""
+        return output[name] if self.taxonomy is not None else two_classes(output[name])
+
+    # -- names
+    # -----------------------------------------------------------------------------------------------
+
+    def match_labels(self, names: Any) -> Callable[[Any], Any] | None:
+        """As in :class:`HeadsTask`; class indices (B,) of a class list become labels (B, L)."""
+        if names is None or self.taxonomy is None:
+            return None
+        if isinstance(names, Taxonomy):
+            return match_taxonomies(names, self.taxonomy)
+        return _LeafTranslation(names, self.taxonomy)
+
+    def describe_labels(self) -> dict[str, Any]:
+        """The taxonomy."""
+        if self.taxonomy is None:
+            return {}
+        return {"taxonomy": self.taxonomy.to_dict()}
+
+    # -- evaluation
+    # ------------------------------------------------------------------------------------------
 
     @property
     def default_metric(self) -> str:
@@ -448,6 +471,51 @@ def _by_sample(
         behind = torch.arange(time, device=rows.device) >= lengths.to(rows.device)[:, None]
         rows = rows.masked_fill(behind[..., None], -1)
     return logits.flatten(0, 1), rows.flatten(0, 1)
+
+
+class _LeafTranslation:
+    """Class indices of a list of leaf names, as labels of every level.
+
+    Args:
+        names: The leaves' names in the order of the data set's class indices.
+        taxonomy: The task's tree; its leaves are found by their own or their display names.
+
+    Raises:
+        ValueError: A name is no leaf of the tree.
+    """
+
+    def __init__(self, names: Sequence[str], taxonomy: Taxonomy):
+        self.names = tuple(names)
+        self.taxonomy = taxonomy
+        own = [path[-1] for path in taxonomy.leaves]
+        leaves = own if len(set(own)) == len(own) else list(taxonomy.leaf_names)
+        self.in_order = list(names) == leaves
+        self.table: torch.Tensor | None = None
+        self.error: ValueError | None = None
+        try:
+            table = match_classes(names, leaves)
+        except ValueError as error:
+            self.error = error
+            return
+        self.table = torch.arange(len(leaves)) if table is None else table
+
+    def __call__(self, target: torch.Tensor) -> torch.Tensor:
+        """Labels (B,) -> (B, L). Labels (B, L) were made by the user, and are only checked."""
+        if target.is_floating_point():
+            return target
+        if target.ndim == 1:
+            if self.table is None:
+                assert self.error is not None
+                raise self.error
+            table = torch.cat([self.table, torch.tensor([-1])]).to(target.device)
+            return self.taxonomy.expand(table[target])
+        if self.table is not None and not self.in_order:
+            raise ValueError(
+                "The data set's `classes` are the leaves of the model's tree in another order, and "
+                "its labels are given by level: whose numbers they are cannot be told. Give the "
+                "data set the tree that its labels refer to, as its attribute `taxonomy`."
+            )
+        return target
 
 
 class _Below(nn.Module):

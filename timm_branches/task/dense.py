@@ -8,6 +8,8 @@ import torch
 from timm_branches.dense.losses import get_dense_loss
 from timm_branches.model import BranchModel, answers_all_levels
 from timm_branches.task.base import HeadsTask, Schedule
+from timm_branches.taxonomy import Taxonomy
+from timm_branches.taxonomy.matching import match_classes
 
 __all__ = ["DenseTask"]
 
@@ -142,6 +144,46 @@ class DenseTask(HeadsTask):
         weights = dict(zip(self.names, self.weights, strict=True))
         return torch.stack([weights[name] * losses[name] for name in names]).sum(), losses
 
+    def match_labels(self, names: Any) -> Callable[[Any], Any] | None:
+        """As in :class:`HeadsTask`; targets are masks of class indices, -1 for no class."""
+        own = self._class_names()
+        if own is None or names is None:
+            return None
+        if isinstance(names, Taxonomy):
+            names = [" / ".join(path) for path in names.leaves]
+            if self.taxonomy is None:
+                names = [name.rpartition(" / ")[2] for name in names]
+        if _only_numbers(names):
+            return None
+        table = match_classes(names, own)
+        if table is None:
+            return None
+        table = torch.cat([table, torch.tensor([-1])])
+        ignored = self.ignore_index
+
+        def translate(masks: torch.Tensor) -> torch.Tensor:
+            known = torch.where(masks == ignored, -1, masks)
+            translated = table.to(masks.device)[known]
+            return torch.where(known < 0, ignored, translated)
+
+        return translate
+
+    def describe_labels(self) -> dict[str, Any]:
+        """The taxonomy, or the names of the masks' classes."""
+        if self.taxonomy is not None:
+            return {"taxonomy": self.taxonomy.to_dict()}
+        names = self._class_names()
+        return {} if names is None else {"classes": names}
+
+    def _class_names(self) -> list[str] | None:
+        """The names of the masks' classes in their order, where the evaluator was given them."""
+        if self.taxonomy is not None:
+            return [" / ".join(path) for path in self.taxonomy.leaves]
+        classes = getattr(self.create_evaluator(), "classes", None)
+        if not classes or _only_numbers(classes[-1]):
+            return None
+        return list(classes[-1])
+
     @property
     def default_metric(self) -> str:
         return self.create_evaluator().default_metric
@@ -161,6 +203,11 @@ class DenseTask(HeadsTask):
                 ious.items(), evaluator.confusion_matrices(), strict=True
             )
         ]
+
+
+def _only_numbers(names: Sequence[str]) -> bool:
+    """Whether classes were only counted: they are called 0, 1, 2, ..."""
+    return list(names) == [str(i) for i in range(len(names))]
 
 
 class _OfHeads:

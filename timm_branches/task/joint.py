@@ -1,7 +1,7 @@
 """Several tasks on one pass of one model: labels of the whole image beside masks."""
 
 from collections import Counter, OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch import nn
 
 from timm_branches.model import BranchModel
 from timm_branches.task.base import HeadsTask, base_model
+from timm_branches.taxonomy import Taxonomy
 
 __all__ = ["JointTask"]
 
@@ -166,6 +167,38 @@ class JointTask(HeadsTask):
         name, task = next(iter(self.tasks.items()))
         own = self.create_evaluator()
         return own.renamed[name, task.default_metric]
+
+    def match_labels(self, names: Any) -> Callable[[Any], Any] | None:
+        """As in :class:`HeadsTask`; `names` may be a dict of them by task, as targets are."""
+        translations = {}
+        for name, task in self.tasks.items():
+            own = names.get(name) if isinstance(names, Mapping) else names
+            # one answer for all tasks: a tree is that of the labels, a class list that of the masks
+            has_tree = getattr(task, "taxonomy", None) is not None
+            if not isinstance(names, Mapping) and isinstance(own, Taxonomy) != has_tree:
+                continue
+            translate = task.match_labels(own)
+            if translate is not None:
+                translations[name] = translate
+        if not translations:
+            return None
+
+        def translate_all(targets: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            result = dict(targets)
+            for name, translate in translations.items():
+                result[name] = translate(targets[name])
+            return result
+
+        return translate_all
+
+    def describe_labels(self) -> dict[str, Any]:
+        """What each task describes."""
+        return {name: task.describe_labels() for name, task in self.tasks.items()}
+
+    def check_labels_of(self, described: Mapping[str, Any], source: str) -> None:
+        """As in :class:`HeadsTask`, task by task."""
+        for name, task in self.tasks.items():
+            task.check_labels_of(described.get(name, {}), source)
 
     def create_evaluator(self, **kwargs: Any) -> "_JointEvaluator":
         return _JointEvaluator(

@@ -18,6 +18,7 @@ from timm.task import evaluation_sample_limit
 from timm.utils import NativeScaler, dispatch_clip_grad, distribute_bn
 from tqdm import tqdm
 
+from timm_branches.data import label_names
 from timm_branches.files import replace_file
 from timm_branches.task import HeadsTask, base_model
 from timm_branches.train.checkpoint import load_state, save_state
@@ -69,6 +70,9 @@ def evaluate(
         amp: Makes the context of the forward pass.
         **options: What the evaluator takes, such as ``decoder``.
 
+    Raises:
+        ValueError: The data set's labels mean other classes than the model's.
+
     Returns:
         The evaluator; ``compute()`` has been called with the processes joined, see
         ``evaluator.metrics``.
@@ -77,9 +81,12 @@ def evaluate(
     was_training = model.training
     model.eval()
     evaluator = task.create_evaluator(max_samples=evaluation_sample_limit(loader), **options)
+    translate = task.match_labels(label_names(loader))
     for images, labels in loader:
         with amp():
             output = task.answer(model, _to(images, task.device, None))
+        if translate is not None:
+            labels = translate(labels)
         evaluator.update(output, _move(labels, task.device))
     model.train(was_training)
     evaluator.metrics = evaluator.compute(distributed=is_distributed())
@@ -150,6 +157,10 @@ class _Run:
             raise ValueError(
                 "the training loader has no batch: the data set is smaller than a batch."
             )
+        # before anything is trained: what the labels mean
+        self.translate = task.match_labels(label_names(train_loader))
+        if eval_loader is not None:
+            task.match_labels(label_names(eval_loader))
         self.memory_format = torch.channels_last if config.channels_last else None
         self._prepare()
         self.updates_per_epoch = math.ceil(len(train_loader) / config.grad_accum_steps)
@@ -267,6 +278,7 @@ class _Run:
             raise ValueError(
                 f"--resume {path}: the checkpoint lacks {', '.join(missing or ['the moving average'])}."
             )
+        self.task.check_labels_of(state.get("labels", {}), f"--resume {path}")
         trained_with = state.get("config", {}).get("opt", self.config.opt)
         # torch itself would take the state of another optimizer as it is
         if trained_with != self.config.opt:
@@ -316,6 +328,7 @@ class _Run:
             "best_epoch": self.result.best_epoch,
             "best": dict(self.result.best),
             "config": asdict(self.config),
+            "labels": self.task.describe_labels(),
             **self.task.get_checkpoint_state(),
         }
         if self.task.has_ema():
@@ -336,6 +349,8 @@ class _Run:
         from timm_branches.gradients import check_model
 
         images, labels = next(iter(self.loader))
+        if self.translate is not None:
+            labels = self.translate(labels)
         diagnosis = check_model(
             self.task, (_to(images, self.device, None), _move(labels, self.device))
         )
@@ -430,6 +445,8 @@ class _Run:
         self.bar.set_description(f"epoch {epoch + 1}/{config.epochs}")
         for index, (images, labels) in enumerate(self.loader):
             images = _to(images, self.device, self.memory_format)
+            if self.translate is not None:
+                labels = self.translate(labels)
             labels = _move(labels, self.device)
             count += len(images[0] if isinstance(images, tuple) else images)
             if self.mixup is not None:
