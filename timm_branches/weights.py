@@ -33,7 +33,15 @@ __all__ = [
 
 _FORMAT = "timm_branches"
 _VERSION = 1
-_PREPROCESSING = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")
+_PREPROCESSING = (
+    "input_size",
+    "interpolation",
+    "crop_pct",
+    "crop_mode",
+    "mean",
+    "std",
+    "value_range",
+)
 
 
 def save_model(model: BranchModel, path: "str | os.PathLike", extra: dict | None = None) -> Path:

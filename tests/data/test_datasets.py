@@ -189,7 +189,7 @@ def test_csv(tmp_path):
 
     tree = Taxonomy(["animal/cat", "animal/dog", "transport/ship"], levels=["coarse", "fine"])
     assert create_dataset(path, "all", taxonomy=tree).labels.tolist()[0] == [0, 1]
-    with pytest.raises(ValueError, match=r"no class fits the row .*'ship'.* line 4"):
+    with pytest.raises(ValueError, match=r"line 4: no class fits the row .*'ship'"):
         create_dataset(
             path, taxonomy=Taxonomy(["animal/dog", "transport/car"], levels=["coarse", "fine"])
         )
@@ -199,6 +199,8 @@ def test_csv(tmp_path):
 
 def test_csv_with_leaf_names(tmp_path):
     path = tmp_path / "list.csv"
+    for i in (1, 2, 3):
+        save(tmp_path / f"{i}.png")
     path.write_text("image,label\n1.png,cat\n2.png,\n3.png,ship\n")
     tree = Taxonomy(["transport/ship", "animal/cat"])
     assert create_dataset(path, taxonomy=tree).labels.tolist() == [[1, 1], [-1, -1], [0, 0]]
@@ -411,10 +413,10 @@ def test_errors(tmp_path):
         HierarchicalDataset(np.zeros((1, 2, 2), np.uint8), [[3]], Taxonomy(["a", "b"]))
     with pytest.raises(ValueError, match="must be uint8"):
         HierarchicalDataset(np.zeros((1, 2, 2), np.float32), [[0]])[0]
-    with pytest.raises(ValueError, match="no split 'dev'"):
-        create_dataset("digits", "dev")
+    with pytest.raises(ValueError, match="no split 'some'"):
+        create_dataset("digits", "some")
     with pytest.raises(ValueError, match="in_chans"):
-        create_dataset("digits", in_chans=4)
+        create_dataset("digits", in_chans=0)
     with pytest.raises(FileNotFoundError, match="cifar100"):
         create_dataset(tmp_path / "none")
     with pytest.raises(ValueError, match="no images"):

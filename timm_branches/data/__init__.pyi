@@ -70,6 +70,18 @@ from .pairs import (
 from .pairs import (
     SegmentationDataset as SegmentationDataset,
 )
+from .sources import (
+    Source as Source,
+)
+from .sources import (
+    register_reader as register_reader,
+)
+from .summary import (
+    DataSummary as DataSummary,
+)
+from .summary import (
+    summarize as summarize,
+)
 from .transforms import (
     SampleTransform as SampleTransform,
 )

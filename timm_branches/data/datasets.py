@@ -1,7 +1,9 @@
 """Images with a label on every level of a taxonomy."""
 
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,7 @@ import torch
 from timm_branches.data.images import ArrayImages
 from timm_branches.data.seeded import SeededDataset
 from timm_branches.data.sources import (
-    SPLITS,
+    READERS,
     TORCHVISION,
     Source,
     read_csv,
@@ -19,9 +21,15 @@ from timm_branches.data.sources import (
     read_tar,
     read_torchvision,
 )
-from timm_branches.data.stratify import stratified_indices
+from timm_branches.data.splits import SPLIT_NAMES, SPLITS, wanted_splits
+from timm_branches.data.stratify import grouped_indices, keep_one_of_each, stratified_indices
+from timm_branches.data.summary import DataSummary
+from timm_branches.taxonomy.matching import match_taxonomies
+from timm_branches.taxonomy.table_files import is_table_name
 from timm_branches.taxonomy.taxonomy import Taxonomy
 from timm_branches.taxonomy.trees import get_taxonomy
+
+_logger = logging.getLogger(__name__)
 
 __all__ = [
     "HierarchicalDataset",
@@ -31,6 +39,12 @@ __all__ = [
     "create_splits",
     "split_dataset",
 ]
+
+
+def to_unit_tensor(image: np.ndarray) -> torch.Tensor:
+    """An image (H, W, C), uint8 or float32 in [0, 1], as a tensor (C, H, W) of values in [0, 1]."""
+    tensor = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+    return tensor.float().div_(255) if tensor.dtype == torch.uint8 else tensor
 
 
 class HierarchicalDataset(SeededDataset):
@@ -48,6 +62,11 @@ class HierarchicalDataset(SeededDataset):
         taxonomy: The tree that the labels refer to.
         transform: Makes a float tensor CHW of an uint8 array HWC; None scales to [0, 1].
         in_chans: Channels that grey or RGB images are brought to; None leaves them.
+
+    Attributes:
+        groups: For each sample the number of what it belongs to (a subject, a video), which
+            splitting does not divide; None if each stands alone.
+        summary: What the reader understood, where there was one.
 
     Raises:
         ValueError: If images and labels differ in number, or labels do not fit the taxonomy.
@@ -84,6 +103,8 @@ class HierarchicalDataset(SeededDataset):
         self.labels = labels
         self.taxonomy = taxonomy
         self.transform = transform
+        self.groups: np.ndarray | None = None
+        self.summary: DataSummary | None = None
         # positions in `images`; a subset holds some of them
         self.sample_ids = torch.arange(len(labels))
         super().__init__()
@@ -103,9 +124,7 @@ class HierarchicalDataset(SeededDataset):
         sample = int(self.sample_ids[index])
         image = self.images[sample]
         if self.transform is None:
-            tensor = (
-                torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))).float().div_(255)
-            )
+            tensor = to_unit_tensor(image)
         elif getattr(self.transform, "takes_key", False):
             tensor = self.transform(image, key=(self.seed, self.epoch, sample))
         else:
@@ -123,9 +142,12 @@ class HierarchicalDataset(SeededDataset):
         Returns:
             A subset with the same transform and taxonomy, its samples in their old order.
         """
-        return Subset(
-            self, stratified_indices(self.labels, min(count, len(self)), seed).sort().values
-        )
+        indices = stratified_indices(self.labels, min(count, len(self)), seed)
+        return self.subset(indices.sort().values)
+
+    def subset(self, indices: Any) -> "Subset":
+        """Some of the samples, at these positions."""
+        return Subset(self, indices)
 
 
 class Subset(HierarchicalDataset):
@@ -151,19 +173,24 @@ class Subset(HierarchicalDataset):
         self.taxonomy = dataset.taxonomy
         self.transform = dataset.transform
         self.sample_ids = dataset.sample_ids[indices]
+        self.groups = None if dataset.groups is None else dataset.groups[indices.numpy()]
+        self.summary = dataset.summary
         SeededDataset.__init__(self, dataset.seed, dataset.epoch)
 
 
 def split_dataset(
     dataset: HierarchicalDataset, fraction: float = 0.1, seed: int = 0
 ) -> tuple[Subset, Subset]:
-    """Set a stratified part of the training data aside for validation: settings are never chosen on
-    the test set.
+    """Set a stratified part of the training data aside for validation.
+
+    Settings are never chosen on the test set. A class keeps at least one training image. What
+    belongs together (`dataset.groups`: the images of a subject, the clips of a video) is not divided.
 
     Args:
         dataset: The training data.
         fraction: The validation part's share.
-        seed: Which samples; the split depends on the labels, the fraction and the seed alone.
+        seed: Which samples; the split depends on the labels, the groups, the fraction and the seed
+            alone.
 
     Returns:
         The training and the validation part, each with the dataset's transform: give the latter one
@@ -180,12 +207,30 @@ def split_dataset(
     count = round(len(dataset) * fraction)
     if not 0 < count < len(dataset):
         raise ValueError(
-            f"fraction={fraction} of {len(dataset)} samples leaves an empty part; take a fraction between 0 and 1 "
-            "that leaves at least one sample on either side"
+            f"fraction={fraction} of {len(dataset)} samples leaves an empty part; take a fraction "
+            "between 0 and 1 that leaves at least one sample on either side"
         )
-    held_out = stratified_indices(dataset.labels, count, seed)
+    if dataset.groups is None:
+        drawn = stratified_indices(dataset.labels, count, seed)
+        held_out = keep_one_of_each(dataset.labels, drawn)
+        if not len(held_out):
+            _logger.warning(
+                "Every class has a single image: %d classes are validated without a training image.",
+                len(drawn),
+            )
+            held_out = drawn
+    else:
+        held_out = grouped_indices(dataset.labels, dataset.groups, count, seed)
     mask = torch.zeros(len(dataset), dtype=torch.bool)
     mask[held_out] = True
+    if not mask.any() or mask.all():
+        why = "every class needs a training image"
+        if dataset.groups is not None:
+            why += f", and {len(set(dataset.groups.tolist()))} groups are not divided"
+        raise ValueError(
+            f"fraction={fraction} of {len(dataset)} samples cannot be set aside: {why}. Give a "
+            "validation split of your own, or more data."
+        )
     return Subset(dataset, (~mask).nonzero()[:, 0]), Subset(dataset, mask.nonzero()[:, 0])
 
 
@@ -224,14 +269,39 @@ def coarsen_labels(
     return everything, full
 
 
-def _read(
-    name_or_path: str, split: str, taxonomy: Any, download: bool, root: str, in_chans: int
+def read_source(
+    name_or_path: Any,
+    split: str = "all",
+    taxonomy: Any = None,
+    download: bool = False,
+    root: str = "data",
+    in_chans: int = 3,
+    **columns: Any,
 ) -> Source:
-    if in_chans not in (1, 3):
-        raise ValueError(f"in_chans must be 3 (RGB) or 1 (grey), not {in_chans}")
+    """The source behind what `create_dataset` takes."""
+    if isinstance(in_chans, bool) or not isinstance(in_chans, int) or in_chans < 1:
+        raise ValueError(
+            f"in_chans must be 3 (RGB), 1 (grey), or a number of bands, not {in_chans!r}"
+        )
     tree = None if taxonomy is None else get_taxonomy(taxonomy)
+    columns = {name: value for name, value in columns.items() if value is not None}
+    if isinstance(name_or_path, Source):
+        _refuse_columns(columns, "a Source, which has its labels")
+        return with_taxonomy(name_or_path, tree)
+    if not isinstance(name_or_path, str | os.PathLike):
+        own_root = {} if root == "data" else {"root": root}
+        return read_csv(name_or_path, in_chans, tree, **own_root, **columns)
     path = os.fspath(name_or_path)
+    if is_table_name(path) and os.path.isfile(path):
+        return read_csv(path, in_chans, tree, **columns)
+    prefix, _, remainder = path.partition("/")
+    if prefix in READERS:
+        options = {"split": split, "in_chans": in_chans, "taxonomy": tree, **columns}
+        return with_taxonomy(READERS[prefix](remainder, **options), tree)
+    _refuse_columns(columns, f"{path}, which is no table")
     name = path.lower().replace("-", "_")
+    if in_chans not in (1, 3) and (name == "digits" or name in TORCHVISION):
+        raise ValueError(f"in_chans must be 3 (RGB) or 1 (grey) for {name}, not {in_chans}")
     if name == "digits":
         return read_digits(tree)
     if name in TORCHVISION:
@@ -239,44 +309,124 @@ def _read(
     if os.path.isdir(path):
         return read_folder(path, in_chans, tree)
     if not os.path.isfile(path):
+        known = ", ".join(["digits", *TORCHVISION, *(f"{prefix}/..." for prefix in READERS)])
         raise FileNotFoundError(
-            f"{path} is neither a file or folder nor one of the data sets {', '.join(['digits', *TORCHVISION])}"
+            f"{path} is neither a file or folder nor one of the data sets {known}"
         )
-    if path.lower().endswith(".csv"):
-        return read_csv(path, in_chans, tree)
     if path.lower().endswith((".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")):
         return read_tar(path, in_chans, tree)
     raise ValueError(
-        f"{path} is of no known kind; expected a folder, a .tar, .tar.gz, .tar.bz2, .tar.xz or a .csv"
+        f"{path} is of no known kind; expected a folder, a .tar, .tar.gz, .tar.bz2, .tar.xz, or a "
+        "table (.csv, .tsv, .parquet)"
     )
 
 
+def _refuse_columns(columns: dict[str, Any], what: str) -> None:
+    if columns:
+        raise ValueError(
+            f"{', '.join(columns)} name columns of a table and have no effect on {what}."
+        )
+
+
+def with_taxonomy(source: Source, taxonomy: Taxonomy | None) -> Source:
+    """The source with its labels in another tree's numbers, found by their names.
+
+    Raises:
+        ValueError: The source has classes that the tree has not.
+    """
+    if taxonomy is None or taxonomy is source.taxonomy:
+        return source
+    translate = match_taxonomies(
+        source.taxonomy, taxonomy, given_name="the source", expected_name="the taxonomy"
+    )
+    labels = source.labels if translate is None else translate(source.labels)
+    return replace(source, labels=labels, taxonomy=taxonomy)
+
+
+def take_split(data: Any, source: Source, split: str, where: Any) -> Any:
+    """The part of a whole data set that a split names; the whole where it is all of it.
+
+    Raises:
+        ValueError: The source has no such split.
+    """
+    wanted = wanted_splits(split)
+    present = {"train"} if source.splits is None else set(source.splits.tolist())
+    if not wanted & present:
+        raise ValueError(
+            f"{where} has no {split!r} split, only {', '.join(sorted(present))}; split_dataset or "
+            "create_splits set a part of the training data aside"
+        )
+    if source.splits is None or present <= wanted:
+        return data
+    return data.subset(np.flatnonzero(np.isin(source.splits, list(wanted))))
+
+
+def take_splits(
+    data: Any, source: Source, val_fraction: float, seed: int, split: Callable, where: Any
+) -> tuple[Any, Any, Any]:
+    """Training, validation and test part of a whole data set.
+
+    Args:
+        data: The whole.
+        source: Where it came from, with its splits.
+        val_fraction: What to set aside of the training data where there is no validation split.
+        seed: Which part to set aside.
+        split: Sets it aside, as :func:`split_dataset`.
+        where: Its name, for a message.
+    """
+    splits = np.full(len(data), "train") if source.splits is None else source.splits
+    train, val, test = (data.subset(np.flatnonzero(splits == part)) for part in SPLITS)
+    if not len(train):
+        raise ValueError(
+            f"{where} has no training data, only {', '.join(sorted(set(splits.tolist())))}"
+        )
+    if not len(val):
+        train, val = split(train, val_fraction, seed)
+    return train, val, test if len(test) else None
+
+
 def create_dataset(
-    name_or_path: str | os.PathLike,
+    name_or_path: Any,
     split: str = "train",
     taxonomy: Taxonomy | str | None = None,
     download: bool = False,
     in_chans: int = 3,
     root: str = "data",
     transform: Callable | None = None,
+    *,
+    levels: Sequence[str] | None = None,
+    path_column: str | None = None,
+    split_column: str | None = None,
+    group_column: str | None = None,
+    value_range: tuple[float, float] | None = None,
 ) -> HierarchicalDataset:
-    """Make a dataset of a name, a folder, a tar or a CSV.
+    """Make a dataset of a name, a folder, a tar, a table, or a :class:`Source` of your own.
+
+    What was understood is in its `summary`; :func:`timm_branches.data.summarize` joins those of
+    several splits.
 
     Args:
         name_or_path: 'digits' (comes with scikit-learn), 'cifar10', 'cifar100', 'fashion_mnist' or
             'mnist'; a folder of class folders, which may be nested and lie below train, val and
-            test; a .tar, .tar.gz, .tar.bz2 or .tar.xz of such a folder; or a .csv with a path and
-            the names of its classes in each row. A folder of the same name as a data set is written
-            './mnist'.
+            test; a .tar, .tar.gz, .tar.bz2 or .tar.xz of such a folder; a table (.csv, .tsv,
+            .parquet, a data frame) with a path and the names of its classes in each row; a
+            :class:`Source`; or 'prefix/...' of a registered reader. A folder of the same name as a
+            data set is written './mnist'.
         split: 'train', 'val', 'test', 'trainval' or 'all'. Where the source has no splits, all is
             'train'.
         taxonomy: The tree of labels, or what `get_taxonomy` takes; class names are matched to it.
             None is the data set's own tree, or the one that nested folders or the columns of the
-            CSV describe.
+            table describe.
         download: Whether a named data set may be fetched.
         in_chans: 3 for RGB, 1 for grey.
-        root: Where named data sets lie.
+        root: Where named data sets lie; of a data frame, what its paths are relative to.
         transform: Makes a float tensor CHW of an uint8 array HWC, see `create_transform`.
+        levels: A table's columns of the levels, coarsest first; None finds them.
+        path_column: A table's column of paths.
+        split_column: A table's column of splits.
+        group_column: A table's column of what is never divided between two splits.
+        value_range: The values of black and white of images deeper than 8 bits, such as (0, 4095);
+            see :mod:`timm_branches.data.decode`.
 
     Returns:
         The dataset, with its `taxonomy`.
@@ -290,25 +440,50 @@ def create_dataset(
         >>> len(data), data[0][0].shape
         (360, torch.Size([1, 8, 8]))
     """
-    if split not in (*SPLITS, "trainval", "all"):
-        raise ValueError(f"no split {split!r}; it is 'train', 'val', 'test', 'trainval' or 'all'")
-    split = SPLITS.get(split, split)
-    source = _read(os.fspath(name_or_path), split, taxonomy, download, root, in_chans)
-    data = HierarchicalDataset(source.images, source.labels, source.taxonomy, transform, in_chans)
-    present = {"train"} if source.splits is None else set(source.splits.tolist())
-    wanted = {"trainval": {"train", "val"}, "all": {"train", "val", "test"}}.get(split, {split})
-    if not wanted & present:
+    wanted_splits(split)  # a wrong one is refused before anything is read
+    split = SPLIT_NAMES.get(split.lower(), split)
+    source = read_source(
+        name_or_path,
+        split,
+        taxonomy,
+        download,
+        root,
+        in_chans,
+        levels=levels,
+        path_column=path_column,
+        split_column=split_column,
+        group_column=group_column,
+    )
+    set_value_range(source, value_range, name_or_path)
+    return take_split(_whole(source, transform, in_chans), source, split, name_or_path)
+
+
+def set_value_range(source: Source, value_range: tuple[float, float] | None, where: Any) -> None:
+    """Tell a source's images which values are black and white.
+
+    Raises:
+        ValueError: They are not decoded from files, or the range is none.
+    """
+    if value_range is None:
+        return
+    low, high = value_range
+    if not low < high:
         raise ValueError(
-            f"{name_or_path} has no {split!r} split, only {', '.join(sorted(present))}; split_dataset or "
-            "create_splits set a part of the training data aside"
+            f"value_range={tuple(value_range)}: give the values of black and white, as in (0, 4095)."
         )
-    if source.splits is None or present <= wanted:
-        return data
-    return Subset(data, np.flatnonzero(np.isin(source.splits, list(wanted))))
+    if not hasattr(source.images, "value_range"):
+        raise ValueError(f"value_range has no effect on {where}, whose images are no files.")
+    source.images.value_range = (float(low), float(high))
+
+
+def _whole(source: Source, transform: Callable | None, in_chans: int) -> HierarchicalDataset:
+    data = HierarchicalDataset(source.images, source.labels, source.taxonomy, transform, in_chans)
+    data.groups, data.summary = source.groups, source.summary
+    return data
 
 
 def create_splits(
-    name_or_path: str | os.PathLike, val_fraction: float = 0.1, seed: int = 0, **kwargs: Any
+    name_or_path: Any, val_fraction: float = 0.1, seed: int = 0, **kwargs: Any
 ) -> tuple[HierarchicalDataset, HierarchicalDataset, HierarchicalDataset | None]:
     """Training, validation and test data of any source, in one call.
 
@@ -333,17 +508,8 @@ def create_splits(
     kwargs.pop("split", None)
     transform = kwargs.pop("transform", None)
     in_chans = kwargs.pop("in_chans", 3)
-    options = {"taxonomy": None, "download": False, "root": "data", **kwargs}
-    source = _read(os.fspath(name_or_path), "all", in_chans=in_chans, **options)
-    data = HierarchicalDataset(source.images, source.labels, source.taxonomy, transform, in_chans)
-    splits = np.full(len(data), "train") if source.splits is None else source.splits
-    train, val, test = (
-        Subset(data, np.flatnonzero(splits == part)) for part in ("train", "val", "test")
-    )
-    if not len(train):
-        raise ValueError(
-            f"{name_or_path} has no training data, only {', '.join(sorted(set(splits.tolist())))}"
-        )
-    if not len(val):
-        train, val = split_dataset(train, val_fraction, seed)
-    return train, val, test if len(test) else None
+    value_range = kwargs.pop("value_range", None)
+    source = read_source(name_or_path, "all", in_chans=in_chans, **kwargs)
+    set_value_range(source, value_range, name_or_path)
+    data = _whole(source, transform, in_chans)
+    return take_splits(data, source, val_fraction, seed, split_dataset, name_or_path)

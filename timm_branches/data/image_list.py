@@ -4,13 +4,22 @@ Files, folders, tars, and what is in memory already, mixed at will.
 """
 
 import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from timm_branches.data.images import decode_image, is_image_name, match_channels, open_tar
+from timm_branches.data.decode import (
+    ValueRange,
+    check_uint8,
+    decode_image,
+    from_pil,
+    match_channels,
+    read_file,
+    scale_values,
+)
+from timm_branches.data.images import is_image_name, open_tar
+from timm_branches.taxonomy.order import natural_order
 
 __all__ = ["ImageList"]
 
@@ -25,14 +34,16 @@ class ImageList:
 
     Args:
         images: See :func:`timm_branches.inference.predict.predict`.
-        in_chans: 3 for RGB, 1 for grey.
+        in_chans: 3 for RGB, 1 for grey, more for as many bands.
+        value_range: The values of black and white, see
+            :func:`timm_branches.data.decode.decode_image`.
 
     Attributes:
         names: What each is called.
 
     Raises:
         FileNotFoundError: A path does not exist.
-        ValueError: There is no image, or `in_chans` is neither 1 nor 3.
+        ValueError: There is no image.
         TypeError: Something else than paths, images, arrays and tensors.
 
     Example:
@@ -41,12 +52,11 @@ class ImageList:
         (['image 0'], (8, 6, 3))
     """
 
-    def __init__(self, images: Any, in_chans: int = 3) -> None:
-        if in_chans not in (1, 3):
-            raise ValueError(
-                f"the model takes images of {in_chans} channels; images are read as RGB (3) or grey (1)."
-            )
+    def __init__(
+        self, images: Any, in_chans: int = 3, value_range: ValueRange | None = None
+    ) -> None:
         self.in_chans = in_chans
+        self.value_range = value_range
         self.names: list[str] = []
         self._sources: list[Any] = []
         for image in [images] if _is_single(images) else images:
@@ -90,9 +100,10 @@ class ImageList:
     def __getitem__(self, index: int) -> Any:
         source = self._sources[index]
         if isinstance(source, str):
-            return decode_image(Path(source).read_bytes(), self.in_chans, source)
+            return decode_image(read_file(source), self.in_chans, source, self.value_range)
         if isinstance(source, tuple):
             archive, member = source
+            archive.value_range = self.value_range
             return archive[member]
         if isinstance(source, torch.Tensor):
             if source.is_floating_point():
@@ -100,9 +111,13 @@ class ImageList:
             source = source.cpu().numpy()
             source = source.transpose(1, 2, 0) if source.ndim == 3 else source
         elif not isinstance(source, np.ndarray):
-            source = _from_pil(source, self.in_chans)
-        if source.ndim == 3 and source.shape[2] in (2, 4):
+            return from_pil(source, self.in_chans, self.value_range)
+        if source.ndim == 3 and source.shape[2] in (2, 4) and source.shape[2] != self.in_chans:
             source = source[:, :, : source.shape[2] - 1]  # alpha is dropped, as it is from files
+        if source.dtype != np.uint8 and self.value_range is not None:
+            source = scale_values(source, self.value_range)
+        elif source.dtype != np.float32 or self.value_range is None:
+            check_uint8(source)
         return np.ascontiguousarray(match_channels(source, self.in_chans))
 
 
@@ -118,30 +133,11 @@ def _is_pil(image: Any) -> bool:
     return isinstance(image, Image.Image)
 
 
-def _from_pil(image: Any, in_chans: int) -> np.ndarray:
-    """As files are decoded.
-
-    Upright, without alpha, 16 bits scaled to 8 (PIL itself would cut them off at 255).
-    """
-    from PIL import ImageOps
-
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):
-        return (np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)
-    if image.mode in ("I", "F"):
-        raise ValueError(
-            f"a PIL image of mode {image.mode!r} has no known range of values: convert it to 'L'."
-        )
-    return np.asarray(image.convert("L" if in_chans == 1 else "RGB"))
-
-
 def _find_images(root: str) -> list[str]:
     """The image files in a folder and below it, in natural order.
 
     Links are followed, but no folder is read twice.
     """
-    from timm.utils.misc import natural_key
-
     found, seen = [], {os.path.realpath(root)}
     for folder, below, files in os.walk(root, followlinks=True):
         real = {
@@ -152,4 +148,4 @@ def _find_images(root: str) -> list[str]:
         below[:] = [name for place, name in real.items() if place not in seen]
         seen.update(real)
         found += [os.path.join(folder, name) for name in files if is_image_name(name)]
-    return sorted(found, key=lambda path: natural_key(os.path.relpath(path, root)))
+    return sorted(found, key=lambda path: natural_order(os.path.relpath(path, root)))

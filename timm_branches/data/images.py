@@ -1,10 +1,12 @@
 """Where images come from: decoded arrays, files, and members of a tar, all as sequences of HWC
-uint8 arrays.
+arrays.
 
 Every sequence here can be forked or pickled into DataLoader workers and read there in any order:
 none keeps an open file position that two processes could move under each other's feet.
 """
 
+import functools
+import hashlib
 import os
 import tarfile
 from collections.abc import Iterable, Sequence
@@ -12,19 +14,28 @@ from typing import Any
 
 import numpy as np
 
+from timm_branches.data.decode import (
+    ValueRange,
+    check_uint8,
+    decode_image,
+    from_pil,
+    match_channels,
+    read_file,
+)
+
 __all__ = [
     "ArrayImages",
     "FileImages",
     "PackedImages",
     "TarImages",
-    "decode_image",
     "is_image_name",
-    "match_channels",
     "open_tar",
 ]
 
-# What OpenCV reads beside the extensions that timm lists by default.
-_MORE_EXTENSIONS = {".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+# what PIL always reads beside the extensions that timm lists by default
+_MORE_EXTENSIONS = frozenset(
+    ".bmp .dib .gif .jfif .jpe .jp2 .apng .pbm .pgm .ppm .pnm .tga .tif .tiff .webp".split()
+)
 # A compressed archive cannot be read in random order, so its members are kept in memory, undecoded,
 # up to this size.
 _MAX_PACKED_BYTES = 16 * 1024**3
@@ -35,7 +46,7 @@ def is_image_name(path: str) -> bool:
     `._a.jpg`) do not.
 
     The extensions are timm's, so `timm.data.readers.add_img_extensions('.jp2')` works here as well,
-    plus what OpenCV reads besides.
+    plus what PIL reads besides.
 
     Args:
         path: A path with forward slashes, relative to the root of its dataset.
@@ -52,101 +63,51 @@ def is_image_name(path: str) -> bool:
     parts = path.split("/")
     if any(part.startswith(".") or part == "__MACOSX" for part in parts):
         return False
-    return (
-        os.path.splitext(parts[-1])[1].lower() in get_img_extensions(as_set=True) | _MORE_EXTENSIONS
-    )
+    ending = os.path.splitext(parts[-1])[1].lower()
+    known = get_img_extensions(as_set=True) | _MORE_EXTENSIONS
+    return ending in known or (ending in _OPTIONAL and _can_decode(ending))
 
 
-def _is_cut_jpeg(data: bytes) -> bool:
-    """Whether a JPEG ends before its end-of-image marker.
-
-    Some OpenCV versions fill the missing part with grey.
-    """
-    if data[:2] != b"\xff\xd8":
-        return False
-    position = 2
-    # The segments before the first scan are skipped by their length: a thumbnail in them has an end
-    # marker of its own.
-    while position + 4 <= len(data) and data[position] == 0xFF and data[position + 1] != 0xDA:
-        if data[position + 1] == 0xFF:  # fill byte
-            position += 1
-        else:
-            position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
-    return data.find(b"\xff\xd9", position) < 0
+_OPTIONAL = (".avif", ".heic", ".heif")
 
 
-def decode_image(data: bytes, in_chans: int = 3, name: str = "image") -> np.ndarray:
-    """Decode an image file's bytes to HWC uint8.
+@functools.cache
+def _can_decode(ending: str) -> bool:
+    """Whether PIL has a decoder for what not every installation reads."""
+    from PIL import Image, features
 
-    OpenCV decodes: RGB order, palettes expanded, alpha dropped (as PIL's `convert('RGB')` does), 16
-        bits scaled to 8,
-    the EXIF orientation applied. With `in_chans=1` the result is grey, whatever the file holds.
+    if ending == ".avif":
+        return bool(features.check("avif"))
+    try:  # pillow-heif registers itself when it is told to
+        import pillow_heif
 
-    Args:
-        data: The bytes of the file.
-        in_chans: 3 for RGB, 1 for grey.
-        name: What to call the file in an error.
+        pillow_heif.register_heif_opener()
+    except ImportError:
+        pass
+    return ending in Image.registered_extensions()
 
-    Returns:
-        uint8 array (H, W, in_chans).
+
+def file_identity(path: str) -> str:
+    """A file's path, size and time of change; of a folder those of the images in it.
 
     Raises:
-        ValueError: If the bytes are no image that OpenCV can read, or are cut off; the message
-            names the file.
+        FileNotFoundError: The file is gone.
     """
-    import cv2
-
-    image = None
-    reason = "OpenCV cannot decode it"
-    if not data:
-        reason = "it is empty"
-    elif _is_cut_jpeg(data):
-        reason = "the JPEG data end before the end-of-image marker"
-    else:
-        flag = cv2.IMREAD_GRAYSCALE if in_chans == 1 else cv2.IMREAD_COLOR
-        try:
-            image = cv2.imdecode(np.frombuffer(data, np.uint8), flag)
-        except cv2.error as error:  # e.g. more pixels than OpenCV's limit
-            reason = str(error).strip()
-    if image is None:
-        raise ValueError(
-            f"cannot read the image {name} ({len(data)} bytes): {reason}. Replace the file or remove it."
-        )
-    return image[:, :, None] if in_chans == 1 else cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+    path = os.path.abspath(path)
+    if os.path.isdir(path):
+        names = sorted(name for name in os.listdir(path) if is_image_name(name))
+        return "".join(file_identity(os.path.join(path, name)) for name in names)
+    stat = os.stat(path)
+    return f"{path} {stat.st_size} {stat.st_mtime_ns}\n"
 
 
-def match_channels(image: np.ndarray, in_chans: int) -> np.ndarray:
-    """Bring an HW or HWC uint8 array to `in_chans` channels: grey is repeated to RGB, RGB is
-    converted to grey.
+def array_identity(array: np.ndarray) -> bytes:
+    """An array's type, shape and values."""
+    return f"{array.dtype} {array.shape} ".encode() + array.tobytes()
 
-    Args:
-        image: uint8 array (H, W) or (H, W, C).
-        in_chans: Channels wanted.
 
-    Returns:
-        uint8 array (H, W, in_chans), the same memory where nothing had to change.
-
-    Raises:
-        ValueError: If the image is not uint8, has other dimensions, or cannot be converted.
-    """
-    if image.dtype != np.uint8 or image.ndim not in (2, 3):
-        raise ValueError(
-            f"images must be uint8 arrays HW or HWC, not {image.dtype} of shape {image.shape}"
-        )
-    if image.ndim == 2:
-        image = image[:, :, None]
-    channels = image.shape[2]
-    if channels == in_chans:
-        return image
-    if channels == 1 and in_chans == 3:
-        return np.repeat(image, 3, axis=2)
-    if channels == 3 and in_chans == 1:
-        import cv2
-
-        return cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[:, :, None]
-    raise ValueError(
-        f"an image with {channels} channels cannot be read as in_chans={in_chans}; 1 and 3 convert"
-    )
+def _is_pil(image: Any) -> bool:
+    return type(image).__module__.startswith("PIL.") and hasattr(image, "getbands")
 
 
 class ArrayImages:
@@ -171,9 +132,25 @@ class ArrayImages:
 
     def __getitem__(self, index: int) -> np.ndarray:
         image = self.images[index]
-        image = np.asarray(image() if callable(image) else image)
+        if callable(image):
+            image = image()
+        if _is_pil(image):  # as files are decoded: EXIF, palettes, alpha
+            return from_pil(image, self.in_chans or len(image.convert("RGB").getbands()))
+        image = np.asarray(image)
+        if not hasattr(self.images, "identity"):  # not decoded here
+            check_uint8(image)
         channels = self.in_chans or (1 if image.ndim == 2 else image.shape[-1])
         return match_channels(image, channels)
+
+    def identity(self, indices: Iterable[int]) -> str:
+        """A checksum of these images; where they come from elsewhere, their own."""
+        if hasattr(self.images, "identity"):
+            return self.images.identity(indices)
+        digest = hashlib.sha256()
+        for index in indices:
+            image = self.images[index]
+            digest.update(array_identity(np.asarray(image() if callable(image) else image)))
+        return digest.hexdigest()
 
 
 class FileImages:
@@ -181,22 +158,37 @@ class FileImages:
 
     Args:
         paths: The files.
-        in_chans: 3 for RGB, 1 for grey.
+        in_chans: 3 for RGB, 1 for grey, more for as many bands.
+        value_range: The values of black and white, see :func:`decode_image`.
     """
 
-    def __init__(self, paths: Iterable[str], in_chans: int = 3) -> None:
+    def __init__(
+        self, paths: Iterable[str], in_chans: int = 3, value_range: ValueRange | None = None
+    ) -> None:
         # One fixed-width array rather than a list: forked workers do not copy it just by counting
         # references.
         self.paths = np.array(list(paths), dtype=str)
         self.in_chans = in_chans
+        self.value_range = value_range
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> np.ndarray:
         path = str(self.paths[index])
-        with open(path, "rb") as file:
-            return decode_image(file.read(), self.in_chans, path)
+        return decode_image(read_file(path), self.in_chans, path, self.value_range)
+
+    def identity(self, indices: Iterable[int]) -> str:
+        """A checksum of the paths, sizes and times of change of these files."""
+        digest = hashlib.sha256()
+        for index in indices:
+            digest.update(file_identity(str(self.paths[index])).encode())
+        return digest.hexdigest()
+
+    def select(self, indices: Sequence[int]) -> "FileImages":
+        """Some of the files."""
+        paths = self.paths[np.asarray(indices, dtype=int)]
+        return FileImages(paths, self.in_chans, self.value_range)
 
 
 class PackedImages:
@@ -216,16 +208,32 @@ class PackedImages:
         self.ends = np.cumsum(np.array(sizes, np.int64))
         self.names = np.array(list(names), dtype=str)
         self.in_chans = in_chans
+        self.value_range: ValueRange | None = None
 
     def __len__(self) -> int:
         return len(self.ends)
 
     def __getitem__(self, index: int) -> np.ndarray:
         index = range(len(self))[index]
+        data = self._bytes(index).tobytes()
+        return decode_image(data, self.in_chans, str(self.names[index]), self.value_range)
+
+    def _bytes(self, index: int) -> np.ndarray:
         start = self.ends[index - 1] if index else 0
-        return decode_image(
-            self.data[start : self.ends[index]].tobytes(), self.in_chans, str(self.names[index])
-        )
+        return self.data[start : self.ends[index]]
+
+    def identity(self, indices: Iterable[int]) -> str:
+        """A checksum of the undecoded bytes of these files."""
+        digest = hashlib.sha256()
+        for index in indices:
+            digest.update(array_identity(self._bytes(index)))
+        return digest.hexdigest()
+
+    def select(self, indices: Sequence[int]) -> "PackedImages":
+        """Some of the files."""
+        parts = [self._bytes(index).tobytes() for index in indices]
+        names = [str(self.names[index]) for index in indices]
+        return PackedImages(b"".join(parts), [len(part) for part in parts], names, self.in_chans)
 
 
 class TarImages:
@@ -255,6 +263,7 @@ class TarImages:
         self.sizes = np.array(sizes, np.int64)
         self.names = np.array(list(names), dtype=str)
         self.in_chans = in_chans
+        self.value_range: ValueRange | None = None
         self._file: Any = None
 
     def __len__(self) -> int:
@@ -264,7 +273,20 @@ class TarImages:
         if self._file is None:
             self._file = open(self.path, "rb")  # stays open for the life of the dataset
         data = os.pread(self._file.fileno(), int(self.sizes[index]), int(self.offsets[index]))
-        return decode_image(data, self.in_chans, str(self.names[index]))
+        return decode_image(data, self.in_chans, str(self.names[index]), self.value_range)
+
+    def identity(self, indices: Iterable[int]) -> str:
+        """A checksum of the tar's path, size and time of change, and of where these members lie."""
+        digest = hashlib.sha256(file_identity(self.path).encode())
+        for index in indices:
+            digest.update(f"{self.offsets[index]} {self.sizes[index]} ".encode())
+        return digest.hexdigest()
+
+    def select(self, indices: Sequence[int]) -> "TarImages":
+        """Some of the members."""
+        which = np.asarray(indices, dtype=int)
+        offsets, sizes = self.offsets[which], self.sizes[which]
+        return TarImages(self.path, offsets, sizes, self.names[which], self.in_chans)
 
     def __getstate__(self) -> dict[str, Any]:
         # an open file cannot be pickled into a spawned worker

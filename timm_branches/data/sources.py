@@ -1,23 +1,31 @@
-"""Readers of what `create_dataset` accepts.
+"""Readers of what `create_dataset` accepts: named data sets, tables, folders and tars.
 
-Each lists the images, their labels on every level, and their splits.
+Each returns a :class:`Source`: the images, their labels on every level, and their splits. Others
+join by :func:`register_reader`.
 """
 
-import csv
+import logging
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
+from timm_branches.data.columns import choose_columns, resolve_paths
+from timm_branches.data.folders import find_files, read_folder_names
 from timm_branches.data.images import FileImages, is_image_name, open_tar
+from timm_branches.data.splits import SPLIT_NAMES, split_of
 from timm_branches.data.stratify import stratified_indices
+from timm_branches.data.summary import DataSummary, listed
+from timm_branches.taxonomy.order import path_order, twins
+from timm_branches.taxonomy.table_files import Table, read_table
 from timm_branches.taxonomy.taxonomy import Taxonomy
 from timm_branches.taxonomy.trees import get_taxonomy
 
 __all__ = [
+    "READERS",
     "Source",
     "node_labels",
     "read_csv",
@@ -25,34 +33,83 @@ __all__ = [
     "read_folder",
     "read_tar",
     "read_torchvision",
+    "register_reader",
 ]
 
-SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 TORCHVISION = {
     "cifar10": "CIFAR10",
     "cifar100": "CIFAR100",
     "fashion_mnist": "FashionMNIST",
     "mnist": "MNIST",
 }
-_PATH_COLUMNS = ("path", "image", "file", "filename", "filepath")
+_logger = logging.getLogger(__name__)
 Node = tuple[str, ...]
 
 
 @dataclass
 class Source:
-    """What a reader found.
+    """Images (or clips) with what is known of them: what a reader returns.
 
     Attributes:
-        images: N uint8 arrays HWC.
+        images: A sequence of N arrays (H, W, C), read when they are asked for. It may have
+            `identity(indices)`, a text that changes with the content of these images, by which
+            caches know them again.
         labels: LongTensor (N, L), -1 where unknown.
         taxonomy: The tree that the labels refer to.
         splits: For each image 'train', 'val' or 'test'; None if the source knows no splits.
+        groups: For each image the number of what it belongs to (a subject, a video), which is never
+            divided between two splits; None if each stands alone.
+        summary: What was understood and what was left out.
     """
 
     images: Any
     labels: torch.Tensor
     taxonomy: Taxonomy
     splits: np.ndarray | None = None
+    groups: np.ndarray | None = None
+    summary: DataSummary = field(default_factory=DataSummary)
+
+
+READERS: dict[str, Callable[..., Source]] = {}
+"""The registered readers by their prefix."""
+
+
+def register_reader(prefix: str, reader: Callable[..., Source] | None = None) -> Any:
+    """Make `create_dataset('prefix/rest')` call a reader, as timm's readers are chosen by prefix.
+
+    Args:
+        prefix: The word before the first slash.
+        reader: A function of (rest, split=, in_chans=, taxonomy=, **options) that returns a
+            :class:`Source`; left out, this is a decorator.
+
+    Raises:
+        ValueError: The prefix is empty, holds a slash, or is taken.
+
+    Example:
+        >>> @register_reader('doctest-blank')
+        ... def read_blank(rest, split, in_chans, taxonomy, **options):
+        ...     tree = Taxonomy(['black', 'white'])
+        ...     images = np.zeros((int(rest), 8, 8), np.uint8)
+        ...     return Source(images, torch.zeros(int(rest), 1, dtype=torch.long), tree)
+        >>> from timm_branches.data import create_dataset
+        >>> len(create_dataset('doctest-blank/3'))
+        3
+        >>> del READERS['doctest-blank']
+    """
+    if not prefix or "/" in prefix:
+        raise ValueError(f"A reader's prefix is a word without slashes, got {prefix!r}.")
+
+    def register(function: Callable[..., Source]) -> Callable[..., Source]:
+        known = READERS.get(prefix, function)
+        if (known.__module__, known.__qualname__) != (function.__module__, function.__qualname__):
+            raise ValueError(f"The prefix {prefix!r} is taken by {known.__module__}.")
+        READERS[prefix] = function
+        return function
+
+    return register if reader is None else register(reader)
+
+
+# ---- names to labels
 
 
 def node_labels(nodes: Sequence[Node], taxonomy: Taxonomy) -> torch.Tensor:
@@ -60,76 +117,130 @@ def node_labels(nodes: Sequence[Node], taxonomy: Taxonomy) -> torch.Tensor:
 
     Args:
         nodes: For each sample the names on the way to its class, or the class's own name alone;
-            empty is unknown.
+            empty is unknown. Names above the last one must stand above it in the tree, too; levels
+            between may be left out.
         taxonomy: The tree to find them in.
 
     Returns:
         LongTensor (N, L), -1 below an inner node, and everywhere for an unknown one.
 
     Raises:
-        ValueError: If names do not occur in the taxonomy, or fit several classes; all of them are
-            listed.
+        ValueError: If names do not occur in the taxonomy, contradict it, or fit several classes; all
+            of them are listed.
 
     Example:
         >>> tree = Taxonomy(['animal/cat', 'animal/dog', 'transport/ship'])
         >>> node_labels([('ship',), ('animal', 'dog'), ('animal',), ()], tree).tolist()
         [[1, 2], [0, 1], [0, -1], [-1, -1]]
     """
-    every = [node for level in taxonomy.nodes for node in level]
-    whole = set(every)
-    by_name: dict[str, list[Node]] = {}
-    # A leaf wins over an inner node of the same name: folders are named after classes.
-    leaves = set(taxonomy.leaves)
-    for node in every:
-        by_name.setdefault(node[-1], []).append(node)
+    index = _NodeIndex(taxonomy)
+    resolved: dict[Node, Node] = {}
     unknown: list[str] = []
+    contradicting: list[str] = []
     ambiguous: list[str] = []
-    found: dict[Node, Node] = {}
     for node in dict.fromkeys(nodes):
         if not node:
             continue
-        options = [node] if node in whole else by_name.get(node[-1], [])
-        if len(options) > 1:  # the longest common end decides, then being a leaf
-            options = [option for option in options if option[-len(node) :] == node] or options
-            options = [option for option in options if option in leaves] or options
+        options, known = index.find(node)
         if len(options) == 1:
-            found[node] = options[0]
+            resolved[node] = options[0]
+        elif options:
+            ambiguous.append("/".join(node))
+        elif known:
+            contradicting.append(f"{'/'.join(node)} (in the tree {'/'.join(known[0])})")
         else:
-            (ambiguous if options else unknown).append("/".join(node))
-    if unknown or ambiguous:
-        message = ""
-        if unknown:
-            message += f"{len(unknown)} class names are not in the taxonomy: {_some(unknown)}. "
-        if ambiguous:
-            message += (
-                f"{len(ambiguous)} class names fit several of its classes: {_some(ambiguous)}. "
-            )
-        raise ValueError(f"{message}Its leaves are {_some(taxonomy.leaf_names)}.")
-    rows = taxonomy.encode_partial(found.values())
+            unknown.append("/".join(node))
+    message = ""
+    if unknown:
+        message += f"{len(unknown)} class names are not in the taxonomy: {listed(unknown, 20)}. "
+    if contradicting:
+        message += (
+            f"{len(contradicting)} classes have other parents in the taxonomy: "
+            f"{listed(contradicting, 20)}. "
+        )
+    if ambiguous:
+        message += (
+            f"{len(ambiguous)} class names fit several of its classes: {listed(ambiguous, 20)}. "
+        )
+    if message:
+        raise ValueError(f"{message}Its leaves are {listed(taxonomy.leaf_names, 20)}.")
+    rows = taxonomy.encode_partial(resolved.values())
     table = torch.cat([rows, torch.full((1, taxonomy.num_levels), -1)])
-    position = {node: i for i, node in enumerate(found)}
+    position = {node: i for i, node in enumerate(resolved)}
     return table[torch.tensor([position.get(node, -1) for node in nodes], dtype=torch.long)]
 
 
-def _some(names: Iterable[str], limit: int = 20) -> str:
-    names = list(names)
-    return ", ".join(map(repr, names[:limit])) + (
-        f" and {len(names) - limit} more" if len(names) > limit else ""
-    )
+class _NodeIndex:
+    """Finds the nodes of a tree by their names, each in one look."""
+
+    def __init__(self, taxonomy: Taxonomy):
+        self.whole: set[Node] = set()
+        self.by_name: dict[str, list[Node]] = {}
+        for level in taxonomy.nodes:
+            for node in level:
+                self.whole.add(node)
+                self.by_name.setdefault(node[-1], []).append(node)
+        self.leaves = set(taxonomy.leaves)
+
+    def find(self, node: Node) -> tuple[list[Node], list[Node]]:
+        """The nodes that a path may mean, and all of its last name whatever stands above."""
+        if node in self.whole:
+            return [node], [node]
+        known = self.by_name.get(node[-1], [])
+        options = [option for option in known if _in_order(node[:-1], option[:-1])]
+        if len(options) > 1:  # the longest common end decides, then being a leaf
+            options = [option for option in options if option[-len(node) :] == node] or options
+            # folders are named after classes
+            options = [option for option in options if option in self.leaves] or options
+        return options, known
+
+    def fit(self, cells: Node) -> list[Node]:
+        """The nodes that a row of one cell a level may mean, '' standing for any name."""
+        depth = max(i + 1 for i, cell in enumerate(cells) if cell)
+        row = cells[:depth]
+        if row in self.whole:
+            return [row]
+        if "" not in row:
+            return []
+        options = []
+        for node in self.by_name.get(row[-1], []):
+            fits = len(node) == depth
+            if fits and all(cell in ("", name) for cell, name in zip(row, node, strict=True)):
+                options.append(node)
+        return options
 
 
-def _derive(nodes: Iterable[Node], levels: Sequence[str] | None = None) -> Taxonomy:
-    """The tree of the class paths that occur; an inner node with samples of its own is no leaf."""
-    from timm.utils.misc import natural_key
+def _in_order(names: Node, path: Node) -> bool:
+    """Whether the names stand in the path in this order, others between them or not."""
+    rest = iter(path)
+    return all(name in rest for name in names)
 
+
+def derive_tree(
+    nodes: Iterable[Node], levels: Sequence[str] | None = None, summary: DataSummary | None = None
+) -> Taxonomy:
+    """The tree of the class paths that occur; an inner node with samples of its own is no leaf.
+
+    Raises:
+        ValueError: No class is named.
+    """
     unique = {node for node in nodes if node}
     inner = {node[:depth] for node in unique for depth in range(1, len(node))}
-    # Natural order ('2' before '10'), as timm numbers class folders.
-    leaves = sorted(unique - inner, key=lambda node: [natural_key(name) for name in node])
+    # natural order ('2' before '10'), as timm numbers class folders
+    leaves = sorted(unique - inner, key=path_order)
     if not leaves:
         raise ValueError("no class is named at all, so no taxonomy can be derived")
+    if summary is not None:
+        for a, b in twins(sorted({name for leaf in leaves for name in leaf})):
+            summary.warnings.append(
+                f"{a!r} and {b!r} differ by case, spaces or the form of Unicode alone; they are "
+                "two classes"
+            )
     depth = max(map(len, leaves))
     return Taxonomy(leaves, levels[:depth] if levels else None)
+
+
+# ---- data sets that have a name
 
 
 def read_digits(taxonomy: Taxonomy | None = None) -> Source:
@@ -213,32 +324,11 @@ def read_torchvision(
     return Source(images, labels, tree, np.concatenate(splits))
 
 
-def _from_names(names: Sequence[str], images: Any, where: str, taxonomy: Taxonomy | None) -> Source:
-    """Classes and splits out of the images' relative paths."""
-    if not names:
-        raise ValueError(
-            f"no images in {where}; they are expected in one folder per class, e.g. cat/1.jpg"
-        )
-    folders: list[Node] = [tuple(name.split("/")[:-1]) for name in names]
-    splits = None
-    # Only if all top folders are splits: 'train' alone beside 'car' and 'bus' is a vehicle.
-    if all(folder and folder[0].lower() in SPLITS for folder in folders):
-        splits = np.array([SPLITS[folder[0].lower()] for folder in folders])
-        folders = [folder[1:] for folder in folders]
-    for name, folder in zip(names, folders, strict=True):
-        if not folder:
-            raise ValueError(
-                f"{name} in {where} lies in no class folder; expected e.g. cat/{os.path.basename(name)}"
-            )
-    # From all splits together, so that class 3 of 'train' is class 3 of 'test' although 'test' may
-    # lack a class.
-    tree = _derive(folders) if taxonomy is None else taxonomy
-    return Source(images, node_labels(folders, tree), tree, splits)
+# ---- folders and tars
 
 
 def read_folder(root: str, in_chans: int = 3, taxonomy: Taxonomy | None = None) -> Source:
-    """A folder of class folders, nested where classes are; train, val(idation) and test folders may
-    lie on top.
+    """A folder of class folders, nested where classes are; folders of splits may lie on top.
 
     timm's `ReaderImageFolder` is not used because it keeps one name per image, so that a hierarchy
     is lost.
@@ -252,24 +342,16 @@ def read_folder(root: str, in_chans: int = 3, taxonomy: Taxonomy | None = None) 
         The images, in natural order of their paths.
 
     Raises:
-        ValueError: If there are no images, an image lies in no class folder, or folders do not
-            match the taxonomy.
+        ValueError: If there are no images, an image lies in no class folder, folders of splits and
+            others are mixed, or folders do not match the taxonomy.
     """
-    from timm.utils.misc import natural_key
-
-    names = []
-    for folder, below, files in os.walk(root, followlinks=True):
-        below[:] = [name for name in below if not name.startswith(".")]
-        rest = os.path.relpath(folder, root).replace(os.sep, "/")
-        names += [file if rest == "." else f"{rest}/{file}" for file in files]
-    names = sorted(filter(is_image_name, names), key=natural_key)
+    names, summary = find_files(root, is_image_name)
     images = FileImages([os.path.join(root, name) for name in names], in_chans)
-    return _from_names(names, images, root, taxonomy)
+    return from_names(names, images, root, taxonomy, summary)
 
 
 def read_tar(path: str, in_chans: int = 3, taxonomy: Taxonomy | None = None) -> Source:
-    """A tar of what `read_folder` reads, compressed or not, with or without the folder itself on
-    top.
+    """A tar of what `read_folder` reads, compressed or not.
 
     Args:
         path: The tar.
@@ -283,103 +365,227 @@ def read_tar(path: str, in_chans: int = 3, taxonomy: Taxonomy | None = None) -> 
         ValueError: As `read_folder`, or if the file is no complete tar.
     """
     names, images = open_tar(path, in_chans)
-    # `tar -cf data.tar data` puts the folder itself on top of every path; as a class it would say
-    # nothing.
-    tops = {name.split("/")[0] for name in names}
-    if len(tops) == 1 and all(name.count("/") > 1 for name in names) and not tops & set(SPLITS):
-        names = [name.split("/", 1)[1] for name in names]
-    return _from_names(names, images, path, taxonomy)
+    return from_names(names, images, path, taxonomy, DataSummary(source=path))
 
 
-def read_csv(path: str, in_chans: int = 3, taxonomy: Taxonomy | None = None) -> Source:
-    """A CSV with a header: the image's path (relative to the CSV), then one column a level,
-    coarsest first.
+def from_names(
+    names: Sequence[str],
+    images: Any,
+    where: str,
+    taxonomy: Taxonomy | None,
+    summary: DataSummary,
+) -> Source:
+    """Classes and splits out of the images' relative paths."""
+    if not names:
+        left_out = ""
+        if summary.left_out:
+            found = ", ".join(f"{count} {what}" for what, count in summary.left_out.items())
+            left_out = f" What is there cannot be read: {found}."
+        raise ValueError(
+            f"no images in {where}; they are expected in one folder per class, e.g. cat/1.jpg.{left_out}"
+        )
+    folders, splits, kept = read_folder_names(names, where, taxonomy, summary)
+    if len(kept) < len(names):
+        images = images.select(kept)
+    # from all splits together, so that class 3 of 'train' is class 3 of 'test' although 'test' may
+    # lack a class
+    tree = derive_tree(folders, summary=summary) if taxonomy is None else taxonomy
+    return Source(images, node_labels(folders, tree), tree, splits, summary=summary)
 
-    Instead of the levels there may be one column `label` with class names. A column `split` is
-    optional. An empty cell is unknown on that level (-1). With a taxonomy, columns named like its
-    levels are read and further ones left out.
+
+# ---- tables
+
+
+def read_csv(
+    path: Any,
+    in_chans: int = 3,
+    taxonomy: Taxonomy | None = None,
+    *,
+    root: str | None = None,
+    **columns: Any,
+) -> Source:
+    """A table with the image's path in each row, and one column a level, coarsest first.
+
+    Instead of the levels there may be one column of class names, such as `label`. Columns of splits
+    and of groups are optional. An empty cell is unknown on that level (-1). With a taxonomy, columns
+    named like its levels are read.
 
     Args:
-        path: The CSV.
+        path: The table: CSV, TSV, Parquet, or a data frame (see
+            :func:`timm_branches.taxonomy.table_files.read_table`).
         in_chans: 3 for RGB, 1 for grey.
         taxonomy: The tree to find the names in; None derives it from the rows.
+        root: The folder that paths are relative to; by default the table's own.
+        **columns: `levels`, `path_column`, `split_column`, `group_column`: what to read instead of
+            what is found, see :func:`timm_branches.data.columns.choose_columns`.
 
     Returns:
         The images in the order of the rows.
 
     Raises:
+        FileNotFoundError: Images are missing; the line is named.
         ValueError: If columns are missing, do not fit the taxonomy, or names are unknown or
             ambiguous in it.
     """
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file, skipinitialspace=True)
-        columns = list(reader.fieldnames or [])
-        rows = [{key: (value or "").strip() for key, value in row.items() if key} for row in reader]
-    image_column = next((column for column in _PATH_COLUMNS if column in columns), None)
-    levels = [column for column in columns if column not in (image_column, "split")]
-    if image_column is None or not levels or not rows:
-        raise ValueError(
-            f"{path} has the columns {columns} and {len(rows)} rows; needed are a column 'path', then one column per "
-            "level or one named 'label', and at least one row"
-        )
-    if taxonomy is not None and levels != ["label"]:
-        if set(taxonomy.levels) <= set(levels):
-            levels = list(taxonomy.levels)
-        elif len(levels) != taxonomy.num_levels:
-            raise ValueError(
-                f"{path} has the level columns {levels}, the taxonomy the levels {list(taxonomy.levels)}"
-            )
-    cells = [tuple(row[level] for level in levels) for row in rows]
-    if levels == ["label"]:
-        nodes = [tuple(cell.split("/")) if cell else () for (cell,) in cells]
-        tree = _derive(nodes) if taxonomy is None else taxonomy
+    table = read_table(path)
+    labelled = label_table(table, taxonomy, **columns)
+    paths = resolve_paths(table, labelled.path_column, table_root(path, root))
+    labelled.source.images = FileImages(paths, in_chans)
+    _check_doubles(paths, labelled.source)
+    return labelled.source
+
+
+def table_root(path: Any, root: str | None) -> str:
+    """The folder that a table's paths are relative to."""
+    if root is not None:
+        return os.path.abspath(root)
+    if isinstance(path, str | os.PathLike):
+        return os.path.dirname(os.path.abspath(path))
+    return os.getcwd()
+
+
+@dataclass
+class LabelledTable:
+    """A table's rows with their labels; the images are still to be found."""
+
+    source: Source
+    path_column: str
+
+
+def label_table(
+    table: Table, taxonomy: Taxonomy | None, reserved: Sequence[str] = (), **columns: Any
+) -> LabelledTable:
+    """The labels, splits and groups of a table's rows."""
+    chosen = choose_columns(table, taxonomy=taxonomy, reserved=reserved, **columns)
+    summary = DataSummary(source=table.source, columns=chosen.roles())
+    summary.warnings += [*table.notes, *chosen.warnings]
+    if table.nameless:
+        summary.left_out["columns without a name"] = table.nameless
+    if table.empty_rows:
+        summary.left_out["empty rows"] = table.empty_rows
+    if len(chosen.levels) == 1:
+        nodes, tree = _single_column(table, chosen.levels[0], taxonomy, summary)
         labels = node_labels(nodes, tree)
     else:
-        tree = _derive(map(_known_start, cells), levels) if taxonomy is None else taxonomy
-        labels = _cell_labels(cells, tree, path)
-    splits = None
-    if "split" in columns:
-        given = [row["split"].lower() for row in rows]
-        if wrong := sorted(set(given) - set(SPLITS)):
-            raise ValueError(f"{path} has the splits {_some(wrong)}; known are {_some(SPLITS)}")
-        splits = np.array([SPLITS[name] for name in given])
-    folder = os.path.dirname(os.path.abspath(path))
-    return Source(
-        FileImages([os.path.join(folder, row[image_column]) for row in rows], in_chans),
-        labels,
-        tree,
-        splits,
+        labels, tree = _level_columns(table, chosen.levels, taxonomy, summary)
+    source = Source(None, labels, tree, summary=summary)
+    if chosen.split is not None:
+        source.splits = _splits(table, chosen.split)
+    if chosen.group is not None:
+        number: dict[str, int] = {}
+        groups = [number.setdefault(cell, len(number)) for cell in table.columns[chosen.group]]
+        source.groups = np.array(groups)
+    return LabelledTable(source, chosen.path)
+
+
+def _splits(table: Table, column: str) -> np.ndarray:
+    cells = table.columns[column]
+    meant = {cell: split_of(cell) for cell in set(cells)}
+    for row, cell in enumerate(cells):
+        if meant[cell] is None:
+            raise ValueError(
+                f"{table.place(row)}: {cell!r} in the column {column!r} is no split; known are "
+                f"{', '.join(sorted(SPLIT_NAMES))}."
+            )
+    return np.array([meant[cell] for cell in cells])
+
+
+def _single_column(
+    table: Table, column: str, taxonomy: Taxonomy | None, summary: DataSummary
+) -> tuple[list[Node], Taxonomy]:
+    """Class names in one column: names, or paths if all of them are."""
+    cells = table.columns[column]
+    names = {cell for cell in cells if cell}
+    node_of: dict[str, Node] = {"": ()}
+    if taxonomy is not None:
+        own = {node[-1] for level in taxonomy.nodes for node in level}
+        for name in names:
+            node_of[name] = (name,) if name in own else tuple(name.split("/"))
+    else:
+        # 'AC/DC' among others is a name; if every one has a slash, they are paths
+        paths = bool(names) and all("/" in name.strip("/") for name in names)
+        if paths:
+            summary.columns[column] = "paths of classes, a level between two slashes"
+        for name in names:
+            node_of[name] = tuple(name.strip("/").split("/")) if paths else (name,)
+    nodes = [node_of[cell] for cell in cells]
+    if taxonomy is None:
+        levels = None if any(len(node) > 1 for node in nodes) else [column]
+        if column == "label":
+            levels = None
+        return nodes, derive_tree(nodes, levels, summary)
+    return nodes, taxonomy
+
+
+def _level_columns(
+    table: Table, levels: list[str], taxonomy: Taxonomy | None, summary: DataSummary
+) -> tuple[torch.Tensor, Taxonomy]:
+    """Labels of rows with one cell a level."""
+    if taxonomy is not None and len(levels) != taxonomy.num_levels:
+        raise ValueError(
+            f"{table.source} has the level columns {levels}, the taxonomy the levels "
+            f"{list(taxonomy.levels)}"
+        )
+    cells: list[Node] = list(zip(*(table.columns[level] for level in levels), strict=True))
+    distinct = dict.fromkeys(cells)
+    tree = taxonomy
+    if tree is None:
+        starts = [row[: row.index("")] if "" in row else row for row in distinct]
+        tree = derive_tree(starts, levels, summary)
+        _warn_of_homonyms(tree, summary)
+    index = _NodeIndex(tree)
+    nodes = {row: _row_node(row, index, tree, table, cells) for row in distinct}
+    labels = node_labels(list(nodes.values()), tree)
+    # a gap in a row stays unknown, although the tree would tell it
+    gaps = [[not cell for cell in row[: tree.num_levels]] for row in distinct]
+    labels = labels.masked_fill(torch.tensor(gaps), -1)
+    position = {row: i for i, row in enumerate(distinct)}
+    return labels[torch.tensor([position[row] for row in cells])], tree
+
+
+def _row_node(
+    row: Node, index: _NodeIndex, tree: Taxonomy, table: Table, cells: Sequence[Node]
+) -> Node:
+    if not any(row):
+        return ()
+    options = index.fit(row)
+    if len(options) == 1:
+        return options[0]
+    what = f"{len(options)} classes fit" if options else "no class fits"
+    given = dict(zip(tree.levels, row, strict=False))
+    raise ValueError(
+        f"{table.place(cells.index(row))}: {what} the row {given}; fill in more of its levels, or "
+        "add it to the taxonomy."
     )
 
 
-def _known_start(cells: Node) -> Node:
-    return cells[: cells.index("")] if "" in cells else cells
-
-
-def _cell_labels(cells: Sequence[Node], tree: Taxonomy, where: str) -> torch.Tensor:
-    """Labels of rows with one cell a level.
-
-    A row with gaps takes the only node that fits what it does say.
-    """
-    resolved: dict[Node, Node] = {}
-    for row in dict.fromkeys(cells):
-        depth = max((i + 1 for i, cell in enumerate(row) if cell), default=0)
-        if not depth:
-            resolved[row] = ()
-            continue
-        nodes = tree.nodes[depth - 1] if depth <= tree.num_levels else ()
-        fits = [
-            node
-            for node in nodes
-            if all(name in ("", own) for name, own in zip(row[:depth], node, strict=True))
-        ]
-        if len(fits) != 1:
-            what = f"{len(fits)} classes fit" if fits else "no class fits"
-            raise ValueError(
-                f"{where}: {what} the row {dict(zip(tree.levels, row, strict=False))}, first in line "
-                f"{cells.index(row) + 2}; fill in more of its levels, or add it to the taxonomy"
+def _warn_of_homonyms(tree: Taxonomy, summary: DataSummary) -> None:
+    for level, nodes in zip(tree.levels, tree.nodes, strict=True):
+        parents: dict[str, list[str]] = {}
+        for node in nodes:
+            parents.setdefault(node[-1], []).append("/".join(node[:-1]))
+        several = {name: above for name, above in parents.items() if len(above) > 1}
+        for name, above in list(several.items())[:5]:
+            summary.warnings.append(
+                f"{name!r} of level {level!r} lies below {len(above)} parents ({listed(above, 3)}): "
+                "each is a class of its own"
             )
-        resolved[row] = fits[0]
-    labels = node_labels([resolved[row] for row in cells], tree)
-    empty = torch.tensor([[not cell for cell in row[: tree.num_levels]] for row in cells])
-    return labels.masked_fill(empty, -1)
+
+
+def _check_doubles(paths: Sequence[str], source: Source) -> None:
+    """One file in two rows: with one label a repetition, with two a mistake."""
+    first: dict[str, int] = {}
+    repeated, contradicting = 0, []
+    for row, path in enumerate(paths):
+        other = first.setdefault(path, row)
+        if other == row:
+            continue
+        repeated += 1
+        if not torch.equal(source.labels[other], source.labels[row]):
+            contradicting.append(path)
+    if contradicting:
+        source.summary.warnings.append(
+            f"{len(contradicting)} files have two labels, such as {contradicting[0]}"
+        )
+    elif repeated:
+        source.summary.warnings.append(f"{repeated} rows repeat a file that another row has")

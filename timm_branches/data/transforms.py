@@ -91,14 +91,17 @@ class SampleTransform:
         self.geometry = geometry
         self.compose = copy.deepcopy(compose)
         self.random = _SampleRandom()
+        self._normalises = False
+        self._deep_compose: Any = None
         if self.compose is not None:
             self.compose.set_random_state(self.random.numpy, self.random.python)
+            self._normalises = "Normalize" in repr(self.compose)
 
     def __call__(self, image: np.ndarray, key: Sequence[int] | None = None) -> torch.Tensor:
         """Transform one image.
 
         Args:
-            image: uint8 array (H, W, C).
+            image: uint8 array (H, W, C), or float32 in [0, 1].
             key: (seed, epoch, sample); None draws one from torch's global generator.
 
         Returns:
@@ -108,16 +111,20 @@ class SampleTransform:
             ValueError: If channels differ from the mean's, or a given `Compose` returns another
                 size.
         """
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != len(self.mean):
+        known = image.dtype in (np.uint8, np.float32)
+        if not known or image.ndim != 3 or image.shape[2] != len(self.mean):
             raise ValueError(
-                f"expected an uint8 image (H, W, {len(self.mean)}), not {image.dtype} of shape {image.shape}; set "
-                "in_chans of the dataset and input_size=(channels, height, width) of the transform alike"
+                f"expected an uint8 (or float32) image (H, W, {len(self.mean)}), not {image.dtype} of "
+                f"shape {image.shape}; set in_chans of the dataset and "
+                "input_size=(channels, height, width) of the transform alike"
             )
+        deep = image.dtype == np.float32
         if self.geometry is not None and not (self.keeps_exact and image.shape[:2] == self.size):
             image = self._resize(image)
         if self.compose is not None:
             self.random.seed((int(torch.randint(2**62, ())),) if key is None else key)
-            augmented = self.compose(image=image)["image"]
+            compose = self._for_deep() if deep else self.compose
+            augmented = compose(image=image)["image"]
         else:
             augmented = image
         if isinstance(augmented, torch.Tensor):  # the compose ends with ToTensorV2
@@ -132,14 +139,38 @@ class SampleTransform:
         if tensor.dtype == torch.uint8:
             # In timm's order of operations, so that values agree to the last bit
             tensor = tensor.float().div_(255).sub_(self.mean).div_(self.std)
+        elif deep and not self._normalises:
+            tensor = tensor.float().sub_(self.mean).div_(self.std)
         return tensor.float()
+
+    def _for_deep(self) -> Any:
+        """The augmentation for images in [0, 1]: what it fills with is given for 0 to 255."""
+        if self._deep_compose is None:
+            compose = copy.deepcopy(self.compose)
+            for transform in compose.transforms:
+                fill = getattr(transform, "fill", None)
+                if isinstance(fill, tuple | list | np.ndarray):
+                    transform.fill = tuple(float(value) / 255 for value in fill)
+                elif isinstance(fill, int | float):
+                    transform.fill = fill / 255
+            compose.set_random_state(self.random.numpy, self.random.python)
+            self._deep_compose = compose
+        return self._deep_compose
 
     def _resize(self, image: np.ndarray) -> np.ndarray:
         from PIL import Image
 
         assert self.geometry is not None
-        tensor = self.geometry(Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image))
-        return tensor.numpy().transpose(1, 2, 0)
+        channels = image.shape[2]
+        if image.dtype == np.uint8 and channels in (1, 3):
+            tensor = self.geometry(Image.fromarray(image[:, :, 0] if channels == 1 else image))
+            return tensor.numpy().transpose(1, 2, 0)
+        # PIL resizes single channels of any type: bands, and deep values as they are
+        resized = []
+        for channel in range(channels):
+            band = self.geometry(Image.fromarray(np.ascontiguousarray(image[:, :, channel])))
+            resized.append(band.numpy()[0])
+        return np.stack(resized, axis=-1)
 
     def __repr__(self) -> str:
         return (

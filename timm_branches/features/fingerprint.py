@@ -2,23 +2,13 @@
 
 import hashlib
 import json
-import os
 import re
 from typing import Any
 
-import numpy as np
 import timm
 import torch
 
-from timm_branches.data.clips.sources import ArrayClips, FileClips
 from timm_branches.data.datasets import HierarchicalDataset
-from timm_branches.data.images import (
-    ArrayImages,
-    FileImages,
-    PackedImages,
-    TarImages,
-    is_image_name,
-)
 from timm_branches.data.transforms import SampleTransform
 from timm_branches.features.heads_only import feature_layout
 from timm_branches.model import BranchModel
@@ -59,7 +49,7 @@ def fingerprint(
         "weights": digest_tensors(tensors, {}),
         "taps": {key: feature.shape for key, feature in features.items()},
         "preprocessing": _preprocessing(dataset),
-        "data": _data(dataset.images, ids),
+        "data": dataset.images.identity(ids.tolist()),
         "samples": [len(ids), hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest()],
         "seed": dataset.seed,
         "views": views,
@@ -118,49 +108,3 @@ def _preprocessing(dataset: HierarchicalDataset) -> dict[str, Any]:
             "create_transform, or give it a __repr__ that says what it does."
         )
     return facts
-
-
-def _data(images: Any, ids: np.ndarray) -> str:
-    """Checksum of what identifies these samples.
-
-    Of files their path, size and time of change, else their content.
-    """
-    digest = hashlib.sha256()
-    inner = images.images if isinstance(images, ArrayImages) else images
-    inner = inner.clips if isinstance(inner, ArrayClips) else inner
-    if isinstance(inner, TarImages):
-        digest.update(_stat(inner.path).encode())
-    for i in ids.tolist():
-        if isinstance(inner, FileImages):
-            digest.update(_stat(str(inner.paths[i])).encode())
-        elif isinstance(inner, FileClips):
-            digest.update(
-                f"{_stat(str(inner.paths[i]))} {inner.starts[i]} {int(inner.ends[i])}".encode()
-            )
-        elif isinstance(inner, TarImages):
-            digest.update(f"{inner.offsets[i]} {inner.sizes[i]} ".encode())
-        else:
-            digest.update(_content(inner, i))
-    return digest.hexdigest()
-
-
-def _content(images: Any, i: int) -> bytes:
-    if isinstance(images, PackedImages):  # undecoded
-        array = images.data[images.ends[i - 1] if i else 0 : images.ends[i]]
-    else:
-        image = images[i]
-        array = np.asarray(image() if callable(image) else image)
-    return f"{array.dtype} {array.shape} ".encode() + array.tobytes()
-
-
-def _stat(path: str) -> str:
-    """A file's path, size and time of change; of a folder of frames those of its images."""
-    path = os.path.abspath(path)
-    if os.path.isdir(path):
-        return "".join(
-            _stat(os.path.join(path, name))
-            for name in sorted(os.listdir(path))
-            if is_image_name(name)
-        )
-    stat = os.stat(path)
-    return f"{path} {stat.st_size} {stat.st_mtime_ns}\n"

@@ -115,7 +115,7 @@ def predict(
             f"{num_workers} and {top}."
         )
     levels = _Levels(model, taxonomy, decoder, threshold)
-    listed = ImageList(images, model.in_chans)
+    listed = ImageList(images, model.in_chans, model.pretrained_cfg.get("value_range"))
     if device is not None:
         model.to(_device(device))
     return Predictions(model, listed, levels, batch_size, num_workers, strict, top)

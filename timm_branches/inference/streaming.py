@@ -106,6 +106,8 @@ class StreamingClassifier:
             )
         several = frame if frame.ndim == 4 else frame[None]
         if isinstance(several, np.ndarray):
+            if several.dtype != np.uint8:
+                raise ValueError(f"a frame that is an array must be uint8, got {several.dtype}.")
             if self.transform is None:
                 self.transform = _validation_transform(self.model)
             x = torch.stack([self.transform(image) for image in several])

@@ -8,7 +8,6 @@ neighbours, which call them.
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Mapping, Sequence
 from numbers import Integral
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from timm_branches.taxonomy.paths import NodePath, hint
+from timm_branches.taxonomy.table_files import Table, read_table
 
 __all__ = ["load_json", "read_csv", "read_dataframe", "read_folders", "read_json", "read_parents"]
 
@@ -24,54 +24,29 @@ def read_csv(
     file: str | Path, columns: Sequence[str] | None = None
 ) -> tuple[list[NodePath], list[str]]:
     """The leaves of a CSV file, one a row, and the columns they were read from."""
-    with open(file, newline="", encoding="utf-8-sig") as stream:
-        reader = csv.reader(stream)
-        rows = [(reader.line_num, [cell.strip() for cell in row]) for row in reader]
-    rows = [(line, row) for line, row in rows if any(row)]
-    if not rows:
-        raise ValueError(f"{file} is empty; its first row must name the levels, coarsest first")
-    header = rows.pop(0)[1]
-    wanted = _pick_columns(header, columns, str(file))
-    paths = []
-    for line, row in rows:
-        if len(row) > len(header):
-            raise ValueError(
-                f"{file}, line {line}: {len(row)} cells, but the header names {len(header)}; quote "
-                f"cells that contain a comma"
-            )
-        cells = dict(zip(header, row + [""] * (len(header) - len(row)), strict=True))
-        paths.append(_row_path([cells[name] for name in wanted], f"{file}, line {line}"))
-    return paths, wanted
+    return _leaves(read_table(file), columns)
 
 
 def read_dataframe(
     frame: Any, columns: Sequence[Any] | None = None
 ) -> tuple[list[NodePath], list[str]]:
-    """The leaves of a data frame, each once in order of appearance, and the columns they were
-    read from.
-    """
+    """The leaves of a data frame, each once in order of appearance, and their columns."""
     if not hasattr(frame, "columns"):
         raise TypeError(f"a data frame has columns, as pandas' does; got {type(frame).__name__}")
-    wanted = _pick_columns(list(frame.columns), columns, "the data frame")
-    rows = zip(*([_cell(value) for value in frame[name]] for name in wanted), strict=True)
-    paths = [_row_path(row, f"row {i} of the data frame") for i, row in enumerate(rows) if any(row)]
-    return list(dict.fromkeys(paths)), [str(name) for name in wanted]
+    paths, wanted = _leaves(read_table(frame), columns)
+    return list(dict.fromkeys(paths)), wanted
 
 
-def _cell(value: Any) -> str:
-    """A data frame's cell as text, '' if it is missing (None, NaN, NaT, NA)."""
-    if isinstance(value, str):
-        return value.strip()
-    if isinstance(value, float) and value.is_integer():
-        # pandas turns a column of integers to floats as soon as one is missing
-        return str(int(value))
-    text = str(value)
-    return "" if text in ("None", "nan", "NaT", "<NA>") else text
+def _leaves(table: Table, columns: Sequence[Any] | None) -> tuple[list[NodePath], list[str]]:
+    wanted = [str(name) for name in _pick_columns(table.header, columns, table.source)]
+    cells = zip(*(table.columns[name] for name in wanted), strict=True)
+    paths = [_row_path(row, table.place(i)) for i, row in enumerate(cells) if any(row)]
+    return paths, wanted
 
 
 def _pick_columns(header: Sequence[Any], columns: Sequence[Any] | None, source: str) -> list[Any]:
     """The columns asked for, all by default, after making sure that each is there once."""
-    wanted = list(header) if columns is None else list(columns)
+    wanted = list(header) if columns is None else [str(name) for name in columns]
     if unknown := [name for name in wanted if name not in header]:
         raise ValueError(f"{source} has no column {unknown[0]!r}; its columns are {header}")
     if len(set(header)) < len(header) or not all(str(name).strip() for name in header):

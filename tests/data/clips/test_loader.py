@@ -103,7 +103,8 @@ def test_batches_stay_full_when_clips_are_broken(tmp_path):
     path = tmp_path / "list.csv"
     (tmp_path / "good").mkdir()
     Image.new("RGB", (4, 4)).save(tmp_path / "good/1.png")
-    path.write_text("path,label\n" + "missing,a\n" * 7 + "good,b\n")
+    (tmp_path / "broken").touch()
+    path.write_text("path,label\n" + "broken,a\n" * 7 + "good,b\n")
     data = create_clip_dataset(path)
     batches = list(create_clip_loader(data, 4, True, num_workers=2))
     assert [inputs.clips.shape[0] for inputs, _ in batches] == [4, 4]

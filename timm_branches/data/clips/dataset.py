@@ -3,18 +3,27 @@
 import dataclasses
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from timm_branches.data.clips.sampling import FrameSampler
 from timm_branches.data.clips.sources import ArrayClips, FileClips, read_clip_csv, read_clip_folder
 from timm_branches.data.clips.video import ClipError
-from timm_branches.data.datasets import HierarchicalDataset, Subset, split_dataset
-from timm_branches.data.sources import SPLITS, Source
+from timm_branches.data.datasets import (
+    HierarchicalDataset,
+    Subset,
+    split_dataset,
+    take_split,
+    take_splits,
+    to_unit_tensor,
+    with_taxonomy,
+)
+from timm_branches.data.sources import READERS, Source
+from timm_branches.data.splits import wanted_splits
 from timm_branches.data.stratify import stratified_indices
+from timm_branches.taxonomy.table_files import is_table_name
 from timm_branches.taxonomy.taxonomy import Taxonomy
 from timm_branches.taxonomy.trees import get_taxonomy
 
@@ -54,6 +63,7 @@ class ClipDataset(HierarchicalDataset):
             are no such arrays.
 
     Example:
+        >>> import numpy as np
         >>> data = ClipDataset(np.zeros((2, 30, 24, 48), np.uint8), [0, 1], sampler=FrameSampler(8))
         >>> clip, label = data[1]
         >>> clip.shape, label.item()
@@ -117,11 +127,7 @@ class ClipDataset(HierarchicalDataset):
         key = (self.seed, self.epoch, sample)
         frames = self.images.read(sample, lambda count: self.sampler(count, key))
         if self.transform is None:
-            return (
-                torch.from_numpy(np.ascontiguousarray(frames.transpose(0, 3, 1, 2)))
-                .float()
-                .div_(255)
-            )
+            return torch.stack([to_unit_tensor(frame) for frame in frames])
         if getattr(self.transform, "takes_key", False):
             return torch.stack([self.transform(frame, key=key) for frame in frames])
         return self.transform(frames)
@@ -130,6 +136,10 @@ class ClipDataset(HierarchicalDataset):
         if not self._failed[sample]:
             self._failed[sample] = True
             warnings.warn(f"{error}. The next clip that can be read takes its place.", stacklevel=3)
+
+    def subset(self, indices: Any) -> "ClipSubset":
+        """Some of the clips, at these positions."""
+        return ClipSubset(self, indices)
 
     @property
     def errors(self) -> int:
@@ -164,6 +174,7 @@ class ClipSubset(ClipDataset, Subset):
         indices: Positions in it.
 
     Example:
+        >>> import numpy as np
         >>> data = ClipDataset(np.zeros((5, 3, 8, 8), np.uint8), torch.zeros(5))
         >>> len(ClipSubset(data, [0, 3]))
         2
@@ -194,11 +205,13 @@ def split_clips(
         ValueError: If a part would be empty.
 
     Example:
+        >>> import numpy as np
         >>> data = ClipDataset(np.zeros((10, 3, 8, 8), np.uint8), torch.zeros(10))
         >>> [len(part) for part in split_clips(data, 0.2)]
         [8, 2]
     """
     positions = HierarchicalDataset(range(len(dataset)), dataset.labels.view(len(dataset), -1))
+    positions.groups = dataset.groups
     train, val = (
         ClipSubset(dataset, part.sample_ids) for part in split_dataset(positions, fraction, seed)
     )
@@ -206,24 +219,45 @@ def split_clips(
     return train, val
 
 
-def _read(path: str | os.PathLike, taxonomy: Any, in_chans: int) -> Source:
+def _read(path: Any, taxonomy: Any, in_chans: int, columns: dict[str, Any]) -> Source:
     if in_chans not in (1, 3):
         raise ValueError(f"in_chans must be 3 (RGB) or 1 (grey), not {in_chans}")
     tree = None if taxonomy is None else get_taxonomy(taxonomy)
+    columns = {name: value for name, value in columns.items() if value is not None}
+    if isinstance(path, Source):
+        return with_taxonomy(path, tree)
+    if not isinstance(path, str | os.PathLike):
+        return read_clip_csv(path, in_chans, tree, **columns)
     path = os.fspath(path)
+    if os.path.isfile(path) and is_table_name(path):
+        return read_clip_csv(path, in_chans, tree, **columns)
+    if columns:
+        raise ValueError(
+            f"{', '.join(columns)} name columns of a table and have no effect on {path}."
+        )
+    prefix, _, remainder = path.partition("/")
+    if prefix in READERS:
+        source = READERS[prefix](remainder, split="all", in_chans=in_chans, taxonomy=tree)
+        return with_taxonomy(source, tree)
     if os.path.isdir(path):
         return read_clip_folder(path, in_chans, tree)
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path} is neither a folder nor a file")
-    if not path.lower().endswith(".csv"):
-        raise ValueError(
-            f"{path} is of no known kind; expected a folder of class folders or a .csv"
-        )
-    return read_clip_csv(path, in_chans, tree)
+    raise ValueError(f"{path} is of no known kind; expected a folder of class folders or a .csv")
+
+
+def _whole(
+    source: Source, transform: Callable | None, sampler: FrameSampler, strict: bool
+) -> ClipDataset:
+    data = ClipDataset(
+        source.images, source.labels, source.taxonomy, transform, sampler=sampler, strict=strict
+    )
+    data.groups, data.summary = source.groups, source.summary
+    return data
 
 
 def create_clip_dataset(
-    path: str | os.PathLike,
+    path: Any,
     split: str = "train",
     taxonomy: Taxonomy | str | None = None,
     num_frames: int | None = None,
@@ -233,9 +267,15 @@ def create_clip_dataset(
     in_chans: int = 3,
     transform: Callable | None = None,
     strict: bool = False,
+    *,
+    levels: Sequence[str] | None = None,
+    path_column: str | None = None,
+    split_column: str | None = None,
+    group_column: str | None = None,
 ) -> ClipDataset:
-    """Make a dataset of the clips in a folder or a CSV; for arrays call :class:`ClipDataset`
-    itself.
+    """Make a dataset of the clips in a folder, a table, or a :class:`Source` of your own.
+
+    For arrays call :class:`ClipDataset` itself.
 
     Args:
         path: A folder of class folders, which hold videos (.mp4, .avi, .mov, .mkv, .webm, .gif) or
@@ -267,28 +307,20 @@ def create_clip_dataset(
         >>> data[0][0].shape                                                            # doctest: +SKIP
         torch.Size([16, 3, 240, 320])
     """
-    if split not in (*SPLITS, "trainval", "all"):
-        raise ValueError(f"no split {split!r}; it is 'train', 'val', 'test', 'trainval' or 'all'")
+    wanted_splits(split)
     sampler = FrameSampler(num_frames, sampling, stride, is_training)
-    source = _read(path, taxonomy, in_chans)
-    data = ClipDataset(
-        source.images, source.labels, source.taxonomy, transform, sampler=sampler, strict=strict
-    )
-    split = SPLITS.get(split, split)
-    present = {"train"} if source.splits is None else set(source.splits.tolist())
-    wanted = {"trainval": {"train", "val"}, "all": {"train", "val", "test"}}.get(split, {split})
-    if not wanted & present:
-        raise ValueError(
-            f"{path} has no {split!r} split, only {', '.join(sorted(present))}; split_clips or create_clip_splits set "
-            "a part of the training data aside"
-        )
-    if source.splits is None or present <= wanted:
-        return data
-    return ClipSubset(data, np.flatnonzero(np.isin(source.splits, list(wanted))))
+    columns = {
+        "levels": levels,
+        "path_column": path_column,
+        "split_column": split_column,
+        "group_column": group_column,
+    }
+    source = _read(path, taxonomy, in_chans, columns)
+    return take_split(_whole(source, transform, sampler, strict), source, split, path)
 
 
 def create_clip_splits(
-    path: str | os.PathLike,
+    path: Any,
     val_fraction: float = 0.1,
     seed: int = 0,
     transform: Callable | None = None,
@@ -323,22 +355,14 @@ def create_clip_splits(
             f"{name} has no effect here: all splits are made, and only 'train' draws frames at random"
         )
     strict = kwargs.pop("strict", False)
-    source = _read(path, kwargs.pop("taxonomy", None), kwargs.pop("in_chans", 3))
+    names = ("levels", "path_column", "split_column", "group_column")
+    columns = {name: kwargs.pop(name, None) for name in names}
+    source = _read(path, kwargs.pop("taxonomy", None), kwargs.pop("in_chans", 3), columns)
     sampler = FrameSampler(**kwargs, is_training=True)
-    data = ClipDataset(
-        source.images, source.labels, source.taxonomy, transform, sampler=sampler, strict=strict
-    )
-    splits = np.full(len(data), "train") if source.splits is None else source.splits
-    train, val, test = (
-        ClipSubset(data, np.flatnonzero(splits == part)) for part in ("train", "val", "test")
-    )
-    if not len(train):
-        raise ValueError(
-            f"{path} has no training data, only {', '.join(sorted(set(splits.tolist())))}"
-        )
-    if not len(val):
-        train, val = split_clips(train, val_fraction, seed)
+    data = _whole(source, transform, sampler, strict)
+    train, val, test = take_splits(data, source, val_fraction, seed, split_clips, path)
     for part in (val, test):
-        part.sampler = dataclasses.replace(sampler, is_training=False)
-        part.transform = eval_transform
-    return train, val, test if len(test) else None
+        if part is not None:
+            part.sampler = dataclasses.replace(sampler, is_training=False)
+            part.transform = eval_transform
+    return train, val, test

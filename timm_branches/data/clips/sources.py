@@ -4,7 +4,7 @@ As with images, every sequence here can be forked or pickled into DataLoader wor
 only while they are read.
 """
 
-import csv
+import hashlib
 import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -21,18 +21,19 @@ from timm_branches.data.clips.video import (
     is_video_name,
     read_frames,
 )
-from timm_branches.data.images import decode_image, is_image_name, match_channels
-from timm_branches.data.sources import (
-    _PATH_COLUMNS,
-    SPLITS,
-    Source,
-    _cell_labels,
-    _derive,
-    _from_names,
-    _known_start,
-    _some,
-    node_labels,
+from timm_branches.data.columns import resolve_paths
+from timm_branches.data.decode import decode_image, match_channels, read_file
+from timm_branches.data.folders import walk
+from timm_branches.data.images import (
+    array_identity,
+    file_identity,
+    is_image_name,
 )
+from timm_branches.data.sources import Source, from_names, label_table, table_root
+from timm_branches.data.splits import split_of
+from timm_branches.data.summary import DataSummary, count_endings, listed
+from timm_branches.taxonomy.order import natural_order
+from timm_branches.taxonomy.table_files import read_table
 from timm_branches.taxonomy.taxonomy import Taxonomy
 
 __all__ = ["ArrayClips", "FileClips", "read_clip_csv", "read_clip_folder"]
@@ -95,6 +96,13 @@ class ArrayClips:
         channels = self.in_chans or (1 if clip.ndim == 3 else clip.shape[-1])
         return np.stack([match_channels(frame, channels) for frame in clip])
 
+    def identity(self, indices: Iterable[int]) -> str:
+        """A checksum of these clips."""
+        digest = hashlib.sha256()
+        for index in indices:
+            digest.update(array_identity(np.asarray(self.clips[index])))
+        return digest.hexdigest()
+
 
 class FileClips:
     """Clips in video files and in folders of frames (images, in natural order: frame2 before
@@ -117,6 +125,7 @@ class FileClips:
     ) -> None:
         self.paths = np.array(list(paths), dtype=str)
         self.in_chans = in_chans
+        self.value_range: tuple[float, float] | None = None  # of frames that are image files
         self.starts = (
             np.zeros(len(self), np.int64) if starts is None else np.array(starts, np.int64)
         )
@@ -171,10 +180,8 @@ class FileClips:
         )
 
     def _read_folder(self, path: str, start: int, end: int, choose: Choose) -> np.ndarray:
-        from timm.utils.misc import natural_key
-
         try:
-            names = sorted(filter(is_image_name, os.listdir(path)), key=natural_key)
+            names = sorted(filter(is_image_name, os.listdir(path)), key=natural_order)
             if not names:
                 raise ClipError(f"the folder {path} holds no image")
             end = len(names) if end < 0 else end
@@ -188,11 +195,23 @@ class FileClips:
             raise ClipError(f"cannot read the clip {path}: {error}") from error
         return _stack(images, chosen, path)
 
+    def identity(self, indices: Iterable[int]) -> str:
+        """A checksum of these files' paths, sizes and times of change, and of the clips' bounds."""
+        digest = hashlib.sha256()
+        for index in indices:
+            bounds = f"{self.starts[index]} {int(self.ends[index])}"
+            digest.update(f"{file_identity(str(self.paths[index]))} {bounds}".encode())
+        return digest.hexdigest()
+
+    def select(self, indices: Sequence[int]) -> "FileClips":
+        """Some of the clips."""
+        which = np.asarray(indices, dtype=int)
+        starts, ends = self.starts[which].tolist(), self.ends[which].tolist()
+        return FileClips(self.paths[which], self.in_chans, starts, ends)
+
     def _decode(self, path: str) -> np.ndarray:
-        with open(path, "rb") as file:
-            data = file.read()
         try:
-            return decode_image(data, self.in_chans, path)
+            return decode_image(read_file(path), self.in_chans, path, self.value_range)
         except ValueError as error:
             raise ClipError(str(error)) from error
 
@@ -225,111 +244,118 @@ def read_clip_folder(root: str, in_chans: int = 3, taxonomy: Taxonomy | None = N
         ValueError: If there are no clips, a clip lies in no class folder, or folders do not match
             the taxonomy.
     """
-    from timm.utils.misc import natural_key
-
-    names, stray = [], []
-    for folder, below, files in os.walk(root, followlinks=True):
-        below[:] = [name for name in below if not name.startswith(".")]
-        rest = os.path.relpath(folder, root).replace(os.sep, "/")
-        videos = [
-            name if rest == "." else f"{rest}/{name}" for name in files if is_video_name(name)
-        ]
-        names += videos
-        has_images = any(map(is_image_name, files))
-        if has_images and not videos and not below and rest != ".":
-            names.append(rest)
+    summary = DataSummary(source=root)
+    names: list[str] = []
+    others: list[str] = []
+    stray: list[str] = []
+    for folder, below, files in walk(root):
+        visible = [name for name in files if not name.startswith(".")]
+        prefix = f"{folder}/" if folder else ""
+        videos = [name for name in visible if is_video_name(name)]
+        images = [name for name in visible if is_image_name(name)]
+        names += [prefix + name for name in videos]
+        others += [prefix + name for name in visible if name not in videos and name not in images]
+        if images and not videos and not below and folder:
+            names.append(folder)
         # images beside videos or folders, a preview say, are no frames
-        elif has_images or not (videos or below):
-            stray.append(rest)
+        elif images or not (videos or below):
+            stray.append(folder)
     if not names:
         raise ValueError(
             f"no clips in {root}; they are expected in one folder per class, either videos "
-            f"({', '.join(VIDEO_EXTENSIONS)}) or folders of images, e.g. jump/1.mp4 or jump/1/000.jpg"
+            f"({', '.join(VIDEO_EXTENSIONS)}) or folders of images, e.g. jump/1.mp4 or "
+            "jump/1/000.jpg"
         )
+    summary.left_out = count_endings(others)
     if stray:
-        warnings.warn(
+        text = (
             f"left out in {root}, because they are empty or hold images beside videos or folders: "
-            f"{_some(sorted(stray, key=natural_key), 5)}",
-            stacklevel=2,
+            f"{listed(stray)}"
         )
-    names.sort(key=natural_key)
+        summary.warnings.append(text)
+        warnings.warn(text, stacklevel=2)
+    names.sort(key=natural_order)
+    _refuse_frames_in_class_folders(names, root)
     clips = FileClips([os.path.join(root, name) for name in names], in_chans)
-    return _from_names(names, clips, root, taxonomy)
+    return from_names(names, clips, root, taxonomy, summary)
 
 
-def read_clip_csv(path: str, in_chans: int = 3, taxonomy: Taxonomy | None = None) -> Source:
-    """A CSV as for images, whose paths lead to videos or folders of frames.
+def _refuse_frames_in_class_folders(names: Sequence[str], root: str) -> None:
+    """Images that lie directly in class folders would make each class a single clip of no class."""
+    for name in names:
+        classes_above = name.count("/") - bool(split_of(name.split("/")[0]))
+        if classes_above > 0 or is_video_name(name):
+            return
+    raise ValueError(
+        f"the folders in {root} ({listed(names, 3)}) hold images directly: whether a folder is a class "
+        "or a clip cannot be told. Frames lie one folder deeper, one folder for each clip: "
+        "class/clip/frame.jpg. To classify the single images, use an image data set."
+    )
 
-    Columns: `path` (relative to the CSV), then one a level or one `label` with class names.
-        Optional are `split`, and
-    `start` and `end`, which cut a clip out of a longer one: the numbers of its first frame, from 0,
-    and of the frame after its last. Frames, because they mean the same for videos of any frame rate
-    and for folders. An empty start or end is that of the file.
+
+def read_clip_csv(
+    path: Any,
+    in_chans: int = 3,
+    taxonomy: Taxonomy | None = None,
+    *,
+    root: str | None = None,
+    **columns: Any,
+) -> Source:
+    """A table as for images, whose paths lead to videos or folders of frames.
+
+    Optional columns are `start` and `end`, which cut a clip out of a longer one: the numbers of its
+    first frame, from 0, and of the frame after its last. Frames, because they mean the same for
+    videos of any frame rate and for folders. An empty start or end is that of the file.
 
     Args:
-        path: The CSV.
+        path: The table, as :func:`timm_branches.data.sources.read_csv` takes it.
         in_chans: 3 for RGB, 1 for grey.
         taxonomy: The tree to find the names in; None derives it from the rows.
+        root: The folder that paths are relative to; by default the table's own.
+        **columns: As in :func:`timm_branches.data.sources.read_csv`.
 
     Returns:
-        The clips in the order of the rows.
+        The clips in the order of the rows. Clips of one file belong together: they are never divided
+        between two splits, unless the table says so.
 
     Raises:
+        FileNotFoundError: Clips are missing; the line is named.
         ValueError: If columns are missing, do not fit the taxonomy, names are unknown or ambiguous
             in it, or start and end are no frame numbers.
     """
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file, skipinitialspace=True)
-        columns = list(reader.fieldnames or [])
-        rows = [{key: (value or "").strip() for key, value in row.items() if key} for row in reader]
-    path_column = next((column for column in _PATH_COLUMNS if column in columns), None)
-    levels = [column for column in columns if column not in (path_column, "split", "start", "end")]
-    if path_column is None or not levels or not rows:
-        raise ValueError(
-            f"{path} has the columns {columns} and {len(rows)} rows; needed are a column 'path', then one column per "
-            "level or one named 'label', and at least one row"
-        )
-    tree, labels = _csv_labels(rows, levels, taxonomy, path)
-    splits = None
-    if "split" in columns:
-        given = [row["split"].lower() for row in rows]
-        if wrong := sorted(set(given) - set(SPLITS)):
-            raise ValueError(f"{path} has the splits {_some(wrong)}; known are {_some(SPLITS)}")
-        splits = np.array([SPLITS[name] for name in given])
-    bounds = [_csv_bounds(row, f"{path}, line {line}") for line, row in enumerate(rows, 2)]
-    folder = os.path.dirname(os.path.abspath(path))
-    paths = [os.path.join(folder, row[path_column]) for row in rows]
-    clips = FileClips(paths, in_chans, [start for start, _ in bounds], [end for _, end in bounds])
-    return Source(clips, labels, tree, splits)
+    table = read_table(path)
+    labelled = label_table(table, taxonomy, reserved=("start", "end"), **columns)
+    source = labelled.source
+    empty = [""] * len(table)
+    starts, ends = table.columns.get("start", empty), table.columns.get("end", empty)
+    bounds = []
+    for row, (start, end) in enumerate(zip(starts, ends, strict=True)):
+        bounds.append(_bounds(start, end, table.place(row)))
+    paths = resolve_paths(table, labelled.path_column, table_root(path, root))
+    source.images = FileClips(
+        paths, in_chans, [start for start, _ in bounds], [end for _, end in bounds]
+    )
+    if source.groups is None:
+        source.groups = number_groups(paths)
+    return source
 
 
-def _csv_labels(
-    rows: list[dict[str, str]], levels: list[str], taxonomy: Taxonomy | None, where: str
-) -> tuple[Taxonomy, torch.Tensor]:
-    if levels == ["label"]:
-        nodes = [tuple(row["label"].split("/")) if row["label"] else () for row in rows]
-        tree = _derive(nodes) if taxonomy is None else taxonomy
-        return tree, node_labels(nodes, tree)
-    if taxonomy is not None and set(taxonomy.levels) <= set(levels):
-        levels = list(taxonomy.levels)
-    elif taxonomy is not None and len(levels) != taxonomy.num_levels:
-        raise ValueError(
-            f"{where} has the level columns {levels}, the taxonomy the levels {list(taxonomy.levels)}"
-        )
-    cells = [tuple(row[level] for level in levels) for row in rows]
-    tree = _derive(map(_known_start, cells), levels) if taxonomy is None else taxonomy
-    return tree, _cell_labels(cells, tree, where)
+def number_groups(paths: Sequence[str]) -> np.ndarray:
+    """The same number for equal paths."""
+    number: dict[str, int] = {}
+    return np.array([number.setdefault(path, len(number)) for path in paths])
 
 
-def _csv_bounds(row: dict[str, str], where: str) -> tuple[int, int]:
+def _bounds(start: str, end: str, where: str) -> tuple[int, int]:
     """First frame, and the one after the last or -1."""
     try:
-        start, end = int(row.get("start") or 0), int(row.get("end") or -1)
+        first, last = int(start or 0), int(end or -1)
     except ValueError:
-        start, end = -1, 0
-    if start < 0 or (row.get("end") and end <= start):
+        first, last = -1, 0
+    if first < 0 or (end and last <= first):
         raise ValueError(
-            f"{where}: start={row.get('start', '')!r} and end={row.get('end', '')!r} are no range of frames; they are "
-            "whole numbers from 0, the last frame is end - 1 (times in seconds have to be multiplied by the frame rate)"
+            f"{where}: start={start!r} and end={end!r} are no range of frames; they are whole "
+            "numbers from 0, the last frame is end - 1 (times in seconds have to be multiplied by "
+            "the frame rate)."
         )
-    return start, end
+    return first, last

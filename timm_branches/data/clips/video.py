@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from timm_branches.data.images import match_channels
+from timm_branches.data.decode import match_channels
 
 __all__ = [
     "VIDEO_EXTENSIONS",
