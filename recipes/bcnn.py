@@ -60,6 +60,15 @@ from timm_branches.train import (
     is_primary,
     setup_device,
 )
+from timm_branches.train.arguments import (
+    add_model_arguments,
+    add_table_arguments,
+    balance_options,
+    image_options,
+    say_what_was_understood,
+    table_options,
+    weights_of_classes,
+)
 from timm_branches.train.compare import comparison_table, verdict
 from timm_branches.train.script import hardware, new_output, run_script
 
@@ -207,10 +216,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--mixup", type=float, default=0.0, help="mixup alpha")
     group.add_argument("--cutmix", type=float, default=0.0, help="cutmix alpha")
     group.add_argument("--smoothing", type=float, default=0.0, help="label smoothing")
+    add_table_arguments(group)
     group = parser.add_argument_group("model")
-    group.add_argument("--model", default="bcnn_a", help="any timm backbone (default: bcnn_a)")
-    group.add_argument("--pretrained", action=argparse.BooleanOptionalAction, default=False)
-    group.add_argument("--checkpoint-path", default="", help="timm checkpoint for the backbone")
+    add_model_arguments(group, "bcnn_a")
     group.add_argument(
         "--taps", nargs="+", help="one per level, coarse to fine (default: the last stages)"
     )
@@ -361,9 +369,12 @@ class Bench:
             root=args.data_dir,
             download=args.download,
             in_chans=in_chans,
+            **table_options(args),
+            **image_options(args),
         )
         if args.limit is not None:
             self.train = self.train.limit(args.limit, seed=args.seed)
+        self.summary = say_what_was_understood(train=self.train, val=self.val, test=self.test)
         tree = self.train.taxonomy
         if tree is None or tree.num_levels < 2:
             raise ValueError(
@@ -378,6 +389,8 @@ class Bench:
                 f"{list(tree.levels)}; give one tap each."
             )
         self.heads = make_heads(args, tree.num_levels)
+        self.balance = balance_options(args, tree)
+        self.class_weights = weights_of_classes(args, self.train)
         self.options = {
             "pretrained": args.pretrained,
             "checkpoint_path": args.checkpoint_path,
@@ -415,6 +428,7 @@ class Bench:
                 model,
                 schedule,
                 args.smoothing,
+                self.class_weights,
                 marginal=marginal or args.marginal,
                 consistency=args.consistency,
                 tree_path=args.tree_path,
@@ -459,13 +473,18 @@ class Bench:
                 names=[tree.levels[level]],
                 **self.options,
             ),
-            lambda model: BranchTask(model, None, args.smoothing),
+            lambda model: BranchTask(model, None, args.smoothing, self.weights_of(level)),
             one_level(self.train, level),
             one_level(self.val, level),
             max(1, share),
         )
 
-    # -- training and judging
+    def weights_of(self, level: int) -> dict[str, Any] | None:
+        """The class weights of one level."""
+        name = self.tree.levels[level]
+        return None if self.class_weights is None else {name: self.class_weights[name]}
+
+    # -- training and evaluation
 
     def fit(self, name: str, trial: Trial, seed: int, folder: Path) -> tuple[BranchTask, FitResult]:
         """Train; the model that comes back is that of the best epoch on validation."""
@@ -501,9 +520,12 @@ class Bench:
             num_workers=args.workers,
             seed=seed,
             pin_memory=device.type == "cuda",
+            **self.balance,
         )
         val_loader = create_loader(trial.val, args.batch_size, num_workers=args.workers)
         model.pretrained_cfg.update(mean=tuple(look["mean"]), std=tuple(look["std"]), **crop)
+        model.pretrained_cfg.update(image_options(args))
+        model.data_summary = self.summary.to_dict()
         task = trial.make_task(model)
         mixup = None
         if args.mixup or args.cutmix:

@@ -71,6 +71,14 @@ from timm_branches.train import (
     is_primary,
     setup_device,
 )
+from timm_branches.train.arguments import (
+    add_table_arguments,
+    balance_options,
+    image_options,
+    say_what_was_understood,
+    table_options,
+    weights_of_classes,
+)
 from timm_branches.train.compare import comparison_table
 from timm_branches.train.script import hardware, new_output, run_script
 
@@ -136,6 +144,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--mean", type=float, nargs="+", help="mean of each channel (default: the backbone's)"
     )
     group.add_argument("--std", type=float, nargs="+", help="standard deviation of each channel")
+    add_table_arguments(group)
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model",
@@ -333,15 +342,20 @@ class Bench:
                 in_chans=args.in_chans,
                 strict=args.strict,
                 **frames,
+                **table_options(args),
+                **image_options(args),
             )
             self.test = self.val if test is None else test
         if args.limit is not None:
             self.train = self.train.limit(args.limit, seed=args.seed)
         if args.cache and args.views == 1:  # the same frames in every epoch: those of evaluation
             self.train.sampler = replace(self.train.sampler, is_training=False)
+        self.summary = say_what_was_understood(train=self.train, val=self.val, test=self.test)
         self.judged = "validation (there is no test split)" if self.test is self.val else "test"
         assert self.train.taxonomy is not None
         self.tree: Taxonomy = self.train.taxonomy
+        self.balance = balance_options(args, self.tree)
+        self.class_weights = weights_of_classes(args, self.train)
         self.taps = args.taps or ["5"] * self.tree.num_levels
         if len(self.taps) != self.tree.num_levels:
             raise ValueError(
@@ -408,6 +422,8 @@ class Bench:
         )
         parts[1].transform = parts[2].transform = create_transform(**look, **crop)
         model.pretrained_cfg.update(mean=tuple(look["mean"]), std=tuple(look["std"]), **crop)
+        model.pretrained_cfg.update(image_options(args))
+        model.data_summary = self.summary.to_dict()
         loading = {"num_workers": args.workers}
         if args.cache:
             places = [Path(args.cache) / slug(name) / what for what in ("train", "val")]
@@ -424,6 +440,7 @@ class Bench:
                     is_training=first,
                     seed=args.seed,
                     collate_fn=collate_clips,
+                    **(self.balance if first else {}),
                     **loading,
                 )
                 for part, first in zip(features, (True, False), strict=True)
@@ -432,7 +449,12 @@ class Bench:
         else:
             loading["pin_memory"] = self.device.type == "cuda"
             train = create_clip_loader(
-                parts[0], args.batch_size, is_training=True, seed=args.seed, **loading
+                parts[0],
+                args.batch_size,
+                is_training=True,
+                seed=args.seed,
+                **self.balance,
+                **loading,
             )
             val = create_clip_loader(parts[1], args.batch_size, **loading)
         if is_primary():
@@ -443,7 +465,7 @@ class Bench:
                 flush=True,
             )
         run = fit(
-            BranchTask(model),
+            BranchTask(model, class_weights=self.class_weights),
             train,
             val,
             replace(self.config, output=str(self.output / slug(name))),

@@ -263,7 +263,7 @@ def read_classes(args: argparse.Namespace) -> int | list[str] | Taxonomy:
 def read_pair(
     args: argparse.Namespace, images: Path, masks: Path, classes: Any, repeats: int = 1
 ) -> SegmentationDataset:
-    """Images and masks of two folders."""
+    """Images and masks of two folders; with --resize, made smaller one after the other."""
     for folder in (images, masks):
         if not folder.is_dir():
             raise ValueError(f"no folder {folder}")
@@ -273,18 +273,12 @@ def read_pair(
     import cv2
 
     size = (args.resize[1], args.resize[0])
-    # as they are: without a transform
-    pairs = [data[i * repeats] for i in range(len(data) // repeats)]
-    smaller = [
-        cv2.resize(
-            (255 * image).round().byte().movedim(0, -1).numpy(), size, interpolation=cv2.INTER_AREA
-        )
-        for image, _ in pairs
-    ]
-    labels = [
-        cv2.resize(mask.numpy().astype(np.int16), size, interpolation=cv2.INTER_NEAREST_EXACT)
-        for _, mask in pairs
-    ]
+    smaller, labels = [], []
+    for index in range(len(data) // repeats):
+        image, mask = data.pixels(index)  # only one photograph is in memory at its full size
+        smaller.append(cv2.resize(image, size, interpolation=cv2.INTER_AREA))
+        nearest = cv2.resize(mask.astype(np.int16), size, interpolation=cv2.INTER_NEAREST_EXACT)
+        labels.append(nearest)
     return SegmentationDataset(smaller, labels, classes, repeats=repeats)
 
 
@@ -297,10 +291,8 @@ def read_data(args: argparse.Namespace) -> tuple[Any, Any, Any, Any]:
         return train, val, test, package_segmentation()[0]
     classes = read_classes(args)
     if args.images:
-        train, plain = (
-            read_pair(args, Path(args.images), Path(args.masks), classes, n)
-            for n in (args.repeats, 1)
-        )
+        plain = read_pair(args, Path(args.images), Path(args.masks), classes)
+        train = plain.repeated(args.repeats)
         fraction = 0.2 if args.val_fraction is None else args.val_fraction
         count = round(fraction * len(plain))
         if not 0 < count < len(plain):
@@ -316,9 +308,8 @@ def read_data(args: argparse.Namespace) -> tuple[Any, Any, Any, Any]:
             Subset(plain, sorted(order[count:])),
         )
     root = Path(args.data)
-    train, plain = (
-        read_pair(args, root / "train", root / "trainannot", classes, n) for n in (args.repeats, 1)
-    )
+    plain = read_pair(args, root / "train", root / "trainannot", classes)
+    train = plain.repeated(args.repeats)
     val = read_pair(args, root / "val", root / "valannot", classes)
     held = (
         read_pair(args, root / "test", root / "testannot", classes)

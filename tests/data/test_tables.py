@@ -369,3 +369,61 @@ def test_reading_is_linear(tmp_path, caplog):
     assert data.taxonomy.num_classes == (10, 100, 500, 4000)
     order = np.array([tree[-1] for tree in data.taxonomy.nodes[3]])
     assert [order[label] for label in data.labels[:4000, 3]] == [row[4] for row in names]
+
+
+class TestBalance:
+    def test_class_weights(self):
+        """Against the formulas, on counts 90, 9, 1."""
+        import torch
+
+        from timm_branches.hierarchy import class_weights
+
+        labels = torch.tensor([0] * 90 + [1] * 9 + [2] + [-1] * 5)[:, None]
+        tree = Taxonomy(["a", "b", "c", "d"], levels=["level"])
+        counts = np.array([90, 9, 1])
+        expected = {
+            "inverse": 1 / counts,
+            "sqrt": counts**-0.5,
+            "effective": (1 - 0.9999) / (1 - 0.9999**counts),
+        }
+        for scheme, weights in expected.items():
+            weights = weights / (weights @ counts / 100)
+            found = class_weights(labels, tree, scheme)["level"].tolist()
+            assert found == pytest.approx([*weights, 0], rel=1e-5)
+        with pytest.raises(ValueError, match="no scheme 'no'"):
+            class_weights(labels, tree, "no")
+
+    def test_balanced_sampling(self):
+        import torch
+
+        from timm_branches.data import HierarchicalDataset, create_loader
+
+        labels = [[0, 0]] * 90 + [[0, 1]] * 5 + [[1, 2]] * 5
+        data = HierarchicalDataset(np.zeros((100, 2, 2), np.uint8), labels)
+        drawn = {}
+        for level in (0, 1):
+            loader = create_loader(
+                data, 10, is_training=True, sampler="balanced", balanced_level=level
+            )
+            rows = []
+            for epoch in range(30):
+                loader.set_epoch(epoch)
+                rows += [y for _, y in loader]
+            drawn[level] = torch.cat(rows)[:, level].bincount() / 3000
+        assert drawn[0].tolist() == pytest.approx([1 / 2] * 2, abs=0.05)
+        assert drawn[1].tolist() == pytest.approx([1 / 3] * 3, abs=0.05)
+
+        def epoch_of(rank, world, epoch):
+            sampler = create_loader(
+                data, 5, is_training=True, sampler="balanced", rank=rank, world_size=world
+            ).sampler
+            sampler.set_epoch(epoch)
+            return list(sampler)
+
+        assert epoch_of(0, 1, 3) == epoch_of(0, 1, 3) != epoch_of(0, 1, 4)
+        halves = [epoch_of(rank, 2, 3) for rank in (0, 1)]
+        assert [i for pair in zip(*halves, strict=True) for i in pair] == epoch_of(0, 1, 3)
+        with pytest.raises(ValueError, match="for training"):
+            create_loader(data, 5, sampler="balanced")
+        with pytest.raises(ValueError, match="write 'balanced'"):
+            create_loader(data, 5, is_training=True, sampler="fair")

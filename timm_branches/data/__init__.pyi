@@ -44,6 +44,9 @@ from .datasets import (
     split_dataset as split_dataset,
 )
 from .loader import (
+    BalancedSampler as BalancedSampler,
+)
+from .loader import (
     EpochSampler as EpochSampler,
 )
 from .loader import (

@@ -8,7 +8,7 @@ import torch
 from timm.data.distributed_sampler import OrderedDistributedSampler
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-__all__ = ["EpochSampler", "Loader", "create_loader"]
+__all__ = ["BalancedSampler", "EpochSampler", "Loader", "create_loader"]
 
 
 def _datasets(dataset: Any) -> Iterator[Any]:
@@ -58,15 +58,23 @@ class EpochSampler(Sampler):
             self.num_samples = -(-self.size // world_size)
 
     def __iter__(self) -> Iterator[int]:
-        # One generator per pair of numbers: seed + epoch would give seed 1, epoch 0 the order of
-        # seed 0, epoch 1.
+        order = self._order(self._generator()).tolist()
+        stop = self.num_samples * self.world_size
+        return iter([order[i % self.size] for i in range(self.rank, stop, self.world_size)])
+
+    def _generator(self) -> torch.Generator:
+        """The generator of this epoch: one for each pair of numbers.
+
+        seed + epoch would give seed 1, epoch 0 the order of seed 0, epoch 1.
+        """
         base = torch.Generator().manual_seed(self.seed)
         mixed = int(torch.randint(2**62, (), generator=base)) ^ (
             self.epoch * 0x9E3779B97F4A7C15 % 2**62
         )
-        order = torch.randperm(self.size, generator=torch.Generator().manual_seed(mixed)).tolist()
-        stop = self.num_samples * self.world_size
-        return iter([order[i % self.size] for i in range(self.rank, stop, self.world_size)])
+        return torch.Generator().manual_seed(mixed)
+
+    def _order(self, generator: torch.Generator) -> torch.Tensor:
+        return torch.randperm(self.size, generator=generator)
 
     def __len__(self) -> int:
         return self.num_samples
@@ -89,6 +97,34 @@ class EpochSampler(Sampler):
         for dataset in _datasets(self.dataset):
             if hasattr(dataset, "set_epoch"):
                 dataset.set_epoch(epoch)
+
+
+class BalancedSampler(EpochSampler):
+    """Draws every class equally often, with replacement; as reproducible as its base class.
+
+    An epoch has as many samples as the data set. Samples without a label on that level are drawn as
+    if they were one class more.
+
+    Args:
+        labels: For each sample the class to balance (N,), -1 for unknown.
+        dataset: As in :class:`EpochSampler`, like all further arguments.
+        *args: As there.
+        **kwargs: As there.
+
+    Example:
+        >>> labels = torch.tensor([0] * 90 + [1] * 10)
+        >>> order = list(BalancedSampler(labels, range(100), batch_size=1))
+        >>> 35 < int(labels[order].sum()) < 65
+        True
+    """
+
+    def __init__(self, labels: torch.Tensor, dataset: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(dataset, *args, **kwargs)
+        number = torch.unique(labels, return_inverse=True)[1]
+        self.weights = number.bincount().double().reciprocal()[number]
+
+    def _order(self, generator: torch.Generator) -> torch.Tensor:
+        return torch.multinomial(self.weights, self.size, replacement=True, generator=generator)
 
 
 class Loader(DataLoader):
@@ -127,6 +163,17 @@ def _init_worker(worker: int) -> None:
     cv2.setNumThreads(0)  # the workers share the cores already
 
 
+def _labels_to_balance(dataset: Any, sampler: str, level: int) -> torch.Tensor:
+    if sampler != "balanced":
+        raise ValueError(f"sampler={sampler!r}: write 'balanced', or give a sampler.")
+    labels = getattr(dataset, "labels", None)
+    if not isinstance(labels, torch.Tensor):
+        raise ValueError(
+            f"sampler='balanced' needs a data set with `labels`; {type(dataset).__name__} has none."
+        )
+    return labels if labels.ndim == 1 else labels[:, level]
+
+
 def create_loader(
     dataset: Dataset,
     batch_size: int,
@@ -138,6 +185,8 @@ def create_loader(
     drop_last: bool | None = None,
     pin_memory: bool = False,
     persistent_workers: bool = True,
+    sampler: Sampler | str | None = None,
+    balanced_level: int = -1,
     **kwargs: Any,
 ) -> Loader:
     """A DataLoader that repeats exactly, whatever the number of workers and ranks.
@@ -161,6 +210,9 @@ def create_loader(
         drop_last: Drop what does not fill a batch; None does so in training.
         pin_memory: Put batches into page-locked memory, for faster copies to a GPU.
         persistent_workers: Keep workers from epoch to epoch.
+        sampler: For training: a sampler of your own, or 'balanced' to draw every class equally
+            often.
+        balanced_level: The level whose classes 'balanced' balances; -1 is the finest.
         **kwargs: Further arguments of torch's DataLoader.
 
     Returns:
@@ -199,13 +251,21 @@ def create_loader(
             f"drops the rest: nothing would be left. Take batch_size <= {max(1, size // world_size)}, or "
             "drop_last=False"
         )
-    sampler: Sampler
+    if sampler is not None and not is_training:
+        raise ValueError("sampler= is for training: evaluation goes through all samples in order.")
     if is_training:
-        sampler = EpochSampler(dataset, batch_size, seed, rank, world_size, drop_last)
+        if sampler is None:
+            sampler = EpochSampler(dataset, batch_size, seed, rank, world_size, drop_last)
+        elif isinstance(sampler, str):
+            labels = _labels_to_balance(dataset, sampler, balanced_level)
+            sampler = BalancedSampler(
+                labels, dataset, batch_size, seed, rank, world_size, drop_last
+            )
         for part in _datasets(dataset):
             if hasattr(part, "set_seed"):
                 part.set_seed(seed)
-        sampler.set_epoch(0)
+        if isinstance(sampler, EpochSampler):
+            sampler.set_epoch(0)
     else:
         sampler = OrderedDistributedSampler(dataset, num_replicas=world_size, rank=rank)
     # Seeds of the workers' global generators, for transforms that use those; this leaves torch's

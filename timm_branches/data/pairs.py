@@ -1,5 +1,6 @@
 """Pairs of images for dense outputs: an image and its mask, a degraded image and the clean one."""
 
+import copy
 import math
 import os
 from collections.abc import Sequence
@@ -37,6 +38,13 @@ class _PairDataset(SeededDataset):
 
     def __len__(self) -> int:
         return len(self.images) * self.repeats
+
+    def repeated(self, repeats: int) -> Any:
+        """The same images, each of which counts `repeats` times in an epoch; nothing is read."""
+        twin = copy.copy(self)
+        twin.repeats = repeats
+        SeededDataset.__init__(twin, self.seed, self.epoch)
+        return twin
 
     def _check_index(self, index: int) -> int:
         return range(len(self))[index]
@@ -127,14 +135,18 @@ class SegmentationDataset(_PairDataset):
                 is no class.
         """
         sample = self._check_index(index)
-        image, mask = self.images[sample // self.repeats], self._mask(sample // self.repeats)
-        if mask.shape != image.shape[:2]:
-            raise ValueError(
-                f"the mask of {self.names[sample // self.repeats]} has {mask.shape} pixels, the image "
-                f"{image.shape[:2]}"
-            )
+        image, mask = self.pixels(sample // self.repeats)
         transform = self.transform or PairTransform(mean=(0,), std=(1,))
         return transform(image, mask, key=(self.seed, self.epoch, sample))
+
+    def pixels(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """An image (H, W, C) and its mask (H, W) as they are, without transform."""
+        image, mask = self.images[index], self._mask(index)
+        if mask.shape != image.shape[:2]:
+            raise ValueError(
+                f"the mask of {self.names[index]} has {mask.shape} pixels, the image {image.shape[:2]}"
+            )
+        return image, mask
 
     def _mask(self, index: int) -> np.ndarray:
         where = self.masks[index]
@@ -239,8 +251,6 @@ class PairTransform:
                 ]
             )
         if self.compose is not None:
-            import copy
-
             self.compose = copy.deepcopy(self.compose)
             self.compose.set_random_state(self.random.numpy, self.random.python)
 

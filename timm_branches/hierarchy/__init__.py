@@ -1,5 +1,6 @@
 """Learning and answering on a label hierarchy: losses, decoders, metrics."""
 
+from timm_branches.hierarchy.class_balance import class_weights
 from timm_branches.hierarchy.decode import DECODERS, Prediction, back_off, decode, leaf_log_probs
 from timm_branches.hierarchy.evaluator import HierarchyEvaluator
 from timm_branches.hierarchy.metrics import (
@@ -14,6 +15,7 @@ __all__ = [
     "HierarchyEvaluator",
     "Prediction",
     "back_off",
+    "class_weights",
     "consistency",
     "decode",
     "full_path_accuracy",

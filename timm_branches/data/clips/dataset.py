@@ -14,6 +14,7 @@ from timm_branches.data.clips.video import ClipError
 from timm_branches.data.datasets import (
     HierarchicalDataset,
     Subset,
+    set_value_range,
     split_dataset,
     take_split,
     take_splits,
@@ -272,6 +273,7 @@ def create_clip_dataset(
     path_column: str | None = None,
     split_column: str | None = None,
     group_column: str | None = None,
+    value_range: tuple[float, float] | None = None,
 ) -> ClipDataset:
     """Make a dataset of the clips in a folder, a table, or a :class:`Source` of your own.
 
@@ -293,6 +295,11 @@ def create_clip_dataset(
         in_chans: 3 for RGB, 1 for grey.
         transform: Makes a float tensor CHW of a frame, see `create_transform`.
         strict: Raise for a clip that cannot be read, instead of taking another one.
+        levels: As in `create_dataset`, like the other columns.
+        path_column: As there.
+        split_column: As there.
+        group_column: As there; by default clips of one file belong together.
+        value_range: As there, for frames that are image files.
 
     Returns:
         The dataset, with its `taxonomy`; labels are (N, L).
@@ -316,6 +323,7 @@ def create_clip_dataset(
         "group_column": group_column,
     }
     source = _read(path, taxonomy, in_chans, columns)
+    set_value_range(source, value_range, path)
     return take_split(_whole(source, transform, sampler, strict), source, split, path)
 
 
@@ -357,7 +365,9 @@ def create_clip_splits(
     strict = kwargs.pop("strict", False)
     names = ("levels", "path_column", "split_column", "group_column")
     columns = {name: kwargs.pop(name, None) for name in names}
+    value_range = kwargs.pop("value_range", None)
     source = _read(path, kwargs.pop("taxonomy", None), kwargs.pop("in_chans", 3), columns)
+    set_value_range(source, value_range, path)
     sampler = FrameSampler(**kwargs, is_training=True)
     data = _whole(source, transform, sampler, strict)
     train, val, test = take_splits(data, source, val_fraction, seed, split_clips, path)

@@ -1,0 +1,115 @@
+"""Flags that recipes share, beside those of `fit`: the data and the model."""
+
+import argparse
+from typing import Any
+
+from timm_branches.data import DataSummary, summarize
+from timm_branches.hierarchy.class_balance import SCHEMES, class_weights
+from timm_branches.taxonomy import Taxonomy
+
+__all__ = [
+    "add_model_arguments",
+    "add_table_arguments",
+    "balance_options",
+    "image_options",
+    "say_what_was_understood",
+    "table_options",
+    "weights_of_classes",
+]
+
+_TABLE = ("levels", "path_column", "split_column", "group_column")
+
+
+def add_model_arguments(group: Any, model: str) -> None:
+    """The backbone: `--model --pretrained --checkpoint-path --drop`, named as timm's.
+
+    Args:
+        group: A parser or a group of one.
+        model: The recipe's own backbone.
+    """
+    group.add_argument("--model", default=model, help=f"any timm backbone (default: {model})")
+    group.add_argument("--pretrained", action=argparse.BooleanOptionalAction, default=False)
+    group.add_argument("--checkpoint-path", default="", help="timm checkpoint for the backbone")
+
+
+def add_table_arguments(group: Any) -> None:
+    """How tables, deep images and unequal classes are read.
+
+    Args:
+        group: A parser or a group of one.
+    """
+    group.add_argument(
+        "--levels",
+        nargs="+",
+        help="a table's columns of the levels, coarsest first (default: found)",
+    )
+    group.add_argument("--path-column", help="a table's column of paths (default: found)")
+    group.add_argument("--split-column", help="a table's column of splits (default: found)")
+    group.add_argument(
+        "--group-column", help="a table's column of what splitting never divides (default: found)"
+    )
+    group.add_argument(
+        "--value-range",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="values of black and white of images deeper than 8 bits, such as 0 4095",
+    )
+    group.add_argument(
+        "--class-weights",
+        choices=SCHEMES,
+        help="weigh rare classes more, on every level: by 1/n, 1/sqrt(n), or the effective number",
+    )
+    group.add_argument(
+        "--sampler",
+        choices=("balanced",),
+        help="draw every class equally often (see --balance-level)",
+    )
+    group.add_argument(
+        "--balance-level", help="the level whose classes --sampler balances (default: the finest)"
+    )
+
+
+def table_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What `create_splits` and its twin take of these flags, as far as they were given."""
+    return {name: getattr(args, name) for name in _TABLE if getattr(args, name) is not None}
+
+
+def image_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The stated range of values, if there is one."""
+    return {} if args.value_range is None else {"value_range": tuple(args.value_range)}
+
+
+def balance_options(args: argparse.Namespace, taxonomy: Taxonomy) -> dict[str, Any]:
+    """What `create_loader` takes for balanced sampling.
+
+    Raises:
+        ValueError: A level without balanced sampling, or an unknown one.
+    """
+    if args.sampler is None:
+        if args.balance_level is not None:
+            raise ValueError("--balance-level has no effect without --sampler balanced.")
+        return {}
+    level = -1 if args.balance_level is None else taxonomy.level_index(args.balance_level)
+    return {"sampler": "balanced", "balanced_level": level}
+
+
+def weights_of_classes(args: argparse.Namespace, data: Any) -> dict[str, Any] | None:
+    """The class weights that were asked for, from the labels of the training data."""
+    if args.class_weights is None:
+        return None
+    return class_weights(data.labels, data.taxonomy, args.class_weights)
+
+
+def say_what_was_understood(**splits: Any) -> DataSummary:
+    """Print what was understood of the data, before anything is trained.
+
+    Args:
+        **splits: The data sets by the name of their split.
+
+    Returns:
+        The summary, to keep in the model's file as `model.data_summary`.
+    """
+    summary = summarize(**splits)
+    print(summary, flush=True)
+    return summary
