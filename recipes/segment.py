@@ -57,7 +57,14 @@ from timm_branches.figures import new_figure, save_figure
 from timm_branches.files import replace_file
 from timm_branches.task import DenseTask
 from timm_branches.taxonomy import Taxonomy, get_taxonomy
-from timm_branches.train import FitConfig, add_fit_arguments, fit, is_primary, setup_device
+from timm_branches.train import (
+    FitConfig,
+    add_fit_arguments,
+    fit,
+    is_primary,
+    setup_device,
+    try_evaluation,
+)
 from timm_branches.train.compare import comparison_table
 from timm_branches.train.lr import create_scheduler
 from timm_branches.train.process import seed_everything
@@ -95,7 +102,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group = parser.add_argument_group("data")
     group.add_argument("--images", help="a folder of images, instead of a data folder")
     group.add_argument(
-        "--masks", help="the folder of their masks: palette or grey, values are class indices"
+        "--masks",
+        help="the folder of their masks: palette or grey, values are class indices, or what "
+        "--mask-colors says",
     )
     group.add_argument(
         "--val-fraction", type=float, help="of --images set aside and judged (default: 0.2)"
@@ -103,6 +112,23 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--classes", help="how many there are, or a text file with a name a line")
     group.add_argument(
         "--ignore-index", type=int, help="the masks' value for unlabelled pixels, such as 255"
+    )
+    group.add_argument(
+        "--mask-colors",
+        metavar="FILE",
+        help="colours or values of the classes, a line each: '128 64 128 road', '255 object'",
+    )
+    group.add_argument("--mask-suffix", default="", help="what the masks' names end with: _mask")
+    group.add_argument("--image-suffix", default="", help="what the images' names end with")
+    group.add_argument(
+        "--reduce-zero-label", action="store_true", help="0 is unlabelled, as in ADE20K"
+    )
+    group.add_argument(
+        "--value-range",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="values of black and white of images deeper than 8 bits, such as 0 4095",
     )
     group.add_argument(
         "--taxonomy",
@@ -267,7 +293,18 @@ def read_pair(
     for folder in (images, masks):
         if not folder.is_dir():
             raise ValueError(f"no folder {folder}")
-    data = SegmentationDataset(str(images), str(masks), classes, args.ignore_index, repeats=repeats)
+    data = SegmentationDataset(
+        str(images),
+        str(masks),
+        classes,
+        args.ignore_index,
+        repeats=repeats,
+        mask_colors=args.mask_colors,
+        mask_suffix=args.mask_suffix,
+        image_suffix=args.image_suffix,
+        reduce_zero_label=args.reduce_zero_label,
+        value_range=None if args.value_range is None else tuple(args.value_range),
+    )
     if not args.resize:
         return data
     import cv2
@@ -617,6 +654,9 @@ def main(args: argparse.Namespace) -> None:
         "colour alone": PixelBaseline(plain, len(classes), height=False),
         "colour and height": PixelBaseline(plain, len(classes), height=True),
     }
+    for data in (val, test):
+        if data is not None:
+            try_evaluation(task, create_loader(data, 1))
     unet = make_smp(args, model.backbone.state_dict(), len(classes)) if args.smp else None
 
     output = new_output(args.output, args.resume)

@@ -493,3 +493,44 @@ def test_a_network_sees_more_than_single_pixels(tmp_path):
     assert done.returncode == 0, done.stderr
     levels, flat, colour, _ = read_table(done.stdout)[1]["object mIoU"]
     assert min(levels, flat) > colour + 10
+
+
+def test_evaluation_is_tried_before_training(tmp_path):
+    """A ViT that takes one size only, and a photograph of another: refused before the first epoch."""
+    for part, sizes in (("train", [32] * 4), ("val", [32, 41])):
+        for i, side in enumerate(sizes):
+            image = Image.new("RGB", (side, side))
+            mask = Image.fromarray((np.indices((side, side)).sum(0) % 2).astype(np.uint8))
+            for folder, picture in ((part, image), (f"{part}annot", mask)):
+                (tmp_path / "data" / folder).mkdir(parents=True, exist_ok=True)
+                picture.save(tmp_path / "data" / folder / f"{i}.png")
+    arguments = [tmp_path / "data", "--classes", "2", "--model", "test_vit", "--taps", "3", "5"]
+    arguments += ["--crop", "32", "--epochs", "1", "-b", "2", "--output", "out"]
+    done = run_recipe(RECIPES / "segment.py", *arguments, cwd=tmp_path)
+    if done.returncode == 0:
+        return  # a model that takes every size has nothing to refuse
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "epoch 1/1" not in done.stdout
+
+
+def test_masks_of_colours(tmp_path):
+    rng = np.random.default_rng(0)
+    for part in ("train", "val"):
+        for i in range(3):
+            labels = rng.integers(0, 2, (32, 32))
+            colours = np.array([[0, 0, 0], [128, 64, 128]], np.uint8)[labels]
+            for folder, pixels, suffix in ((part, colours, ""), (f"{part}annot", colours, "_gt")):
+                (tmp_path / "data" / folder).mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels).save(tmp_path / "data" / folder / f"{i}{suffix}.png")
+    (tmp_path / "colours.txt").write_text("0 0 0 ground\n128 64 128 road\n")
+    (tmp_path / "names.txt").write_text("ground\nroad\n")
+    arguments = [tmp_path / "data", "--classes", "names.txt", "--mask-colors", "colours.txt"]
+    arguments += ["--model", "test_resnet", "--taps", "3", "5", "--crop", "32", "--epochs", "1"]
+    arguments += ["-b", "2", "--mask-suffix", "_gt", "--output", "out"]
+    done = run_recipe(RECIPES / "segment.py", *arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    # the masks are the images: colour alone tells every pixel
+    _, rows = read_table(done.stdout)
+    assert all(row[1] == 100 for row in rows.values() if row[1] is not None)
+    assert rows

@@ -55,6 +55,12 @@ from .loader import (
 from .loader import (
     create_loader as create_loader,
 )
+from .masks import (
+    MaskColors as MaskColors,
+)
+from .masks import (
+    coco_masks as coco_masks,
+)
 from .mixup import (
     HierarchicalMixup as HierarchicalMixup,
 )

@@ -87,6 +87,53 @@ def _can_decode(ending: str) -> bool:
     return ending in Image.registered_extensions()
 
 
+def one_of_each_size(dataset: Any, limit: int = 16) -> list[int]:
+    """Positions of samples whose images differ in size, as far as files' headers tell.
+
+    Args:
+        dataset: Any data set, also a subset of one of ours.
+        limit: How many positions at most.
+
+    Returns:
+        Positions in the data set; the first alone where sizes cannot be told without decoding.
+    """
+    positions = range(len(dataset))
+    inner, indices = dataset, list(positions)
+    while not hasattr(inner, "images") and hasattr(inner, "dataset"):
+        if hasattr(inner, "indices"):
+            indices = [int(inner.indices[i]) for i in indices]
+        inner = inner.dataset
+    images = getattr(inner, "images", None)
+    images = getattr(images, "images", images)
+    fixed = getattr(getattr(inner, "transform", None), "size", None) is not None
+    if fixed or images is None or not len(dataset):
+        return list(positions[:1])
+    repeats = getattr(inner, "repeats", 1)
+    ids = getattr(inner, "sample_ids", None)
+    first: dict[Any, int] = {}
+    for position, index in enumerate(indices[: 100 * limit]):
+        sample = int(ids[index]) if ids is not None else index // repeats
+        first.setdefault(_size_of(images, sample), position)
+        if len(first) >= limit:
+            break
+    return list(first.values())
+
+
+def _size_of(images: Any, index: int) -> Any:
+    """Height and width of an image, None where only decoding tells."""
+    paths = getattr(images, "paths", None)
+    if paths is None:
+        image = images[index] if isinstance(images, list | tuple | np.ndarray) else None
+        return np.shape(image)[:2] if isinstance(image, np.ndarray) else None
+    from PIL import Image
+
+    try:
+        with Image.open(str(paths[index])) as image:
+            return image.size
+    except Exception:  # what cannot be read is named when it is
+        return None
+
+
 def file_identity(path: str) -> str:
     """A file's path, size and time of change; of a folder those of the images in it.
 

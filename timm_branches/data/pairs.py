@@ -1,17 +1,31 @@
 """Pairs of images for dense outputs: an image and its mask, a degraded image and the clean one."""
 
 import copy
+import logging
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
+from timm_branches.data.datasets import to_unit_tensor
+from timm_branches.data.decode import ValueRange
+from timm_branches.data.folders import find_files
 from timm_branches.data.images import ArrayImages, FileImages, is_image_name
+from timm_branches.data.masks import (
+    CITYSCAPES_IDS,
+    MaskColors,
+    as_grey,
+    check_palettes,
+    decode_mask,
+    palette_colours,
+    read_mask_colors,
+)
 from timm_branches.data.seeded import SeededDataset
+from timm_branches.data.summary import DataSummary
 from timm_branches.data.transforms import (
     _albumentations,
     _color_jitter,
@@ -19,7 +33,10 @@ from timm_branches.data.transforms import (
     _match_mean,
     _SampleRandom,
 )
+from timm_branches.taxonomy.order import natural_order
 from timm_branches.taxonomy.taxonomy import Taxonomy
+
+_logger = logging.getLogger(__name__)
 
 __all__ = ["DenoisingDataset", "PairTransform", "SegmentationDataset"]
 
@@ -67,6 +84,13 @@ class SegmentationDataset(_PairDataset):
             else.
         in_chans: 3 for RGB, 1 for grey.
         repeats: How often each image counts in an epoch, with another random crop each time.
+        mask_colors: What values or colours stand for, as :class:`MaskColors` takes it, or a file of
+            them; without it values are class indices.
+        image_suffix: What the images' names end with before the extension (`_leftImg8bit`).
+        mask_suffix: The same of the masks (`_gtFine_labelIds`); files without it are passed over.
+        reduce_zero_label: Whether 0 is unlabelled and class k is k + 1, as in ADE20K.
+        value_range: The values of black and white of deep images, see
+            :mod:`timm_branches.data.decode`.
 
     Attributes:
         classes: The classes' names.
@@ -94,6 +118,12 @@ class SegmentationDataset(_PairDataset):
         transform: "PairTransform | None" = None,
         in_chans: int = 3,
         repeats: int = 1,
+        *,
+        mask_colors: Mapping[Any, Any] | MaskColors | str | os.PathLike | None = None,
+        image_suffix: str = "",
+        mask_suffix: str = "",
+        reduce_zero_label: bool = False,
+        value_range: ValueRange | None = None,
     ) -> None:
         self.taxonomy = classes if isinstance(classes, Taxonomy) else None
         names = (
@@ -106,20 +136,46 @@ class SegmentationDataset(_PairDataset):
                 f"ignore_index={ignore_index} is one of the {self.num_classes} classes"
             )
         self.ignore_index = ignore_index
+        self.reduce_zero_label = reduce_zero_label
+        self.mask_colors = self._read_colors(mask_colors)
         self.transform = transform
         if isinstance(images, str | os.PathLike) != isinstance(masks, str | os.PathLike):
             raise ValueError("images and masks must be two folders, or both arrays")
         if isinstance(images, str | os.PathLike):
-            pictures, self.masks = _match_files(os.fspath(images), os.fspath(masks))
+            pictures, self.masks = match_files(
+                os.fspath(images), os.fspath(masks), image_suffix, mask_suffix
+            )
+            if self.mask_colors is None:
+                check_palettes(self.masks)
             self.names: Sequence[str] = pictures
-            super().__init__(FileImages(pictures, in_chans), repeats)
+            super().__init__(FileImages(pictures, in_chans, value_range), repeats)
+            return
+        if image_suffix or mask_suffix:
+            raise ValueError(
+                "image_suffix= and mask_suffix= belong to folders, and have no effect here"
+            )
+        if _are_paths(images):
+            self.masks, self.names = masks, list(map(str, images))
+            if len(images) != len(masks):
+                raise ValueError(f"{len(images)} images have {len(masks)} masks")
+            super().__init__(FileImages(self.names, in_chans, value_range), repeats)
         else:
+            if value_range is not None:
+                raise ValueError("value_range= belongs to files, and has no effect on arrays")
             if len(images) != len(masks):
                 raise ValueError(
                     f"{len(images)} images have {len(masks)} masks; give one mask for each image"
                 )
             self.masks, self.names = masks, [f"image {i}" for i in range(len(images))]
             super().__init__(ArrayImages(images, in_chans), repeats)
+
+    def _read_colors(self, given: Any) -> MaskColors | None:
+        if given is None or isinstance(given, MaskColors):
+            return given
+        if isinstance(given, str | os.PathLike):
+            given = read_mask_colors(given)
+        others = -1 if given is CITYSCAPES_IDS else None
+        return MaskColors(given, self.classes, others)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """One sample.
@@ -150,13 +206,17 @@ class SegmentationDataset(_PairDataset):
 
     def _mask(self, index: int) -> np.ndarray:
         where = self.masks[index]
+        palette = None
         if isinstance(where, str):
-            from PIL import Image
-
-            with Image.open(where) as file:
-                mask = np.asarray(file)  # a palette's indices, not its colours
+            mask, palette = decode_mask(where)
         else:
-            mask = np.asarray(where)
+            mask = np.asarray(where() if callable(where) else where)
+        if self.mask_colors is not None:
+            if palette is not None and not self.mask_colors.is_grey:
+                mask = palette_colours(mask, palette)
+            mask = self.mask_colors(mask, self.names[index])
+        elif mask.ndim == 3 and mask.shape[2] == 3 and isinstance(where, str):
+            mask = as_grey(mask, where)
         if mask.ndim != 2 or mask.dtype.kind not in "iub":
             raise ValueError(
                 f"the mask of {self.names[index]} is an array {mask.dtype} of shape {mask.shape}; it must "
@@ -165,13 +225,47 @@ class SegmentationDataset(_PairDataset):
         mask = mask.astype(np.int64)
         if self.ignore_index is not None:
             mask = np.where(mask == self.ignore_index, -1, mask)
+        if self.reduce_zero_label:  # 0 is unlabelled, and class k is k + 1
+            mask = np.where(mask > 0, mask - 1, -1)
         wrong = np.unique(mask[(mask < -1) | (mask >= self.num_classes)])
         if len(wrong):
-            raise ValueError(
-                f"the mask of {self.names[index]} holds {wrong[:10].tolist()}; the {self.num_classes} "
-                f"classes are 0 to {self.num_classes - 1}, and ignore_index is {self.ignore_index}"
-            )
+            raise ValueError(self._wrong_values(index, mask, wrong))
         return mask
+
+    def _wrong_values(self, index: int, mask: np.ndarray, wrong: np.ndarray) -> str:
+        text = (
+            f"the mask of {self.names[index]} holds {wrong[:10].tolist()}; the {self.num_classes} "
+            f"classes are 0 to {self.num_classes - 1}, and ignore_index is {self.ignore_index}"
+        )
+        values = np.unique(mask[mask >= 0])
+        if wrong.tolist() == [255] and self.num_classes == 2 and set(values.tolist()) <= {0, 255}:
+            return text + (
+                ". It seems to be black and white: mask_colors={0: 0, 255: 1} (--mask-colors) makes "
+                "255 class 1"
+            )
+        if wrong.tolist() == [255]:
+            return text + "; if 255 is unlabelled, write ignore_index=255 (--ignore-index 255)"
+        if wrong.tolist() == [self.num_classes] and 0 in values:
+            return text + (
+                "; if 0 is unlabelled and classes count from 1, write reduce_zero_label=True"
+            )
+        return text
+
+    def count_pixels(self) -> torch.Tensor:
+        """How many pixels each class has in all masks (K,); every mask is read once."""
+        total = np.zeros(self.num_classes, np.int64)
+        for index in range(len(self.images)):
+            mask = self._mask(index)
+            total += np.bincount(mask[mask >= 0], minlength=self.num_classes)
+        return torch.from_numpy(total)
+
+    @property
+    def summary(self) -> DataSummary:
+        """What was understood of the folders."""
+        summary = DataSummary()
+        counts = {"images": len(self.images), "classes": self.num_classes}
+        summary.splits = {"images": counts}
+        return summary
 
 
 class PairTransform:
@@ -271,12 +365,13 @@ class PairTransform:
             ValueError: The mean does not fit the image's channels, or an own augmentation returns
                 no uint8 image.
         """
+        given = image.dtype
         if self.compose is not None:
             self.random.seed((int(torch.randint(2**62, ())),) if key is None else key)
             kind = np.uint8 if mask.max(initial=0) < 255 else np.int16
             result = self.compose(image=image, mask=(mask + 1).astype(kind))
             image, mask = result["image"], result["mask"].astype(np.int64) - 1
-            if not isinstance(image, np.ndarray) or image.dtype != np.uint8:
+            if not isinstance(image, np.ndarray) or image.dtype != given:
                 raise ValueError(
                     "the augmentation must return uint8 arrays: leave out Normalize and ToTensorV2"
                 )
@@ -289,7 +384,7 @@ class PairTransform:
             ).view(-1, 1, 1)
             for values, name in ((self.mean, "mean"), (self.std, "std"))
         )
-        tensor = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))).float().div_(255)
+        tensor = to_unit_tensor(image)
         return tensor.sub_(mean).div_(std), torch.from_numpy(
             np.ascontiguousarray(mask, dtype=np.int64)
         )
@@ -388,7 +483,7 @@ class DenoisingDataset(_PairDataset):
                 )
             ]
             inner = tuple(slice(extra, extra + self.patch_size) for extra in before)
-        clean: np.ndarray = image.astype(np.float32) / 255
+        clean: np.ndarray = image if image.dtype == np.float32 else image.astype(np.float32) / 255
         degraded: np.ndarray = clean
         if blur:
             side = 2 * reach + 1
@@ -417,6 +512,10 @@ class DenoisingDataset(_PairDataset):
         return side - self.patch_size
 
 
+def _are_paths(images: Any) -> bool:
+    return len(images) > 0 and isinstance(images[0], str | os.PathLike)
+
+
 def _range(name: str, value: float | tuple[float, float]) -> tuple[float, float]:
     low, high = (value, value) if isinstance(value, int | float) else value
     if not 0 <= low <= high < math.inf:
@@ -431,48 +530,72 @@ def _list_images(root: str) -> list[tuple[str, str]]:
 
     The path without its extension, and where the file is.
     """
-    from timm.utils.misc import natural_key
-
-    names = []
-    for folder, below, files in os.walk(root, followlinks=True):
-        below[:] = [name for name in below if not name.startswith(".")]
-        names += [
-            os.path.relpath(os.path.join(folder, file), root).replace(os.sep, "/") for file in files
-        ]
-    names = sorted(filter(is_image_name, names), key=natural_key)
+    names, _ = find_files(root, is_image_name)
     if not names:
         raise ValueError(f"no images in {root}")
     return [(os.path.splitext(name)[0], os.path.join(root, name)) for name in names]
 
 
-def _match_files(images: str, masks: str) -> tuple[list[str], list[str]]:
-    """The files of two folders that have the same name but for the extension."""
-    found = []
-    for root in (images, masks):
-        listed = _list_images(root)
-        by_stem = dict(listed)
-        if twice := sorted({path for stem, path in listed if by_stem[stem] != path}):
-            raise ValueError(
-                f"{_some(twice)} in {root} share their names with others but for the extension"
-            )
-        found.append(by_stem)
-    pictures, labels = found
-    problems = [
-        f"{_some(sorted(set(one) - set(other)))} in {root} has no {partner} in {beside}"
-        for one, other, root, beside, partner in (
-            (pictures, labels, images, masks, "mask"),
-            (labels, pictures, masks, images, "image"),
-        )
-        if set(one) - set(other)
-    ]
+def match_files(
+    images: str, masks: str, image_suffix: str = "", mask_suffix: str = "", partner: str = "mask"
+) -> tuple[list[str], list[str]]:
+    """The files of two folders that belong together by their paths within them.
+
+    Args:
+        images: One folder.
+        masks: The other.
+        image_suffix: What the images' names end with before the extension; it does not count.
+        mask_suffix: The same of the masks; files without it are passed over. Where no name fits
+            without one and all masks end alike, that end is found.
+        partner: What the second kind is called in a message.
+
+    Raises:
+        ValueError: Files without a partner, or two of one name.
+    """
+    pictures = _by_stem(images, image_suffix)
+    labels = _by_stem(masks, mask_suffix)
+    if not mask_suffix and not set(pictures) & set(labels):
+        mask_suffix = _common_suffix(pictures, labels)
+        if mask_suffix:
+            _logger.info("%ss are named as their images with %r behind.", partner, mask_suffix)
+            labels = _by_stem(masks, mask_suffix)
+    problems = []
+    without = sorted(set(pictures) - set(labels), key=natural_order)
+    if without:
+        problems.append(f"{', '.join(without[:10])} in {images} has no {partner} in {masks}")
+    alone = sorted(set(labels) - set(pictures), key=natural_order)
+    if alone:
+        problems.append(f"{', '.join(alone[:10])} in {masks} has no image in {images}")
     if problems:
         raise ValueError(
-            "; ".join(problems) + ". A mask is named as its image, but for the extension."
+            "; ".join(problems)
+            + f". A {partner} is named as its image, but for the extension and a "
+            f"suffix that you can name ({partner}_suffix=, --{partner}-suffix)."
         )
     return list(pictures.values()), [labels[stem] for stem in pictures]
 
 
-def _some(names: Sequence[str], limit: int = 10) -> str:
-    return ", ".join(names[:limit]) + (
-        f" and {len(names) - limit} more" if len(names) > limit else ""
-    )
+def _by_stem(root: str, suffix: str) -> dict[str, str]:
+    """Paths by their names without extension and suffix."""
+    found: dict[str, str] = {}
+    for stem, path in _list_images(root):
+        if not stem.endswith(suffix):
+            continue
+        name = stem.removesuffix(suffix)
+        if name in found:
+            raise ValueError(
+                f"{found[name]} and {path} share their names with each other but for the extension"
+            )
+        found[name] = path
+    return found
+
+
+def _common_suffix(pictures: Mapping[str, str], labels: Mapping[str, str]) -> str:
+    """The end that every mask's name has behind its image's name, '' if there is none."""
+    ends = set()
+    for label in labels:
+        parts = [len(stem) for stem in pictures if label.startswith(stem)]
+        if not parts:
+            return ""
+        ends.add(label[max(parts) :])
+    return ends.pop() if len(ends) == 1 else ""

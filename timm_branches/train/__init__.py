@@ -1,7 +1,7 @@
 """Training: the loop, its settings, checkpoints, logs and plots."""
 
 from timm_branches.train.config import FitConfig, add_fit_arguments
-from timm_branches.train.loop import FitResult, evaluate, fit
+from timm_branches.train.loop import FitResult, evaluate, fit, try_evaluation
 from timm_branches.train.lr import PiecewiseLR
 from timm_branches.train.process import is_primary, setup_device
 
@@ -14,4 +14,5 @@ __all__ = [
     "fit",
     "is_primary",
     "setup_device",
+    "try_evaluation",
 ]

@@ -19,6 +19,7 @@ from timm.utils import NativeScaler, dispatch_clip_grad, distribute_bn
 from tqdm import tqdm
 
 from timm_branches.data import label_names
+from timm_branches.data.images import one_of_each_size
 from timm_branches.files import replace_file
 from timm_branches.task import HeadsTask, base_model
 from timm_branches.train.checkpoint import load_state, save_state
@@ -29,7 +30,7 @@ from timm_branches.train.lr import create_scheduler
 from timm_branches.train.process import current_device, is_distributed, is_primary, seed_everything
 from timm_branches.weights import save_model
 
-__all__ = ["FitResult", "evaluate", "fit"]
+__all__ = ["FitResult", "evaluate", "fit", "try_evaluation"]
 
 
 @dataclass
@@ -93,6 +94,43 @@ def evaluate(
     return evaluator
 
 
+@torch.no_grad()
+def try_evaluation(task: HeadsTask, loader: Any, amp: Any = nullcontext) -> None:
+    """Evaluate one image of each size, before anything is trained; `fit` does it by itself.
+
+    What a model cannot answer for (an odd size for a ViT) would otherwise show after an epoch, or
+    after all of them. Nothing is changed by it: neither weights nor statistics nor the state of
+    random numbers.
+
+    Args:
+        task: The task.
+        loader: A DataLoader of evaluation data; anything else, and None, is passed over.
+        amp: Makes the context of the forward pass.
+
+    Raises:
+        ValueError: The model cannot take an image.
+    """
+    data = getattr(loader, "dataset", None)
+    collate = getattr(loader, "collate_fn", None)
+    if data is None or collate is None or not hasattr(data, "__getitem__"):
+        return
+    translate = task.match_labels(label_names(loader))
+    state = torch.get_rng_state()
+    model: Any = task.get_eval_model()
+    was_training = model.training
+    model.eval()
+    evaluator = task.create_evaluator()
+    for index in one_of_each_size(data):
+        images, labels = collate([data[index]])
+        if translate is not None:
+            labels = translate(labels)
+        with amp():
+            output = task.answer(model, _to(images, task.device, None))
+        evaluator.update(output, _move(labels, task.device))
+    model.train(was_training)
+    torch.set_rng_state(state)
+
+
 def fit(
     task: HeadsTask,
     train_loader: Any,
@@ -127,6 +165,7 @@ def fit(
     try:
         if config.check:
             run.check()
+        try_evaluation(task, eval_loader, run.amp)
         for epoch in range(run.start_epoch, config.epochs):
             run.epoch(epoch)
     finally:
