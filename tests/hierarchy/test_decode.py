@@ -19,7 +19,9 @@ from timm_branches.hierarchy.decode import (
     depth_accuracy_curve,
     leaf_log_probs,
     plot_depth_accuracy,
+    register_decoder,
 )
+from timm_branches.hierarchy.evaluator import HierarchyEvaluator
 from timm_branches.taxonomy import Taxonomy, cifar10
 
 PATHS = [method for method in DECODERS if method != "independent"]
@@ -385,7 +387,7 @@ def test_nan_is_not_hidden():
             "'fine' must be floating point",
         ),
         (torch.zeros(3, 2), "sequence of tensors.*got a Tensor"),
-        ({"coarse": torch.zeros(2, 2)}, r"list\(logits.values\(\)\)"),
+        ({"coarse": torch.zeros(2, 2)}, r"lacks the levels \['middle', 'fine'\]"),
     ],
 )
 def test_wrong_logits(logits, message):
@@ -546,3 +548,59 @@ class TestPlot:
     def test_nothing_to_draw(self, tmp_path):
         with pytest.raises(ValueError, match="no curves"):
             plot_depth_accuracy({}, tmp_path / "trade.png")
+
+
+# ---- from outside
+
+
+def test_a_dict_is_read_by_the_levels_names():
+    tree = cifar10()
+    logits = random_logits(tree, 0)
+    by_name = dict(reversed(list(zip(tree.levels, logits, strict=True))))
+    for method in DECODERS:
+        assert torch.equal(
+            decode(by_name, tree, method).labels, decode(logits, tree, method).labels
+        )
+    assert torch.equal(leaf_log_probs(by_name, tree), leaf_log_probs(logits, tree))
+
+
+def most_cautious(level_logits, taxonomy):
+    """Only the first level's answer."""
+    labels = torch.full((len(level_logits[0]), taxonomy.num_levels), -1)
+    labels[:, 0] = level_logits[0].argmax(-1)
+    return Prediction(labels, (labels >= 0).to(level_logits[0].dtype))
+
+
+@pytest.fixture
+def cautious():
+    register_decoder("cautious", most_cautious)
+    yield
+    del DECODERS["cautious"]
+
+
+@pytest.mark.usefixtures("cautious")
+def test_a_decoder_from_outside():
+    tree = cifar10()
+    logits = random_logits(tree, 0)
+    labels = decode(logits, tree, "cautious").labels
+    assert labels[:, 0].tolist() == logits[0].argmax(-1).tolist()
+    assert (labels[:, 1:] == -1).all()
+    evaluator = HierarchyEvaluator(tree.levels, tree.num_classes, tree, decoder="cautious")
+    evaluator.update(dict(zip(tree.levels, logits, strict=True)), tree.expand([0] * 5))
+    share = (logits[0].argmax(-1) == 0).double().mean()
+    assert evaluator.compute()["coarse_top1"] == pytest.approx(100 * float(share))
+    assert evaluator.compute()["fine_top1"] == 0
+    register_decoder("cautious", most_cautious)  # again, as a notebook's cell does
+    with pytest.raises(ValueError, match="'cautious' is registered already"):
+        register_decoder("cautious", decode)
+
+
+def test_a_decoder_that_breaks_the_contract():
+    register_decoder(
+        "short", lambda scores, tree: Prediction(*[x[:, 0] for x in most_cautious(scores, tree)])
+    )
+    try:
+        with pytest.raises(ValueError, match="The decoder 'short' must give labels"):
+            decode(random_logits(cifar10(), 0), cifar10(), "short")
+    finally:
+        del DECODERS["short"]

@@ -10,11 +10,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from sklearn.metrics import classification_report, confusion_matrix
+from sklearn.metrics import classification_report, confusion_matrix, recall_score
 
 from timm_branches.hierarchy import consistency, full_path_accuracy, level_accuracy, sum_upwards
 from timm_branches.hierarchy.decode import DECODERS, decode, leaf_log_probs
 from timm_branches.hierarchy.evaluator import HierarchyEvaluator
+from timm_branches.hierarchy.metric_registry import METRICS, register_metric
 from timm_branches.hierarchy.metrics import (
     expected_calibration_error,
     format_class_report,
@@ -381,3 +382,94 @@ def test_what_is_refused():
         with pytest.raises(ValueError, match=r"logits \(2, K\) of \[3\] classes"):
             evaluator.update({"a": bad}, labels)
     assert evaluator.num_samples == 0
+
+
+# -- metrics from outside
+
+
+@pytest.fixture
+def metrics_from_outside():
+    @register_metric("root_mistakes", higher_is_better=False)
+    def root_mistakes(batch):
+        """The mean over the samples whose root is known."""
+        wrong = (batch.predictions[:, 0] != batch.labels[:, 0]).double()
+        return wrong.where(batch.labels[:, 0] >= 0, math.nan)
+
+    def found(batch):
+        """By class of the last level: samples, and right ones."""
+        label = batch.labels[:, -1]
+        right = label[(label >= 0) & (label == batch.predictions[:, -1])]
+        classes = batch.logits[-1].shape[1]
+        return label[label >= 0].bincount(minlength=classes), right.bincount(minlength=classes)
+
+    def mean_recall(known, right):
+        return (right / known)[known > 0].mean()
+
+    register_metric("mean_recall", found, result=mean_recall)
+    register_metric(
+        "needs_tree",
+        lambda batch: batch.distances[:1],
+        needs_taxonomy=True,
+        result=lambda known: known.sum(),
+    )
+    yield
+    for name in ("root_mistakes", "mean_recall", "needs_tree"):
+        METRICS.pop(name, None)
+
+
+@trees
+@pytest.mark.usefixtures("metrics_from_outside")
+def test_metrics_from_outside(tree):
+    logits, labels = random_case(tree)
+    assert not {"needs_tree"} & set(HierarchyEvaluator(["a"], [3]).metric_names)
+    evaluator = update_in_batches(make_evaluator(tree), logits, labels)
+    metrics = evaluator.compute()
+    assert tuple(metrics)[-3:] == ("root_mistakes", "mean_recall", "needs_tree")
+    first, last = list(logits.values())[0].argmax(1), list(logits.values())[-1].argmax(1)
+    known = labels[:, 0] >= 0
+    wrong = sum(int(a != b) for a, b in zip(first[known], labels[known, 0], strict=True))
+    assert metrics["root_mistakes"] == pytest.approx(wrong / int(known.sum()))
+    known = labels[:, -1] >= 0
+    want = recall_score(
+        labels[known, -1],
+        last[known],
+        average=None,
+        zero_division=0.0,
+        labels=labels[known, -1].unique(),
+    )
+    assert metrics["mean_recall"] == pytest.approx(want.mean())
+    assert not HierarchyEvaluator.higher_is_better("root_mistakes")
+    assert HierarchyEvaluator.lower_is_better("root_mistakes")
+    assert HierarchyEvaluator.higher_is_better("mean_recall")
+    empty = make_evaluator(tree).compute()
+    assert math.isnan(empty["root_mistakes"])
+    assert math.isnan(empty["mean_recall"])
+
+
+@pytest.mark.usefixtures("metrics_from_outside")
+def test_a_metric_from_outside_over_processes(monkeypatch):
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor: tensor.mul_(3))
+    logits, labels = random_case(cifar10())
+    evaluator = make_evaluator(cifar10())
+    evaluator.update(logits, labels)
+    one, three = evaluator.compute(), evaluator.compute(distributed=True)
+    assert three["mean_recall"] == one["mean_recall"]
+    assert three["needs_tree"] == 3 * one["needs_tree"] > 0
+    assert evaluator.compute() == one
+
+
+@pytest.mark.usefixtures("metrics_from_outside")
+def test_metrics_from_outside_that_are_refused():
+    with pytest.raises(ValueError, match="'mean_recall' is registered already"):
+        register_metric("mean_recall", len)
+    METRICS.pop("root_mistakes")
+    register_metric("root_mistakes", lambda batch: batch.labels)
+    with pytest.raises(ValueError, match=r"one value for each of the 0 samples.*\(0, 3\)"):
+        make_evaluator(cifar10())
+    METRICS.pop("root_mistakes")
+    register_metric("full_path", lambda batch: batch.labels[:, 0])
+    try:
+        with pytest.raises(ValueError, match="'full_path' has the name of a standard one"):
+            make_evaluator(cifar10())
+    finally:
+        del METRICS["full_path"]

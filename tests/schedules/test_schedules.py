@@ -349,22 +349,71 @@ def test_kinds_are_told_apart():
         hash(StepSchedule(points))
 
 
-def test_a_new_kind_joins_the_registry():
-    class Alternating(LossWeightSchedule):
-        kind = "test-alternating"
-        num_levels = 2
+class Alternating(LossWeightSchedule):
+    """A kind from outside: level k alone counts in epochs k, k + L, ..."""
 
-        def __call__(self, epoch):
-            return (1.0, 0.0) if int(epoch) % 2 == 0 else (0.0, 1.0)
+    kind = "test-alternating"
 
-        def to_dict(self):
-            return {"kind": self.kind}
+    def __init__(self, levels):
+        self.levels = int(levels)
 
-        @classmethod
-        def _from_dict(cls, data):
-            return cls()
+    @property
+    def num_levels(self):
+        return self.levels
 
-    assert get_schedule({"kind": "test-alternating"}, num_levels=2).table(2) == [(1, 0), (0, 1)]
+    def __call__(self, epoch):
+        return tuple(float(int(epoch) % self.levels == k) for k in range(self.levels))
+
+    def to_dict(self):
+        return {"kind": self.kind, "levels": self.levels}
+
+    @classmethod
+    def from_settings(cls, data):
+        return cls(data["levels"])
+
+    @classmethod
+    def from_text(cls, text):
+        return cls(text)
+
+    @classmethod
+    def for_levels(cls, num_levels):
+        return cls(num_levels)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"kind": "test-alternating", "levels": 2},
+        "test-alternating",
+        "Test-Alternating: 2",
+        Alternating(2),
+    ],
+)
+def test_a_new_kind_joins_the_registry(given):
+    schedule = get_schedule(given, num_levels=2)
+    assert schedule.table(3) == [(1, 0), (0, 1), (1, 0)]
+    assert LossWeightSchedule.from_dict(json.loads(json.dumps(schedule.to_dict()))) == schedule
+    with pytest.raises(ValueError, match="weights for 2 levels, but there are 3"):
+        get_schedule(schedule, num_levels=3)
+
+
+def test_a_kind_is_taken_once():
+    with pytest.raises(ValueError, match=r"StepSchedule is the schedule of kind 'step' already"):
+
+        class Another(StepSchedule):
+            kind = "step"
+
+
+def test_a_kind_without_a_text_form_says_so():
+    class Silent(Alternating):
+        kind = "test-silent"
+        from_text = LossWeightSchedule.__dict__["from_text"]
+        for_levels = LossWeightSchedule.__dict__["for_levels"]
+
+    with pytest.raises(ValueError, match="'test-silent' cannot be written as text"):
+        get_schedule("test-silent:2")
+    with pytest.raises(ValueError, match="'test-silent' needs settings"):
+        get_schedule("test-silent", num_levels=2)
 
 
 def test_needs_no_torch():

@@ -222,7 +222,7 @@ class SegmentationEvaluator:
             else {}
         )
         # confusion_matrices() stays with the joined counts until the next update
-        matrices = self.confusion_matrices() if distributed else self._own_matrices()
+        matrices = self.confusion_matrices(joined=distributed)
         for level, matrix in zip(self.levels, matrices, strict=True):
             found[f"{level}_miou"] = 100 * float(_intersection_over_union(matrix).nanmean())
         if self.taxonomy is None:
@@ -233,21 +233,13 @@ class SegmentationEvaluator:
         """Metrics of this process so far, as timm's training loop shows them while it runs."""
         return self.compute()
 
-    def confusion_matrices(self) -> list[torch.Tensor]:
+    def confusion_matrices(self, joined: bool = True) -> list[torch.Tensor]:
         """Per level counts of pixels (K, K), rows are labels and columns answers.
 
-        Of all processes once joined.
+        Of all processes once joined, unless `joined` is false.
         """
-        matrices = self.pixels.confusion_matrices()
+        matrices = self.pixels.confusion_matrices(joined)
         return [m for m in matrices if m is not None]  # there are no more than MAX_CLASSES classes
-
-    def _own_matrices(self) -> list[torch.Tensor]:
-        matrices = self.pixels._totals.matrices
-        return [
-            m.view(k, k).cpu()
-            for m, k in zip(matrices, self.num_classes, strict=True)
-            if m is not None
-        ]
 
     def class_iou(self) -> dict[str, dict[str, float]]:
         """The IoU of every class in percent, by level (without a taxonomy 'pixel') and name.

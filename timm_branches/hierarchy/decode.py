@@ -1,5 +1,4 @@
-"""From every level's logits to one path of the tree: decoders, and backing off to a coarser answer
-where unsure.
+"""From every level's logits to one path of the tree: decoders, and how one is added from outside.
 
 Nothing here loops over samples or leaves: each level is a few operations on (N, classes) tensors
 with index tables that are built once per taxonomy and device.
@@ -8,7 +7,8 @@ with index tables that are built once per taxonomy and device.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
@@ -24,6 +24,7 @@ from timm_branches.taxonomy.taxonomy import Taxonomy
 
 __all__ = [
     "DECODERS",
+    "Decoder",
     "DepthAccuracy",
     "Prediction",
     "back_off",
@@ -31,6 +32,7 @@ __all__ = [
     "depth_accuracy_curve",
     "leaf_log_probs",
     "plot_depth_accuracy",
+    "register_decoder",
 ]
 
 
@@ -49,6 +51,8 @@ class _Level(NamedTuple):
 
 
 class _Tables(NamedTuple):
+    """Index tables of a taxonomy."""
+
     levels: tuple[_Level, ...]
     paths: torch.Tensor  # (leaves, L)
     # puts the levels' leaves, listed level by level, into order; None if they are
@@ -97,28 +101,45 @@ def _build_tables(taxonomy: Taxonomy, device: torch.device) -> _Tables:
     return _Tables(tuple(levels), paths.to(device), None if ordered else order)
 
 
-def _check(
-    level_logits: Sequence[torch.Tensor], taxonomy: Taxonomy
-) -> tuple[list[torch.Tensor], _Tables]:
-    """The logits as tensors of one dtype, at least float32, each row with a finite maximum (or
-    nan).
-    """
-    if isinstance(level_logits, (Mapping, torch.Tensor)):
+def in_order_of_levels(
+    level_logits: Sequence[torch.Tensor] | Mapping[str, torch.Tensor], taxonomy: Taxonomy
+) -> list[torch.Tensor]:
+    """Logits of each level from coarse to fine; a dict's are looked up by the levels' names."""
+    if isinstance(level_logits, Mapping):
+        missing = [level for level in taxonomy.levels if level not in level_logits]
+        if missing:
+            raise ValueError(
+                f"level_logits lacks the levels {missing} of the taxonomy; it has "
+                f"{list(level_logits)}. Of outputs under other names give the tensors from coarse to "
+                f"fine, as list(logits.values()) does where they are in this order."
+            )
+        return [level_logits[level] for level in taxonomy.levels]
+    if isinstance(level_logits, torch.Tensor):
         raise ValueError(
-            f"level_logits must be a sequence of tensors, one per level from coarse to fine, got a "
-            f"{type(level_logits).__name__}; of a model's dict of logits take list(logits.values())"
+            "level_logits must be a sequence of tensors, one per level from coarse to fine, or a "
+            "dict of them by the levels' names, got a Tensor."
         )
-    level_logits = list(level_logits)
+    return list(level_logits)
+
+
+def _check(
+    level_logits: Sequence[torch.Tensor] | Mapping[str, torch.Tensor], taxonomy: Taxonomy
+) -> tuple[list[torch.Tensor], _Tables]:
+    """The logits as tensors of one dtype, at least float32.
+
+    Each row has a finite maximum (or nan).
+    """
+    level_logits = in_order_of_levels(level_logits, taxonomy)
     shapes = [tuple(logits.shape) for logits in level_logits]
     rows = shapes[0][0] if shapes and shapes[0] else 0
     if shapes != [(rows, classes) for classes in taxonomy.num_classes]:
         expected = ", ".join(f"(N, {classes})" for classes in taxonomy.num_classes)
-        raise ValueError(f"level_logits must have the shapes {expected}, got {shapes}")
+        raise ValueError(f"level_logits must have the shapes {expected}, got {shapes}.")
     dtype = torch.float32  # half precision would lose the small leaves of a large tree
     for level, logits in zip(taxonomy.levels, level_logits, strict=True):
         if not logits.is_floating_point():
             raise ValueError(
-                f"the logits of level {level!r} must be floating point, got {logits.dtype}"
+                f"The logits of level {level!r} must be floating point, got {logits.dtype}."
             )
         dtype = torch.promote_types(dtype, logits.dtype)
     return [_tame(logits.to(dtype)) for logits in level_logits], _tables(
@@ -175,20 +196,20 @@ def _path(leaf: torch.Tensor, masses: list[torch.Tensor], tables: _Tables) -> Pr
     return Prediction(labels, torch.cat(columns, 1).clamp(max=1).masked_fill(labels < 0, 0))
 
 
-def leaf_log_probs(level_logits: Sequence[torch.Tensor], taxonomy: Taxonomy) -> torch.Tensor:
+def leaf_log_probs(
+    level_logits: Sequence[torch.Tensor] | Mapping[str, torch.Tensor], taxonomy: Taxonomy
+) -> torch.Tensor:
     """The distribution over the leaves that the deepest answers give.
 
     On an even tree this is the log-softmax of the last level: the coarser heads have no say. Where
-    branches end at
-    different depths it walks down with the mass that is left: on each level the softmax is shared
-        out between the
-    leaves that end there, which keep their part, and the rest, which is handed to the levels below.
-    From the output of :func:`~timm_branches.hierarchy.sum_upwards` it gives back the leaves'
-    log-probabilities.
+    branches end at different depths it walks down with the mass that is left: on each level the
+    softmax is shared out between the leaves that end there, which keep their part, and the rest,
+    which is handed to the levels below. From the output of
+    :func:`~timm_branches.hierarchy.sum_upwards` it gives back the leaves' log-probabilities.
 
     Args:
-        level_logits: one float tensor (N, num_classes[level]) per level, coarse to fine: logits or
-            log-probabilities.
+        level_logits: one float tensor (N, num_classes[level]) per level, coarse to fine, or a dict
+            of them by the levels' names: logits or log-probabilities.
         taxonomy: the tree.
 
     Returns:
@@ -200,7 +221,8 @@ def leaf_log_probs(level_logits: Sequence[torch.Tensor], taxonomy: Taxonomy) -> 
 
     Example:
         >>> tree = Taxonomy(['animal/cat', 'animal/dog', 'plant'])
-        >>> leaf_log_probs([torch.tensor([[3., 1.]]).log(), torch.tensor([[1., 2.]]).log()], tree).exp()
+        >>> logits = [torch.tensor([[3., 1.]]).log(), torch.tensor([[1., 2.]]).log()]
+        >>> leaf_log_probs(logits, tree).exp()
         tensor([[0.2500, 0.5000, 0.2500]])
     """
     return _leaf_log_probs(*_check(level_logits, taxonomy))
@@ -227,7 +249,53 @@ def _leaf_log_probs(scores: list[torch.Tensor], tables: _Tables) -> torch.Tensor
     return _to_leaves(by_level, tables)
 
 
-def _independent(scores: list[torch.Tensor], tables: _Tables) -> Prediction:
+Decoder = Callable[[list[torch.Tensor], Taxonomy], Prediction]
+
+# what `decode` knows by name, in the order of registration
+DECODERS: dict[str, Decoder] = {}
+
+
+def register_decoder(name: str, function: Decoder | None = None) -> Any:
+    """Add a decoder, for :func:`decode`, evaluation, `predict` and the recipes' `--decoder`.
+
+    Args:
+        name: What it is called.
+        function: From the logits of each level, a list of tensors (N, K) of one dtype, at least
+            float32, without +inf or rows of nothing but -inf, and the taxonomy to a
+            :class:`Prediction` (N, L). Rows are independent: it may be given any part of a batch.
+
+    Returns:
+        The function. Without one, a decorator that takes it.
+
+    Raises:
+        ValueError: Another function has this name already.
+
+    Example:
+        >>> @register_decoder('from-leaf')
+        ... def from_leaf(level_logits, taxonomy):
+        ...     probabilities, leaf = leaf_log_probs(level_logits, taxonomy).exp().max(-1)
+        ...     labels = taxonomy.expand(leaf)
+        ...     return Prediction(labels, probabilities[:, None].where(labels >= 0, 0))
+        >>> tree = Taxonomy(['animal/cat', 'animal/dog', 'plant'])
+        >>> logits = [torch.tensor([[3., 1.]]).log(), torch.tensor([[1., 2.]]).log()]
+        >>> decode(logits, tree, 'from-leaf').labels
+        tensor([[0, 1]])
+        >>> del DECODERS['from-leaf']
+    """
+    if function is None:
+        return partial(register_decoder, name)
+    earlier = DECODERS.get(name)
+    if earlier is not None:
+        # the same function again is a module or a notebook's cell that is run again
+        same = (earlier.__module__, earlier.__qualname__)
+        if same != (function.__module__, function.__qualname__):
+            raise ValueError(f"The decoder {name!r} is registered already; choose another name.")
+    DECODERS[name] = function
+    return function
+
+
+@register_decoder("independent")
+def _independent(scores: list[torch.Tensor], taxonomy: Taxonomy) -> Prediction:
     labels = torch.stack([values.max(-1).indices for values in scores], 1)
     columns = [
         values.softmax(-1).gather(1, at[:, None])
@@ -236,7 +304,9 @@ def _independent(scores: list[torch.Tensor], tables: _Tables) -> Prediction:
     return Prediction(labels, torch.cat(columns, 1).clamp(max=1))
 
 
-def _top_down(scores: list[torch.Tensor], tables: _Tables) -> Prediction:
+@register_decoder("top-down")
+def _top_down(scores: list[torch.Tensor], taxonomy: Taxonomy) -> Prediction:
+    tables = _tables(taxonomy, scores[0].device)
     # the root above all
     node = torch.zeros(len(scores[0]), dtype=torch.long, device=scores[0].device)
     path = scores[0].new_ones(len(node), 1)
@@ -261,7 +331,9 @@ def _top_down(scores: list[torch.Tensor], tables: _Tables) -> Prediction:
     return Prediction(torch.stack(labels, 1), torch.stack(probabilities, 1).clamp(max=1))
 
 
-def _best_path(scores: list[torch.Tensor], tables: _Tables) -> Prediction:
+@register_decoder("best-path")
+def _best_path(scores: list[torch.Tensor], taxonomy: Taxonomy) -> Prediction:
+    tables = _tables(taxonomy, scores[0].device)
     total: torch.Tensor | None = None
     by_level = []
     for depth, (values, level) in enumerate(zip(scores, tables.levels, strict=True)):
@@ -275,16 +347,20 @@ def _best_path(scores: list[torch.Tensor], tables: _Tables) -> Prediction:
     return _path(product.max(-1).indices, _masses(product.softmax(-1), tables), tables)
 
 
-def _leaf_marginal(scores: list[torch.Tensor], tables: _Tables) -> Prediction:
+@register_decoder("leaf-marginal")
+def _leaf_marginal(scores: list[torch.Tensor], taxonomy: Taxonomy) -> Prediction:
+    tables = _tables(taxonomy, scores[0].device)
     log_p = _leaf_log_probs(scores, tables)
     return _path(log_p.max(-1).indices, _masses(log_p.exp_(), tables), tables)
 
 
-def _crm(scores: list[torch.Tensor], tables: _Tables) -> Prediction:
-    """The cost of leaf k is the root's height less what is saved at each node above or at k.
+@register_decoder("crm")
+def _crm(scores: list[torch.Tensor], taxonomy: Taxonomy) -> Prediction:
+    """The leaf of least expected cost.
 
-    Drop * mass.
+    The cost of leaf k is the root's height less drop * mass of each node above or at k.
     """
+    tables = _tables(taxonomy, scores[0].device)
     masses = _masses(_leaf_log_probs(scores, tables).exp_(), tables)
     saved: torch.Tensor | None = None
     by_level = []
@@ -300,22 +376,15 @@ def _crm(scores: list[torch.Tensor], tables: _Tables) -> Prediction:
     return _path(leaf, masses, tables)
 
 
-_DECODERS: dict[str, Callable[[list[torch.Tensor], _Tables], Prediction]] = {
-    "independent": _independent,
-    "top-down": _top_down,
-    "best-path": _best_path,
-    "leaf-marginal": _leaf_marginal,
-    "crm": _crm,
-}
-DECODERS: tuple[str, ...] = tuple(_DECODERS)
-
 # numbers: a CPU is twice as fast if what lies between logits and labels stays in its cache
 _CACHED = 2**19
 
 
 @torch.no_grad()
 def decode(
-    level_logits: Sequence[torch.Tensor], taxonomy: Taxonomy, method: str = "independent"
+    level_logits: Sequence[torch.Tensor] | Mapping[str, torch.Tensor],
+    taxonomy: Taxonomy,
+    method: str = "independent",
 ) -> Prediction:
     """One label per level from every level's logits.
 
@@ -343,11 +412,11 @@ def decode(
     Of equal candidates the one of lowest index is taken.
 
     Args:
-        level_logits: one float tensor (N, num_classes[level]) per level, coarse to fine: logits or
-            log-probabilities, such as `list(model(images).values())` or `sum_upwards(leaf_logits,
-            taxonomy)`.
+        level_logits: one float tensor (N, num_classes[level]) per level, coarse to fine, or a dict
+            of them by the levels' names: logits or log-probabilities, such as `model(images)` or
+            `sum_upwards(leaf_logits, taxonomy)`.
         taxonomy: the tree.
-        method: one of `DECODERS`.
+        method: one of `DECODERS`, which :func:`register_decoder` adds to.
 
     Returns:
         A :class:`Prediction`: labels (N, L) with -1 below a shallow leaf, and their probabilities
@@ -361,21 +430,38 @@ def decode(
     Example:
         >>> tree = Taxonomy(['animal/cat', 'animal/dog', 'transport/ship'])
         >>> logits = [torch.tensor([[.6, .4]]).log(), torch.tensor([[.1, .2, .7]]).log()]
-        >>> {method: decode(logits, tree, method).labels[0].tolist() for method in DECODERS[:3]}
-        {'independent': [0, 2], 'top-down': [0, 1], 'best-path': [1, 2]}
+        >>> decode(logits, tree).labels, decode(logits, tree, 'top-down').labels
+        (tensor([[0, 2]]), tensor([[0, 1]]))
+        >>> decode(logits, tree, 'best-path').labels
+        tensor([[1, 2]])
 
     Source: 'crm' is Karthik et al., "No Cost Likelihood Manipulation at Test Time for Making Better
-        Mistakes in Deep
-    Networks", ICLR 2021, equation 1; computed along the tree, without the matrix of costs.
+    Mistakes in Deep Networks", ICLR 2021, equation 1; computed along the tree, without the matrix
+    of costs.
     """
-    if method not in _DECODERS:
-        raise ValueError(f"no decoder {method!r}; there are {', '.join(map(repr, DECODERS))}")
-    scores, tables = _check(level_logits, taxonomy)
+    if method not in DECODERS:
+        names = ", ".join(map(repr, DECODERS))
+        raise ValueError(f"There is no decoder {method!r}; there are {names}.")
+    scores, _ = _check(level_logits, taxonomy)
     rows = len(scores[0])
     if scores[0].device.type == "cpu" and method != "top-down":  # which looks at few of the classes
         rows = _CACHED // taxonomy.num_leaves
-    chunks = zip(*(values.split(max(1, rows)) for values in scores), strict=True)
-    labels, probabilities = zip(
-        *(_DECODERS[method](list(chunk), tables) for chunk in chunks), strict=True
-    )
+    pieces = [values.split(max(1, rows)) for values in scores]
+    labels, probabilities = [], []
+    for chunk in zip(*pieces, strict=True):
+        prediction = DECODERS[method](list(chunk), taxonomy)
+        _check_answer(prediction, method, len(chunk[0]), taxonomy)
+        labels.append(prediction.labels)
+        probabilities.append(prediction.probabilities)
     return Prediction(torch.cat(labels), torch.cat(probabilities))
+
+
+def _check_answer(prediction: Prediction, method: str, rows: int, taxonomy: Taxonomy) -> None:
+    """A decoder from outside must keep to the contract."""
+    expected = (rows, taxonomy.num_levels)
+    shapes = [tuple(values.shape) for values in prediction]
+    if shapes != [expected, expected] or prediction[0].is_floating_point():
+        raise ValueError(
+            f"The decoder {method!r} must give labels (integers) and probabilities of the shape "
+            f"{expected} each, got {shapes}."
+        )

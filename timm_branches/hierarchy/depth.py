@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from timm_branches.hierarchy.metrics import _check_pair
+from timm_branches.hierarchy.metrics import check_pair
 
 __all__ = ["DepthAccuracy", "Prediction", "back_off", "depth_accuracy_curve", "plot_depth_accuracy"]
 
@@ -138,7 +138,7 @@ def depth_accuracy_curve(
         ([0.5, 1.0], [2.0, 1.5])
     """
     _check_prediction(prediction)
-    _check_pair(prediction.labels, labels)
+    check_pair(prediction.labels, labels)
     if thresholds is None:
         # linspace's 0.29 is not the number 0.29
         thresholds = torch.arange(101, dtype=torch.double, device="cpu") / 100

@@ -27,7 +27,8 @@ __all__ = [
 ]
 
 
-def _check_pair(predictions: torch.Tensor, labels: torch.Tensor) -> None:
+def check_pair(predictions: torch.Tensor, labels: torch.Tensor) -> None:
+    """Raise a ValueError unless both are class indices (N, L), the labels from -1 upwards."""
     if predictions.ndim != 2 or predictions.shape != labels.shape:
         raise ValueError(
             f"predictions and labels must both have shape (N, L), one column per level, got "
@@ -62,11 +63,22 @@ def level_accuracy(predictions: torch.Tensor, labels: torch.Tensor) -> torch.Ten
         >>> level_accuracy(torch.tensor([[0, 1], [1, 3]]), torch.tensor([[0, 1], [1, 2]])).tolist()
         [1.0, 0.5]
     """
-    _check_pair(predictions, labels)
+    check_pair(predictions, labels)
+    return ratio(*level_counts(predictions, labels))
+
+
+def level_counts(
+    predictions: torch.Tensor, labels: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many samples of (N, L) are right, and have a label, on each level (L,)."""
     known = labels >= 0
     right = (predictions == labels) & known
-    # 0 / 0 is nan; double counts exactly beyond 2 ** 24 samples
-    return right.sum(0).double() / known.sum(0)
+    return right.sum(0), known.sum(0)
+
+
+def ratio(part: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+    """Counts over counts; nan where there are none. Doubles count exactly beyond 2 ** 24."""
+    return part.double() / whole
 
 
 def top_k_accuracy(logits: torch.Tensor, labels: torch.Tensor, k: int = 5) -> torch.Tensor:
@@ -93,8 +105,15 @@ def top_k_accuracy(logits: torch.Tensor, labels: torch.Tensor, k: int = 5) -> to
         )
     if not 1 <= k <= logits.shape[1]:
         raise ValueError(f"k must be between 1 and the {logits.shape[1]} classes, got {k}")
+    return ratio(*top_k_counts(logits, labels, k))
+
+
+def top_k_counts(
+    logits: torch.Tensor, labels: torch.Tensor, k: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many of the N samples have their label (N,) among the k best, and how many have one."""
     right = (logits.topk(k).indices == labels[:, None]).any(1)
-    return right.sum().double() / (labels >= 0).sum()
+    return right.sum(), (labels >= 0).sum()
 
 
 def full_path_accuracy(predictions: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -118,10 +137,18 @@ def full_path_accuracy(predictions: torch.Tensor, labels: torch.Tensor) -> torch
         >>> float(full_path_accuracy(torch.tensor([[0, 1], [1, 3]]), torch.tensor([[0, 1], [1, 2]])))
         0.5
     """
-    _check_pair(predictions, labels)
+    check_pair(predictions, labels)
+    return ratio(*full_path_counts(predictions, labels))
+
+
+def full_path_counts(
+    predictions: torch.Tensor, labels: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many rows (N, L) are right on every known level, and how many have a known level."""
     known = labels >= 0
-    right = ((predictions == labels) | ~known).all(1) & known.any(1)
-    return right.sum().double() / known.any(1).sum()
+    labelled = known.any(1)
+    right = ((predictions == labels) | ~known).all(1) & labelled
+    return right.sum(), labelled.sum()
 
 
 def consistency(predictions: torch.Tensor, taxonomy: Taxonomy) -> torch.Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from timm_branches.hierarchy.metrics import _check_pair
+from timm_branches.hierarchy.metrics import check_pair
 from timm_branches.taxonomy.tables import as_labels
 from timm_branches.taxonomy.taxonomy import Taxonomy
 
@@ -53,6 +53,7 @@ class PathTables:
         return torch.where(rows >= 0, rows + self.starts, -1)
 
     def is_leaf(self, rows: torch.Tensor) -> torch.Tensor:
+        """Which classes of label rows (..., L) are leaves."""
         return self.heights[self.nodes(rows)] == 0
 
     def below_leaf(self, rows: torch.Tensor) -> torch.Tensor:
@@ -82,15 +83,15 @@ class PathTables:
         rows = rows.masked_fill(self.below_leaf(rows), -1)[:, None]
         return ((paths == rows) | (paths < 0) | (rows < 0)).flatten(1).all(1)
 
-    def overlap(
-        self, paths: torch.Tensor, labels: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """|predicted and true|, |predicted| and |true|, summed over the samples; see
-        hierarchical_precision_recall_f1.
+    def overlap(self, paths: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The counts of :func:`hierarchical_precision_recall_f1`, summed over the samples.
 
         Args:
             paths: (N, L, L), predictions as :meth:`augment` gives them.
             labels: (N, L).
+
+        Returns:
+            LongTensor (3,): |predicted and true|, |predicted| and |true|.
         """
         known = labels >= 0
         right = ((paths == labels[:, None]).any(1) & known).sum()
@@ -100,11 +101,90 @@ class PathTables:
         new = torch.ones_like(ordered, dtype=torch.bool)
         new[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
         told = known | self.below_leaf(labels)
-        return right, (new & (ordered >= 0) & told[:, None]).sum(), known.sum()
+        predicted = (new & (ordered >= 0) & told[:, None]).sum()
+        return torch.stack([right, predicted, known.sum()])
+
+    def distance_counts(self, predictions: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The counts of :func:`hierarchical_distance` and :func:`mistake_severity`.
+
+        Args:
+            predictions: (N, L), -1 for no answer.
+            labels: (N, L).
+
+        Returns:
+            LongTensor (3,): samples whose leaf is known, mistakes among them, summed distance.
+        """
+        known = self.is_leaf(labels).any(1)
+        distances = self.lca_height(self.end(labels), self.end(predictions)) * known
+        return torch.stack([known.sum(), (distances > 0).sum(), distances.sum()])
+
+    def ranking_counts(
+        self, leaf_scores: torch.Tensor, labels: torch.Tensor, k: int
+    ) -> torch.Tensor:
+        """The counts of :func:`distance_at_k`.
+
+        Args:
+            leaf_scores: (N, leaves).
+            labels: (N, L).
+            k: how many of the best leaves.
+
+        Returns:
+            LongTensor (2,): leaves looked at, k for each sample whose leaf is known; and their
+            summed distance.
+        """
+        known = self.is_leaf(labels).any(1)
+        paths = self.leaf_paths[leaf_scores.topk(k).indices]  # (N, k, L)
+        distances = self.lca_height(self.end(labels)[:, None], paths)
+        return torch.stack([k * known.sum(), (distances * known[:, None]).sum()])
+
+
+# -- from counts, which add up over batches and processes, to the metrics
+
+
+def precision_of(counts: torch.Tensor) -> torch.Tensor:
+    """Of the counts (3,) of :meth:`PathTables.overlap`, hP."""
+    right, predicted, _ = counts.double()
+    return right / predicted
+
+
+def recall_of(counts: torch.Tensor) -> torch.Tensor:
+    """Of the counts (3,) of :meth:`PathTables.overlap`, hR."""
+    right, _, true = counts.double()
+    return right / true
+
+
+def f1_of(counts: torch.Tensor) -> torch.Tensor:
+    """Of the counts (3,) of :meth:`PathTables.overlap`, hF."""
+    right, predicted, true = counts.double()
+    return 2 * right / (predicted + true)
+
+
+def mean_distance_of(counts: torch.Tensor) -> torch.Tensor:
+    """Of the counts (3,) of :meth:`PathTables.distance_counts`, the mean over all samples."""
+    known, _, total = counts.double()
+    return total / known
+
+
+def severity_of(counts: torch.Tensor) -> torch.Tensor:
+    """Of the counts (3,) of :meth:`PathTables.distance_counts`, the mean over the mistakes."""
+    _, mistakes, total = counts.double()
+    return total / mistakes
+
+
+def leaf_accuracy_of(counts: torch.Tensor) -> torch.Tensor:
+    """Of the counts (3,) of :meth:`PathTables.distance_counts`, the share without a mistake."""
+    known, mistakes, _ = counts.double()
+    return (known - mistakes) / known
+
+
+def mean_ranking_distance_of(counts: torch.Tensor) -> torch.Tensor:
+    """Of the counts (2,) of :meth:`PathTables.ranking_counts`, the mean."""
+    leaves, total = counts.double()
+    return total / leaves
 
 
 def _check(predictions: torch.Tensor, labels: torch.Tensor, taxonomy: Taxonomy) -> PathTables:
-    _check_pair(predictions, labels)
+    check_pair(predictions, labels)
     _check_rows(predictions, taxonomy, "prediction")
     _check_rows(labels, taxonomy, "label")
     return PathTables(taxonomy, labels.device)
@@ -160,16 +240,8 @@ def hierarchical_precision_recall_f1(
         [0.667, 0.5, 0.571]
     """
     tables = _check(predictions, labels, taxonomy)
-    right, predicted, true = (
-        count.double() for count in tables.overlap(tables.augment(predictions), labels)
-    )
-    return right / predicted, right / true, 2 * right / (predicted + true)
-
-
-def _distances(predictions: torch.Tensor, labels: torch.Tensor, taxonomy: Taxonomy) -> torch.Tensor:
-    tables = _check(predictions, labels, taxonomy)
-    known = tables.is_leaf(labels).any(1)
-    return tables.lca_height(tables.end(labels), tables.end(predictions))[known].double()
+    counts = tables.overlap(tables.augment(predictions), labels)
+    return precision_of(counts), recall_of(counts), f1_of(counts)
 
 
 def hierarchical_distance(
@@ -202,7 +274,8 @@ def hierarchical_distance(
         >>> float(hierarchical_distance(tree.expand([0, 1, 2]), tree.expand([0, 0, 0]), tree))
         1.0
     """
-    return _distances(predictions, labels, taxonomy).mean()
+    counts = _check(predictions, labels, taxonomy).distance_counts(predictions, labels)
+    return mean_distance_of(counts)
 
 
 def mistake_severity(
@@ -238,8 +311,8 @@ def mistake_severity(
         >>> float(severity), round(float(top1), 3)
         (1.5, 0.333)
     """
-    distances = _distances(predictions, labels, taxonomy)
-    return distances[distances > 0].mean(), (distances == 0).double().mean()
+    counts = _check(predictions, labels, taxonomy).distance_counts(predictions, labels)
+    return severity_of(counts), leaf_accuracy_of(counts)
 
 
 def distance_at_k(
@@ -278,7 +351,5 @@ def distance_at_k(
         )
     if not 1 <= k <= taxonomy.num_leaves:
         raise ValueError(f"k must be between 1 and the {taxonomy.num_leaves} leaves, got {k}")
-    tables = PathTables(taxonomy, labels.device)
-    known = tables.is_leaf(labels).any(1)
-    paths = tables.leaf_paths[leaf_scores[known].topk(k).indices]
-    return tables.lca_height(tables.end(labels[known])[:, None], paths).double().mean()
+    counts = PathTables(taxonomy, labels.device).ranking_counts(leaf_scores, labels, k)
+    return mean_ranking_distance_of(counts)

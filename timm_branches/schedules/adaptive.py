@@ -129,7 +129,7 @@ class DynamicSchedule(LossWeightSchedule):
         }
 
     @classmethod
-    def _from_dict(cls, data: Mapping[str, Any]) -> DynamicSchedule:
+    def from_settings(cls, data: Mapping[str, Any]) -> DynamicSchedule:
         schedule = cls(data.get("base", ()), data.get("floor", 0.01))
         if "weights" in data:
             try:
@@ -148,6 +148,35 @@ class DynamicSchedule(LossWeightSchedule):
                 )
             schedule._weights = stored
         return schedule
+
+    @classmethod
+    def from_text(cls, text: str) -> DynamicSchedule:
+        """Read base weights `w,w,w`, or `w,w,w;floor=f`."""
+        if not text:
+            raise ValueError(
+                "'dynamic:' does not say for how many levels: give base weights, as in "
+                "'dynamic:1,1,1', or call get_schedule('dynamic', num_levels=3)"
+            )
+        weights, semicolon, option = text.partition(";")
+        base: Any = weights.split(",")  # text numbers are read as numbers
+        if not semicolon:
+            return cls(base)
+        name, _, value = option.partition("=")
+        try:
+            floor = float(value)
+        except ValueError:
+            name = ""
+        if name.lower() != "floor":
+            raise ValueError(
+                f"cannot read {option!r} in the schedule {'dynamic:' + text!r}; the form is "
+                f"'dynamic:w,w,...;floor=0.01'"
+            )
+        return cls(base, floor)
+
+    @classmethod
+    def for_levels(cls, num_levels: int) -> DynamicSchedule:
+        """Equal base weights."""
+        return cls([1 / num_levels] * num_levels)
 
     def __repr__(self) -> str:
         return f"DynamicSchedule({self.base}, floor={self.floor})"

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 __all__ = [
+    "KINDS",
     "LossWeightSchedule",
     "Weights",
     "check_epoch",
@@ -17,7 +18,7 @@ __all__ = [
 ]
 
 Weights = tuple[float, ...]
-_KINDS: dict[str, type[LossWeightSchedule]] = {}
+KINDS: dict[str, type[LossWeightSchedule]] = {}  # the classes by kind
 
 
 def check_weights(weights: Any, where: str) -> Weights:
@@ -73,20 +74,60 @@ def check_levels(schedule: LossWeightSchedule, num_levels: int | None) -> LossWe
     return schedule
 
 
+def _origin(cls: type) -> tuple[str, str]:
+    return cls.__module__, cls.__qualname__
+
+
 class LossWeightSchedule(ABC):
     """The weights of the levels' losses as a function of the epoch.
 
-    A subclass with a class attribute `kind` enters the registry that :meth:`from_dict` reads. It
-    implements `__call__`, `num_levels`, `to_dict` and `_from_dict`; a checkpoint needs the last
-    two.
+    A subclass with a class attribute `kind` is registered under this name by being defined. It
+    implements `__call__`, `num_levels`, `to_dict` and `from_settings`; a checkpoint needs the last
+    two. With `from_text`, `--schedule 'kind:text'` makes one, with `for_levels`, `--schedule kind`.
+
+    Raises:
+        ValueError: When a subclass is defined whose kind another class has.
+
+    Example:
+        >>> class Decay(LossWeightSchedule):
+        ...     kind = 'decay'
+        ...     num_levels = 2
+        ...
+        ...     def __init__(self, rate):
+        ...         self.rate = float(rate)
+        ...
+        ...     def __call__(self, epoch):
+        ...         return (self.rate**epoch, 1.0)
+        ...
+        ...     def to_dict(self):
+        ...         return {'kind': self.kind, 'rate': self.rate}
+        ...
+        ...     @classmethod
+        ...     def from_settings(cls, data):
+        ...         return cls(data['rate'])
+        ...
+        ...     @classmethod
+        ...     def from_text(cls, text):
+        ...         return cls(text)
+        >>> from timm_branches.schedules import get_schedule
+        >>> get_schedule('decay:0.5')(2)
+        (0.25, 1.0)
     """
 
     kind: ClassVar[str] = ""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if cls.__dict__.get("kind"):
-            _KINDS[cls.kind] = cls
+        if not cls.__dict__.get("kind"):
+            return
+        earlier = KINDS.get(cls.kind)
+        # the same class again is a module or a notebook's cell that is run again
+        if earlier is not None and _origin(earlier) != _origin(cls):
+            raise ValueError(
+                f"{earlier.__qualname__} is the schedule of kind {cls.kind!r} already; give "
+                f"{cls.__qualname__} another kind."
+            )
+        KINDS[cls.kind] = cls
 
     @property
     @abstractmethod
@@ -132,8 +173,31 @@ class LossWeightSchedule(ABC):
 
     @classmethod
     @abstractmethod
-    def _from_dict(cls, data: Mapping[str, Any]) -> LossWeightSchedule:
+    def from_settings(cls, data: Mapping[str, Any]) -> LossWeightSchedule:
         """The inverse of :meth:`to_dict` for this kind."""
+
+    @classmethod
+    def from_text(cls, text: str) -> LossWeightSchedule:
+        """A schedule from what stands behind `kind:` on a command line.
+
+        Args:
+            text: Without blanks.
+
+        Raises:
+            ValueError: The text is not of this kind's form, or this kind has none.
+        """
+        raise ValueError(f"A schedule of kind {cls.kind!r} cannot be written as text.")
+
+    @classmethod
+    def for_levels(cls, num_levels: int) -> LossWeightSchedule:
+        """The schedule that the bare name of this kind means for so many levels.
+
+        Raises:
+            ValueError: This kind needs more than that.
+        """
+        raise ValueError(
+            f"A schedule of kind {cls.kind!r} needs settings: write it as {cls.kind + ':...'!r}."
+        )
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> LossWeightSchedule:
@@ -150,11 +214,12 @@ class LossWeightSchedule(ABC):
             StepSchedule({0: (1.0, 0.0), 3: (0.0, 1.0)})
         """
         kind = data.get("kind") if isinstance(data, Mapping) else None
-        if not isinstance(kind, str) or kind not in _KINDS:
+        if not isinstance(kind, str) or kind not in KINDS:
             raise ValueError(
-                f"a schedule needs a 'kind', one of {', '.join(sorted(_KINDS))}; got {data!r}"
+                f"A schedule needs a 'kind', one of {', '.join(sorted(KINDS))}; got {data!r}. A kind "
+                f"from elsewhere is known once the module that defines it is imported."
             )
-        return _KINDS[kind]._from_dict(data)
+        return KINDS[kind].from_settings(data)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must keep.

@@ -17,6 +17,9 @@ from timm_branches.schedules.base import (
 __all__ = ["ConstantSchedule", "CosineSchedule", "KeyedSchedule", "LinearSchedule", "StepSchedule"]
 
 
+TEXT_FORM = "'[step|linear|cosine:]epoch:w,w,...;epoch:w,w,...' or '[constant:|dynamic:]w,w,...'"
+
+
 class KeyedSchedule(LossWeightSchedule):
     """A schedule given by weights at some epochs; subclasses say what holds between them."""
 
@@ -91,7 +94,7 @@ class KeyedSchedule(LossWeightSchedule):
         }
 
     @classmethod
-    def _from_dict(cls, data: Mapping[str, Any]) -> LossWeightSchedule:
+    def from_settings(cls, data: Mapping[str, Any]) -> LossWeightSchedule:
         points = data.get("points")
         if isinstance(points, Mapping):
             return cls(points)
@@ -105,6 +108,21 @@ class KeyedSchedule(LossWeightSchedule):
         if len({str(epoch) for epoch, _ in points}) < len(points):
             raise ValueError(f"'points' gives an epoch twice: {[epoch for epoch, _ in points]}")
         return cls(dict(points))
+
+    @classmethod
+    def from_text(cls, text: str) -> LossWeightSchedule:
+        """Read `epoch:w,w,w;epoch:w,w,w`."""
+        points: dict[str, Sequence[Any]] = {}
+        for part in filter(None, text.split(";")):
+            epoch, colon, weights = part.partition(":")
+            if not colon or ":" in weights:
+                raise ValueError(
+                    f"cannot read {part!r} in the schedule {text!r}; the form is {TEXT_FORM}"
+                )
+            if epoch in points:
+                raise ValueError(f"epoch {epoch} is given twice in the schedule {text!r}")
+            points[epoch] = weights.split(",")
+        return cls(points)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.points})"
@@ -181,8 +199,18 @@ class ConstantSchedule(KeyedSchedule):
         return {"kind": self.kind, "weights": list(self.weights)}
 
     @classmethod
-    def _from_dict(cls, data: Mapping[str, Any]) -> LossWeightSchedule:
+    def from_settings(cls, data: Mapping[str, Any]) -> LossWeightSchedule:
         return cls(data.get("weights", ()))
+
+    @classmethod
+    def from_text(cls, text: str) -> LossWeightSchedule:
+        """Read `w,w,w`."""
+        return cls(text.split(","))  # type: ignore[arg-type]  # text numbers are read as numbers
+
+    @classmethod
+    def for_levels(cls, num_levels: int) -> LossWeightSchedule:
+        """1/L for each of L levels, so that the weights add up to one as B-CNN's do."""
+        return cls([1 / num_levels] * num_levels)
 
     def __repr__(self) -> str:
         return f"ConstantSchedule({self.weights})"

@@ -6,15 +6,8 @@ import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from timm_branches.schedules.adaptive import DynamicSchedule
-from timm_branches.schedules.base import LossWeightSchedule, Weights, check_levels
-from timm_branches.schedules.keyed import (
-    ConstantSchedule,
-    CosineSchedule,
-    KeyedSchedule,
-    LinearSchedule,
-    StepSchedule,
-)
+from timm_branches.schedules.base import KINDS, LossWeightSchedule, Weights, check_levels
+from timm_branches.schedules.keyed import ConstantSchedule, StepSchedule
 
 __all__ = ["PRESETS", "get_schedule", "parse_schedule"]
 
@@ -38,7 +31,7 @@ PRESETS: dict[str, dict[int, Weights]] = {
     for suffix, phases in (("", _BCNN), ("-keep", _KEEP))
     for name, starts in _STARTS.items()
 }
-_ANY_LEVELS = ("equal", "constant", "dynamic")  # presets that fit any number of levels
+_EQUAL = "equal"  # another name of 'constant' for any number of levels
 
 
 def parse_schedule(text: str) -> LossWeightSchedule:
@@ -46,8 +39,9 @@ def parse_schedule(text: str) -> LossWeightSchedule:
 
     Args:
         text: `'[kind:]epoch:w,w,w;epoch:w,w,w'` with kind `step` (the default), `linear` or
-            `cosine`; `'[constant:]w,w,w'`; or `'dynamic:w,w,w[;floor=f]'` with base weights. Blanks
-            are ignored. `str(schedule)` writes this form.
+            `cosine`; `'[constant:]w,w,w'`; `'dynamic:w,w,w[;floor=f]'` with base weights; or
+            `'kind:...'` of any other registered kind. Blanks are ignored. `str(schedule)` writes
+            this form.
 
     Raises:
         ValueError: if the text is not of this form, or the schedule it describes is not valid.
@@ -58,48 +52,14 @@ def parse_schedule(text: str) -> LossWeightSchedule:
         >>> parse_schedule('linear:0:1,0;10:0,1')(5)
         (0.5, 0.5)
     """
-    form = "'[step|linear|cosine:]epoch:w,w,...;epoch:w,w,...' or '[constant:|dynamic:]w,w,...'"
     compact = "".join(text.split())
-    kind, colon, rest = compact.partition(":")
-    classes: dict[str, type[KeyedSchedule]] = {
-        c.kind: c for c in (StepSchedule, LinearSchedule, CosineSchedule)
-    }
-    if kind == "dynamic":
-        return _parse_dynamic(text, rest)
-    if not colon and kind not in classes:
-        kind, rest = "constant", compact
-    if kind == "constant":
-        return ConstantSchedule(rest.split(","))  # type: ignore[arg-type]  # text numbers are read as numbers
-    if kind not in classes:
-        kind, rest = "step", compact
-    points: dict[str, Sequence[Any]] = {}
-    for part in filter(None, rest.split(";")):
-        epoch, colon, weights = part.partition(":")
-        if not colon or ":" in weights:
-            raise ValueError(f"cannot read {part!r} in the schedule {text!r}; the form is {form}")
-        if epoch in points:
-            raise ValueError(f"epoch {epoch} is given twice in the schedule {text!r}")
-        points[epoch] = weights.split(",")
-    return classes[kind](points)
-
-
-def _parse_dynamic(text: str, rest: str) -> DynamicSchedule:
-    if not rest:
-        raise ValueError(
-            f"{text!r} does not say for how many levels: give base weights, as in 'dynamic:1,1,1', or "
-            f"call get_schedule('dynamic', num_levels=3)"
-        )
-    weights, semicolon, option = rest.partition(";")
-    name, _, value = option.partition("=")
-    try:
-        options = {"floor": float(value)} if semicolon else {}
-    except ValueError:
-        name = ""
-    if semicolon and name != "floor":
-        raise ValueError(
-            f"cannot read {option!r} in the schedule {text!r}; the form is 'dynamic:w,w,...;floor=0.01'"
-        )
-    return DynamicSchedule(weights.split(","), **options)  # type: ignore[arg-type]  # text numbers are read as numbers
+    kind, colon, settings = compact.partition(":")
+    kind = kind.lower()
+    if kind in KINDS:
+        return KINDS[kind].from_text(settings)
+    if not colon:
+        return ConstantSchedule.from_text(compact)
+    return StepSchedule.from_text(compact)
 
 
 def get_schedule(
@@ -150,18 +110,19 @@ def _named(text: str, num_levels: int | None) -> LossWeightSchedule:
     name = text.strip().lower()
     if name in PRESETS:
         return StepSchedule(PRESETS[name])
-    if name in _ANY_LEVELS:
+    kind = ConstantSchedule.kind if name == _EQUAL else name
+    if kind in KINDS:
         if num_levels is None or num_levels < 1:
             raise ValueError(
-                f"{name!r} needs num_levels, the number of levels of the model, got {num_levels!r}"
+                f"{name!r} needs num_levels, the number of levels of the model, got {num_levels!r}."
             )
-        equal = [1 / num_levels] * num_levels
-        return DynamicSchedule(equal) if name == "dynamic" else ConstantSchedule(equal)
+        return KINDS[kind].for_levels(num_levels)
     if ":" in name or "," in name:
-        return parse_schedule(name)
-    close = difflib.get_close_matches(name, [*PRESETS, *_ANY_LEVELS], n=1)
+        return parse_schedule(text)
+    names = [*PRESETS, _EQUAL, *KINDS]
+    close = difflib.get_close_matches(name, names, n=1)
+    hint = f" (did you mean {close[0]!r}?)" if close else ""
     raise ValueError(
-        f"unknown schedule {text!r}; the names are {', '.join([*PRESETS, *_ANY_LEVELS])}"
-        + (f" (did you mean {close[0]!r}?)" if close else "")
-        + "; or write one as '0:0.98,0.01,0.01;9:0.1,0.8,0.1'"
+        f"Unknown schedule {text!r}; the names are {', '.join(names)}{hint}. Or write one as "
+        f"'0:0.98,0.01,0.01;9:0.1,0.8,0.1'."
     )
