@@ -1,7 +1,9 @@
 """The branch model: one timm backbone, several heads at its taps."""
 
+import math
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -10,10 +12,11 @@ from timm.models import group_modules, group_parameters
 from torch import nn
 
 from timm_branches.heads import Head, State, check_module
+from timm_branches.heads.alignment import common_multiple, crop_to, pad_to_multiple
 from timm_branches.heads.folding import read_clips, warn_of_batch_statistics
 from timm_branches.taps.freezing import FreezableBackbone
 from timm_branches.taps.notation import Tap
-from timm_branches.taps.reader import TapReader
+from timm_branches.taps.reader import TapInfo, TapReader, dry_run
 from timm_branches.taxonomy import Taxonomy
 
 __all__ = ["BranchModel"]
@@ -77,10 +80,15 @@ class BranchModel(FreezableBackbone):
         self.data_summary: dict[str, Any] | None = None
         self._keys = {name: module_key(name) for name in self.names}
         self.heads = nn.ModuleDict()
+        self._multiples: list[int] = []  # for each head what the size of its images is padded to
         for name, head, which, classes in zip(
             self.names, heads, self.head_taps, num_classes, strict=True
         ):
             taps_read = [self.taps[i] for i in which]
+            multiple = 1
+            if head.dense:
+                multiple, taps_read = self._aligned_taps(backbone, taps_read, which)
+            self._multiples.append(multiple)
             module = head.build(taps_read, classes, drop_rate, in_chans=self.input_size[0])
             check_module(head, module)
             self.heads[self._keys[name]] = module
@@ -92,6 +100,28 @@ class BranchModel(FreezableBackbone):
         self.frames_per_pass: int | None = None
         self._init_freezing()
         self.pretrained_cfg = self._prefixed_cfg()
+
+    def _aligned_taps(
+        self, backbone: nn.Module, taps: list[TapInfo], which: Sequence[int]
+    ) -> tuple[int, list[TapInfo]]:
+        """What images for a decoder are padded to, and its taps as they are measured then."""
+        deepest = max((tap.stage.index for tap in taps if tap.stage), default=-1)
+        strides: list[float] = [tap.stride for tap in taps]
+        strides += [stage.stride for stage in self.reader.table if stage.index <= deepest]
+        multiple = common_multiple(strides)
+        channels, *size = self.input_size
+        padded = [side + -side % multiple for side in size]
+        if padded == size:
+            return multiple, taps
+        # the nominal size does not fit: a backbone bound to it cannot be given another
+        if self.reader.explain(backbone, (channels, *padded)) is not None:
+            return 1, taps
+        maps = dry_run(
+            backbone, (channels, *padded), lambda model, x: self.reader.read(model, x, which)
+        )
+        self.reader.captured = None
+        sizes = [(y.shape[-2], y.shape[-1]) for y in maps]
+        return multiple, [replace(tap, size=s) for tap, s in zip(taps, sizes, strict=True)]
 
     # -- forward
     # ---------------------------------------------------------------------------------------------
@@ -200,16 +230,28 @@ class BranchModel(FreezableBackbone):
             {self.names[i] for i in which} & set(self.temporal_heads),
         )
         frames = x if clips is None else clips.fold(x)
+        per_pass = None if clips is None else self.frames_per_pass
+        aligned = self.align(frames, which)  # what decoders read
+        if aligned is frames:
+            read = self._head_maps(frames, which, per_pass)
+        else:  # the padding must not change what the other heads say
+            dense = [i for i in which if self.names[i] in self.dense_heads]
+            others = [i for i in which if i not in dense]
+            read = self._head_maps(aligned, dense, per_pass)
+            if others:
+                read |= self._head_maps(frames, others, per_pass)
         outputs: dict[str, torch.Tensor] = {}
         states: dict[str, State] = {}
-        for name, maps in self._head_maps(
-            frames, which, None if clips is None else self.frames_per_pass
-        ).items():
-            head = self.head(name)
+        for name in (self.names[i] for i in which):
+            maps, head = read[name], self.head(name)
             if name in self.temporal_heads:
                 outputs[name], states[name] = head(*maps, clips, state and state[name])
             else:
-                y = head(*maps, image=frames) if name in self.dense_heads else head(*maps)
+                if name in self.dense_heads:
+                    y = head(*maps, image=aligned)
+                    y = y if aligned is frames else crop_to(y, frames.shape[2:])
+                else:
+                    y = head(*maps)
                 several = self._by_name(name, y)
                 outputs |= (
                     several if clips is None else {k: clips.unfold(v) for k, v in several.items()}
@@ -252,6 +294,20 @@ class BranchModel(FreezableBackbone):
         """
         deepest = self._deepest()
         return self._maps(x, [deepest])[0]
+
+    def align(self, images: torch.Tensor, heads: Sequence[int] | None = None) -> torch.Tensor:
+        """Images (B, C, H, W) as decoders read them: padded so that the maps cover them exactly.
+
+        Args:
+            images: The images.
+            heads: Positions of the heads that are computed, all by default; without a decoder among
+                them nothing is padded.
+        """
+        chosen = range(len(self.names)) if heads is None else heads
+        multiples = [self._multiples[i] for i in chosen if self.names[i] in self.dense_heads]
+        if not multiples or images.ndim != 4:
+            return images
+        return pad_to_multiple(images, math.lcm(*multiples))
 
     def head(self, name: str) -> nn.Module:
         """The module of the head with this name."""

@@ -18,7 +18,7 @@ from torch import nn
 
 from timm_branches.gradients.objective import Objective, group_by_stage, reproducible
 from timm_branches.gradients.report import gradients, inner_products, number, table
-from timm_branches.heads import SkipDecoder
+from timm_branches.heads.alignment import crop_to
 from timm_branches.model import BranchModel
 
 __all__ = ["PathGradients", "path_gradients"]
@@ -168,7 +168,7 @@ def _encoder_decoder(
     model: BranchModel, head: str | None, x: torch.Tensor
 ) -> tuple[Callable, Callable, Callable]:
     """Encoder, decoder and both in one, for a head."""
-    decoders = [name for name in model.names if isinstance(model.head(name), SkipDecoder)]
+    decoders = list(model.dense_heads)
     if head is None and len(decoders) != 1:
         raise ValueError(
             f"the model has the decoders {decoders}: give head= to choose one."
@@ -181,10 +181,10 @@ def _encoder_decoder(
     (which,) = model._select([name])
     module: Any = model.head(name)
     infos = [model.taps[i] for i in model.head_taps[which]]
-    order = module.order  # the deepest first
+    order = getattr(module, "order", list(range(len(infos))))  # the deepest first
 
     def encode(images: torch.Tensor) -> dict[str, torch.Tensor]:
-        maps = model._head_maps(images, [which])[name]
+        maps = model._head_maps(model.align(images, [which]), [which])[name]
         return {
             f"{'skip' if k else 'trunk'} ({infos[i].tap.name})": maps[i]
             for k, i in enumerate(order)
@@ -192,7 +192,8 @@ def _encoder_decoder(
 
     def decode(*maps: torch.Tensor) -> Any:
         by_tap = dict(zip(order, maps, strict=True))
-        return module(*(by_tap[i] for i in range(len(maps))), image=x)
+        output = module(*(by_tap[i] for i in range(len(maps))), image=model.align(x, [which]))
+        return crop_to(output, x.shape[2:])
 
     return encode, decode, lambda images: model(images, heads=[name])[name]
 
