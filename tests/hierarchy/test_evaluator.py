@@ -220,6 +220,9 @@ def test_levels_that_are_not_a_number():
     metrics = evaluator.compute()
     assert math.isnan(metrics["loss"])
     assert math.isnan(metrics["fine_ece"])
+    # it answers nothing, rather than its first class
+    assert metrics["fine_top1"] == metrics["full_path"] == 0
+    assert all(int(matrix.sum()) == 0 for matrix in evaluator.confusion_matrices())
 
 
 # -- classes
@@ -373,8 +376,16 @@ def test_what_is_refused():
         HierarchyEvaluator(["a"], [3], decoder="crm")
     with pytest.raises(ValueError, match="one head per level"):
         HierarchyEvaluator(["a", "b"], [2, 3], UNEVEN)
+    same_sizes = Taxonomy(["a/x", "b/y"], levels=["coarse", "fine"])
+    with pytest.raises(ValueError, match="the taxonomy's in another order"):
+        HierarchyEvaluator(["fine", "coarse"], [2, 2], same_sizes)
     evaluator = HierarchyEvaluator(["a"], [3])
     labels = torch.zeros(2, 1, dtype=torch.long)
+    for wrong in (3, -2, -100):
+        with pytest.raises(ValueError, match=f"label {wrong} of level 'a' is out of range"):
+            evaluator.update({"a": torch.randn(2, 3)}, labels + wrong)
+    with pytest.raises(ValueError, match=r"lacks the levels \['a'\]"):
+        evaluator.update({"b": torch.randn(2, 3)}, labels)
     for bad in (labels[:, 0], labels.expand(2, 2), labels.float()):
         with pytest.raises(ValueError, match=r"labels \(B, 1\)"):
             evaluator.update({"a": torch.randn(2, 3)}, bad)

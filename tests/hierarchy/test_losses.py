@@ -13,6 +13,8 @@ from timm_branches.hierarchy.losses import (
     hxe_loss,
     level_cross_entropy,
     marginal_loss,
+    on_leaves,
+    on_levels,
     soft_label_loss,
     tree_path_kl,
 )
@@ -387,3 +389,50 @@ def test_shared_means_are_those_of_the_global_batch(monkeypatch):
     mean = torch.stack(found).mean(0)  # what DDP does with gradients
     torch.testing.assert_close(mean, all_losses(slice(None), share=False))
     assert not torch.allclose(torch.stack([all_losses(rows) for rows in batches]).mean(0), mean)
+
+
+# -- as training tasks take them
+
+
+def labelled_logits(tree):
+    torch.manual_seed(0)
+    labels = tree.expand(torch.randint(tree.num_leaves, (6,)))
+    sizes = zip(tree.levels, tree.num_classes, strict=True)
+    return {name: torch.randn(6, k) for name, k in sizes}, labels
+
+
+def test_losses_of_leaves_and_levels_as_contract():
+    tree = cifar10()
+    logits, labels = labelled_logits(tree)
+    by_level = list(logits.values())
+    turned = dict(reversed(logits.items()))
+    for given in (logits, turned):
+        [(name, loss)] = on_levels(tree_path_kl)(given, labels, tree).items()
+        assert name == "tree_path_kl"
+        assert torch.equal(loss, tree_path_kl(by_level, labels, tree))
+    # on an even tree the last level's softmax is the leaves'
+    [(name, loss)] = on_leaves(hxe_loss, alpha=0.7)(turned, labels, tree).items()
+    assert name == "hxe"
+    torch.testing.assert_close(loss, hxe_loss(by_level[-1], labels, tree, 0.7))
+    renamed = {"x": logits["coarse"], "y": logits["middle"], "z": logits["fine"]}
+    assert torch.equal(on_leaves(hxe_loss, alpha=0.7)(renamed, labels, tree)["hxe"], loss)
+    for wrapped in (on_leaves(hxe_loss), on_levels(tree_path_kl)):
+        with pytest.raises(ValueError, match="needs a taxonomy"):
+            wrapped(logits, labels, None)
+
+
+def test_levels_in_another_order_are_found_by_name():
+    tree = cifar10()
+    logits, labels = labelled_logits(tree)
+    turned = dict(reversed(logits.items()))
+    by_level = list(logits.values())
+    assert torch.equal(consistency_loss(turned, tree), consistency_loss(by_level, tree))
+    assert torch.equal(tree_path_kl(turned, labels, tree), tree_path_kl(by_level, labels, tree))
+    with pytest.raises(ValueError, match=r"lacks the levels \['coarse'\]"):
+        consistency_loss({name: y for name, y in logits.items() if name != "coarse"}, tree)
+
+
+@pytest.mark.parametrize("label", [3, -2, -100])
+def test_labels_out_of_range(label):
+    with pytest.raises(ValueError, match=f"label {label} is out of range: the level has 3 classes"):
+        level_cross_entropy(torch.zeros(2, 3), torch.tensor([0, label]))

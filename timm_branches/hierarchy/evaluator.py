@@ -120,6 +120,12 @@ class HierarchyEvaluator:
                 f"The levels {list(self.levels)} have {list(self.num_classes)} classes, the "
                 f"taxonomy's {list(taxonomy.num_classes)}: give one head per level of the taxonomy."
             )
+        if taxonomy is not None and self.levels != taxonomy.levels:
+            if sorted(self.levels) == sorted(taxonomy.levels):
+                raise ValueError(
+                    f"The levels {list(self.levels)} are the taxonomy's in another order: give them "
+                    f"from coarse to fine, {list(taxonomy.levels)}."
+                )
         if decoder not in DECODERS:
             raise ValueError(
                 f"There is no decoder {decoder!r}: choose one of {', '.join(DECODERS)}."

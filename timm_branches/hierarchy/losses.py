@@ -5,12 +5,17 @@ labelled coarsely has a known prefix and then -1, a leaf above the last level ha
 its path is complete. A sample without any known level costs nothing and has no gradient, whatever
 its logits are. Losses are means over the samples that count, computed in float32 at least, as
 functions of logits.
+
+A training task takes any function of the form that :class:`HierarchyLoss` states;
+:func:`on_leaves` and :func:`on_levels` give the losses here that form.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -24,17 +29,134 @@ from timm_branches.hierarchy.ancestry import (
     path_log_probabilities,
     soft_targets,
 )
+from timm_branches.hierarchy.decode import in_order_of_levels, leaf_log_probs
 from timm_branches.taxonomy.taxonomy import Taxonomy
 
 __all__ = [
+    "HierarchyLoss",
     "consistency_loss",
     "hxe_loss",
     "level_cross_entropy",
     "marginal_loss",
+    "on_leaves",
+    "on_levels",
     "soft_label_loss",
     "soft_labels",
     "tree_path_kl",
 ]
+
+
+LevelLogits = Sequence[torch.Tensor] | Mapping[str, torch.Tensor]
+
+
+class HierarchyLoss(Protocol):
+    """The form of a loss that `BranchTask(loss=...)` takes: any function like this, or a module."""
+
+    def __call__(
+        self,
+        logits: Mapping[str, torch.Tensor],
+        labels: torch.Tensor,
+        taxonomy: Taxonomy | None,
+        share: bool = False,
+    ) -> Mapping[str, torch.Tensor]:
+        """The loss of one batch, in parts.
+
+        Args:
+            logits: (N, K) by name, of the heads that were computed; of levels from coarse to fine.
+            labels: (N, L) class indices, one column a level, -1 for unknown.
+            taxonomy: The tree of the levels, or None.
+            share: Average over the samples of all processes, so that DDP's mean over processes is
+                the mean over the global batch.
+
+        Returns:
+            Scalars by name. The loss of a level, under its name, is multiplied by the level's
+            weight of this epoch; what has another name is added as it is. All are logged.
+        """
+        ...
+
+
+def on_leaves(loss: Callable[..., torch.Tensor], **settings: Any) -> HierarchyLoss:
+    """A loss of leaf logits as a :class:`HierarchyLoss`.
+
+    A single output is taken for the leaves' logits; the outputs of all levels for the leaves'
+    distribution that :func:`leaf_log_probs` makes of them.
+
+    Args:
+        loss: :func:`marginal_loss`, :func:`hxe_loss`, :func:`soft_label_loss` or a function of
+            the same form: (leaf_logits, labels, taxonomy, share=..., **settings) -> scalar.
+        settings: Passed on, such as `alpha`.
+
+    Example:
+        >>> tree = Taxonomy(['animal/cat', 'animal/dog', 'transport/ship'])
+        >>> logits = {'leaf': torch.tensor([[0.25, 0.25, 0.5]]).log()}
+        >>> on_leaves(hxe_loss, alpha=1)(logits, tree.expand([0]), tree)
+        {'hxe': tensor(0.9481)}
+    """
+    return partial(_on_leaves, loss, settings)
+
+
+def on_levels(loss: Callable[..., torch.Tensor], **settings: Any) -> HierarchyLoss:
+    """A loss of all levels' logits as a :class:`HierarchyLoss`.
+
+    Args:
+        loss: :func:`tree_path_kl` or a function of the same form: (level_logits, labels, taxonomy,
+            share=..., **settings) -> scalar.
+        settings: Passed on.
+
+    Example:
+        >>> tree = Taxonomy(['animal/cat', 'animal/dog', 'transport/ship'])
+        >>> logits = {'level1': torch.tensor([[30., 0.]]), 'level2': torch.tensor([[30., 0., 0.]])}
+        >>> on_levels(tree_path_kl)(logits, tree.expand([0]), tree)
+        {'tree_path_kl': tensor(0.)}
+    """
+    return partial(_on_levels, loss, settings)
+
+
+def _on_leaves(
+    loss: Callable[..., torch.Tensor],
+    settings: Mapping[str, Any],
+    logits: Mapping[str, torch.Tensor],
+    labels: torch.Tensor,
+    taxonomy: Taxonomy | None,
+    share: bool = False,
+) -> dict[str, torch.Tensor]:
+    name = _name_of(loss)
+    if taxonomy is None:
+        raise ValueError(f"The loss {name!r} needs a taxonomy.")
+    if len(logits) == 1:
+        [leaf_logits] = logits.values()
+    else:
+        leaf_logits = leaf_log_probs(_heads_of_levels(logits, taxonomy), taxonomy)
+    return {name: loss(leaf_logits, labels, taxonomy, share=share, **settings)}
+
+
+def _on_levels(
+    loss: Callable[..., torch.Tensor],
+    settings: Mapping[str, Any],
+    logits: Mapping[str, torch.Tensor],
+    labels: torch.Tensor,
+    taxonomy: Taxonomy | None,
+    share: bool = False,
+) -> dict[str, torch.Tensor]:
+    name = _name_of(loss)
+    if taxonomy is None:
+        raise ValueError(f"The loss {name!r} needs a taxonomy.")
+    levels = _heads_of_levels(logits, taxonomy)
+    return {name: loss(levels, labels, taxonomy, share=share, **settings)}
+
+
+def _heads_of_levels(
+    logits: Mapping[str, torch.Tensor], taxonomy: Taxonomy
+) -> Mapping[str, torch.Tensor] | list[torch.Tensor]:
+    """The levels' logits: by the taxonomy's names, or in order where heads have other names."""
+    if all(level in logits for level in taxonomy.levels):
+        return logits
+    return list(logits.values())
+
+
+def _name_of(loss: Callable[..., torch.Tensor]) -> str:
+    name = getattr(loss, "__name__", type(loss).__name__)
+    return name.removesuffix("_loss")
 
 
 def level_cross_entropy(
@@ -64,7 +186,8 @@ def level_cross_entropy(
         A scalar; 0, with zero gradients, when no label is known.
 
     Raises:
-        ValueError: if `class_weights` is not of shape (K,).
+        ValueError: if `class_weights` is not of shape (K,) or, on the CPU, a class index is out of
+            range.
 
     Example:
         >>> logits = torch.tensor([[0., 0.], [9., 1.]])
@@ -75,22 +198,46 @@ def level_cross_entropy(
     if class_weights is not None:
         if class_weights.shape != logits.shape[1:]:
             raise ValueError(
-                f"class_weights must hold one weight for each of the {logits.shape[1]} classes, got shape "
-                f"{tuple(class_weights.shape)}"
+                f"class_weights must hold one weight for each of the {logits.shape[1]} classes, got "
+                f"shape {tuple(class_weights.shape)}."
             )
         class_weights = class_weights.to(logits.dtype)
-    soft = target.is_floating_point()
-    labelled = (target > 0).any(1) if soft else target >= 0
-    logits = _only(labelled, logits)
-    if soft:
-        weighted = target if class_weights is None else target * class_weights
-        return _mean(-(weighted * logits.log_softmax(-1)).sum(1), target.sum(1), share)
+    if target.is_floating_point():
+        return _soft_cross_entropy(logits, target, class_weights, share)
+    _check_targets(target, logits.shape[1])
+    labelled = target >= 0
     safe = target.clamp(min=0)
     losses = F.cross_entropy(
-        logits, safe, class_weights, reduction="none", label_smoothing=label_smoothing
+        _only(labelled, logits),
+        safe,
+        class_weights,
+        reduction="none",
+        label_smoothing=label_smoothing,
     )
     weights = labelled if class_weights is None else labelled * class_weights[safe]
     return _mean(losses * labelled, weights, share)
+
+
+def _soft_cross_entropy(
+    logits: torch.Tensor, target: torch.Tensor, class_weights: torch.Tensor | None, share: bool
+) -> torch.Tensor:
+    """Of logits and soft labels (N, K) whose row sums are the known mass."""
+    labelled = (target > 0).any(1)
+    weighted = target if class_weights is None else target * class_weights
+    log_p = _only(labelled, logits).log_softmax(-1)
+    return _mean(-(weighted * log_p).sum(1), target.sum(1), share)
+
+
+def _check_targets(target: torch.Tensor, classes: int) -> None:
+    """Class indices (N,) must be from -1 to K - 1; elsewhere than on the CPU that would wait."""
+    if target.device.type != "cpu":
+        return
+    wrong = target[(target < -1) | (target >= classes)]
+    if len(wrong):
+        raise ValueError(
+            f"The label {int(wrong[0])} is out of range: the level has {classes} classes, so legal "
+            f"are 0 to {classes - 1}, and -1 for unknown."
+        )
 
 
 def marginal_loss(
@@ -122,7 +269,8 @@ def marginal_loss(
         0.6931
     """
     log_p, paths, labelled = _leaf_inputs(leaf_logits, labels, taxonomy)
-    return _mean(-deepest(path_log_probabilities(log_p, paths, taxonomy), paths), labelled, share)
+    log_p_label = deepest(path_log_probabilities(log_p, paths, taxonomy), paths)  # (N,)
+    return _mean(-log_p_label, labelled, share)
 
 
 def hxe_loss(
@@ -132,9 +280,9 @@ def hxe_loss(
     alpha: float = 0.1,
     share: bool = False,
 ) -> torch.Tensor:
-    """Hierarchical cross-entropy (HXE): each step of the path is a classification, and weighted by
-    its height.
+    """Hierarchical cross-entropy (HXE): each step of the path is weighted by its height.
 
+    Each step is a classification among siblings:
     L = -sum over the classes C of the path of lambda(C) log p(C | parent(C)), lambda(C) =
     exp(-alpha h(C)), where p(C | parent(C)) = p(C) / p(parent(C)), p(C) is the sum of p(leaf) below
     C, and the height h(C) is the steps down to C's deepest leaf (0 for a leaf). Of a coarse label
@@ -159,8 +307,9 @@ def hxe_loss(
 
     Example:
         >>> tree = Taxonomy(['animal/cat', 'animal/dog', 'transport/ship'])
-        >>> leaf_logits = torch.tensor([[0.25, 0.25, 0.5]]).log()  # a half for animal, and a half of that for cat
-        >>> round(float(hxe_loss(leaf_logits, tree.expand([0]), tree, alpha=1)), 4)  # log 2 * (exp(-1) + 1)
+        >>> # a half for animal, and a half of that for cat: log 2 * (exp(-1) + 1)
+        >>> leaf_logits = torch.tensor([[0.25, 0.25, 0.5]]).log()
+        >>> round(float(hxe_loss(leaf_logits, tree.expand([0]), tree, alpha=1)), 4)
         0.9481
     """
     _check_from_zero("alpha", alpha)
@@ -169,10 +318,11 @@ def hxe_loss(
     above = F.pad(nodes[:, :-1], (1, 0))  # the root above all has probability 1
     # an impossible class costs inf, not inf - inf
     steps = torch.where(nodes > -torch.inf, nodes - above, nodes)
-    weights = torch.where(
-        paths >= 0, (-alpha * path_heights(paths, taxonomy).to(steps.dtype)).exp(), 0
-    )
-    return _mean(-torch.where(weights > 0, weights * steps, 0).sum(1), labelled, share)
+    heights = path_heights(paths, taxonomy).to(steps.dtype)
+    weights = torch.where(paths >= 0, (-alpha * heights).exp(), 0)
+    # 0 * -inf would be nan
+    weighted = torch.where(weights > 0, weights * steps, 0)  # (N, L)
+    return _mean(-weighted.sum(1), labelled, share)
 
 
 def soft_label_loss(
@@ -182,8 +332,7 @@ def soft_label_loss(
     beta: float = 10.0,
     share: bool = False,
 ) -> torch.Tensor:
-    """Cross-entropy of a flat classifier with soft labels that fall off with the distance in the
-    tree.
+    """Cross-entropy of a flat classifier with soft labels that fall off along the tree.
 
     L = -sum over leaves B of y(B) log p(B), y(B) = exp(-beta d(A, B)) / sum over C of exp(-beta
     d(A, C)), where A is the label and d(A, B) the height of the lowest common ancestor of A and B,
@@ -192,14 +341,12 @@ def soft_label_loss(
     cross-entropy.
 
     A coarse label A has the same distances, d = h(A) / L to each leaf below itself, but how its
-    mass is spread over
-    these leaves is left open: L = -y(A) log p(A) - sum over leaves B outside A of y(B) log p(B),
-        where y(A) and p(A)
-    are sums over the leaves below A. A large beta gives :func:`marginal_loss`.
+    mass is spread over these leaves is left open: L = -y(A) log p(A) - sum over leaves B outside A
+    of y(B) log p(B), where y(A) and p(A) are sums over the leaves below A. A large beta gives
+    :func:`marginal_loss`.
 
     Source: Bertinetto et al., "Making Better Mistakes", CVPR 2020 (arXiv 1912.09393), section 3.2;
-        coarse labels are
-    ours.
+    coarse labels are ours.
 
     Args:
         leaf_logits: (N, num_leaves).
@@ -222,9 +369,8 @@ def soft_label_loss(
     _check_from_zero("beta", beta)
     log_p, paths, labelled = _leaf_inputs(leaf_logits, labels, taxonomy)
     target, below = soft_targets(paths, taxonomy, beta, log_p.dtype)
-    inside = (target * below).sum(1) * deepest(
-        path_log_probabilities(log_p, paths, taxonomy), paths
-    )
+    log_p_label = deepest(path_log_probabilities(log_p, paths, taxonomy), paths)
+    inside = (target * below).sum(1) * log_p_label
     target = target.masked_fill_(below, 0)
     outside = torch.where(target > 0, target * log_p, 0).sum(1)  # 0 * -inf would be nan
     return _mean(-inside - outside, labelled, share)
@@ -254,13 +400,12 @@ def soft_labels(taxonomy: Taxonomy, beta: float = 10.0) -> torch.Tensor:
 
 
 def tree_path_kl(
-    level_logits: Sequence[torch.Tensor],
+    level_logits: LevelLogits,
     labels: torch.Tensor,
     taxonomy: Taxonomy,
     share: bool = False,
 ) -> torch.Tensor:
-    """Tree-path KL divergence: all levels' classes compete for one distribution, whose target is
-    the labelled path.
+    """Tree-path KL divergence: one distribution over all levels' classes, held to the path.
 
     L = KL(y || q) = -log m - 1/m sum over known levels l of log q(l, label_l): q is *one* softmax
     over the logits of the sample's m known levels side by side, and y gives each of its m labels
@@ -272,7 +417,8 @@ def tree_path_kl(
         (arXiv 2406.11608).
 
     Args:
-        level_logits: for each level logits (N, num_classes[level]).
+        level_logits: for each level logits (N, num_classes[level]), from coarse to fine, or a dict
+            of them by the levels' names.
         labels: (N, L), -1 for unknown.
         taxonomy: the tree of the levels.
         share: as in :func:`level_cross_entropy`.
@@ -308,10 +454,9 @@ def tree_path_kl(
 
 
 def consistency_loss(
-    level_logits: Sequence[torch.Tensor], taxonomy: Taxonomy, share: bool = False
+    level_logits: LevelLogits, taxonomy: Taxonomy, share: bool = False
 ) -> torch.Tensor:
-    """How far each level's answer is from the next level's, summed upwards: their Jensen-Shannon
-    divergence.
+    """Jensen-Shannon divergence of each level's answer and the next level's, summed upwards.
 
     L = mean over levels l < L - 1 of JSD(P_l, Q_l), JSD(P, Q) = (KL(P || M) + KL(Q || M)) / 2 with
     M = (P + Q) / 2. P_l is level l's softmax and Q_l the probability of its classes by level l + 1,
@@ -323,7 +468,8 @@ def consistency_loss(
     Hierarchy Aware Features for Reducing Mistake Severity", ECCV 2022 (arXiv 2207.12646).
 
     Args:
-        level_logits: for each level logits (N, num_classes[level]).
+        level_logits: for each level logits (N, num_classes[level]), from coarse to fine, or a dict
+            of them by the levels' names.
         taxonomy: the tree of the levels.
         share: average over the samples of all processes.
 
@@ -340,7 +486,7 @@ def consistency_loss(
         0.0
     """
     if taxonomy.num_levels < 2:
-        raise ValueError(f"consistency is between levels, and {taxonomy!r} has only one")
+        raise ValueError(f"Consistency is between levels, and {taxonomy!r} has only one.")
     p = [logits.softmax(-1) for logits in _level_inputs(level_logits, taxonomy)]
     total = torch.zeros_like(p[0][:, 0])
     for upper, lower, parents, heights in zip(
@@ -351,13 +497,16 @@ def consistency_loss(
         sums = torch.zeros_like(upper).index_add(1, parents.to(upper.device), lower)
         carried = torch.where(ends, upper, goes_on * sums)
         log_mean = _safe_log((upper + carried) / 2)
-        total = total + sum((y * (_safe_log(y) - log_mean)).sum(1) for y in (upper, carried)) / 2
+        for distribution in (upper, carried):
+            divergence = (distribution * (_safe_log(distribution) - log_mean)).sum(1)  # (N,)
+            total = total + divergence / 2
     return _mean(total / (len(p) - 1), torch.ones_like(total), share)
 
 
 def _mean(losses: torch.Tensor, weights: torch.Tensor, share: bool) -> torch.Tensor:
-    """Sum of the losses (N,) over the sum of the weights (N,), which is taken over all processes
-    if `share`; or 0.
+    """Sum of the losses (N,) over the sum of the weights (N,); 0 without any weight.
+
+    The weights are those of all processes if `share`.
     """
     known = weights.sum().detach().to(losses.dtype)
     if share and dist.is_available() and dist.is_initialized():
@@ -385,28 +534,32 @@ def _safe_log(p: torch.Tensor) -> torch.Tensor:
 
 def _check_from_zero(name: str, value: float) -> None:
     if not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"{name} must be a finite number from 0 upwards, got {value}")
+        raise ValueError(f"{name} must be a finite number from 0 upwards, got {value}.")
 
 
-def _level_inputs(level_logits: Sequence[torch.Tensor], taxonomy: Taxonomy) -> list[torch.Tensor]:
-    shapes = [tuple(logits.shape) for logits in level_logits]
+def _level_inputs(level_logits: LevelLogits, taxonomy: Taxonomy) -> list[torch.Tensor]:
+    """The logits from coarse to fine, in float32 at least."""
+    levels = in_order_of_levels(level_logits, taxonomy)
+    shapes = [tuple(logits.shape) for logits in levels]
     if not shapes or shapes != [(*shapes[0][:1], size) for size in taxonomy.num_classes]:
         raise ValueError(
-            f"level_logits must be one (N, K) for each level, K in {taxonomy.num_classes}, got {shapes}"
+            f"level_logits must be one (N, K) for each level, K in {taxonomy.num_classes}, got "
+            f"{shapes}."
         )
-    return [_at_least_float32(logits) for logits in level_logits]
+    return [_at_least_float32(logits) for logits in levels]
 
 
 def _leaf_inputs(
     leaf_logits: torch.Tensor, labels: torch.Tensor, taxonomy: Taxonomy
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Log-probabilities of leaves (N, leaves), paths (N, L) without gaps, and which samples have
-    a label (N,).
+    """What losses of leaves compute with.
+
+    Log-probabilities (N, leaves), paths (N, L) without gaps, which samples have a label (N,).
     """
     if leaf_logits.ndim != 2 or leaf_logits.shape[1] != taxonomy.num_leaves:
         raise ValueError(
             f"leaf_logits must be (N, {taxonomy.num_leaves}), one column per leaf, got "
-            f"{tuple(leaf_logits.shape)}"
+            f"{tuple(leaf_logits.shape)}."
         )
     check_labels(labels, taxonomy, len(leaf_logits))
     paths = complete_paths(labels, taxonomy)
