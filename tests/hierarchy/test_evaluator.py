@@ -226,7 +226,6 @@ def test_levels_that_are_not_a_number():
 
 
 # -- classes
-# -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("decoder", ["independent", "leaf-marginal"])
@@ -296,7 +295,6 @@ def test_no_matrix_of_very_many_classes():
 
 
 # -- several processes
-# ---------------------------------------------------------------------------------------------
 
 
 def worker(rank, folder):
@@ -366,7 +364,6 @@ def test_an_update_ends_the_joined_count(monkeypatch):
 
 
 # -- what is refused
-# -----------------------------------------------------------------------------------------------
 
 
 def test_what_is_refused():

@@ -32,7 +32,6 @@ trees = pytest.mark.parametrize("tree", TREES.values(), ids=TREES)
 
 
 # -- by hand
-# -------------------------------------------------------------------------------------------------------
 
 
 def answered(tree, row):
@@ -161,7 +160,6 @@ def test_distance_at_1_is_the_distance(tree):
 
 
 # -- hiclass
-# -------------------------------------------------------------------------------------------------------
 
 
 def texts(tree, row):
@@ -204,7 +202,6 @@ def test_contradictions_score_as_several_paths_in_hiclass():
 
 
 # -- edges
-# ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -306,7 +306,7 @@ class TestReading:
             {"kind": "linear", "points": {"0": [1, 0], "3": [0, 1]}}
         ) == LinearSchedule({0: (1, 0), 3: (0, 1)})
         assert get_schedule([1, 2], num_levels=2) == ConstantSchedule((1, 2))
-        with pytest.raises(ValueError, match="a schedule is"):
+        with pytest.raises(ValueError, match="A schedule is"):
             get_schedule(3)
 
     @pytest.mark.parametrize(
@@ -417,7 +417,7 @@ def test_a_kind_without_a_text_form_says_so():
 
 
 def test_needs_no_torch():
-    """Schedules are plain arithmetic: they import nothing but the standard library and each other."""
+    """Schedules are plain arithmetic: they import the standard library and each other."""
     folder = Path(schedules.__file__).parent
     for file in sorted(folder.glob("*.py")):
         for node in ast.walk(ast.parse(file.read_text())):

@@ -1,7 +1,4 @@
-"""What losses need to know of labelled paths.
-
-Their heights, the leaves below, and sums over these.
-"""
+"""What losses need to know of labelled paths: heights, the leaves below, and sums over these."""
 
 from __future__ import annotations
 
@@ -66,13 +63,9 @@ def complete_paths(labels: torch.Tensor, taxonomy: Taxonomy) -> torch.Tensor:
 def path_heights(paths: torch.Tensor, taxonomy: Taxonomy) -> torch.Tensor:
     """The height of each class of the paths (N, L); of unknown ones, any."""
     heights = [height.to(paths.device) for height in taxonomy.heights]
-    return torch.stack(
-        [
-            height[label]
-            for height, label in zip(heights, paths.clamp(min=0).unbind(1), strict=True)
-        ],
-        1,
-    )
+    labels = paths.clamp(min=0).unbind(1)
+    columns = [height[label] for height, label in zip(heights, labels, strict=True)]
+    return torch.stack(columns, 1)
 
 
 def deepest(values: torch.Tensor, paths: torch.Tensor) -> torch.Tensor:
@@ -84,19 +77,25 @@ def deepest(values: torch.Tensor, paths: torch.Tensor) -> torch.Tensor:
 def path_log_probabilities(
     log_p: torch.Tensor, paths: torch.Tensor, taxonomy: Taxonomy
 ) -> torch.Tensor:
-    """Log p of the classes of the paths (N, L), the sums of their leaves' probabilities; 0 where
-    unknown.
+    """Log p of the classes of the paths (N, L); 0 where unknown.
 
-    Only leaves below these classes are read, padded to the largest class of the level: at 10,000
-        leaves this is some
-    twenty times quicker than sums over all leaves for every level.
+    These are the sums of their leaves' probabilities. Only leaves below these classes are read,
+    padded to the largest class of the level: at 10,000 leaves this is some twenty times quicker
+    than sums over all leaves for every level.
+
+    Args:
+        log_p: (N, leaves).
+        paths: (N, L), -1 where unknown.
+        taxonomy: The tree.
     """
-    table, device = taxonomy.leaf_table, log_p.device
+    table = taxonomy.leaf_table  # (leaves, L)
+    device = log_p.device
     order = torch.arange(len(table), device="cpu")
     for column in table.T.flip(0):
         order = order[column[order].argsort(stable=True)]
     # depth first: the leaves below a class are neighbours now
-    columns, inside = [], []
+    columns = []  # for each level (N, largest class): places of the leaves in this order
+    inside = []  # which of these are leaves below the class
     for level, classes in enumerate(taxonomy.num_classes):
         reaches = (table[order, level] >= 0).nonzero()[:, 0]
         node = table[order[reaches], level]
@@ -108,29 +107,34 @@ def path_log_probabilities(
         step = torch.arange(int(size.max()), device=device)
         columns.append((first.to(device)[label, None] + step).clamp(max=len(table) - 1))
         inside.append(step < size.to(device)[label, None])
-    leaves = log_p.gather(1, order.to(device)[torch.cat(columns, 1)]).masked_fill(
-        ~torch.cat(inside, 1), -torch.inf
-    )
-    sums = []
-    for part in leaves.split([mask.shape[1] for mask in inside], 1):
-        # logsumexp, but without a gradient of nan where all are -inf
-        top = part.detach().amax(1)
-        top = top.where(top.isfinite(), 0)
-        total = (part - top[:, None]).exp().sum(1)
-        sums.append((total.where(total > 0, 1).log() + top).where(total > 0, -torch.inf))
+    leaves = log_p.gather(1, order.to(device)[torch.cat(columns, 1)])
+    leaves = leaves.masked_fill(~torch.cat(inside, 1), -torch.inf)
+    widths = [mask.shape[1] for mask in inside]
+    sums = [_log_sum_exp(of_level) for of_level in leaves.split(widths, 1)]
     return torch.where(paths >= 0, torch.stack(sums, 1), 0)
+
+
+def _log_sum_exp(values: torch.Tensor) -> torch.Tensor:
+    """As torch's over dim 1, but without a gradient of nan where all are -inf."""
+    top = values.detach().amax(1)
+    top = top.where(top.isfinite(), 0)
+    total = (values - top[:, None]).exp().sum(1)
+    log_total = total.where(total > 0, 1).log() + top
+    return log_total.where(total > 0, -torch.inf)
 
 
 def soft_targets(
     paths: torch.Tensor, taxonomy: Taxonomy, beta: float, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Soft labels (N, leaves) of paths, and which leaves (N, leaves) are below the deepest known
-    class.
+    """Soft labels of paths (N, L).
+
+    Returns:
+        The labels (N, leaves), and which leaves (N, leaves) are below the deepest known class.
     """
+    # how many levels each leaf shares with the path
     shared = torch.zeros(len(paths), taxonomy.num_leaves, dtype=torch.uint8, device=paths.device)
-    for leaves, label in zip(
-        taxonomy.leaf_table.T.to(paths.device, torch.int32), paths.int().unbind(1), strict=True
-    ):
+    leaf_columns = taxonomy.leaf_table.T.to(paths.device, torch.int32)  # (L, leaves)
+    for leaves, label in zip(leaf_columns, paths.int().unbind(1), strict=True):
         shared += leaves == label.masked_fill(label < 0, -2)[:, None]  # -1 is nobody's ancestor
     # the root above all comes first
     heights = F.pad(path_heights(paths, taxonomy), (1, 0), value=taxonomy.num_levels)

@@ -110,8 +110,8 @@ def in_order_of_levels(
         if missing:
             raise ValueError(
                 f"level_logits lacks the levels {missing} of the taxonomy; it has "
-                f"{list(level_logits)}. Of outputs under other names give the tensors from coarse to "
-                f"fine, as list(logits.values()) does where they are in this order."
+                f"{list(level_logits)}. Of outputs under other names give the tensors from coarse "
+                f"to fine, as list(logits.values()) does where they are in this order."
             )
         return [level_logits[level] for level in taxonomy.levels]
     if isinstance(level_logits, torch.Tensor):

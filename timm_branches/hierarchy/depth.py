@@ -1,7 +1,4 @@
-"""Answering only as finely as one is sure.
-
-Backing off up the path, and what that does to depth and accuracy.
-"""
+"""Answering only as finely as one is sure: backing off, and what it does to depth and accuracy."""
 
 from __future__ import annotations
 
@@ -31,8 +28,9 @@ class Prediction(NamedTuple):
 
 
 class DepthAccuracy(NamedTuple):
-    """Accuracy and depth of the answers over the threshold, as :func:`depth_accuracy_curve`
-    measures them.
+    """Accuracy and depth of the answers over the threshold.
+
+    See :func:`depth_accuracy_curve`.
 
     Attributes:
         thresholds: tensor (T,).
@@ -53,17 +51,16 @@ def _check_prediction(prediction: Prediction) -> None:
     labels, probabilities = prediction
     if labels.ndim != 2 or labels.shape != probabilities.shape:
         raise ValueError(
-            f"a prediction's labels and probabilities must both have shape (N, L), got "
-            f"{tuple(labels.shape)} and {tuple(probabilities.shape)}"
+            f"A prediction's labels and probabilities must both have shape (N, L), got "
+            f"{tuple(labels.shape)} and {tuple(probabilities.shape)}."
         )
 
 
 def _check_thresholds(thresholds: torch.Tensor) -> None:
     wrong = ~((thresholds >= 0) & (thresholds <= 1))  # catches nan too
     if wrong.any():
-        raise ValueError(
-            f"threshold must be a probability in [0, 1], got {float(thresholds[wrong].flatten()[0]):g}"
-        )
+        first = float(thresholds[wrong].flatten()[0])
+        raise ValueError(f"threshold must be a probability in [0, 1], got {first:g}.")
 
 
 def back_off(prediction: Prediction, threshold: float | torch.Tensor) -> Prediction:
@@ -95,8 +92,8 @@ def back_off(prediction: Prediction, threshold: float | torch.Tensor) -> Predict
     limit = torch.as_tensor(threshold, dtype=probabilities.dtype, device=probabilities.device)
     if limit.shape not in ((), (labels.shape[1],)):
         raise ValueError(
-            f"threshold must be a number or have one value for each of the {labels.shape[1]} levels, got "
-            f"shape {tuple(limit.shape)}"
+            f"threshold must be a number or have one value for each of the {labels.shape[1]} "
+            f"levels, got shape {tuple(limit.shape)}."
         )
     _check_thresholds(limit)
     keep = ((probabilities >= limit) & (labels >= 0)).cumprod(1).bool()
@@ -128,12 +125,13 @@ def depth_accuracy_curve(
         ValueError: if shapes differ, labels are no class indices, or a threshold is outside [0, 1].
 
     Source: the trade-off of accuracy against specificity is that of Deng et al., "Hedging your
-        bets", CVPR 2012, with
-    depth in place of their information gain.
+    bets", CVPR 2012, with depth in place of their information gain.
 
     Example:
-        >>> guess = Prediction(torch.tensor([[0, 1], [1, 2]]), torch.tensor([[0.9, 0.8], [0.7, 0.4]]))
-        >>> curve = depth_accuracy_curve(guess, torch.tensor([[0, 1], [1, 3]]), torch.tensor([0.0, 0.5]))
+        >>> probabilities = torch.tensor([[0.9, 0.8], [0.7, 0.4]])
+        >>> guess = Prediction(torch.tensor([[0, 1], [1, 2]]), probabilities)
+        >>> labels = torch.tensor([[0, 1], [1, 3]])
+        >>> curve = depth_accuracy_curve(guess, labels, torch.tensor([0.0, 0.5]))
         >>> curve.accuracy.tolist(), curve.mean_depth.tolist()
         ([0.5, 1.0], [2.0, 1.5])
     """
@@ -143,15 +141,11 @@ def depth_accuracy_curve(
         # linspace's 0.29 is not the number 0.29
         thresholds = torch.arange(101, dtype=torch.double, device="cpu") / 100
     if thresholds.ndim != 1:
-        raise ValueError(f"thresholds must have shape (T,), got {tuple(thresholds.shape)}")
+        raise ValueError(f"thresholds must have shape (T,), got {tuple(thresholds.shape)}.")
     _check_thresholds(thresholds)
-    # the highest threshold that each level's answer survives; it never rises down the path
-    support = (
-        prediction.probabilities.where(prediction.labels >= 0, -1)
-        .nan_to_num(nan=-1)
-        .cummin(1)
-        .values
-    )
+    # (N, L): the highest threshold that each level's answer survives; it never rises down the path
+    answered = prediction.probabilities.where(prediction.labels >= 0, -1)
+    support = answered.nan_to_num(nan=-1).cummin(1).values
     limits = thresholds.to(support)
     count, levels = support.shape
 
@@ -159,7 +153,7 @@ def depth_accuracy_curve(
         """(T,): how many values reach each threshold."""
         return (len(values) - torch.searchsorted(values.sort().values, limits)).double()
 
-    judged = torch.zeros(count, dtype=torch.bool, device=support.device)
+    judged = torch.zeros(count, dtype=torch.bool, device=support.device)  # has a label so far
     right = judged.clone()
     reached = [at_least(support.new_ones(count))]  # by 0, 1, ... L levels; everyone has 0
     hits, answers = torch.zeros_like(reached[0]), torch.zeros_like(reached[0])
@@ -172,16 +166,17 @@ def depth_accuracy_curve(
             if level + 1 < levels:  # those who go on are judged there
                 total -= at_least(support[which, level + 1])
         reached.append(at_least(support[:, level]))
-    by_depth = torch.stack(reached, 1)
-    shares = (by_depth - torch.cat([by_depth[:, 1:], torch.zeros_like(by_depth[:, :1])], 1)) / count
-    return DepthAccuracy(thresholds, by_depth[:, 1:].sum(1) / count, hits / answers, shares)
+    by_depth = torch.stack(reached, 1)  # (T, L + 1): who answers at least so deep
+    deeper = torch.cat([by_depth[:, 1:], torch.zeros_like(by_depth[:, :1])], 1)
+    shares = (by_depth - deeper) / count
+    mean_depth = by_depth[:, 1:].sum(1) / count
+    return DepthAccuracy(thresholds, mean_depth, hits / answers, shares)
 
 
 def plot_depth_accuracy(
     curves: DepthAccuracy | Mapping[str, DepthAccuracy], path: str | os.PathLike
 ) -> Path:
-    """Draw accuracy and mean depth over the threshold, and one against the other, into a PNG,
-    atomically.
+    """Draw accuracy and mean depth over the threshold, and one against the other.
 
     Args:
         curves: one curve, or several by name, such as one for each decoder.
@@ -197,18 +192,15 @@ def plot_depth_accuracy(
 
     by_name = {"": curves} if isinstance(curves, DepthAccuracy) else dict(curves)
     if not by_name:
-        raise ValueError("there is nothing to plot: no curves are given")
+        raise ValueError("There is nothing to plot: no curves are given.")
     figure = new_figure(10.5, 3.6)
     over_accuracy, over_depth, trade = figure.subplots(1, 3)
     for i, (name, curve) in enumerate(by_name.items()):
         thresholds, depth, accuracy, _ = (values.double().cpu().numpy() for values in curve)
         # dashes of different length show lines that lie upon each other
-        style = {
-            "color": COLOURS[i % len(COLOURS)],
-            "linewidth": 2,
-            "label": name,
-            "dashes": (4, 1 + i / 2) if i else (),
-        }
+        dashes = (4, 1 + i / 2) if i else ()
+        colour = COLOURS[i % len(COLOURS)]
+        style = {"color": colour, "linewidth": 2, "label": name, "dashes": dashes}
         over_accuracy.plot(thresholds, 100 * accuracy, **style)
         over_depth.plot(thresholds, depth, **style)
         trade.plot(depth, 100 * accuracy, **style)

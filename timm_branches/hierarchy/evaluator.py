@@ -92,8 +92,8 @@ class HierarchyEvaluator:
         >>> logits = {'coarse': coarse, 'fine': fine}
         >>> evaluator.update(logits, tree.expand([0, 0]))
         >>> metrics = evaluator.compute()
-        >>> metrics['coarse_top1'], metrics['fine_top1'], metrics['consistency'], metrics['severity']
-        (100.0, 50.0, 50.0, 2.0)
+        >>> metrics['coarse_top1'], metrics['fine_top1'], metrics['severity']
+        (100.0, 50.0, 2.0)
     """
 
     default_metric = "full_path"
@@ -123,8 +123,8 @@ class HierarchyEvaluator:
         if taxonomy is not None and self.levels != taxonomy.levels:
             if sorted(self.levels) == sorted(taxonomy.levels):
                 raise ValueError(
-                    f"The levels {list(self.levels)} are the taxonomy's in another order: give them "
-                    f"from coarse to fine, {list(taxonomy.levels)}."
+                    f"The levels {list(self.levels)} are the taxonomy's in another order: give "
+                    f"them from coarse to fine, {list(taxonomy.levels)}."
                 )
         if decoder not in DECODERS:
             raise ValueError(
@@ -149,8 +149,8 @@ class HierarchyEvaluator:
         missing = [name for name in self.levels if name not in output]
         if missing:
             raise ValueError(
-                f"The output lacks the levels {missing}: evaluation takes a dict with the logits of "
-                f"{list(self.levels)}, got {list(output)}."
+                f"The output lacks the levels {missing}: evaluation takes a dict with the logits "
+                f"of {list(self.levels)}, got {list(output)}."
             )
         return [output[name] for name in self.levels]
 
@@ -324,7 +324,7 @@ class HierarchyEvaluator:
         return self.compute()
 
     def confusion_matrices(self, joined: bool = True) -> list[torch.Tensor | None]:
-        """Per level counts (K, K); of all processes once these are joined, unless `joined` is false.
+        """Per level counts (K, K), of all processes once they are joined unless `joined` is false.
 
         Rows are labels and columns answers. None for a level of more than 1,000 classes;
         :meth:`class_report` knows each of its classes all the same. Samples with a label but no

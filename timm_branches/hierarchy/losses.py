@@ -198,8 +198,8 @@ def level_cross_entropy(
     if class_weights is not None:
         if class_weights.shape != logits.shape[1:]:
             raise ValueError(
-                f"class_weights must hold one weight for each of the {logits.shape[1]} classes, got "
-                f"shape {tuple(class_weights.shape)}."
+                f"class_weights must hold one weight for each of the {logits.shape[1]} classes, "
+                f"got shape {tuple(class_weights.shape)}."
             )
         class_weights = class_weights.to(logits.dtype)
     if target.is_floating_point():

@@ -115,7 +115,7 @@ def register_metric(
     result: Callable[..., torch.Tensor] | None = None,
     needs_taxonomy: bool = False,
 ) -> Callable[..., Any]:
-    """Add a metric to every :class:`HierarchyEvaluator` made from now on, and so to logs and tables.
+    """Add a metric to each :class:`HierarchyEvaluator` made from now on: to logs and tables.
 
     Args:
         name: What it is called, also by `--eval-metric`.
@@ -162,7 +162,8 @@ def register_metric(
     # the same function again is a module or a notebook's cell that is run again
     if earlier is not None and _origin(earlier.function) != _origin(function):
         raise ValueError(
-            f"The metric {name!r} is registered already, by {earlier.function!r}; choose another name."
+            f"The metric {name!r} is registered already, by {earlier.function!r}; choose another "
+            f"name."
         )
     if result is None:
         metric = Metric(name, _MeanOverSamples(name, function), _mean, higher_is_better)

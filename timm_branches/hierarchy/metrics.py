@@ -1,6 +1,6 @@
-"""Accuracy on a hierarchy, by the standard definitions; all on label rows with one column per
-level.
+"""Accuracy on a hierarchy, by the standard definitions.
 
+All is on label rows with one column per level.
 -1 in a label is "unknown at this level": the level is left out for that sample, neither right nor
 wrong.
 """
@@ -32,16 +32,17 @@ def check_pair(predictions: torch.Tensor, labels: torch.Tensor) -> None:
     if predictions.ndim != 2 or predictions.shape != labels.shape:
         raise ValueError(
             f"predictions and labels must both have shape (N, L), one column per level, got "
-            f"{tuple(predictions.shape)} and {tuple(labels.shape)}"
+            f"{tuple(predictions.shape)} and {tuple(labels.shape)}."
         )
     for name, tensor in (("predictions", predictions), ("labels", labels)):
         if tensor.is_floating_point() or tensor.is_complex():
             raise ValueError(
-                f"{name} must be class indices (integers), got a tensor of {tensor.dtype}; take the "
-                f"argmax of logits first"
+                f"{name} must be class indices (integers), got a tensor of {tensor.dtype}; take "
+                f"the argmax of logits first."
             )
     if labels.numel() and int(labels.min()) < -1:
-        raise ValueError(f"labels must be class indices or -1 (unknown), got {int(labels.min())}")
+        lowest = int(labels.min())
+        raise ValueError(f"labels must be class indices or -1 (unknown), got {lowest}.")
 
 
 def level_accuracy(predictions: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -96,15 +97,17 @@ def top_k_accuracy(logits: torch.Tensor, labels: torch.Tensor, k: int = 5) -> to
         ValueError: if there are fewer than `k` classes, or the shapes are others.
 
     Example:
-        >>> float(top_k_accuracy(torch.tensor([[3., 2., 1.], [3., 2., 1.]]), torch.tensor([1, 2]), k=2))
+        >>> logits = torch.tensor([[3., 2., 1.], [3., 2., 1.]])
+        >>> float(top_k_accuracy(logits, torch.tensor([1, 2]), k=2))
         0.5
     """
     if logits.ndim != 2 or labels.shape != logits.shape[:1]:
         raise ValueError(
-            f"logits must be (N, K) and labels (N,), got {tuple(logits.shape)} and {tuple(labels.shape)}"
+            f"logits must be (N, K) and labels (N,), got {tuple(logits.shape)} and "
+            f"{tuple(labels.shape)}."
         )
     if not 1 <= k <= logits.shape[1]:
-        raise ValueError(f"k must be between 1 and the {logits.shape[1]} classes, got {k}")
+        raise ValueError(f"k must be between 1 and the {logits.shape[1]} classes, got {k}.")
     return ratio(*top_k_counts(logits, labels, k))
 
 
@@ -119,8 +122,8 @@ def top_k_counts(
 def full_path_accuracy(predictions: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Share of samples that are right on every level that is known (FPA, exact match).
 
-    Source: Park et al., "Visually Consistent Hierarchical Image Classification", ICLR 2025 (arXiv
-        2406.11608).
+    Source: Park et al., "Visually Consistent Hierarchical Image Classification", ICLR 2025
+    (arXiv 2406.11608).
 
     Args:
         predictions: LongTensor (N, L), class indices per level.
@@ -134,7 +137,8 @@ def full_path_accuracy(predictions: torch.Tensor, labels: torch.Tensor) -> torch
         ValueError: as for :func:`level_accuracy`.
 
     Example:
-        >>> float(full_path_accuracy(torch.tensor([[0, 1], [1, 3]]), torch.tensor([[0, 1], [1, 2]])))
+        >>> predictions, labels = torch.tensor([[0, 1], [1, 3]]), torch.tensor([[0, 1], [1, 2]])
+        >>> float(full_path_accuracy(predictions, labels))
         0.5
     """
     check_pair(predictions, labels)
@@ -177,9 +181,8 @@ def consistency(predictions: torch.Tensor, taxonomy: Taxonomy) -> torch.Tensor:
 def tree_inconsistency_error(predictions: torch.Tensor, taxonomy: Taxonomy) -> torch.Tensor:
     """Share of samples whose predictions form no path of the tree (TICE): 1 - :func:`consistency`.
 
-    Source: Park et al., "Visually Consistent Hierarchical Image Classification", ICLR 2025 (arXiv
-        2406.11608), where
-    it is the tree-based inconsistency error rate.
+    Source: Park et al., "Visually Consistent Hierarchical Image Classification", ICLR 2025
+    (arXiv 2406.11608), where it is the tree-based inconsistency error rate.
 
     Args:
         predictions: LongTensor (N, L), class indices per level.
@@ -193,7 +196,8 @@ def tree_inconsistency_error(predictions: torch.Tensor, taxonomy: Taxonomy) -> t
 
     Example:
         >>> tree = Taxonomy(['animal/cat', 'animal/dog', 'transport/ship'])
-        >>> float(tree_inconsistency_error(torch.tensor([[0, 1], [1, 1], [1, 2], [0, 0]]), tree))
+        >>> predictions = torch.tensor([[0, 1], [1, 1], [1, 2], [0, 0]])
+        >>> float(tree_inconsistency_error(predictions, tree))
         0.25
     """
     return 1 - consistency(predictions, taxonomy)
@@ -215,8 +219,10 @@ def class_scores(
         that has neither.
 
     Example:
-        >>> [y.tolist() for y in class_scores(torch.tensor([1, 0]), torch.tensor([2, 0]), torch.tensor([1, 1]))]
-        [[0.5, nan], [1.0, 0.0], [0.6666666666666666, 0.0]]
+        >>> right, predicted, labelled = torch.tensor([[1, 0], [2, 0], [1, 1]])
+        >>> precision, recall, f1 = class_scores(right, predicted, labelled)
+        >>> precision.tolist(), recall.tolist()
+        ([0.5, nan], [1.0, 0.0])
     """
     right = right.double()
     return right / predicted, right / labelled, 2 * right / (predicted + labelled)
@@ -230,27 +236,29 @@ def format_class_report(rows: Sequence[dict[str, Any]]) -> str:
             ``support``.
 
     Example:
-        >>> print(format_class_report([{'level': 'fine', 'class': 'cat', 'precision': 50.0, 'recall': 100.0,
-        ...                             'f1': 66.667, 'support': 1}]))
+        >>> row = {'level': 'fine', 'class': 'cat', 'precision': 50.0, 'recall': 100.0,
+        ...        'f1': 66.667, 'support': 1}
+        >>> print(format_class_report([row]))
         level  class  precision   recall       f1  support
         fine   cat        50.00   100.00    66.67        1
     """
-    wide = [max(len(str(row[key])) for row in ({key: key}, *rows)) for key in ("level", "class")]
-    lines = [f"{'level':<{wide[0]}}  {'class':<{wide[1]}}  precision   recall       f1  support"]
-    lines += [
-        f"{row['level']:<{wide[0]}}  {row['class']:<{wide[1]}}  {row['precision']:9.2f}  {row['recall']:7.2f}  "
-        f"{row['f1']:7.2f}  {row['support']:7d}"
-        for row in rows
-    ]
+    level_width = max([len("level"), *(len(row["level"]) for row in rows)])
+    class_width = max([len("class"), *(len(row["class"]) for row in rows)])
+    names = f"{'level':<{level_width}}  {'class':<{class_width}}"
+    lines = [f"{names}  precision   recall       f1  support"]
+    for row in rows:
+        names = f"{row['level']:<{level_width}}  {row['class']:<{class_width}}"
+        scores = f"{row['precision']:9.2f}  {row['recall']:7.2f}  {row['f1']:7.2f}"
+        lines.append(f"{names}  {scores}  {row['support']:7d}")
     return "\n".join(lines)
 
 
 def expected_calibration_error(
     confidences: torch.Tensor, right: torch.Tensor, num_bins: int = 15
 ) -> torch.Tensor:
-    """Expected calibration error (ECE) with bins of equal width: how far confidence is from
-    accuracy.
+    """Expected calibration error (ECE), with bins of equal width.
 
+    It says how far confidence is from accuracy:
     ECE = sum over bins B of |B| / n * |accuracy(B) - mean confidence(B)|, equation (3) of Guo et
     al., "On Calibration of Modern Neural Networks", ICML 2017 (arXiv 1706.04599). Bin m holds the
     confidences in ((m - 1) / M, m / M], as there; torchmetrics closes its bins on the other side
@@ -269,18 +277,18 @@ def expected_calibration_error(
         ValueError: if the shapes differ or are not (N,).
 
     Example:
-        >>> float(expected_calibration_error(torch.tensor([0.75, 0.75]), torch.tensor([True, False])))
+        >>> confidences, right = torch.tensor([0.75, 0.75]), torch.tensor([True, False])
+        >>> float(expected_calibration_error(confidences, right))
         0.25
     """
     if confidences.ndim != 1 or confidences.shape != right.shape:
         raise ValueError(
             f"confidences and right must both be (N,), got {tuple(confidences.shape)} and "
-            f"{tuple(right.shape)}"
+            f"{tuple(right.shape)}."
         )
     counted = torch.ones_like(right, dtype=torch.bool)
-    return calibration_error(
-        *calibration_bins(confidences, right.bool(), counted, num_bins, torch.float64)
-    )
+    sums = calibration_bins(confidences, right.bool(), counted, num_bins, torch.float64)
+    return calibration_error(*sums)
 
 
 def calibration_bins(
@@ -290,17 +298,18 @@ def calibration_bins(
     num_bins: int,
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """How many samples (N, ...) are in each bin, how many of them right, and the sum of their
-    confidences (..., M).
+    """The sums over samples (N, ...) that are all that ECE needs.
 
-    These sums are all that ECE needs: batches and processes add up exactly, in memory that does not
-        grow with N.
+    Batches and processes add up exactly, in memory that does not grow with N.
+
+    Returns:
+        Of each bin (..., M) how many samples are in it, how many of them are right, and the sum of
+        their confidences.
     """
-    edges = torch.linspace(0, 1, num_bins + 1, device=confidences.device, dtype=confidences.dtype)[
-        1:-1
-    ]
-    bins = torch.bucketize(confidences.contiguous(), edges)[..., None]
-    inside = (bins == torch.arange(num_bins, device=confidences.device)) & counted[..., None]
+    device = confidences.device
+    edges = torch.linspace(0, 1, num_bins + 1, device=device, dtype=confidences.dtype)
+    bins = torch.bucketize(confidences.contiguous(), edges[1:-1])[..., None]
+    inside = (bins == torch.arange(num_bins, device=device)) & counted[..., None]  # (N, ..., M)
     sums = torch.where(inside, confidences[..., None].to(dtype), 0).sum(0)
     return inside.sum(0), (inside & right[..., None]).sum(0), sums
 
@@ -313,8 +322,7 @@ def calibration_error(
 
 
 def sum_upwards(leaf_logits: torch.Tensor, taxonomy: Taxonomy) -> list[torch.Tensor]:
-    """Every level's log-probabilities from a flat classifier: leaf probabilities are summed up the
-    tree.
+    """Every level's log-probabilities from a flat classifier, by sums up the tree.
 
     This is what a flat baseline says about the coarse levels. It is computed as a log-sum-exp of
     the leaves' log-softmax, so nothing underflows however sure the classifier is.
@@ -333,16 +341,17 @@ def sum_upwards(leaf_logits: torch.Tensor, taxonomy: Taxonomy) -> list[torch.Ten
 
     Example:
         >>> tree = Taxonomy(['animal/cat', 'animal/dog', 'transport/ship'])
-        >>> [level.exp().tolist() for level in sum_upwards(torch.tensor([0.25, 0.25, 0.5]).log(), tree)]
+        >>> levels = sum_upwards(torch.tensor([0.25, 0.25, 0.5]).log(), tree)
+        >>> [level.exp().tolist() for level in levels]
         [[0.5, 0.5], [0.25, 0.25, 0.5]]
     """
     if leaf_logits.ndim < 1 or leaf_logits.shape[-1] != taxonomy.num_leaves:
         raise ValueError(
             f"leaf_logits must have one column per leaf, shape (..., {taxonomy.num_leaves}), got "
-            f"{tuple(leaf_logits.shape)}"
+            f"{tuple(leaf_logits.shape)}."
         )
     if not leaf_logits.is_floating_point():
-        raise ValueError(f"leaf_logits must be floating point, got {leaf_logits.dtype}")
+        raise ValueError(f"leaf_logits must be floating point, got {leaf_logits.dtype}.")
     # half precision would lose the small leaves of a large tree
     log_p = leaf_logits.to(torch.promote_types(leaf_logits.dtype, torch.float32)).log_softmax(-1)
     # from the deepest level up: a class is the sum of its children, so the leaves themselves are
@@ -362,10 +371,7 @@ def sum_upwards(leaf_logits: torch.Tensor, taxonomy: Taxonomy) -> list[torch.Ten
 
 
 def _log_sum_exp(values: torch.Tensor, index: torch.Tensor, size: int) -> torch.Tensor:
-    """Log of the sums of exp(values) (..., K) that have the same index (K,) in 0 ...
-
-    size - 1; (..., size).
-    """
+    """Log of the sums of exp(values) (..., K) of equal index (K,), for each index (..., size)."""
     if size == len(index):  # no two of them: a permutation
         return values.index_select(-1, index.argsort())
     shape = (*values.shape[:-1], size)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +30,20 @@ __all__ = ["dendrogram_figure", "plot_dendrogram", "plot_taxonomy", "taxonomy_fi
 
 # points: a leaf's row, between columns, around all, of the font
 _ROW, _GAP, _MARGIN, _SIZE = 13.0, 26.0, 14.0, 8.5
+_BAR = 90.0  # points that a colour bar takes
 _MOST_LEAVES = 2000  # Agg draws at most 2 ** 16 pixels
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where things stand, in points from the upper left corner."""
+
+    columns: list[float]  # x of each level's nodes
+    spots: dict[NodePath, tuple[float, float]]
+    ends: dict[NodePath, float]  # x where each node's name ends
+    head: float  # y of the first row
+    width: float
+    height: float
 
 
 def plot_taxonomy(
@@ -45,7 +59,10 @@ def plot_taxonomy(
     Args:
         tree: what to draw.
         file: the PNG; missing folders are made.
-        values, highlight, title, value_name: see :func:`taxonomy_figure`.
+        values: see :func:`taxonomy_figure`.
+        highlight: as there.
+        title: as there.
+        value_name: as there.
 
     Returns:
         The file's path.
@@ -63,8 +80,9 @@ def taxonomy_figure(
     title: str = "",
     value_name: str = "",
 ) -> Figure:
-    """The tree from left to right, a column per level, a line per leaf; it is as large as its names
-    need.
+    """The tree from left to right, a column per level, a line per leaf.
+
+    The picture is as large as its names need.
 
     Args:
         tree: what to draw, up to 2,000 leaves.
@@ -92,68 +110,98 @@ def taxonomy_figure(
     numbers = _check_values(tree, values)
     marked = _check_row(tree, highlight)
     if value_name and values is None:
-        raise ValueError(f"value_name {value_name!r} names values, but there are none")
+        raise ValueError(f"value_name {value_name!r} names values, but there are none.")
     if tree.num_leaves > _MOST_LEAVES:
         raise ValueError(
-            f"{tree.num_leaves} leaves are too many for a picture, at most {_MOST_LEAVES}; prune the tree "
-            f"first"
+            f"{tree.num_leaves} leaves are too many for a picture, at most {_MOST_LEAVES}; prune "
+            f"the tree first."
         )
-    heights, children = _rows(tree)
-    texts = {
-        node: node[-1]
-        + (f"  {numbers[node]:.2f}" if math.isfinite(numbers.get(node, math.nan)) else "")
-        for node in heights
-    }
-    widths = [[_width(texts[node], node in marked) for node in level] for level in tree.nodes]
-    left, columns = _MARGIN, []  # where each level's nodes stand
-    for level, name in zip(widths, tree.levels, strict=True):
-        columns.append(left)
-        left += max(*level, _width(name), 0) + _GAP
-    bar = 90.0 if numbers else 0.0
-    head = _MARGIN + 1.6 * _ROW + (2 * _ROW if title else 0)
-    width = max(left - _GAP + _MARGIN + bar, _width(title) * 1.5 + 2 * _MARGIN)
-    height = head + _ROW * tree.num_leaves + _MARGIN
-    if numbers:
-        height = max(height, 150.0)
-    figure = new_figure(width / 72, height / 72)
+    rows, children = _rows(tree)
+    texts = _node_texts(rows, numbers)
+    layout = _lay_out(tree, rows, texts, marked, title, with_bar=bool(numbers))
+    figure = new_figure(layout.width / 72, layout.height / 72)
     figure.set_layout_engine("none")
     axes = figure.add_axes((0, 0, 1, 1))  # in points, so that names of known width fit
-    axes.set(xlim=(0, width), ylim=(height, 0))
+    axes.set(xlim=(0, layout.width), ylim=(layout.height, 0))
     axes.axis("off")
     if title:
         axes.text(_MARGIN, _MARGIN + _ROW / 2, title, fontsize=12, color=INK, va="center")
-    for x, name in zip(columns, tree.levels, strict=True):
-        axes.text(
-            x, head - _ROW, name, fontsize=_SIZE, color="#777777", va="center", style="italic"
-        )
-    ends = {
-        node: columns[len(node) - 1] + 8 + width_of
-        for level, row in zip(tree.nodes, widths, strict=True)
-        for node, width_of in zip(level, row, strict=True)
-    }
-    spots = {node: (columns[len(node) - 1], head + row * _ROW) for node, row in heights.items()}
-    edges = [(node, child) for node in heights for child in children[node]]
-    _draw_edges(
-        axes,
-        [_elbow(ends[a], spots[a][1], *spots[b]) for a, b in edges],
-        [a in marked and b in marked for a, b in edges],
-    )
-    fill = [COLOURS[1] if node in marked else COLOURS[0] for node in spots]
-    xs, ys = zip(*spots.values(), strict=True)
-    dots = axes.scatter(
-        xs,
-        ys,
-        s=36,
-        zorder=3,
-        linewidths=1.5,
-        c=None if numbers else fill,
-        edgecolors=[COLOURS[1] if n in marked else "none" for n in spots],
-    )
+    _draw_level_names(axes, tree, layout)
+    _draw_edges(axes, layout, children, marked)
+    dots = _draw_nodes(axes, layout, marked, coloured=not numbers)
     if numbers:
-        _colour_by_value(
-            figure, dots, [numbers[node] for node in spots], value_name, width, height, head
-        )
-    for node, (x, y) in spots.items():
+        ordered = [numbers[node] for node in layout.spots]
+        _colour_by_value(figure, dots, ordered, value_name, layout)
+    _draw_node_names(axes, layout, texts, marked)
+    return figure
+
+
+def _node_texts(rows: dict[NodePath, float], numbers: dict[NodePath, float]) -> dict[NodePath, str]:
+    """Each node's name, with its value behind it where it has one."""
+    texts = {}
+    for node in rows:
+        texts[node] = node[-1]
+        value = numbers.get(node, math.nan)
+        if math.isfinite(value):
+            texts[node] += f"  {value:.2f}"
+    return texts
+
+
+def _lay_out(
+    tree: Taxonomy,
+    rows: dict[NodePath, float],
+    texts: dict[NodePath, str],
+    marked: set[NodePath],
+    title: str,
+    with_bar: bool,
+) -> _Layout:
+    head = _MARGIN + 1.6 * _ROW
+    if title:
+        head += 2 * _ROW
+    left = _MARGIN
+    columns = []
+    spots: dict[NodePath, tuple[float, float]] = {}
+    ends = {}
+    for nodes, level_name in zip(tree.nodes, tree.levels, strict=True):
+        columns.append(left)
+        widest = _width(level_name)
+        for node in nodes:
+            width = _width(texts[node], node in marked)
+            widest = max(widest, width)
+            spots[node] = (left, head + rows[node] * _ROW)
+            ends[node] = left + 8 + width
+        left += widest + _GAP
+    width = left - _GAP + _MARGIN
+    height = head + _ROW * tree.num_leaves + _MARGIN
+    if with_bar:
+        width += _BAR
+        height = max(height, 150.0)
+    width = max(width, 1.5 * _width(title) + 2 * _MARGIN)  # the title's font is larger
+    return _Layout(columns, spots, ends, head, width, height)
+
+
+def _draw_level_names(axes: Axes, tree: Taxonomy, layout: _Layout) -> None:
+    for x, name in zip(layout.columns, tree.levels, strict=True):
+        y = layout.head - _ROW
+        axes.text(x, y, name, fontsize=_SIZE, color="#777777", va="center", style="italic")
+
+
+def _draw_nodes(axes: Axes, layout: _Layout, marked: set[NodePath], coloured: bool) -> Any:
+    fill = []
+    rims = []
+    for node in layout.spots:
+        fill.append(COLOURS[1] if node in marked else COLOURS[0])
+        rims.append(COLOURS[1] if node in marked else "none")
+    xs, ys = zip(*layout.spots.values(), strict=True)
+    colours = fill if coloured else None
+    return axes.scatter(xs, ys, s=36, zorder=3, linewidths=1.5, c=colours, edgecolors=rims)
+
+
+def _draw_node_names(
+    axes: Axes, layout: _Layout, texts: dict[NodePath, str], marked: set[NodePath]
+) -> None:
+    for node, (x, y) in layout.spots.items():
+        weight = "bold" if node in marked else "normal"
         axes.text(
             x + 6,
             y,
@@ -163,26 +211,26 @@ def taxonomy_figure(
             va="center",
             zorder=4,
             parse_math=False,
-            weight="bold" if node in marked else "normal",
+            weight=weight,
         )
-    return figure
 
 
 def _check_values(tree: Taxonomy, values: Sequence[torch.Tensor] | None) -> dict[NodePath, float]:
     """Each node's value."""
     if values is None:
         return {}
-    shapes = [tuple(torch.as_tensor(level).shape) for level in values]
-    if shapes != [(n,) for n in tree.num_classes]:
+    tensors = [torch.as_tensor(level) for level in values]
+    shapes = [tuple(level.shape) for level in tensors]
+    expected = [(count,) for count in tree.num_classes]
+    if shapes != expected:
         raise ValueError(
             f"values must be one tensor per level with a number for each class, of shapes "
-            f"{[(n,) for n in tree.num_classes]}; got {shapes}"
+            f"{expected}; got {shapes}."
         )
-    return {
-        node: float(value)
-        for nodes, level in zip(tree.nodes, values, strict=True)
-        for node, value in zip(nodes, torch.as_tensor(level).tolist(), strict=True)
-    }
+    numbers: dict[NodePath, float] = {}
+    for nodes, level in zip(tree.nodes, tensors, strict=True):
+        numbers.update(zip(nodes, level.double().tolist(), strict=True))
+    return numbers
 
 
 def _check_row(tree: Taxonomy, row: torch.Tensor | Sequence[int] | None) -> set[NodePath]:
@@ -192,19 +240,22 @@ def _check_row(tree: Taxonomy, row: torch.Tensor | Sequence[int] | None) -> set[
     indices = torch.as_tensor(row)
     if indices.shape != (tree.num_levels,):
         raise ValueError(
-            f"highlight must be a label row of shape ({tree.num_levels},), got {tuple(indices.shape)}"
+            f"highlight must be a label row of shape ({tree.num_levels},), got "
+            f"{tuple(indices.shape)}."
         )
-    labels = [
-        int(as_labels(index, n, f"label of level {name!r}"))
-        for index, n, name in zip(indices, tree.num_classes, tree.levels, strict=True)
-    ]
-    return {nodes[i] for nodes, i in zip(tree.nodes, labels, strict=True) if i >= 0}
+    marked = set()
+    for level, nodes in enumerate(tree.nodes):
+        name = f"label of level {tree.levels[level]!r}"
+        label = int(as_labels(indices[level], len(nodes), name))
+        if label >= 0:
+            marked.add(nodes[label])
+    return marked
 
 
 def _rows(tree: Taxonomy) -> tuple[dict[NodePath, float], dict[NodePath, list[NodePath]]]:
-    """At which line each node stands, leaves on whole ones and parents amid their children.
+    """At which line each node stands, and each node's children.
 
-    And the children.
+    Leaves stand on whole lines, parents amid their children.
     """
     children: dict[NodePath, list[NodePath]] = {node: [] for level in tree.nodes for node in level}
     for level in tree.nodes[1:]:
@@ -223,42 +274,50 @@ def _rows(tree: Taxonomy) -> tuple[dict[NodePath, float], dict[NodePath, list[No
     return {node: rows[node] for level in tree.nodes for node in level}, children
 
 
-def _elbow(end: float, y: float, child_x: float, child_y: float) -> list[tuple[float, float]]:
-    turn = child_x - _GAP / 2
-    return [(end, y), (turn, y), (turn, child_y), (child_x - 3, child_y)]
-
-
-def _draw_edges(axes: Axes, edges: list[list[tuple[float, float]]], marked: list[bool]) -> None:
+def _draw_edges(
+    axes: Axes,
+    layout: _Layout,
+    children: dict[NodePath, list[NodePath]],
+    marked: set[NodePath],
+) -> None:
     from matplotlib.collections import LineCollection
 
-    for on, colour, width in ((False, "#BBBBBB", 0.9), (True, COLOURS[1], 2.0)):
-        lines = [line for line, mark in zip(edges, marked, strict=True) if mark == on]
-        axes.add_collection(
-            LineCollection(lines, colors=colour, linewidths=width, zorder=1 + on), autolim=False
-        )
+    plain = []
+    strong = []  # between marked nodes
+    for node, (_, y) in layout.spots.items():
+        for child in children[node]:
+            child_x, child_y = layout.spots[child]
+            turn = child_x - _GAP / 2
+            elbow = [(layout.ends[node], y), (turn, y), (turn, child_y), (child_x - 3, child_y)]
+            if node in marked and child in marked:
+                strong.append(elbow)
+            else:
+                plain.append(elbow)
+    thin = LineCollection(plain, colors="#BBBBBB", linewidths=0.9, zorder=1)
+    thick = LineCollection(strong, colors=COLOURS[1], linewidths=2.0, zorder=2)
+    for lines in (thin, thick):
+        axes.add_collection(lines, autolim=False)
 
 
 def _colour_by_value(
-    figure: Figure,
-    dots: Any,
-    values: list[float],
-    name: str,
-    width: float,
-    height: float,
-    top: float,
+    figure: Figure, dots: Any, values: list[float], name: str, layout: _Layout
 ) -> None:
     """Colour the dots, with a bar at the right that says what colours mean; grey is nan."""
     import numpy as np
     from matplotlib import colormaps
 
     known = [value for value in values if math.isfinite(value)] or [0.0]
-    low, high = (0.0, 1.0) if 0 <= min(known) and max(known) <= 1 else (min(known), max(known))
+    low, high = min(known), max(known)
+    if 0 <= low and high <= 1:  # a share
+        low, high = 0.0, 1.0
+    if high == low:
+        high = low + 1
     dots.set(array=np.ma.masked_invalid(values), cmap=colormaps["viridis"].with_extremes(bad=FAINT))
-    dots.set_clim(low, high if high > low else low + 1)
-    long = min(height - top - _MARGIN, 160.0)
-    place = figure.add_axes(
-        ((width - 66) / width, 1 - (top + long) / height, 9 / width, long / height)
-    )
+    dots.set_clim(low, high)
+    width, height = layout.width, layout.height
+    length = min(height - layout.head - _MARGIN, 160.0)
+    bottom = 1 - (layout.head + length) / height
+    place = figure.add_axes(((width - 66) / width, bottom, 9 / width, length / height))
     bar = figure.colorbar(dots, cax=place)
     bar.set_label(name, fontsize=_SIZE, color=INK)
     bar.ax.tick_params(length=0, labelsize=_SIZE - 1, colors=INK)
@@ -285,8 +344,11 @@ def plot_dendrogram(
     """Draw :func:`dendrogram_figure` into a PNG, atomically.
 
     Args:
+        linkage: see :func:`dendrogram_figure`.
+        classes: as there.
         file: the PNG; missing folders are made.
-        linkage, classes, num_classes, title: see :func:`dendrogram_figure`.
+        num_classes: as there.
+        title: as there.
 
     Returns:
         The file's path.
@@ -300,8 +362,7 @@ def plot_dendrogram(
 def dendrogram_figure(
     linkage: Any, classes: Sequence[str], num_classes: Sequence[int] = (), title: str = ""
 ) -> Figure:
-    """An agglomerative clustering of classes: which merge, at what distance, and where the levels
-    cut.
+    """An agglomerative clustering of classes: which merge, at what distance, where levels cut.
 
     Args:
         linkage: (K - 1, 4), what `Taxonomy.from_linkage` takes.
@@ -322,60 +383,97 @@ def dendrogram_figure(
     total = len(groups)
     if len(classes) != total or total > _MOST_LEAVES:
         raise ValueError(
-            f"a clustering of {total} classes needs {total} names, got {len(classes)}; a picture has "
-            f"at most {_MOST_LEAVES}"
+            f"A clustering of {total} classes needs {total} names, got {len(classes)}; a picture "
+            f"has at most {_MOST_LEAVES}."
         )
     merges = [(int(a), int(b), float(height)) for a, b, height, _ in linkage]
-    members = {i: [i] for i in range(total)}
-    for step, (a, b, _) in enumerate(merges):
-        members[total + step] = members.pop(a) + members.pop(b)
-    [order] = members.values()
-    spots = {leaf: (0.0, float(y)) for y, leaf in enumerate(order)}
-    first = dict(enumerate(range(total)))  # a class out of each group
-    coarse = groups[:, 0].tolist() if len(num_classes) else [0] * total
-    ranks = {
-        group: rank for rank, group in enumerate(dict.fromkeys(coarse[leaf] for leaf in order))
-    }
-    shades = [COLOURS[ranks[group] % len(COLOURS)] if len(num_classes) else INK for group in coarse]
-    lines, colours = [], []
-    for step, (a, b, height) in enumerate(merges):
-        (xa, ya), (xb, yb) = spots[a], spots[b]
-        lines.append([(xa, ya), (height, ya), (height, yb), (xb, yb)])
-        spots[total + step], first[total + step] = (height, (ya + yb) / 2), first[a]
-        colours.append(shades[first[a]] if coarse[first[a]] == coarse[first[b]] else "#999999")
-    high, low = (
-        max([x for _, _, x in merges], default=1.0),
-        min([x for _, _, x in merges], default=0.0),
-    )
-    # confusions leave all distances near 1
-    right = max(0.0, low - 0.2 * (high - low)) if low < high else 0.0
+    order = _leaf_order(merges, total)
+    coarse = [0] * total
+    shades = [INK] * total
+    if len(num_classes):
+        coarse = groups[:, 0].tolist()
+        shades = _shades(coarse, order)
+    lines, colours = _brackets(merges, order, coarse, shades)
+
+    heights = [height for _, _, height in merges]
+    high, low = max(heights, default=1.0), min(heights, default=0.0)
+    right = 0.0
+    if low < high:  # confusions leave all distances near 1
+        right = max(0.0, low - 0.2 * (high - low))
     span = (high - right) or 1.0
 
-    names = max(map(_width, classes))
+    names = max(_width(name) for name in classes)
     figure = new_figure((400 + names) / 72, (_ROW * total + 90) / 72)
     axes = figure.subplots()
     axes.add_collection(LineCollection(lines, colors=colours, linewidths=1.4))
     axes.set(xlim=(high + 0.04 * span, right), ylim=(total - 0.5, -0.5), xlabel="distance")
+    _name_leaves(axes, [classes[leaf] for leaf in order], [shades[leaf] for leaf in order])
+    if title:
+        figure.suptitle(title, fontsize=12, color=INK, x=0.02, ha="left")
+    _draw_cuts(axes, heights, num_classes, span)
+    return figure
+
+
+def _leaf_order(merges: list[tuple[int, int, float]], total: int) -> list[int]:
+    """The classes from top to bottom, so that no two lines cross."""
+    members = {i: [i] for i in range(total)}
+    for step, (a, b, _) in enumerate(merges):
+        members[total + step] = members.pop(a) + members.pop(b)
+    [order] = members.values()
+    return order
+
+
+def _shades(coarse: list[int], order: list[int]) -> list[str]:
+    """The colour of each class: that of its group, by the groups' order from top to bottom."""
+    groups = list(dict.fromkeys(coarse[leaf] for leaf in order))
+    rank = {group: i for i, group in enumerate(groups)}
+    return [COLOURS[rank[group] % len(COLOURS)] for group in coarse]
+
+
+def _brackets(
+    merges: list[tuple[int, int, float]], order: list[int], coarse: list[int], shades: list[str]
+) -> tuple[list[list[tuple[float, float]]], list[str]]:
+    """The line of each merge and its colour; grey where it joins several groups."""
+    total = len(order)
+    spots = {leaf: (0.0, float(y)) for y, leaf in enumerate(order)}
+    first = {leaf: leaf for leaf in range(total)}  # a class out of each cluster
+    lines, colours = [], []
+    for step, (a, b, height) in enumerate(merges):
+        (xa, ya), (xb, yb) = spots[a], spots[b]
+        lines.append([(xa, ya), (height, ya), (height, yb), (xb, yb)])
+        spots[total + step] = (height, (ya + yb) / 2)
+        first[total + step] = first[a]
+        same_group = coarse[first[a]] == coarse[first[b]]
+        colours.append(shades[first[a]] if same_group else "#999999")
+    return lines, colours
+
+
+def _name_leaves(axes: Axes, names: list[str], colours: list[str]) -> None:
     axes.yaxis.tick_right()
-    axes.set_yticks(range(total), [classes[i] for i in order], fontsize=_SIZE, parse_math=False)
-    for tick, leaf in zip(axes.get_yticklabels(), order, strict=True):
-        tick.set_color(shades[leaf])
+    axes.set_yticks(range(len(names)), names, fontsize=_SIZE, parse_math=False)
+    for tick, colour in zip(axes.get_yticklabels(), colours, strict=True):
+        tick.set_color(colour)
     axes.tick_params(length=0)
     axes.tick_params(axis="x", labelsize=_SIZE, colors=INK)
     axes.xaxis.label.set(color=INK, fontsize=10)
     for side in ("top", "left", "right"):
         axes.spines[side].set_visible(False)
     axes.spines["bottom"].set_color("#999999")
-    if title:
-        figure.suptitle(title, fontsize=12, color=INK, x=0.02, ha="left")
-    taken: list[float] = []  # where the last label of each row above the tree ends
-    for n in num_classes:
-        at = (merges[total - n - 1][2] + merges[total - n][2]) / 2
+
+
+def _draw_cuts(axes: Axes, heights: list[float], num_classes: Sequence[int], span: float) -> None:
+    """A dashed line at each cut, with its number of classes above, in rows that do not overlap."""
+    total = len(heights) + 1
+    row_ends: list[float] = []  # where the last label of each row above the tree ends
+    for classes in num_classes:
+        at = (heights[total - classes - 1] + heights[total - classes]) / 2
         axes.axvline(at, color=INK, linewidth=0.9, linestyle=(0, (4, 3)), zorder=0)
-        row = next((i for i, end in enumerate(taken) if end - at >= 0.15 * span), len(taken))
-        taken[row : row + 1] = [at]
+        row = 0
+        while row < len(row_ends) and row_ends[row] - at < 0.15 * span:
+            row += 1
+        row_ends[row : row + 1] = [at]
         axes.annotate(
-            f"{n} classes",
+            f"{classes} classes",
             (at, 1),
             (0, 3 + 11 * row),
             xycoords=("data", "axes fraction"),
@@ -384,4 +482,3 @@ def dendrogram_figure(
             fontsize=_SIZE,
             color=INK,
         )
-    return figure

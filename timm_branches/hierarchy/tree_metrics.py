@@ -1,6 +1,6 @@
-"""Metrics that know how far apart two classes are in the tree: hP, hR, hF, hierarchical distance,
-mistake severity.
+"""Metrics that know how far apart two classes are in the tree.
 
+These are hP, hR, hF, the hierarchical distance and the severity of mistakes.
 -1 in a label is "unknown at this level", except below a leaf, where the path has ended and there is
 nothing to know. -1 in a prediction is "no answer on this level". What is predicted below a
 predicted leaf does not count: a branch classifier has no class "none", see
@@ -24,8 +24,7 @@ __all__ = [
 
 
 class PathTables:
-    """The nodes of all levels side by side, for looking up whole batches of label rows without
-    leaving their device.
+    """The nodes of all levels side by side, for looking up whole batches on their device.
 
     The last node, which index -1 means, stands for "no node": it has an empty path, and the height
     of the root above all, which is what two paths have in common that share nothing.
@@ -194,7 +193,7 @@ def _check_rows(rows: torch.Tensor, taxonomy: Taxonomy, what: str) -> None:
     if rows.ndim != 2 or rows.shape[1] != taxonomy.num_levels:
         raise ValueError(
             f"{what}s must have shape (N, {taxonomy.num_levels}), one column per level, got "
-            f"{tuple(rows.shape)}"
+            f"{tuple(rows.shape)}."
         )
     for level, (name, count) in enumerate(zip(taxonomy.levels, taxonomy.num_classes, strict=True)):
         as_labels(rows[:, level], count, f"{what} of level {name!r}")
@@ -208,13 +207,13 @@ def hierarchical_precision_recall_f1(
     With P_i the classes predicted for sample i and all their ancestors, and T_i its true class and
     all its ancestors, both without the root above all:
 
-        hP = sum |P_i and T_i| / sum |P_i|,  hR = sum |P_i and T_i| / sum |T_i|,  hF = 2 hP hR / (hP
-        + hR)
+        hP = sum |P_i and T_i| / sum |P_i|
+        hR = sum |P_i and T_i| / sum |T_i|
+        hF = 2 hP hR / (hP + hR)
 
     Source: Kiritchenko et al., "Learning and Evaluation in the Presence of Class Hierarchies",
-        Canadian AI 2006; in
-    this form Silla and Freitas, "A survey of hierarchical classification across different
-    application domains", Data Mining and Knowledge Discovery 22, 2011.
+    Canadian AI 2006; in this form Silla and Freitas, "A survey of hierarchical classification
+    across different application domains", Data Mining and Knowledge Discovery 22, 2011.
 
     Predictions that contradict each other all enter P_i, each with its own ancestors, which costs
     precision. Levels on which the truth is unknown are left out of P_i and T_i; those below a known
@@ -235,7 +234,8 @@ def hierarchical_precision_recall_f1(
 
     Example:
         >>> tree = Taxonomy(['animal/cat', 'animal/dog', 'transport/ship'])
-        >>> scores = hierarchical_precision_recall_f1(torch.tensor([[0, 1], [1, -1]]), tree.expand([0, 2]), tree)
+        >>> predictions = torch.tensor([[0, 1], [1, -1]])
+        >>> scores = hierarchical_precision_recall_f1(predictions, tree.expand([0, 2]), tree)
         >>> [round(float(score), 3) for score in scores]
         [0.667, 0.5, 0.571]
     """
@@ -247,16 +247,15 @@ def hierarchical_precision_recall_f1(
 def hierarchical_distance(
     predictions: torch.Tensor, labels: torch.Tensor, taxonomy: Taxonomy
 ) -> torch.Tensor:
-    """Average hierarchical distance: the mean height of the lowest common ancestor (LCA) of truth
-    and answer.
+    """Average hierarchical distance of the answers from the truth.
 
-    The answer is the deepest class predicted, so the leaf where there is one. A right answer has
-    distance 0, one in another tree of the forest L; a right answer that stops above the leaf has
-    the height of the class it stops at.
+    The distance is the height of the lowest common ancestor (LCA) of truth and answer. The answer
+    is the deepest class predicted, so the leaf where there is one. A right answer has distance 0,
+    one in another tree of the forest L; a right answer that stops above the leaf has the height of
+    the class it stops at.
 
     Source: Bertinetto et al., "Making Better Mistakes", CVPR 2020 (arXiv 1912.09393), "average
-        hierarchical distance
-    of top-k" for k = 1.
+    hierarchical distance of top-k" for k = 1.
 
     Args:
         predictions: LongTensor (N, L), -1 for no answer.
@@ -281,17 +280,14 @@ def hierarchical_distance(
 def mistake_severity(
     predictions: torch.Tensor, labels: torch.Tensor, taxonomy: Taxonomy
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean hierarchical distance of the mistakes only, and the leaf top-1 accuracy without which it
-    misleads.
+    """Mean hierarchical distance of the mistakes only, and the leaf's top-1 accuracy beside it.
 
     A classifier that makes many more, but trivial, mistakes has the lower severity: it compares
-        classifiers of equal
-    top-1 only. hierarchical distance = severity * (1 - top-1).
+    classifiers of equal top-1 only. hierarchical distance = severity * (1 - top-1).
 
     Source: Bertinetto et al. 2020 (arXiv 1912.09393), "hierarchical distance of a mistake"; on its
-        misuse Karthik et
-    al., "No Cost Likelihood Manipulation at Test Time for Making Better Mistakes", ICLR 2021 (arXiv
-    2104.00795).
+    misuse Karthik et al., "No Cost Likelihood Manipulation at Test Time for Making Better
+    Mistakes", ICLR 2021 (arXiv 2104.00795).
 
     Args:
         predictions: as for :func:`hierarchical_distance`.
@@ -318,13 +314,11 @@ def mistake_severity(
 def distance_at_k(
     leaf_scores: torch.Tensor, labels: torch.Tensor, taxonomy: Taxonomy, k: int
 ) -> torch.Tensor:
-    """dist@k: the mean height of the LCA of the truth and each of the k leaves with the largest
-    scores.
+    """dist@k: the mean distance of the truth and each of the k leaves with the largest scores.
 
     Source: Bertinetto et al. 2020 (arXiv 1912.09393), "average hierarchical distance of top-k".
-        Less is better, and
-    for k > 1 even a perfect ranking does not reach 0: the truth itself has distance 0, the other k
-    - 1 have not.
+    Less is better, and for k > 1 even a perfect ranking does not reach 0: the truth itself has
+    distance 0, the other k - 1 have not.
 
     Args:
         leaf_scores: float tensor (N, num_leaves), probabilities or anything of their order.
@@ -347,9 +341,9 @@ def distance_at_k(
     if leaf_scores.shape != (len(labels), taxonomy.num_leaves):
         raise ValueError(
             f"leaf_scores must be (N, {taxonomy.num_leaves}) for N = {len(labels)} labels, got "
-            f"{tuple(leaf_scores.shape)}"
+            f"{tuple(leaf_scores.shape)}."
         )
     if not 1 <= k <= taxonomy.num_leaves:
-        raise ValueError(f"k must be between 1 and the {taxonomy.num_leaves} leaves, got {k}")
+        raise ValueError(f"k must be between 1 and the {taxonomy.num_leaves} leaves, got {k}.")
     counts = PathTables(taxonomy, labels.device).ranking_counts(leaf_scores, labels, k)
     return mean_ranking_distance_of(counts)

@@ -25,10 +25,9 @@ class DynamicSchedule(LossWeightSchedule):
     sum.
 
     Source: Noor and Robles-Kelly, "H-CapsNet: A capsule network for hierarchical image
-        classification", Pattern
-    Recognition 147 (2024) 110135. They take training accuracies, and base weights by numbers of
-    classes n_k: b_k in proportion to 1 - n_k / sum_j n_j. The floor is ours: without it a level
-    without errors has no weight at all.
+    classification", Pattern Recognition 147 (2024) 110135. They take training accuracies, and base
+    weights by numbers of classes n_k: b_k in proportion to 1 - n_k / sum_j n_j. The floor is ours:
+    without it a level without errors has no weight at all.
 
     Args:
         base: base weights, one per level, coarsest first, all positive.
@@ -55,11 +54,11 @@ class DynamicSchedule(LossWeightSchedule):
         if not all(self.base):
             raise ValueError(
                 f"dynamic schedule: each base weight must be positive, got {self.base}; with 0 a "
-                f"level could never get another"
+                f"level could never get another."
             )
         if isinstance(floor, bool) or not isinstance(floor, (int, float)) or not 0 < floor <= 1:
             raise ValueError(
-                f"dynamic schedule: floor must be a number above 0 and at most 1, got {floor!r}"
+                f"dynamic schedule: floor must be a number above 0 and at most 1, got {floor!r}."
             )
         self.floor = float(floor)
         # epoch -> weights from that epoch on; a later epoch is further down
@@ -67,6 +66,7 @@ class DynamicSchedule(LossWeightSchedule):
 
     @property
     def num_levels(self) -> int:
+        """Number of weights, coarsest level first."""
         return len(self.base)
 
     def __call__(self, epoch: float) -> Weights:
@@ -82,32 +82,39 @@ class DynamicSchedule(LossWeightSchedule):
         start = check_epoch(epoch) + 1
         if start != int(start):
             raise ValueError(
-                f"accuracies are taken at the end of an epoch, a whole number; got {epoch!r}"
+                f"Accuracies are taken at the end of an epoch, a whole number; got {epoch!r}."
             )
         errors = [1 - float(accuracy) for accuracy in accuracies]
         if len(errors) != self.num_levels:
-            raise ValueError(f"got {len(errors)} accuracies for {self.num_levels} levels")
+            raise ValueError(
+                f"There must be one accuracy a level: got {len(errors)} accuracies for "
+                f"{self.num_levels} levels."
+            )
         if not all(0 <= error <= 1 or math.isnan(error) for error in errors):
             raise ValueError(
-                f"accuracies must be fractions between 0 and 1, not percent (or NaN: unknown), got "
-                f"{list(accuracies)}"
+                f"Accuracies must be fractions between 0 and 1, not percent (or NaN: unknown), got "
+                f"{list(accuracies)}."
             )
         # if training was taken up again at an earlier epoch, what came later is void
-        self._weights = {
-            first: weights for first, weights in self._weights.items() if first < start
-        }
+        for first in list(self._weights):
+            if first >= start:
+                del self._weights[first]
         old = self(epoch)
-        tau = [b * max(error, self.floor) for b, error in zip(self.base, errors, strict=True)]
         known = [k for k, error in enumerate(errors) if not math.isnan(error)]
-        free, total = sum(old[k] for k in known), sum(tau[k] for k in known)
-        self._weights[int(start)] = tuple(
-            free * tau[k] / total if k in known else old[k] for k in range(len(old))
-        )
+        tau = {k: self.base[k] * max(errors[k], self.floor) for k in known}
+        # the levels without an accuracy keep their weight, the others share out the rest
+        rest = sum(old[k] for k in known)
+        total = sum(tau.values())
+        new = list(old)
+        for k in known:
+            new[k] = rest * tau[k] / total
+        self._weights[int(start)] = tuple(new)
         return True
 
     def table(self, epochs: int) -> list[Weights]:
-        """The weights of epochs 0 to `epochs` - 1, which must not go beyond the epoch after the
-        last evaluation.
+        """The weights of epochs 0 to `epochs` - 1.
+
+        They must not go beyond the epoch after the last evaluation.
 
         Raises:
             ValueError: also if they do: these weights depend on accuracies to come.
@@ -115,12 +122,13 @@ class DynamicSchedule(LossWeightSchedule):
         weights, known = super().table(epochs), max(self._weights) + 1
         if epochs > known:
             raise ValueError(
-                f"a dynamic schedule follows the accuracies, so its weights are not known in advance: "
-                f"only those of {known} epochs so far, not of {epochs}"
+                f"A dynamic schedule follows the accuracies, so its weights are not known in "
+                f"advance: only those of {known} epochs so far, not of {epochs}."
             )
         return weights
 
     def to_dict(self) -> dict[str, Any]:
+        """Base weights, floor, and the weights of each epoch so far."""
         return {
             "kind": self.kind,
             "base": list(self.base),
@@ -130,23 +138,24 @@ class DynamicSchedule(LossWeightSchedule):
 
     @classmethod
     def from_settings(cls, data: Mapping[str, Any]) -> DynamicSchedule:
+        """The inverse of :meth:`to_dict`."""
         schedule = cls(data.get("base", ()), data.get("floor", 0.01))
-        if "weights" in data:
-            try:
-                stored = {
-                    int(start): check_weights(weights, f"epoch {start}")
-                    for start, weights in data["weights"]
-                }
-            except (TypeError, ValueError):
-                stored = {}
-            if 0 not in stored or any(
-                len(weights) != schedule.num_levels for weights in stored.values()
-            ):
-                raise ValueError(
-                    f"'weights' of a 'dynamic' schedule must be pairs [epoch, [weight, ...]] from epoch 0 "
-                    f"on, with a weight for each of {schedule.num_levels} levels; got {data['weights']!r}"
-                )
-            schedule._weights = stored
+        if "weights" not in data:
+            return schedule
+        stored: dict[int, Weights] = {}
+        try:
+            for start, weights in data["weights"]:
+                stored[int(start)] = check_weights(weights, f"epoch {start}")
+        except (TypeError, ValueError):
+            stored = {}
+        lengths = {len(weights) for weights in stored.values()}
+        if 0 not in stored or lengths != {schedule.num_levels}:
+            raise ValueError(
+                f"'weights' of a 'dynamic' schedule must be pairs [epoch, [weight, ...]] from "
+                f"epoch 0 on, with a weight for each of {schedule.num_levels} levels; got "
+                f"{data['weights']!r}."
+            )
+        schedule._weights = stored
         return schedule
 
     @classmethod

@@ -25,23 +25,24 @@ def check_weights(weights: Any, where: str) -> Weights:
     """One set of weights as a tuple of floats, or a ValueError that says what is wrong with it."""
     if isinstance(weights, str) or not isinstance(weights, Sequence):
         raise ValueError(
-            f"{where}: weights must be a sequence with one number per level, got {weights!r}"
+            f"{where}: weights must be a sequence with one number per level, got {weights!r}."
         )
     try:
         values = tuple(float(w) for w in weights)
     except (TypeError, ValueError):
-        raise ValueError(f"{where}: weights must be numbers, got {weights!r}") from None
+        raise ValueError(f"{where}: weights must be numbers, got {weights!r}.") from None
     if not values:
-        raise ValueError(f"{where}: no weights given; there must be one per level")
+        raise ValueError(f"{where}: no weights given; there must be one per level.")
     if not all(map(math.isfinite, values)):
-        raise ValueError(f"{where}: weights must be finite, got {values}")
+        raise ValueError(f"{where}: weights must be finite, got {values}.")
     if min(values) < 0:
         raise ValueError(
-            f"{where}: weights must not be negative (the loss of that level would grow), got {values}"
+            f"{where}: weights must not be negative (the loss of that level would grow), got "
+            f"{values}."
         )
     if not any(values):
         raise ValueError(
-            f"{where}: all weights are 0, nothing would be learned; at least one must be positive"
+            f"{where}: all weights are 0, nothing would be learned; at least one must be positive."
         )
     return values
 
@@ -56,20 +57,23 @@ def check_epoch(epoch: Any, what: str = "epoch") -> float:
     except (TypeError, ValueError):
         value = math.nan
     if not math.isfinite(value) or value < 0:
-        raise ValueError(f"{what} must be a finite number from 0 upwards, got {epoch!r}")
+        raise ValueError(f"{what} must be a finite number from 0 upwards, got {epoch!r}.")
     return int(value) if value == int(value) else value
 
 
 def number(value: float) -> str:
     """The shortest text that reads back as exactly this number."""
-    return repr(int(value)) if value == int(value) and abs(value) < 1e15 else repr(float(value))
+    if value == int(value) and abs(value) < 1e15:
+        return repr(int(value))
+    return repr(float(value))
 
 
 def check_levels(schedule: LossWeightSchedule, num_levels: int | None) -> LossWeightSchedule:
+    """The schedule, or a ValueError if it is for another number of levels."""
     if num_levels is not None and schedule.num_levels != num_levels:
         raise ValueError(
-            f"the schedule has weights for {schedule.num_levels} levels, but there are {num_levels} "
-            f"levels here; give {num_levels} weights per epoch"
+            f"The schedule has weights for {schedule.num_levels} levels, but there are "
+            f"{num_levels} levels here; give {num_levels} weights per epoch."
         )
     return schedule
 
@@ -216,8 +220,8 @@ class LossWeightSchedule(ABC):
         kind = data.get("kind") if isinstance(data, Mapping) else None
         if not isinstance(kind, str) or kind not in KINDS:
             raise ValueError(
-                f"A schedule needs a 'kind', one of {', '.join(sorted(KINDS))}; got {data!r}. A kind "
-                f"from elsewhere is known once the module that defines it is imported."
+                f"A schedule needs a 'kind', one of {', '.join(sorted(KINDS))}; got {data!r}. A "
+                f"kind from elsewhere is known once the module that defines it is imported."
             )
         return KINDS[kind].from_settings(data)
 
@@ -238,8 +242,8 @@ class LossWeightSchedule(ABC):
         other = LossWeightSchedule.from_dict(state)
         if type(other) is not type(self):
             raise ValueError(
-                f"the checkpoint holds a {other.kind!r} schedule, this is a {self.kind!r} schedule; build "
-                f"it with LossWeightSchedule.from_dict(state) instead"
+                f"The checkpoint holds a {other.kind!r} schedule, this is a {self.kind!r} "
+                f"schedule; build it with LossWeightSchedule.from_dict(state) instead."
             )
         check_levels(other, self.num_levels)
         self.__dict__.update(other.__dict__)
@@ -251,7 +255,7 @@ class LossWeightSchedule(ABC):
             ValueError: if `epochs` is negative or not a whole number.
         """
         if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 0:
-            raise ValueError(f"epochs must be a whole number from 0 upwards, got {epochs!r}")
+            raise ValueError(f"epochs must be a whole number from 0 upwards, got {epochs!r}.")
         return [self(epoch) for epoch in range(epochs)]
 
     def __eq__(self, other: object) -> bool:
@@ -259,4 +263,5 @@ class LossWeightSchedule(ABC):
             return NotImplemented
         return type(self) is type(other) and self.to_dict() == other.to_dict()
 
-    __hash__ = None  # type: ignore[assignment]  # load_state_dict changes the object, so it must not be a dict key
+    # load_state_dict changes the object, so it must not be a dict key
+    __hash__ = None  # type: ignore[assignment]

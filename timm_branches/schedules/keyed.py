@@ -26,7 +26,9 @@ class KeyedSchedule(LossWeightSchedule):
     whole_epochs: ClassVar[bool] = False
 
     def __init__(self, points: Mapping[Any, Sequence[float]]) -> None:
-        """Args:
+        """Check and sort the points.
+
+        Args:
             points: epoch -> weights, one weight per level, coarsest first. Epoch 0 must be among
                 them.
 
@@ -36,26 +38,30 @@ class KeyedSchedule(LossWeightSchedule):
         """
         if not isinstance(points, Mapping):
             raise ValueError(
-                f"points must map an epoch to weights, as {{0: (0.9, 0.1), 5: (0, 1)}}; got {points!r}"
+                f"points must map an epoch to weights, as {{0: (0.9, 0.1), 5: (0, 1)}}; got "
+                f"{points!r}."
             )
         checked: dict[float, Weights] = {}
         for key, weights in points.items():
             epoch = check_epoch(key, "the epoch of a point")
             if self.whole_epochs and epoch != int(epoch):
                 raise ValueError(
-                    f"the epoch of a step must be a whole number (weights change between epochs): {key!r}"
+                    f"the epoch of a step must be a whole number, as weights change between "
+                    f"epochs: {key!r}."
                 )
             if epoch in checked:  # {'0': ..., 0: ...}: which of them was meant is anybody's guess
-                raise ValueError(f"epoch {number(epoch)} is given twice")
+                raise ValueError(f"epoch {number(epoch)} is given twice.")
             checked[epoch] = check_weights(weights, f"epoch {number(epoch)}")
         if 0 not in checked:
             raise ValueError(
-                f"no weights for epoch 0: epochs count from 0, and the keys given are {sorted(checked)}"
+                f"There are no weights for epoch 0: epochs count from 0, and the keys given are "
+                f"{sorted(checked)}."
             )
         if len({len(weights) for weights in checked.values()}) > 1:
-            lengths = ", ".join(f"epoch {number(e)}: {len(w)}" for e, w in sorted(checked.items()))
+            lengths = [f"epoch {number(e)}: {len(w)}" for e, w in sorted(checked.items())]
             raise ValueError(
-                f"each epoch needs the same number of weights, one per level; got {lengths}"
+                f"Each epoch needs the same number of weights, one per level; got "
+                f"{', '.join(lengths)}."
             )
         self._epochs = tuple(sorted(checked))
         self._weights = tuple(checked[epoch] for epoch in self._epochs)
@@ -67,9 +73,11 @@ class KeyedSchedule(LossWeightSchedule):
 
     @property
     def num_levels(self) -> int:
+        """Number of weights, coarsest level first."""
         return len(self._weights[0])
 
     def __call__(self, epoch: float) -> Weights:
+        """The weights used during `epoch`."""
         epoch = check_epoch(epoch)
         # the point in force; there always is one, at epoch 0
         last = sum(key <= epoch for key in self._epochs) - 1
@@ -77,36 +85,36 @@ class KeyedSchedule(LossWeightSchedule):
             return self._weights[last]  # exactly the numbers given, without rounding
         start, stop = self._epochs[last], self._epochs[last + 1]
         share = self._share((epoch - start) / (stop - start))
-        return tuple(
-            (1 - share) * a + share * b
-            for a, b in zip(self._weights[last], self._weights[last + 1], strict=True)
-        )
+        ends = zip(self._weights[last], self._weights[last + 1], strict=True)
+        return tuple((1 - share) * a + share * b for a, b in ends)
 
     def _share(self, progress: float) -> float:
         """The share of the next point's weights at `progress` (0 to 1) of the way to it."""
         return 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        # pairs rather than an object: JSON would turn the keys into strings
-        return {
-            "kind": self.kind,
-            "points": [[epoch, list(weights)] for epoch, weights in self.points.items()],
-        }
+        """The kind, and the points as pairs: JSON would turn the keys of an object into strings."""
+        points = [[epoch, list(weights)] for epoch, weights in self.points.items()]
+        return {"kind": self.kind, "points": points}
 
     @classmethod
     def from_settings(cls, data: Mapping[str, Any]) -> LossWeightSchedule:
+        """The inverse of :meth:`to_dict`; the points may be a mapping, too."""
         points = data.get("points")
         if isinstance(points, Mapping):
             return cls(points)
-        if not isinstance(points, Sequence) or not all(
-            isinstance(p, Sequence) and len(p) == 2 for p in points
-        ):
+        are_pairs = isinstance(points, Sequence) and all(
+            isinstance(point, Sequence) and len(point) == 2 for point in points
+        )
+        if not are_pairs:
             raise ValueError(
-                f"a {cls.kind!r} schedule needs 'points', which must hold pairs [epoch, [weight, ...]]; "
-                f"got {data!r}"
+                f"A {cls.kind!r} schedule needs 'points', which must hold pairs "
+                f"[epoch, [weight, ...]]; got {data!r}."
             )
-        if len({str(epoch) for epoch, _ in points}) < len(points):
-            raise ValueError(f"'points' gives an epoch twice: {[epoch for epoch, _ in points]}")
+        assert points is not None
+        epochs = [epoch for epoch, _ in points]
+        if len({str(epoch) for epoch in epochs}) < len(epochs):
+            raise ValueError(f"'points' gives an epoch twice: {epochs}.")
         return cls(dict(points))
 
     @classmethod
@@ -117,10 +125,10 @@ class KeyedSchedule(LossWeightSchedule):
             epoch, colon, weights = part.partition(":")
             if not colon or ":" in weights:
                 raise ValueError(
-                    f"cannot read {part!r} in the schedule {text!r}; the form is {TEXT_FORM}"
+                    f"cannot read {part!r} in the schedule {text!r}; the form is {TEXT_FORM}."
                 )
             if epoch in points:
-                raise ValueError(f"epoch {epoch} is given twice in the schedule {text!r}")
+                raise ValueError(f"epoch {epoch} is given twice in the schedule {text!r}.")
             points[epoch] = weights.split(",")
         return cls(points)
 
@@ -137,7 +145,7 @@ class StepSchedule(KeyedSchedule):
     """Weights that jump: those given for epoch k act from epoch k until the next key. B-CNN's kind.
 
     Example:
-        >>> schedule = StepSchedule({0: (0.98, 0.01, 0.01), 9: (0.1, 0.8, 0.1), 19: (0.1, 0.2, 0.7), 29: (0, 0, 1)})
+        >>> schedule = StepSchedule({0: (0.98, 0.01, 0.01), 9: (0.1, 0.8, 0.1), 19: (0, 0, 1)})
         >>> schedule(8), schedule(9)
         ((0.98, 0.01, 0.01), (0.1, 0.8, 0.1))
     """
@@ -161,8 +169,7 @@ class LinearSchedule(KeyedSchedule):
 
 
 class CosineSchedule(KeyedSchedule):
-    """Weights that leave each point and reach the next smoothly, along half a cosine; constant
-    after the last.
+    """Weights on half a cosine from each point to the next, constant after the last.
 
     Example:
         >>> [round(w, 3) for w in CosineSchedule({0: (1, 0), 4: (0, 1)})(1)]
@@ -196,10 +203,12 @@ class ConstantSchedule(KeyedSchedule):
         super().__init__({0: self.weights})
 
     def to_dict(self) -> dict[str, Any]:
+        """The kind and the weights."""
         return {"kind": self.kind, "weights": list(self.weights)}
 
     @classmethod
     def from_settings(cls, data: Mapping[str, Any]) -> LossWeightSchedule:
+        """The inverse of :meth:`to_dict`."""
         return cls(data.get("weights", ()))
 
     @classmethod

@@ -92,16 +92,18 @@ def get_schedule(
     if isinstance(schedule, LossWeightSchedule):
         made = schedule
     elif isinstance(schedule, Mapping):
-        made = (
-            LossWeightSchedule.from_dict(schedule) if "kind" in schedule else StepSchedule(schedule)
-        )
+        if "kind" in schedule:
+            made = LossWeightSchedule.from_dict(schedule)
+        else:
+            made = StepSchedule(schedule)
     elif isinstance(schedule, str):
         made = _named(schedule, num_levels)
     elif isinstance(schedule, Sequence):
         made = ConstantSchedule([*schedule])
     else:
         raise ValueError(
-            f"a schedule is a name, a text, a dict, weights or a LossWeightSchedule, got {schedule!r}"
+            f"A schedule is a name, a text, a dict, weights or a LossWeightSchedule, got "
+            f"{schedule!r}."
         )
     return check_levels(made, num_levels)
 
