@@ -14,9 +14,8 @@ from matplotlib.colors import same_color
 from PIL import Image
 
 from tests.taxonomy.forests import UNEVEN, random_paths
+from timm_branches.hierarchy.dendrogram import dendrogram_figure, plot_dendrogram
 from timm_branches.hierarchy.plots import (
-    dendrogram_figure,
-    plot_dendrogram,
     plot_taxonomy,
     taxonomy_figure,
 )

@@ -1,7 +1,4 @@
-"""Pictures of a taxonomy.
-
-The tree, with a value for each node or a path marked, and the clustering it came from.
-"""
+"""Pictures of a taxonomy: the tree, with a value for each node or a path marked."""
 
 from __future__ import annotations
 
@@ -16,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from timm_branches.figures import COLOURS, FAINT, INK, new_figure, save_figure
-from timm_branches.taxonomy.derive import cut_linkage
 from timm_branches.taxonomy.tables import as_labels
 from timm_branches.taxonomy.taxonomy import Taxonomy
 
@@ -26,12 +22,12 @@ if TYPE_CHECKING:
 
     from timm_branches.taxonomy.paths import NodePath
 
-__all__ = ["dendrogram_figure", "plot_dendrogram", "plot_taxonomy", "taxonomy_figure"]
+__all__ = ["plot_taxonomy", "taxonomy_figure", "text_width"]
 
 # points: a leaf's row, between columns, around all, of the font
-_ROW, _GAP, _MARGIN, _SIZE = 13.0, 26.0, 14.0, 8.5
+ROW, _GAP, _MARGIN, FONT_SIZE = 13.0, 26.0, 14.0, 8.5
 _BAR = 90.0  # points that a colour bar takes
-_MOST_LEAVES = 2000  # Agg draws at most 2 ** 16 pixels
+MOST_LEAVES = 2000  # Agg draws at most 2 ** 16 pixels
 
 
 @dataclass(frozen=True)
@@ -111,9 +107,9 @@ def taxonomy_figure(
     marked = _check_row(tree, highlight)
     if value_name and values is None:
         raise ValueError(f"value_name {value_name!r} names values, but there are none.")
-    if tree.num_leaves > _MOST_LEAVES:
+    if tree.num_leaves > MOST_LEAVES:
         raise ValueError(
-            f"{tree.num_leaves} leaves are too many for a picture, at most {_MOST_LEAVES}; prune "
+            f"{tree.num_leaves} leaves are too many for a picture, at most {MOST_LEAVES}; prune "
             f"the tree first."
         )
     rows, children = _rows(tree)
@@ -125,7 +121,7 @@ def taxonomy_figure(
     axes.set(xlim=(0, layout.width), ylim=(layout.height, 0))
     axes.axis("off")
     if title:
-        axes.text(_MARGIN, _MARGIN + _ROW / 2, title, fontsize=12, color=INK, va="center")
+        axes.text(_MARGIN, _MARGIN + ROW / 2, title, fontsize=12, color=INK, va="center")
     _draw_level_names(axes, tree, layout)
     _draw_edges(axes, layout, children, marked)
     dots = _draw_nodes(axes, layout, marked, coloured=not numbers)
@@ -155,35 +151,35 @@ def _lay_out(
     title: str,
     with_bar: bool,
 ) -> _Layout:
-    head = _MARGIN + 1.6 * _ROW
+    head = _MARGIN + 1.6 * ROW
     if title:
-        head += 2 * _ROW
+        head += 2 * ROW
     left = _MARGIN
     columns = []
     spots: dict[NodePath, tuple[float, float]] = {}
     ends = {}
     for nodes, level_name in zip(tree.nodes, tree.levels, strict=True):
         columns.append(left)
-        widest = _width(level_name)
+        widest = text_width(level_name)
         for node in nodes:
-            width = _width(texts[node], node in marked)
+            width = text_width(texts[node], node in marked)
             widest = max(widest, width)
-            spots[node] = (left, head + rows[node] * _ROW)
+            spots[node] = (left, head + rows[node] * ROW)
             ends[node] = left + 8 + width
         left += widest + _GAP
     width = left - _GAP + _MARGIN
-    height = head + _ROW * tree.num_leaves + _MARGIN
+    height = head + ROW * tree.num_leaves + _MARGIN
     if with_bar:
         width += _BAR
         height = max(height, 150.0)
-    width = max(width, 1.5 * _width(title) + 2 * _MARGIN)  # the title's font is larger
+    width = max(width, 1.5 * text_width(title) + 2 * _MARGIN)  # the title's font is larger
     return _Layout(columns, spots, ends, head, width, height)
 
 
 def _draw_level_names(axes: Axes, tree: Taxonomy, layout: _Layout) -> None:
     for x, name in zip(layout.columns, tree.levels, strict=True):
-        y = layout.head - _ROW
-        axes.text(x, y, name, fontsize=_SIZE, color="#777777", va="center", style="italic")
+        y = layout.head - ROW
+        axes.text(x, y, name, fontsize=FONT_SIZE, color="#777777", va="center", style="italic")
 
 
 def _draw_nodes(axes: Axes, layout: _Layout, marked: set[NodePath], coloured: bool) -> Any:
@@ -206,7 +202,7 @@ def _draw_node_names(
             x + 6,
             y,
             texts[node],
-            fontsize=_SIZE,
+            fontsize=FONT_SIZE,
             color=INK,
             va="center",
             zorder=4,
@@ -319,166 +315,16 @@ def _colour_by_value(
     bottom = 1 - (layout.head + length) / height
     place = figure.add_axes(((width - 66) / width, bottom, 9 / width, length / height))
     bar = figure.colorbar(dots, cax=place)
-    bar.set_label(name, fontsize=_SIZE, color=INK)
-    bar.ax.tick_params(length=0, labelsize=_SIZE - 1, colors=INK)
+    bar.set_label(name, fontsize=FONT_SIZE, color=INK)
+    bar.ax.tick_params(length=0, labelsize=FONT_SIZE - 1, colors=INK)
     bar.outline.set_visible(False)
 
 
-def _width(text: str, bold: bool = False) -> float:
+def text_width(text: str, bold: bool = False) -> float:
     """The width of a text in points."""
     from matplotlib.backends.backend_agg import RendererAgg
     from matplotlib.font_manager import FontProperties
 
-    font = FontProperties(size=_SIZE, weight="bold" if bold else "normal")
+    font = FontProperties(size=FONT_SIZE, weight="bold" if bold else "normal")
     # 72 dpi rounds too much
     return RendererAgg(1, 1, 720).get_text_width_height_descent(text, font, False)[0] / 10
-
-
-def plot_dendrogram(
-    linkage: Any,
-    classes: Sequence[str],
-    file: str | os.PathLike,
-    num_classes: Sequence[int] = (),
-    title: str = "",
-) -> Path:
-    """Draw :func:`dendrogram_figure` into a PNG, atomically.
-
-    Args:
-        linkage: see :func:`dendrogram_figure`.
-        classes: as there.
-        file: the PNG; missing folders are made.
-        num_classes: as there.
-        title: as there.
-
-    Returns:
-        The file's path.
-
-    Raises:
-        ValueError: as :func:`dendrogram_figure` does.
-    """
-    return save_figure(dendrogram_figure(linkage, classes, num_classes, title), file)
-
-
-def dendrogram_figure(
-    linkage: Any, classes: Sequence[str], num_classes: Sequence[int] = (), title: str = ""
-) -> Figure:
-    """An agglomerative clustering of classes: which merge, at what distance, where levels cut.
-
-    Args:
-        linkage: (K - 1, 4), what `Taxonomy.from_linkage` takes.
-        classes: K names, up to 2,000.
-        num_classes: number of classes on each level above the leaves, coarsest first; each cut is a
-            dashed line, and the groups of the coarsest have a colour each.
-        title: above the picture.
-
-    Returns:
-        A matplotlib Figure.
-
-    Raises:
-        ValueError: if the arguments make no tree, see `cut_linkage`, or there are too many classes.
-    """
-    from matplotlib.collections import LineCollection
-
-    groups = cut_linkage(linkage, num_classes)
-    total = len(groups)
-    if len(classes) != total or total > _MOST_LEAVES:
-        raise ValueError(
-            f"A clustering of {total} classes needs {total} names, got {len(classes)}; a picture "
-            f"has at most {_MOST_LEAVES}."
-        )
-    merges = [(int(a), int(b), float(height)) for a, b, height, _ in linkage]
-    order = _leaf_order(merges, total)
-    coarse = [0] * total
-    shades = [INK] * total
-    if len(num_classes):
-        coarse = groups[:, 0].tolist()
-        shades = _shades(coarse, order)
-    lines, colours = _brackets(merges, order, coarse, shades)
-
-    heights = [height for _, _, height in merges]
-    high, low = max(heights, default=1.0), min(heights, default=0.0)
-    right = 0.0
-    if low < high:  # confusions leave all distances near 1
-        right = max(0.0, low - 0.2 * (high - low))
-    span = (high - right) or 1.0
-
-    names = max(_width(name) for name in classes)
-    figure = new_figure((400 + names) / 72, (_ROW * total + 90) / 72)
-    axes = figure.subplots()
-    axes.add_collection(LineCollection(lines, colors=colours, linewidths=1.4))
-    axes.set(xlim=(high + 0.04 * span, right), ylim=(total - 0.5, -0.5), xlabel="distance")
-    _name_leaves(axes, [classes[leaf] for leaf in order], [shades[leaf] for leaf in order])
-    if title:
-        figure.suptitle(title, fontsize=12, color=INK, x=0.02, ha="left")
-    _draw_cuts(axes, heights, num_classes, span)
-    return figure
-
-
-def _leaf_order(merges: list[tuple[int, int, float]], total: int) -> list[int]:
-    """The classes from top to bottom, so that no two lines cross."""
-    members = {i: [i] for i in range(total)}
-    for step, (a, b, _) in enumerate(merges):
-        members[total + step] = members.pop(a) + members.pop(b)
-    [order] = members.values()
-    return order
-
-
-def _shades(coarse: list[int], order: list[int]) -> list[str]:
-    """The colour of each class: that of its group, by the groups' order from top to bottom."""
-    groups = list(dict.fromkeys(coarse[leaf] for leaf in order))
-    rank = {group: i for i, group in enumerate(groups)}
-    return [COLOURS[rank[group] % len(COLOURS)] for group in coarse]
-
-
-def _brackets(
-    merges: list[tuple[int, int, float]], order: list[int], coarse: list[int], shades: list[str]
-) -> tuple[list[list[tuple[float, float]]], list[str]]:
-    """The line of each merge and its colour; grey where it joins several groups."""
-    total = len(order)
-    spots = {leaf: (0.0, float(y)) for y, leaf in enumerate(order)}
-    first = {leaf: leaf for leaf in range(total)}  # a class out of each cluster
-    lines, colours = [], []
-    for step, (a, b, height) in enumerate(merges):
-        (xa, ya), (xb, yb) = spots[a], spots[b]
-        lines.append([(xa, ya), (height, ya), (height, yb), (xb, yb)])
-        spots[total + step] = (height, (ya + yb) / 2)
-        first[total + step] = first[a]
-        same_group = coarse[first[a]] == coarse[first[b]]
-        colours.append(shades[first[a]] if same_group else "#999999")
-    return lines, colours
-
-
-def _name_leaves(axes: Axes, names: list[str], colours: list[str]) -> None:
-    axes.yaxis.tick_right()
-    axes.set_yticks(range(len(names)), names, fontsize=_SIZE, parse_math=False)
-    for tick, colour in zip(axes.get_yticklabels(), colours, strict=True):
-        tick.set_color(colour)
-    axes.tick_params(length=0)
-    axes.tick_params(axis="x", labelsize=_SIZE, colors=INK)
-    axes.xaxis.label.set(color=INK, fontsize=10)
-    for side in ("top", "left", "right"):
-        axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color("#999999")
-
-
-def _draw_cuts(axes: Axes, heights: list[float], num_classes: Sequence[int], span: float) -> None:
-    """A dashed line at each cut, with its number of classes above, in rows that do not overlap."""
-    total = len(heights) + 1
-    row_ends: list[float] = []  # where the last label of each row above the tree ends
-    for classes in num_classes:
-        at = (heights[total - classes - 1] + heights[total - classes]) / 2
-        axes.axvline(at, color=INK, linewidth=0.9, linestyle=(0, (4, 3)), zorder=0)
-        row = 0
-        while row < len(row_ends) and row_ends[row] - at < 0.15 * span:
-            row += 1
-        row_ends[row : row + 1] = [at]
-        axes.annotate(
-            f"{classes} classes",
-            (at, 1),
-            (0, 3 + 11 * row),
-            xycoords=("data", "axes fraction"),
-            textcoords="offset points",
-            ha="center",
-            fontsize=_SIZE,
-            color=INK,
-        )

@@ -224,7 +224,7 @@ class Taxonomy(Forest):
 
         Args:
             linkage: (K - 1, 4), from `linkage_from_confusion`, `linkage_from_embeddings` or SciPy;
-                `plots.plot_dendrogram` draws it.
+                `dendrogram.plot_dendrogram` draws it.
             classes: the K leaves' names in class order.
             num_classes: number of classes of each level above the leaves, coarsest first:
                 increasing, from 2 to K - 1. Exactly as many are made, also where merges are equally
