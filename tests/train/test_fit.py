@@ -332,7 +332,8 @@ def test_without_evaluation_the_last_epoch_is_the_best(tmp_path):
 # ---------------------------------------------------------------------------------------------------------
 
 
-def test_files_of_a_run(tmp_path, capsys):
+def test_files_of_a_run(tmp_path, caplog):
+    caplog.set_level("INFO", logger="timm_branches")
     data = loader_of(make_data(16), 4)
     result = fit(
         make_task(),
@@ -373,7 +374,7 @@ def test_files_of_a_run(tmp_path, capsys):
     assert float(table[-1]["eval_fine_top1"]) == result.history[-1]["eval_fine_top1"]
     for name in ("history.png", "confusion_fine.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
-    assert capsys.readouterr().out.count("fine ") == 3
+    assert caplog.text.count("fine ") == 3
 
 
 def test_plots_and_trackers_only_when_asked(tmp_path):

@@ -15,6 +15,7 @@ from torch import nn
 
 from timm_branches.model import BranchModel
 from timm_branches.schedules import ConstantSchedule, LossWeightSchedule, get_schedule
+from timm_branches.task.evaluator import Evaluator
 from timm_branches.taxonomy import Taxonomy
 from timm_branches.taxonomy.matching import match_classes, match_taxonomies
 
@@ -262,7 +263,7 @@ class HeadsTask(TrainingTask):
         """What the best epoch is chosen by."""
 
     @abstractmethod
-    def create_evaluator(self, **kwargs: Any) -> Any:
+    def create_evaluator(self, **kwargs: Any) -> Evaluator:
         """A fresh evaluator that takes the model's whole output and the targets."""
 
     def confusions(self, evaluator: Any) -> list[tuple[str, torch.Tensor, list[str]]]:

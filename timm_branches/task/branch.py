@@ -22,7 +22,10 @@ from timm_branches.task.uncertainty import UncertaintyWeighting
 from timm_branches.taxonomy import Taxonomy
 from timm_branches.taxonomy.matching import match_classes, match_taxonomies
 
-__all__ = ["BranchTask", "FlatTask", "two_classes"]
+__all__ = ["BranchTask", "FlatTask", "LevelLoss", "two_classes"]
+
+LevelLoss = Callable[[dict[str, torch.Tensor], torch.Tensor], Mapping[str, torch.Tensor]]
+"""From logits (B, K) by level and labels (B, L) to a loss for each of these levels."""
 
 
 class BranchTask(HeadsTask):
@@ -42,6 +45,10 @@ class BranchTask(HeadsTask):
         label_smoothing: Of every level's cross-entropy, or one for each level.
         class_weights: Weight of each class, by level: ``{'fine': tensor (K,)}``; torch's weighted
             mean.
+        loss: A loss of your own in place of the cross-entropies: a function of (logits, labels)
+            with the logits (B, K) of the levels that are on, by name, and labels (B, L), -1 where
+            unknown. It returns the loss of each of these levels by name, which the schedule
+            weighs. It brings its own smoothing and class weights.
         marginal: An image that is labelled on a coarser level only trains the finer heads, too: the
             probability of the classes below its label is raised as a whole (:func:`marginal_loss`
             on each level).
@@ -71,6 +78,7 @@ class BranchTask(HeadsTask):
         label_smoothing: float | Sequence[float] = 0.0,
         class_weights: Mapping[str, torch.Tensor | Sequence[float]] | None = None,
         *,
+        loss: LevelLoss | None = None,
         marginal: bool = False,
         consistency: float = 0.0,
         tree_path: float = 0.0,
@@ -123,6 +131,11 @@ class BranchTask(HeadsTask):
             raise ValueError(
                 f"{', '.join([*self.extras, *(['marginal'] if marginal else [])])} needs a taxonomy: make "
                 "the model with taxonomy=."
+            )
+        self.loss = loss
+        if loss is not None:
+            _refuse_beside_loss(
+                label_smoothing=any(smoothing), class_weights=class_weights, marginal=marginal
             )
         self._weigh_classes(class_weights or {}, model)
         self.marginal = marginal
@@ -209,10 +222,10 @@ class BranchTask(HeadsTask):
             share: Average over the samples of all processes.
         """
         targets = self._targets(target)
-        losses = {}
-        for name in self.active:
-            logits, rows = _by_sample(name, self._logits(output, name), target, lengths)
-            losses[name] = self._level_loss(name, logits, self._targets(rows)[name], rows, share)
+        if self.loss is None:
+            losses = self._level_losses(output, target, lengths, share)
+        else:
+            losses = self._own_losses(output, target, lengths)
         weights = dict(zip(self.names, self.weights, strict=True))
         if self.uncertainty:
             loss = self.uncertainty(losses, self._known(targets, share))
@@ -222,6 +235,35 @@ class BranchTask(HeadsTask):
             losses[name] = self._extra_loss(name, output, target, share)
             loss = loss + weight * losses[name]
         return loss, losses
+
+    def _level_losses(
+        self,
+        output: dict[str, torch.Tensor],
+        target: torch.Tensor,
+        lengths: torch.Tensor | None,
+        share: bool,
+    ) -> dict[str, torch.Tensor]:
+        losses = {}
+        for name in self.active:
+            logits, rows = _by_sample(name, self._logits(output, name), target, lengths)
+            losses[name] = self._level_loss(name, logits, self._targets(rows)[name], rows, share)
+        return losses
+
+    def _own_losses(
+        self, output: dict[str, torch.Tensor], target: torch.Tensor, lengths: torch.Tensor | None
+    ) -> dict[str, torch.Tensor]:
+        """The losses of a function from outside, after making sure that they fit the schedule."""
+        assert self.loss is not None
+        logits, rows = {}, target
+        for name in self.active:
+            logits[name], rows = _by_sample(name, self._logits(output, name), target, lengths)
+        losses = self.loss(logits, rows)
+        if not isinstance(losses, Mapping) or set(losses) != set(logits):
+            given = list(losses) if isinstance(losses, Mapping) else type(losses).__name__
+            raise ValueError(
+                f"loss= must return a loss for each of the levels {list(logits)}, got {given}."
+            )
+        return {name: losses[name] for name in logits}
 
     def _known(self, targets: dict[str, torch.Tensor], share: bool) -> dict[str, torch.Tensor]:
         """Of each level, whether any process has a label for it."""
@@ -344,6 +386,12 @@ class BranchTask(HeadsTask):
         ]
 
 
+def _refuse_beside_loss(**settings: Any) -> None:
+    named = [f"{name}=" for name, value in settings.items() if value]
+    if named:
+        raise ValueError(f"{', '.join(named)} has no effect beside loss=, which brings its own.")
+
+
 class FlatTask(BranchTask):
     """The baseline that every hierarchy must beat: one head of leaves, level answers by summing
     upwards.
@@ -353,7 +401,8 @@ class FlatTask(BranchTask):
         taxonomy: The hierarchy whose levels are reported.
         label_smoothing: Of the marginal loss, for images whose leaf is known.
         loss: ``'marginal'``, cross-entropy on the deepest class that is known; ``'hxe'`` or
-            ``'soft'``, the hierarchical losses of Bertinetto et al. 2020.
+            ``'soft'``, the hierarchical losses of Bertinetto et al. 2020; or a function of your own
+            of (leaf logits (B, K), labels (B, L), taxonomy) that returns a scalar.
         strength: alpha of ``'hxe'`` (default 0.1) or beta of ``'soft'`` (default 10).
         device: Where the task lives.
 
@@ -369,7 +418,7 @@ class FlatTask(BranchTask):
         model: BranchModel,
         taxonomy: Taxonomy,
         label_smoothing: float = 0.0,
-        loss: str = "marginal",
+        loss: str | Callable[..., torch.Tensor] = "marginal",
         strength: float | None = None,
         device: torch.device | None = None,
     ):
@@ -379,16 +428,19 @@ class FlatTask(BranchTask):
                 f"a flat baseline has one head of the taxonomy's {taxonomy.num_leaves} leaves, "
                 f"got {model.num_classes}."
             )
-        if loss not in self.losses:
+        own = callable(loss)
+        if not own and loss not in self.losses:
             raise ValueError(f"loss={loss!r}: choose one of {', '.join(self.losses)}.")
         if loss != "marginal" and label_smoothing:
             raise ValueError(f"label_smoothing has no effect with loss={loss!r}.")
         if loss == "marginal" and strength is not None:
             raise ValueError("strength= has no effect with loss='marginal'.")
-        self.loss, self.strength = (
-            loss,
-            {"hxe": 0.1, "soft": 10.0}.get(loss) if strength is None else strength,
-        )
+        if own and strength is not None:
+            raise ValueError("strength= has no effect beside a loss of your own.")
+        self.leaf_loss = loss
+        self.strength = strength
+        if strength is None and isinstance(loss, str):
+            self.strength = {"hxe": 0.1, "soft": 10.0}.get(loss)
         self.taxonomy = taxonomy
         self.level_names = tuple(taxonomy.levels)
         self.level_classes = tuple(taxonomy.num_classes)
@@ -412,15 +464,17 @@ class FlatTask(BranchTask):
         assert self.taxonomy is not None
         settings = {"label_smoothing": self.label_smoothing[name]}
         if target.is_floating_point():
-            if self.loss != "marginal":
+            if self.leaf_loss != "marginal":
                 raise ValueError(
-                    f"loss={self.loss!r} needs class indices: it does not go with mixup or CutMix."
+                    f"loss={self.leaf_loss!r} needs class indices: it does not go with mixup or CutMix."
                 )
             return level_cross_entropy(logits, level_target, share=share)
-        if self.loss == "marginal":
+        if callable(self.leaf_loss):
+            return self.leaf_loss(logits, target, self.taxonomy)
+        if self.leaf_loss == "marginal":
             return _with_coarse(logits, level_target, target, self.taxonomy, settings, share)
         assert self.strength is not None
-        which = hxe_loss if self.loss == "hxe" else soft_label_loss
+        which = hxe_loss if self.leaf_loss == "hxe" else soft_label_loss
         return which(logits, target, self.taxonomy, self.strength, share)
 
     def _targets(self, target: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -9,6 +9,7 @@ from timm_branches.taxonomy.derive import (
     linkage_from_confusion,
     linkage_from_embeddings,
 )
+from timm_branches.taxonomy.matching import match_classes, match_taxonomies
 from timm_branches.taxonomy.taxonomy import Taxonomy
 from timm_branches.taxonomy.trees import (
     TREES,
@@ -18,6 +19,7 @@ from timm_branches.taxonomy.trees import (
     fashion_mnist,
     get_taxonomy,
     mnist,
+    register_taxonomy_reader,
 )
 
 __all__ = [
@@ -32,5 +34,8 @@ __all__ = [
     "get_taxonomy",
     "linkage_from_confusion",
     "linkage_from_embeddings",
+    "match_classes",
+    "match_taxonomies",
     "mnist",
+    "register_taxonomy_reader",
 ]

@@ -10,10 +10,21 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from timm_branches.taxonomy.taxonomy import Taxonomy
 
-__all__ = ["TREES", "cifar10", "cifar100", "digits", "fashion_mnist", "get_taxonomy", "mnist"]
+__all__ = [
+    "READERS",
+    "TREES",
+    "cifar10",
+    "cifar100",
+    "digits",
+    "fashion_mnist",
+    "get_taxonomy",
+    "mnist",
+    "register_taxonomy_reader",
+]
 
 
 def cifar10() -> Taxonomy:
@@ -196,6 +207,52 @@ TREES: dict[str, Callable[[], Taxonomy]] = {
 }
 
 
+READERS: dict[str, Callable[[Any], Taxonomy]] = {
+    ".csv": Taxonomy.from_csv,
+    ".tsv": Taxonomy.from_csv,
+    ".parquet": Taxonomy.from_csv,
+    ".json": Taxonomy.from_json,
+}
+"""Readers of trees by the ending of the file, with its dot, or by a prefix."""
+
+
+def register_taxonomy_reader(key: str, reader: Callable[[Any], Taxonomy] | None = None) -> Any:
+    """Make `get_taxonomy`, and with it `--taxonomy`, read another kind of tree.
+
+    Args:
+        key: The ending of files, with its dot (`'.obo'`), or a prefix (`'mytrees'` for
+            `get_taxonomy('mytrees/rest')`).
+        reader: A function of the file's path, or of what follows the prefix, that returns a
+            :class:`Taxonomy`; left out, this is a decorator.
+
+    Raises:
+        ValueError: The key is empty, holds a slash, or is taken.
+
+    Example:
+        >>> @register_taxonomy_reader('doctest-letters')
+        ... def read_letters(rest):
+        ...     return Taxonomy(list(rest))
+        >>> get_taxonomy('doctest-letters/abc').leaf_names
+        ('a', 'b', 'c')
+        >>> del READERS['doctest-letters']
+    """
+    if not key or "/" in key:
+        raise ValueError(
+            f"A reader's key is an ending ('.obo') or a word without slashes: {key!r}."
+        )
+
+    def register(function: Callable[[Any], Taxonomy]) -> Callable[[Any], Taxonomy]:
+        known: Any = READERS.get(key, function)
+        if (known.__module__, known.__qualname__) != (function.__module__, function.__qualname__):
+            raise ValueError(
+                f"The key {key!r} is taken by {known.__module__}.{known.__qualname__}."
+            )
+        READERS[key] = function
+        return function
+
+    return register if reader is None else register(reader)
+
+
 def get_taxonomy(source: str | Path | Taxonomy) -> Taxonomy:
     """A taxonomy by what a user may write for one.
 
@@ -217,14 +274,13 @@ def get_taxonomy(source: str | Path | Taxonomy) -> Taxonomy:
     name = str(source).lower().replace("-", "_")
     if name in TREES:
         return TREES[name]()
+    prefix, _, remainder = str(source).partition("/")
+    if prefix in READERS and not prefix.startswith("."):
+        return READERS[prefix](remainder)
     path = Path(source)
     if path.is_dir():
         return Taxonomy.from_folders(path)
-    readers: dict[str, Callable[[Path], Taxonomy]] = {
-        ".csv": Taxonomy.from_csv,
-        ".json": Taxonomy.from_json,
-    }
-    reader = readers.get(path.suffix.lower())
+    reader = READERS.get(path.suffix.lower())
     if reader is not None and path.is_file():
         return reader(path)
     close = difflib.get_close_matches(name, TREES, n=1)

@@ -1,11 +1,14 @@
 """Flags that recipes share, beside those of `fit`: the data and the model."""
 
 import argparse
+import logging
 from typing import Any
 
 from timm_branches.data import DataSummary, summarize
 from timm_branches.hierarchy.class_balance import SCHEMES, class_weights
 from timm_branches.taxonomy import Taxonomy
+
+_logger = logging.getLogger(__name__)
 
 __all__ = [
     "add_model_arguments",
@@ -102,7 +105,7 @@ def weights_of_classes(args: argparse.Namespace, data: Any) -> dict[str, Any] | 
 
 
 def say_what_was_understood(**splits: Any) -> DataSummary:
-    """Print what was understood of the data, before anything is trained.
+    """Log what was understood of the data, before anything is trained.
 
     Args:
         **splits: The data sets by the name of their split.
@@ -111,5 +114,5 @@ def say_what_was_understood(**splits: Any) -> DataSummary:
         The summary, to keep in the model's file as `model.data_summary`.
     """
     summary = summarize(**splits)
-    print(summary, flush=True)
+    _logger.info("%s", summary)
     return summary

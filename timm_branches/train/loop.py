@@ -1,5 +1,6 @@
 """``fit``: our training loop, made of timm's parts; and ``evaluate``."""
 
+import logging
 import math
 import shutil
 import sys
@@ -29,6 +30,8 @@ from timm_branches.train.log import CsvLog, open_trackers
 from timm_branches.train.lr import create_scheduler
 from timm_branches.train.process import current_device, is_distributed, is_primary, seed_everything
 from timm_branches.weights import save_model
+
+_logger = logging.getLogger(__name__)
 
 __all__ = ["FitResult", "evaluate", "fit", "try_evaluation"]
 
@@ -67,7 +70,7 @@ def evaluate(
     Args:
         task: The task.
         loader: Batches, as for :func:`fit`.
-        ema: Judge the moving average of the weights.
+        ema: Evaluate the moving average of the weights.
         amp: Makes the context of the forward pass.
         **options: What the evaluator takes, such as ``decoder``.
 
@@ -205,12 +208,12 @@ class _Run:
         self.updates_per_epoch = math.ceil(len(train_loader) / config.grad_accum_steps)
         self.scheduler = create_scheduler(self.optimizer, config, self.updates_per_epoch)
         self.metric = config.eval_metric or task.default_metric
-        judge = task.create_evaluator()
-        if self.metric not in judge.metric_names:
+        evaluator = task.create_evaluator()
+        if self.metric not in evaluator.metric_names:
             raise ValueError(
-                f"--eval-metric {self.metric!r}: choose one of {', '.join(judge.metric_names)}."
+                f"--eval-metric {self.metric!r}: choose one of {', '.join(evaluator.metric_names)}."
             )
-        self.lower_is_better = judge.lower_is_better(self.metric)
+        self.lower_is_better = evaluator.lower_is_better(self.metric)
         if config.conflicts and len(task.names) < 2:
             raise ValueError(f"--conflicts has no effect: {list(task.names)} is a single loss.")
         if config.eval_metric and eval_loader is None:
@@ -335,9 +338,9 @@ class _Run:
                 f"--resume {path} is of another model or optimizer: {error}"
             ) from error
         if self.task.describe_schedule() != asked and self.primary:
-            tqdm.write(
-                "The checkpoint's loss-weight schedule is used, not the one asked for:\n"
-                f"{self.task.describe_schedule()}"
+            _logger.warning(
+                "The checkpoint's loss-weight schedule is used, not the one asked for:\n%s",
+                self.task.describe_schedule(),
             )
         if self.scaler and "scaler" in state:
             self.scaler.load_state_dict(state["scaler"])
@@ -396,7 +399,7 @@ class _Run:
         if not diagnosis.ok:
             raise ValueError("--check found: " + " ".join(diagnosis.problems))
         if self.primary:
-            tqdm.write(f"--check: {len(diagnosis.passed)} checks passed.")
+            _logger.info("--check: %d checks passed.", len(diagnosis.passed))
 
     def epoch(self, epoch: int) -> None:
         """Train, evaluate, log and save one epoch."""
@@ -457,10 +460,8 @@ class _Run:
             self.trackers.log(row, epoch)
             self._save(epoch)
             if self.config.progress:
-                tqdm.write(
-                    _line(row, self.config.epochs, self.evaluator.headline if metrics else ())
-                )
-                sys.stdout.flush()
+                headline = self.evaluator.headline if metrics else ()
+                _logger.info(_line(row, self.config.epochs, headline))
         self.result.history.append(row)
 
     def _is_better(self, value: float | None) -> bool:
@@ -571,7 +572,7 @@ class _Run:
                 plot_conflicts(self.result.history, self.result.output / "conflicts.png")
             plot_history(self.result.history, self.result.output / "history.png", self.metric)
         except ImportError:
-            tqdm.write(
+            _logger.warning(
                 "No plots: matplotlib is not installed (pip install 'timm_branches[recipes]')."
             )
             return

@@ -3,6 +3,7 @@
 Find a folder, say what it ran on, tell a person's mistakes on one line.
 """
 
+import logging
 import os
 import platform
 import sys
@@ -12,10 +13,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from timm.utils import get_outdir
+from tqdm import tqdm
 
 from timm_branches.train.process import is_primary
 
-__all__ = ["hardware", "new_output", "run_script"]
+__all__ = ["hardware", "new_output", "run_script", "setup_logging"]
 
 
 def new_output(output: "str | os.PathLike", resume: str) -> Path:
@@ -54,8 +56,29 @@ def _cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
+class _BesideBars(logging.Handler):
+    """Writes each message to standard output, above a progress bar where there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stdout)
+        sys.stdout.flush()
+
+
+def setup_logging(level: int = logging.INFO) -> None:
+    """Show what the package says (an epoch's line, a warning) as plain lines on standard output.
+
+    Args:
+        level: The least level that is shown.
+    """
+    logger = logging.getLogger("timm_branches")
+    logger.setLevel(level)
+    if not any(isinstance(handler, _BesideBars) for handler in logger.handlers):
+        logger.addHandler(_BesideBars())
+
+
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's main; what a person got wrong becomes one line and exit status 2."""
+    setup_logging()
     try:
         main()
     except (ValueError, OSError, FloatingPointError, ImportError) as error:
