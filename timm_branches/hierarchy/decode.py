@@ -160,13 +160,19 @@ def _tame(scores: torch.Tensor) -> torch.Tensor:
 
 def _to_leaves(by_level: list[torch.Tensor], tables: _Tables) -> torch.Tensor:
     """(N, leaves) from the columns of each level's leaves."""
-    columns = by_level[0] if len(by_level) == 1 else torch.cat(by_level, 1)
-    return columns if tables.order is None else columns.index_select(1, tables.order)
+    columns = by_level[0]
+    if len(by_level) > 1:
+        columns = torch.cat(by_level, 1)
+    if tables.order is None:
+        return columns
+    return columns.index_select(1, tables.order)
 
 
 def _of_leaves(values: torch.Tensor, level: _Level) -> torch.Tensor:
     """The columns of a level's leaves."""
-    return values if not len(level.inner_nodes) else values.index_select(1, level.leaf_nodes)
+    if not len(level.inner_nodes):
+        return values
+    return values.index_select(1, level.leaf_nodes)
 
 
 def _masses(p: torch.Tensor, tables: _Tables) -> list[torch.Tensor]:
@@ -190,10 +196,11 @@ def _masses(p: torch.Tensor, tables: _Tables) -> list[torch.Tensor]:
 def _path(leaf: torch.Tensor, masses: list[torch.Tensor], tables: _Tables) -> Prediction:
     """The path to each sample's leaf, with the probabilities of the nodes on it."""
     labels = tables.paths[leaf]
-    columns = [
-        mass.gather(1, at.clamp(min=0)[:, None]) for mass, at in zip(masses, labels.T, strict=True)
-    ]
-    return Prediction(labels, torch.cat(columns, 1).clamp(max=1).masked_fill(labels < 0, 0))
+    columns = []
+    for mass, label in zip(masses, labels.T, strict=True):
+        columns.append(mass.gather(1, label.clamp(min=0)[:, None]))
+    probabilities = torch.cat(columns, 1).clamp(max=1)  # (N, L)
+    return Prediction(labels, probabilities.masked_fill(labels < 0, 0))
 
 
 def leaf_log_probs(
@@ -235,17 +242,16 @@ def _leaf_log_probs(scores: list[torch.Tensor], tables: _Tables) -> torch.Tensor
         if not len(level.leaves):
             continue
         log_q = values.log_softmax(-1)
-        leaves = _of_leaves(log_q, level)
-        by_level.append(leaves if rest is None else rest + leaves)
+        if rest is not None:
+            log_q = rest + log_q
+        by_level.append(_of_leaves(log_q, level))
         if len(level.inner_nodes):
             # log(1 - the leaves' share), without the cancellation; where it is log(0) the gradient
             # would be nan
             inner = log_q.index_select(1, level.inner_nodes)
-            none = inner.detach().amax(1, keepdim=True) == -torch.inf
-            share = (
-                inner.masked_fill(none, 0).logsumexp(1, keepdim=True).masked_fill(none, -torch.inf)
-            )
-            rest = share if rest is None else rest + share
+            none = inner.detach().amax(1, keepdim=True) == -torch.inf  # (N, 1)
+            total = inner.masked_fill(none, 0).logsumexp(1, keepdim=True)
+            rest = total.masked_fill(none, -torch.inf)
     return _to_leaves(by_level, tables)
 
 
@@ -297,10 +303,9 @@ def register_decoder(name: str, function: Decoder | None = None) -> Any:
 @register_decoder("independent")
 def _independent(scores: list[torch.Tensor], taxonomy: Taxonomy) -> Prediction:
     labels = torch.stack([values.max(-1).indices for values in scores], 1)
-    columns = [
-        values.softmax(-1).gather(1, at[:, None])
-        for values, at in zip(scores, labels.T, strict=True)
-    ]
+    columns = []
+    for values, label in zip(scores, labels.T, strict=True):
+        columns.append(values.softmax(-1).gather(1, label[:, None]))
     return Prediction(labels, torch.cat(columns, 1).clamp(max=1))
 
 
@@ -320,9 +325,8 @@ def _top_down(scores: list[torch.Tensor], taxonomy: Taxonomy) -> Prediction:
         ended = ended | missing[:, 0]
         # where all that there are say -inf they are equally likely; the ones missing stay
         # impossible
-        values = _tame(values.gather(1, siblings).masked_fill(missing, -torch.inf)).masked_fill(
-            missing, -torch.inf
-        )
+        values = values.gather(1, siblings).masked_fill(missing, -torch.inf)
+        values = _tame(values).masked_fill(missing, -torch.inf)
         best = values.max(-1).indices[:, None]
         path = path * values.softmax(-1).gather(1, best)
         node = siblings.gather(1, best)[:, 0].masked_fill(ended, 0)
@@ -338,11 +342,14 @@ def _best_path(scores: list[torch.Tensor], taxonomy: Taxonomy) -> Prediction:
     by_level = []
     for depth, (values, level) in enumerate(zip(scores, tables.levels, strict=True)):
         log_p = values.log_softmax(-1)
-        total = log_p if total is None else total.index_select(1, level.parents).add_(log_p)
+        if total is not None:
+            log_p = total.index_select(1, level.parents).add_(log_p)
+        total = log_p  # (N, K): log of the product down to each node
         if len(level.leaves):
             leaves = _of_leaves(total, level)
-            scale = len(scores) / (depth + 1)
-            by_level.append(leaves if scale == 1 else leaves * scale)
+            if depth + 1 < len(scores):  # the geometric mean, to the power of all levels
+                leaves = leaves * (len(scores) / (depth + 1))
+            by_level.append(leaves)
     product = _tame(_to_leaves(by_level, tables))
     return _path(product.max(-1).indices, _masses(product.softmax(-1), tables), tables)
 
@@ -365,7 +372,10 @@ def _crm(scores: list[torch.Tensor], taxonomy: Taxonomy) -> Prediction:
     saved: torch.Tensor | None = None
     by_level = []
     for mass, level in zip(masses, tables.levels, strict=True):
-        above = torch.zeros_like(mass) if saved is None else saved.index_select(1, level.parents)
+        if saved is None:
+            above = torch.zeros_like(mass)
+        else:
+            above = saved.index_select(1, level.parents)
         saved = above.addcmul_(mass, level.drop.to(mass.dtype))
         if len(level.leaves):
             by_level.append(_of_leaves(saved, level))
