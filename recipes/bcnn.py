@@ -382,7 +382,7 @@ class Bench:
                 "ready-made tree, a CSV, JSON or nested class folders)."
             )
         self.tree: Taxonomy = tree
-        self.taps = args.taps or [str(stage) for stage in range(6 - tree.num_levels, 6)]
+        self.taps = args.taps or default_taps(tree.num_levels)
         if len(self.taps) != tree.num_levels:
             raise ValueError(
                 f"--taps {' '.join(self.taps)}: the tree has {tree.num_levels} levels "
@@ -785,6 +785,13 @@ def make_heads(args: argparse.Namespace, levels: int) -> list:
     return (
         [kind(hidden=(width, width)) for width in args.hidden] if args.hidden else [kind()] * levels
     )
+
+
+def default_taps(levels: int) -> list[str]:
+    """The last stages, one for each level; more than five levels share stages 1 to 5."""
+    if levels <= 5:
+        return [str(stage) for stage in range(6 - levels, 6)]
+    return [str(1 + round(4 * level / (levels - 1))) for level in range(levels)]
 
 
 def default_schedule(levels: int, epochs: int) -> str:

@@ -41,6 +41,7 @@ _PREPROCESSING = (
     "mean",
     "std",
     "value_range",
+    "raw_inputs",
 )
 
 

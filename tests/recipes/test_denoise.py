@@ -220,7 +220,7 @@ MISTAKES = {
     "file": (["{photos}/note.txt"], "note.txt"),
     "no such part": (["{photos}/parts", "--test", "set12"], "--test set12"),
     "no training": (["{photos}/only"], "--train"),
-    "small images": (["{photos}/small"], "patch_size"),
+    "small images": (["{photos}/small"], "at least 11 x 11 pixels"),
     "sigma": (["{photos}/parts", "--sigma", "-1"], "sigma"),
     "range": (["{photos}/parts", "--sigma", "50", "0"], "sigma"),
     "nothing": (["{photos}/parts", "--sigma", "0"], "nothing"),

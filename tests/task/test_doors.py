@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from timm_branches import create_branch_model
 from timm_branches.dense import RestorationEvaluator, SegmentationEvaluator
 from timm_branches.hierarchy import HierarchyEvaluator
-from timm_branches.hierarchy.losses import hxe_loss
+from timm_branches.hierarchy.losses import hxe_loss, on_levels, tree_path_kl
 from timm_branches.task import BranchTask, DenseTask, Evaluator, FlatTask, JointTask
 from timm_branches.taxonomy import Taxonomy
 
@@ -26,9 +26,9 @@ def images():
     return torch.randn(len(LABELS), 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
-def cross_entropies(logits, labels):
+def cross_entropies(logits, labels, taxonomy, share=False):
     """The task's own loss, written as somebody else's."""
-    pairs = zip(logits.items(), labels[:, -len(logits) :].unbind(1), strict=True)
+    pairs = zip(logits.items(), labels.unbind(1), strict=True)
     return {level: F.cross_entropy(z, y, ignore_index=-1) for (level, z), y in pairs}
 
 
@@ -49,27 +49,31 @@ class TestLoss:
         for name, grad in own_grads.items():
             torch.testing.assert_close(grad, grads[name])
 
-    def test_sees_only_the_levels_that_are_on(self):
-        seen = []
+    def test_levels_that_are_off_do_not_count(self):
+        """Not even if their loss is infinite; what is no level is added as it is."""
 
-        def loss(logits, labels):
-            seen.append(list(logits))
-            return {level: z.sum() * 0 for level, z in logits.items()}
+        def loss(logits, labels, taxonomy, share=False):
+            assert list(logits) == ["kind", "species"]
+            assert taxonomy == TREE
+            kind = logits["kind"].sum() * float("inf")
+            return {"kind": kind, "species": torch.tensor(2.0), "penalty": torch.tensor(5.0)}
 
-        task = BranchTask(make(), "0:1,0;1:0,1", loss=loss, verbose=False)
-        for epoch in (0, 1):
-            task.set_epoch(epoch)
-            task(images(), LABELS)
-        assert seen == [["kind"], ["species"]]
+        task = BranchTask(make(), "0:0,0.5", loss=loss, verbose=False)
+        result = task(images(), LABELS)
+        assert result["loss"] == 0.5 * 2 + 5
+        assert list(result["losses"]) == ["species", "penalty"]
 
-    @pytest.mark.parametrize(
-        "answer", [lambda logits: sum(z.sum() for z in logits.values()), lambda logits: {"kind": 0}]
-    )
+    def test_those_of_the_package(self):
+        """tree_path_kl as the only loss, through the adapter, against the function."""
+        task = BranchTask(make(), loss=on_levels(tree_path_kl), verbose=False).eval()
+        x = images()
+        logits = list(task.trainable_module(x).values())
+        torch.testing.assert_close(task(x, LABELS)["loss"], tree_path_kl(logits, LABELS, TREE))
+
+    @pytest.mark.parametrize("answer", [torch.tensor(1.0), {}, None])
     def test_wrong_answer(self, answer):
-        task = BranchTask(make(), loss=lambda logits, labels: answer(logits), verbose=False)
-        with pytest.raises(
-            ValueError, match=r"a loss for each of the levels \['kind', 'species'\]"
-        ):
+        task = BranchTask(make(), loss=lambda *args, share: answer, verbose=False)
+        with pytest.raises(ValueError, match="must return a dict of scalars"):
             task(images(), LABELS)
 
     @pytest.mark.parametrize(

@@ -257,3 +257,57 @@ class TestLoadWeights:
         with pytest.raises(ValueError, match="'plant / oak' is only in the file"):
             load_weights(other, path)
         assert all(torch.equal(before[key], value) for key, value in other.state_dict().items())
+
+
+def test_evaluate_without_a_transform_uses_the_models_own():
+    """Photographs of another size and range than the model was made for."""
+    from timm_branches.data import HierarchicalDataset, create_loader
+    from timm_branches.inference import model_transform
+
+    model = make_model()
+    rng = torch.Generator().manual_seed(0)
+    photos = (torch.rand(24, 48, 64, 3, generator=rng) * 255).byte().numpy()
+    labels = TREE.leaf_table[torch.arange(24) % 5]
+    results = []
+    for transform in (None, model_transform(model)):
+        data = HierarchicalDataset(photos, labels, TREE, transform)
+        task = BranchTask(model, verbose=False)
+        results.append(dict(evaluate(task, create_loader(data, 8)).metrics))
+    assert results[0] == results[1]
+    data = HierarchicalDataset(photos, labels, TREE)
+    raw = evaluate(BranchTask(model, verbose=False), create_loader(data, 8), own_transform=False)
+    assert dict(raw.metrics) != results[1]
+
+
+class TestOneClass:
+    """A level of one class: kingdom = Animalia."""
+
+    tree = Taxonomy(["Animalia/cat", "Animalia/dog"], levels=["kingdom", "species"])
+
+    def test_costs_nothing_and_works(self, tmp_path):
+        torch.manual_seed(0)
+        model = create_branch_model("test_resnet", taps=[4, 5], taxonomy=self.tree, img_size=32)
+        x = colours(16)
+        data = Named(["Animalia/cat", "Animalia/dog"] * 8, self.tree, x)
+        task = BranchTask(model, verbose=False)
+        losses = task(x, data.labels)["losses"]
+        assert losses["kingdom"] == 0
+        assert losses["species"] > 0
+        config = FitConfig(
+            epochs=1, output=str(tmp_path / "run"), progress=False, opt="sgd", lr=0.01, check=False
+        )
+        result = fit(task, loader(data), loader(data), config)
+        assert result.best["kingdom_top1"] == 100
+        for decoder in ("independent", "top-down", "best-path", "leaf-marginal", "crm"):
+            metrics = evaluate(task, loader(data), decoder=decoder).metrics
+            assert metrics["kingdom_top1"] == 100
+            assert metrics["consistency"] == 100
+
+    def test_predict(self):
+        from timm_branches.inference import predict
+
+        torch.manual_seed(0)
+        model = create_branch_model("test_resnet", taps=[4, 5], taxonomy=self.tree, img_size=32)
+        images = (torch.rand(2, 32, 32, 3) * 255).byte().numpy()
+        for record in predict(model, list(images)):
+            assert record.path[0] == "Animalia"

@@ -5,6 +5,9 @@ from .predict import (
     Record as Record,
 )
 from .predict import (
+    model_transform as model_transform,
+)
+from .predict import (
     predict as predict,
 )
 from .streaming import (

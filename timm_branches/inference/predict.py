@@ -20,7 +20,7 @@ from timm_branches.taxonomy import Taxonomy, get_taxonomy
 if TYPE_CHECKING:
     from timm_branches.data.transforms import SampleTransform
 
-__all__ = ["Predictions", "Record", "predict"]
+__all__ = ["Predictions", "Record", "model_transform", "predict"]
 
 # PIL reports a broken PNG as a SyntaxError
 _UNREADABLE = (OSError, ValueError, SyntaxError)
@@ -156,7 +156,7 @@ class Predictions:
     def __iter__(self) -> Iterator[Record]:
         from timm_branches.data import create_loader
 
-        samples = _Samples(self.images, _validation_transform(self.model))
+        samples = _Samples(self.images, model_transform(self.model))
         loader = create_loader(
             samples,
             self.batch_size,
@@ -332,7 +332,23 @@ class _Samples(Dataset):
             return reason if name in reason else f"{name}: {reason}"
 
 
-def _validation_transform(model: BranchModel) -> "SampleTransform":
+def model_transform(model: BranchModel) -> "SampleTransform":
+    """A model's own evaluation transform, as its file and timm's configuration say.
+
+    `predict` uses it, and `evaluate` where a data set has none.
+
+    Args:
+        model: The model.
+
+    Returns:
+        A transform from images (H, W, C) to tensors (C, H, W), see
+        :func:`timm_branches.data.create_transform`.
+
+    Example:
+        >>> from timm_branches import create_branch_model
+        >>> model_transform(create_branch_model('test_resnet', num_classes=2)).size
+        (160, 160)
+    """
     from timm.data import resolve_model_data_config
 
     from timm_branches.data import create_transform

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from timm_branches.heads import State
+from timm_branches.inference.predict import model_transform
 from timm_branches.model import BranchModel
 
 __all__ = ["StreamingClassifier", "StreamingStep", "detach_state"]
@@ -109,7 +110,7 @@ class StreamingClassifier:
             if several.dtype != np.uint8:
                 raise ValueError(f"a frame that is an array must be uint8, got {several.dtype}.")
             if self.transform is None:
-                self.transform = _validation_transform(self.model)
+                self.transform = model_transform(self.model)
             x = torch.stack([self.transform(image) for image in several])
         elif not several.is_floating_point():
             raise ValueError(
@@ -220,19 +221,3 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-def _validation_transform(model: BranchModel) -> Callable[[np.ndarray], torch.Tensor]:
-    from timm.data import resolve_model_data_config
-
-    from timm_branches.data import create_transform
-
-    cfg = resolve_model_data_config(model)
-    return create_transform(
-        model.input_size,
-        mean=cfg["mean"],
-        std=cfg["std"],
-        interpolation=cfg["interpolation"],
-        crop_pct=model.pretrained_cfg.get("crop_pct"),
-        crop_mode=model.pretrained_cfg.get("crop_mode"),
-    )

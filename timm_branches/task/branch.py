@@ -9,6 +9,7 @@ from torch import nn
 
 from timm_branches.hierarchy import HierarchyEvaluator, sum_upwards
 from timm_branches.hierarchy.losses import (
+    HierarchyLoss,
     consistency_loss,
     hxe_loss,
     level_cross_entropy,
@@ -22,10 +23,7 @@ from timm_branches.task.uncertainty import UncertaintyWeighting
 from timm_branches.taxonomy import Taxonomy
 from timm_branches.taxonomy.matching import match_classes, match_taxonomies
 
-__all__ = ["BranchTask", "FlatTask", "LevelLoss", "two_classes"]
-
-LevelLoss = Callable[[dict[str, torch.Tensor], torch.Tensor], Mapping[str, torch.Tensor]]
-"""From logits (B, K) by level and labels (B, L) to a loss for each of these levels."""
+__all__ = ["BranchTask", "FlatTask", "two_classes"]
 
 
 class BranchTask(HeadsTask):
@@ -45,10 +43,9 @@ class BranchTask(HeadsTask):
         label_smoothing: Of every level's cross-entropy, or one for each level.
         class_weights: Weight of each class, by level: ``{'fine': tensor (K,)}``; torch's weighted
             mean.
-        loss: A loss of your own in place of the cross-entropies: a function of (logits, labels)
-            with the logits (B, K) of the levels that are on, by name, and labels (B, L), -1 where
-            unknown. It returns the loss of each of these levels by name, which the schedule
-            weighs. It brings its own smoothing and class weights.
+        loss: A loss of your own in place of the cross-entropies, of the form that
+            :class:`timm_branches.hierarchy.losses.HierarchyLoss` states. It brings its own
+            smoothing and class weights.
         marginal: An image that is labelled on a coarser level only trains the finer heads, too: the
             probability of the classes below its label is raised as a whole (:func:`marginal_loss`
             on each level).
@@ -78,7 +75,7 @@ class BranchTask(HeadsTask):
         label_smoothing: float | Sequence[float] = 0.0,
         class_weights: Mapping[str, torch.Tensor | Sequence[float]] | None = None,
         *,
-        loss: LevelLoss | None = None,
+        loss: HierarchyLoss | None = None,
         marginal: bool = False,
         consistency: float = 0.0,
         tree_path: float = 0.0,
@@ -135,7 +132,10 @@ class BranchTask(HeadsTask):
         self.loss = loss
         if loss is not None:
             _refuse_beside_loss(
-                label_smoothing=any(smoothing), class_weights=class_weights, marginal=marginal
+                label_smoothing=any(smoothing),
+                class_weights=class_weights,
+                marginal=marginal,
+                uncertainty=uncertainty,
             )
         self._weigh_classes(class_weights or {}, model)
         self.marginal = marginal
@@ -202,7 +202,11 @@ class BranchTask(HeadsTask):
     # ----------------------------------------------------------------------------------------------
 
     def needed_heads(self) -> tuple[str, ...]:
-        return self.names if self.extras else self.active
+        return self.names if self.extras or self.loss is not None else self.active
+
+    def _turns_levels_off(self) -> bool:
+        # a loss from outside may leave heads out
+        return self.loss is not None or super()._turns_levels_off()
 
     def compare(
         self,
@@ -225,12 +229,14 @@ class BranchTask(HeadsTask):
         if self.loss is None:
             losses = self._level_losses(output, target, lengths, share)
         else:
-            losses = self._own_losses(output, target, lengths)
+            losses = self._own_losses(output, target, lengths, share)
         weights = dict(zip(self.names, self.weights, strict=True))
         if self.uncertainty:
             loss = self.uncertainty(losses, self._known(targets, share))
         else:
-            loss = torch.stack([weights[name] * losses[name] for name in losses]).sum()
+            # what a loss from outside adds beside the levels has no weight
+            weighted = [weights.get(name, 1.0) * losses[name] for name in losses]
+            loss = torch.stack(weighted).sum()
         for name, weight in self.extras.items():
             losses[name] = self._extra_loss(name, output, target, share)
             loss = loss + weight * losses[name]
@@ -250,20 +256,25 @@ class BranchTask(HeadsTask):
         return losses
 
     def _own_losses(
-        self, output: dict[str, torch.Tensor], target: torch.Tensor, lengths: torch.Tensor | None
+        self,
+        output: dict[str, torch.Tensor],
+        target: torch.Tensor,
+        lengths: torch.Tensor | None,
+        share: bool,
     ) -> dict[str, torch.Tensor]:
-        """The losses of a function from outside, after making sure that they fit the schedule."""
+        """The losses of a function from outside, but for levels of weight 0."""
         assert self.loss is not None
         logits, rows = {}, target
-        for name in self.active:
+        for name in self.names:
             logits[name], rows = _by_sample(name, self._logits(output, name), target, lengths)
-        losses = self.loss(logits, rows)
-        if not isinstance(losses, Mapping) or set(losses) != set(logits):
-            given = list(losses) if isinstance(losses, Mapping) else type(losses).__name__
+        losses = self.loss(logits, rows, self.taxonomy, share=share)
+        if not isinstance(losses, Mapping) or not losses:
             raise ValueError(
-                f"loss= must return a loss for each of the levels {list(logits)}, got {given}."
+                "loss= must return a dict of scalars: the losses of levels by the levels' names, and "
+                f"others; got {type(losses).__name__}."
             )
-        return {name: losses[name] for name in logits}
+        off = set(self.names) - set(self.active)
+        return {name: loss for name, loss in losses.items() if name not in off}
 
     def _known(self, targets: dict[str, torch.Tensor], share: bool) -> dict[str, torch.Tensor]:
         """Of each level, whether any process has a label for it."""

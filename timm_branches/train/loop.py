@@ -19,9 +19,10 @@ from timm.task import evaluation_sample_limit
 from timm.utils import NativeScaler, dispatch_clip_grad, distribute_bn
 from tqdm import tqdm
 
-from timm_branches.data import label_names
+from timm_branches.data import HierarchicalDataset, label_names
 from timm_branches.data.images import one_of_each_size
 from timm_branches.files import replace_file
+from timm_branches.model import BranchModel
 from timm_branches.task import HeadsTask, base_model
 from timm_branches.train.checkpoint import load_state, save_state
 from timm_branches.train.checks import check_losses, check_weights
@@ -63,7 +64,12 @@ class FitResult:
 
 @torch.no_grad()
 def evaluate(
-    task: HeadsTask, loader: Iterable, ema: bool = False, amp: Any = nullcontext, **options: Any
+    task: HeadsTask,
+    loader: Iterable,
+    ema: bool = False,
+    amp: Any = nullcontext,
+    own_transform: bool = True,
+    **options: Any,
 ) -> Any:
     """Run a task's evaluator over a loader of (images, labels (N, L)), exactly, over all processes.
 
@@ -72,6 +78,9 @@ def evaluate(
         loader: Batches, as for :func:`fit`.
         ema: Evaluate the moving average of the weights.
         amp: Makes the context of the forward pass.
+        own_transform: Give a data set of images that has no transform the model's own, as
+            :func:`timm_branches.inference.model_transform` makes it; a model that was trained on
+            normalised images would else be shown others.
         **options: What the evaluator takes, such as ``decoder``.
 
     Raises:
@@ -86,6 +95,8 @@ def evaluate(
     model.eval()
     evaluator = task.create_evaluator(max_samples=evaluation_sample_limit(loader), **options)
     translate = task.match_labels(label_names(loader))
+    if own_transform:
+        _use_own_transform(loader, base_model(task))
     for images, labels in loader:
         with amp():
             output = task.answer(model, _to(images, task.device, None))
@@ -95,6 +106,37 @@ def evaluate(
     model.train(was_training)
     evaluator.metrics = evaluator.compute(distributed=is_distributed())
     return evaluator
+
+
+def _without_transform(loader: Any) -> list[Any]:
+    """Our data sets below a loader that have no transform."""
+    found = []
+    waiting = [getattr(loader, "dataset", None)]
+    while waiting:
+        data = waiting.pop()
+        if isinstance(data, HierarchicalDataset) and data.transform is None:
+            found.append(data)
+        inner = getattr(data, "datasets", None) or [getattr(data, "dataset", None)]
+        waiting += [part for part in inner if part is not None]
+    return found
+
+
+def _use_own_transform(loader: Any, model: BranchModel) -> None:
+    """Give data sets without a transform the model's own, unless it was trained without one."""
+    from timm_branches.inference import model_transform
+
+    if model.pretrained_cfg.get("raw_inputs"):
+        return
+    for data in _without_transform(loader):
+        data.transform = model_transform(model)
+        _logger.info("The data set has no transform: the model's own is used: %s", data.transform)
+
+
+def _note_raw_inputs(loader: Any, model: BranchModel) -> None:
+    """Keep with a model that it was trained on images in [0, 1] as they are."""
+    if _without_transform(loader):
+        zeros, ones = (0.0,) * model.in_chans, (1.0,) * model.in_chans
+        model.pretrained_cfg.update(mean=zeros, std=ones, crop_pct=1.0, raw_inputs=True)
 
 
 @torch.no_grad()
@@ -203,6 +245,7 @@ class _Run:
         self.translate = task.match_labels(label_names(train_loader))
         if eval_loader is not None:
             task.match_labels(label_names(eval_loader))
+        _note_raw_inputs(train_loader, base_model(task))
         self.memory_format = torch.channels_last if config.channels_last else None
         self._prepare()
         self.updates_per_epoch = math.ceil(len(train_loader) / config.grad_accum_steps)
@@ -430,8 +473,13 @@ class _Run:
                 )
         metrics: dict[str, float | None] = {}
         if self.eval_loader is not None:
+            # as the training data are: the two transforms are the caller's
             self.evaluator = evaluate(
-                self.task, self.eval_loader, ema=self.task.has_ema(), amp=self.amp
+                self.task,
+                self.eval_loader,
+                ema=self.task.has_ema(),
+                amp=self.amp,
+                own_transform=False,
             )
             # a metric without a sample (severity without a mistake) is None in logs and files: JSON
             # knows no NaN

@@ -120,8 +120,9 @@ def test_variable_frame_rate(tmp_path):
     assert numbers(read_frames(str(path), [0, 11, 29])) == [0, 11, 29]
 
 
+@pytest.mark.parametrize("mirrored", [False, True])
 @pytest.mark.parametrize("quarter", [0, 1, 2, 3])
-def test_rotation_of_an_upright_phone_video(tmp_path, quarter):
+def test_rotation_of_an_upright_phone_video(tmp_path, quarter, mirrored):
     image = np.zeros((32, 48, 3), np.uint8)
     image[:16, :24] = 255
     path = write(tmp_path / "video.mp4", "mpeg4", 3, images=[image] * 3)
@@ -129,6 +130,8 @@ def test_rotation_of_an_upright_phone_video(tmp_path, quarter):
     # the track header's matrix [a b u; c d v; x y w] maps a pixel's (x, y) to (ax + cy, bx + dy), y
     # pointing down
     turn = [(1, 0, 0, 1), (0, 1, -1, 0), (-1, 0, 0, -1), (0, -1, 1, 0)][quarter]
+    if mirrored:  # left and right are exchanged before it is turned, as by a front camera
+        turn = (-turn[0], -turn[1], turn[2], turn[3])
     matrix = [turn[0], turn[1], 0, turn[2], turn[3], 0, 0, 0, 0x4000]
     at = data.index(b"tkhd") + 4 + 40
     data[at : at + 36] = b"".join(
@@ -136,7 +139,7 @@ def test_rotation_of_an_upright_phone_video(tmp_path, quarter):
     )
     path.write_bytes(data)
     frame = read_frames(str(path), [1])[0]
-    expected = image
+    expected = image[:, ::-1] if mirrored else image
     for _ in range(quarter):  # clockwise
         expected = np.stack([expected[::-1, column] for column in range(expected.shape[1])])
     assert frame.shape == expected.shape

@@ -132,12 +132,48 @@ def count_frames(path: str) -> int:
         return count
 
 
+def _display_matrix(frame: Any) -> tuple[int, int, int, int] | None:
+    """The signs (a, b, c, d) of a frame's display matrix; None for one without, or no quarter turn.
+
+    The matrix [a b u; c d v; x y w], in 16.16 fixed point, maps a pixel's (x, y) to
+    (ax + cy, bx + dy), y pointing down (ISO 14496-12, 6.2.2).
+    """
+    for side_data in frame.side_data:
+        if side_data.type.name == "DISPLAYMATRIX":
+            matrix = np.frombuffer(bytes(side_data), np.int32)
+            a, b, c, d = (int(np.sign(matrix[i])) for i in (0, 1, 3, 4))
+            upright, turned = abs(a * d), abs(b * c)
+            return (a, b, c, d) if upright != turned else None
+    return None
+
+
+def as_displayed(image: np.ndarray, matrix: tuple[int, int, int, int] | None) -> np.ndarray:
+    """An image (H, W, C) turned and mirrored as the signs of a display matrix say.
+
+    Example:
+        >>> as_displayed(np.array([[[1], [2]]]), (-1, 0, 0, 1))[0, :, 0].tolist()
+        [2, 1]
+    """
+    if matrix is None:
+        return image
+    a, b, c, d = matrix
+    across, down = a, d  # where x and y go
+    if a == 0:
+        image = image.swapaxes(0, 1)
+        across, down = c, b
+    if across < 0:
+        image = image[:, ::-1]
+    if down < 0:
+        image = image[::-1]
+    return image
+
+
 def read_frames(path: str, indices: Sequence[int], in_chans: int = 3) -> list[np.ndarray]:
     """Frames of a video by their position in presentation order, also where the frame rate varies.
 
     Everything up to the last one is decoded, because compressed frames build on each other and few
-    formats tell which one a seek arrives at; only the wanted ones are converted to RGB. A rotation
-    that the file asks for (upright phone videos) is applied.
+    formats tell which one a seek arrives at; only the wanted ones are converted to RGB. Rotation and
+    mirroring that the file asks for (upright phones, front cameras) are applied.
 
     Args:
         path: The video.
@@ -161,7 +197,7 @@ def read_frames(path: str, indices: Sequence[int], in_chans: int = 3) -> list[np
                 continue
             if frame.is_corrupt:
                 raise ClipError(f"frame {number} of {path} is damaged")
-            image = np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
+            image = as_displayed(frame.to_ndarray(format="rgb24"), _display_matrix(frame))
             images.append(match_channels(np.ascontiguousarray(image), in_chans))
             if len(images) == len(indices):
                 return images
