@@ -1,4 +1,4 @@
-"""Train a CNN+LSTM on clips, and the same CNN on the last frame alone, and say what the other
+r"""Train a CNN+LSTM on clips, and the same CNN on the last frame alone, and say what the other
 frames are worth.
 
     python recipes/cnn_lstm.py                                       # counting digits, a minute on one CPU core
@@ -291,6 +291,7 @@ class LastFrame(FrameSampler):
     """Of the frames that would be taken, the last."""
 
     def __call__(self, count: int, key: Sequence[int] = (0, 0, 0)) -> np.ndarray:
+        """The last of the frames that are drawn."""
         return super().__call__(count, key)[-1:]
 
 

@@ -193,6 +193,7 @@ class RestorationTask(DenseTask):
             )
 
     def answer(self, model: torch.nn.Module, input: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The model's answer, in tiles where a side was given."""
         if self.tile is None:
             return model(input)
         overlap = max(1, self.tile // 4 // self.multiple) * self.multiple
@@ -529,6 +530,7 @@ def photographs() -> dict[str, Any]:
 
 
 def middle_of(image: Any, side: int) -> Any:
+    """The square of this side in the middle of an image (H, W, ...)."""
     top, left = (max(0, (n - side) // 2) for n in image.shape[:2])
     return image[top : top + side, left : left + side]
 
@@ -554,6 +556,7 @@ def folders(args: argparse.Namespace) -> dict[str, str]:
 
 
 def middle(limits: Sequence[float]) -> float:
+    """The middle of a range."""
     return (limits[0] + limits[-1]) / 2
 
 

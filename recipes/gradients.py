@@ -199,6 +199,7 @@ class ByHand(nn.Module):
         self.keep_state, self.detach = keep_state, detach
 
     def forward(self, clips_BTCHW: torch.Tensor) -> torch.Tensor:
+        """Clips (B, T, C, H, W) -> logits (B, K), frame after frame."""
         state = None
         for frame in clips_BTCHW.unbind(1):
             with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detach):

@@ -442,6 +442,7 @@ class SegmentTask(DenseTask):
     tile: int | None = None
 
     def answer(self, model: torch.nn.Module, input: Any) -> dict[str, torch.Tensor]:
+        """The model's answer, in tiles where a side was given."""
         return in_tiles(model, self.tile)(input)
 
 

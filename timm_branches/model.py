@@ -128,6 +128,7 @@ class BranchModel(FreezableBackbone):
 
     @property
     def taps(self):
+        """The resolved taps of all heads, one after the other."""
         return tuple(self.reader.taps)
 
     def forward(
@@ -370,6 +371,7 @@ class BranchModel(FreezableBackbone):
 
     @property
     def frames_per_pass(self) -> int | None:
+        """Frames of a clip that go through the backbone at once; None for all."""
         return self._frames_per_pass
 
     @frames_per_pass.setter
@@ -396,6 +398,7 @@ class BranchModel(FreezableBackbone):
 
     @property
     def default_cfg(self) -> dict:
+        """timm's older name of `pretrained_cfg`."""
         return self.pretrained_cfg
 
     @property
@@ -410,6 +413,7 @@ class BranchModel(FreezableBackbone):
 
     @property
     def in_chans(self) -> int:
+        """Channels of the images."""
         return self.input_size[0]
 
     @property

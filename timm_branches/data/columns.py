@@ -246,7 +246,7 @@ def _nests(table: Table, above: Sequence[str], name: str) -> bool:
 def resolve_paths(table: Table, column: str, folder: str) -> list[str]:
     """The files that a column names, relative to a folder, all of which exist.
 
-    A path as Windows writes it (`cats\\\\1.jpg`) is found too. Folders are listed once each, so that
+    A path with the backslashes of Windows is found too. Folders are listed once each, so that
     millions of rows cost no look at each file.
 
     Raises:

@@ -58,6 +58,7 @@ class PixelBaseline:
         return torch.cat([image, rows] if self.height else [image]).flatten(1).T.numpy()
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """Images (B, C, H, W) -> log-probabilities (B, K, H, W)."""
         probabilities = images.new_zeros(len(images), self.num_classes, *images.shape[2:])
         for image, out in zip(images.cpu(), probabilities, strict=True):
             found = torch.from_numpy(self.model.predict_proba(self.features(image))).T.to(out)

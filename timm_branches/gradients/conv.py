@@ -37,7 +37,9 @@ def conv2d_weight_grad(
     groups: int = 1,
     padding_mode: str = "zeros",
 ) -> torch.Tensor:
-    """The gradient of a convolution's weight::
+    """The gradient of a convolution's weight.
+
+    ::
 
         dE/dW[o, c, i, j] = sum over n, p, q of
                             grad_output[n, o, p, q] * xp[n, f(o) + c, p*stride + i*dilation,
@@ -50,7 +52,8 @@ def conv2d_weight_grad(
         x: (N, C, H, W), what entered the convolution.
         grad_output: (N, O, P, Q), the loss' gradient with respect to what left it.
         kernel_size: kh and kw, or one number for both; ``weight.shape[2:]``.
-        stride, dilation: numbers >= 1, for rows and columns or one for both.
+        stride: numbers >= 1, for rows and columns or one for both.
+        dilation: the same.
         padding: numbers >= 0 alike, or ``'same'`` or ``'valid'``, as of ``nn.Conv2d``.
         groups: C and O are divided into so many groups.
         padding_mode: ``'zeros'``, ``'reflect'``, ``'replicate'`` or ``'circular'``.
@@ -136,7 +139,9 @@ def conv2d_input_grad(
     dilation: Pair = 1,
     groups: int = 1,
 ) -> torch.Tensor:
-    """The gradient of a convolution's input, for zero padding::
+    """The gradient of a convolution's input, for zero padding.
+
+    ::
 
         dE/dxp[n, f(o) + c, p*stride + i*dilation, q*stride + j*dilation] += grad_output[n, o, p, q]
         * W[o, c, i, j]
@@ -148,7 +153,10 @@ def conv2d_input_grad(
         grad_output: (N, O, P, Q).
         weight: (O, C / groups, kh, kw).
         input_size: (N, C, H, W), or (H, W) alone; a stride lets several sizes give the same output.
-        stride, padding, dilation, groups: As of :func:`conv2d_weight_grad`.
+        stride: As of :func:`conv2d_weight_grad`.
+        padding: As there.
+        dilation: As there.
+        groups: As there.
 
     Returns:
         (N, C, H, W).

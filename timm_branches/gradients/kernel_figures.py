@@ -38,8 +38,11 @@ def plot_kernel_gradients(
     """Draw :func:`kernel_gradients_figure` into a PNG, atomically.
 
     Args:
+        grad: See :func:`kernel_gradients_figure`, like what follows.
         file: The PNG; missing folders are made.
-        grad, title, max_filters, max_channels: See :func:`kernel_gradients_figure`.
+        title: As there.
+        max_filters: As there.
+        max_channels: As there.
 
     Returns:
         The file's path.
@@ -64,7 +67,8 @@ def kernel_gradients_figure(
         grad: (O, C / groups, kh, kw), as :func:`timm_branches.gradients.kernels.kernel_gradients`
             collects them.
         title: Above the picture.
-        max_filters, max_channels: How many are drawn at most.
+        max_filters: How many are drawn at most.
+        max_channels: As `max_filters`.
 
     Returns:
         A matplotlib Figure.

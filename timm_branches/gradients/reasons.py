@@ -76,6 +76,7 @@ class Reasons:
         vanishing: float,
         weights: dict[str, float],
     ) -> str:
+        """Why a gradient does not arrive at a parameter, or that it does."""
         live = [p for p in self.groups[stage].values() if p.requires_grad]
         if not live:
             return "frozen"

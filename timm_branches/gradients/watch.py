@@ -44,6 +44,7 @@ class Watch(TorchDispatchMode):
 
     @property
     def not_finite(self) -> tuple[str, str] | None:
+        """The first module with NaN, else with infinity, and which of them."""
         # a mask of -inf is common and harms nobody as long as it makes no NaN
         return self.nan or self.infinity
 

@@ -92,6 +92,7 @@ class Upsample(nn.Module):
             self.conv = nn.Conv2d(in_chs, out_chs, 3, padding=1)
 
     def forward(self, x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+        """(B, C, h, w) -> (B, out_chs, H, W) for the size (H, W)."""
         if self.learned:
             return resize(self.conv(x), size, self.mode)
         return self.conv(resize(x, size, self.mode))
@@ -113,6 +114,7 @@ class AttentionGate(nn.Module):
         self.psi = nn.Conv2d(width, 1, 1)
 
     def forward(self, skip: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        """The skip (B, S, H, W), weighed pixel by pixel."""
         return skip * torch.sigmoid(
             self.psi(F.relu(self.skip(skip) + self.gate(gate), inplace=True))
         )
@@ -131,6 +133,7 @@ class LinearBottleneck(nn.Module):
         self.decode = nn.Linear(code_size, math.prod(self.shape))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) -> the same shape, through the code."""
         if x.shape[1:] != self.shape:
             raise ValueError(
                 f"the decoder's bottleneck at tap {self.tap_name!r} was made for a map of "
@@ -165,6 +168,7 @@ class UNetStage(nn.Module):
     def forward(
         self, x: torch.Tensor, skip: torch.Tensor | None, size: Sequence[int]
     ) -> torch.Tensor:
+        """A map (B, C, h, w) and its skip, if any -> (B, out_chs, H, W)."""
         x = self.up(x, size)
         if skip is not None:
             skip = skip if self.gate is None else self.gate(skip, x)
@@ -201,6 +205,7 @@ class RedNetStage(nn.Module):
     def forward(
         self, x: torch.Tensor, skip: torch.Tensor | None, size: Sequence[int]
     ) -> torch.Tensor:
+        """A map (B, C, h, w) and its skip, if any -> (B, out_chs, H, W)."""
         x = self.up(x, size)
         if skip is not None:
             skip = skip if self.gate is None else self.gate(skip, x)

@@ -375,6 +375,7 @@ class SkipDecoder(nn.Module):
     def forward(
         self, *maps: torch.Tensor, image: torch.Tensor
     ) -> torch.Tensor | dict[str, torch.Tensor]:
+        """Maps of the taps and the image -> (B, num_classes, H, W), see the class."""
         height, width = image.shape[2:]
         x, *skips = (maps[i] for i in self.order)
         if len(self.lateral):

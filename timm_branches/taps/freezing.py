@@ -171,6 +171,7 @@ class FreezableBackbone(nn.Module):
         self.train(self.training)
 
     def train(self, mode: bool = True) -> Self:
+        """Training mode, but for what is frozen."""
         super().train(mode)
         for name, module in self.backbone.named_modules():
             if name in self._frozen_modules:

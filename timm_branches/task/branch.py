@@ -202,6 +202,7 @@ class BranchTask(HeadsTask):
     # ----------------------------------------------------------------------------------------------
 
     def needed_heads(self) -> tuple[str, ...]:
+        """As in :class:`HeadsTask`."""
         return self.names if self.extras or self.loss is not None else self.active
 
     def _turns_levels_off(self) -> bool:
@@ -368,6 +369,7 @@ class BranchTask(HeadsTask):
 
     @property
     def default_metric(self) -> str:
+        """The accuracy of the finest level."""
         return f"{self.level_names[-1]}_top1"
 
     def create_evaluator(self, **kwargs: Any) -> HierarchyEvaluator:
@@ -384,6 +386,7 @@ class BranchTask(HeadsTask):
     def confusions(
         self, evaluator: HierarchyEvaluator
     ) -> list[tuple[str, torch.Tensor, list[str]]]:
+        """A matrix for each level of at most 1,000 classes."""
         names = (
             self.taxonomy.classes
             if self.taxonomy

@@ -102,6 +102,7 @@ class DenseTask(HeadsTask):
             )
 
     def needed_heads(self) -> tuple[str, ...]:
+        """The decoders whose loss counts."""
         on = {self._output(name) for name in self.active}
         return tuple(
             dict.fromkeys(source for output, source in self.sources.items() if output in on)
@@ -186,6 +187,7 @@ class DenseTask(HeadsTask):
 
     @property
     def default_metric(self) -> str:
+        """The evaluator's own choice."""
         return self.create_evaluator().default_metric
 
     def create_evaluator(self, **kwargs: Any) -> Any:
@@ -194,6 +196,7 @@ class DenseTask(HeadsTask):
         return _OfHeads(evaluator, tuple(self.sources))
 
     def confusions(self, evaluator: Any) -> list[tuple[str, torch.Tensor, list[str]]]:
+        """A matrix for each level of a mask, none for images."""
         if not hasattr(evaluator, "confusion_matrices"):
             return []
         ious: Mapping[str, Mapping[str, float]] = evaluator.class_iou()

@@ -97,13 +97,16 @@ class JointTask(HeadsTask):
         )
 
     def end_epoch(self, metrics: Mapping[str, float], epoch: int) -> None:
+        """Told to each task."""
         for task in self.tasks.values():
             task.end_epoch(metrics, epoch)
 
     def describe_schedule(self) -> str:
+        """Each task's, by name."""
         return "; ".join(f"{name}: {task.describe_schedule()}" for name, task in self.tasks.items())
 
     def parameters_of_loss(self) -> list[nn.Parameter]:
+        """Those of all tasks."""
         return [
             parameter for task in self.tasks.values() for parameter in task.parameters_of_loss()
         ]
@@ -122,12 +125,14 @@ class JointTask(HeadsTask):
         module: nn.Module | None = None,
         ema: bool = False,
     ) -> None:
+        """Each task's part of the state."""
         if state:
             for name, task in self.tasks.items():
                 task.load_task_state(state["tasks"][name])
             self.set_epoch(int(state["epoch"]))
 
     def needed_heads(self) -> tuple[str, ...]:
+        """Those of all tasks that count."""
         needed = {
             head
             for name, task in self.tasks.items()
@@ -201,11 +206,13 @@ class JointTask(HeadsTask):
             task.check_labels_of(described.get(name, {}), source)
 
     def create_evaluator(self, **kwargs: Any) -> "_JointEvaluator":
+        """The tasks' evaluators side by side."""
         return _JointEvaluator(
             {name: task.create_evaluator(**kwargs) for name, task in self.tasks.items()}
         )
 
     def confusions(self, evaluator: "_JointEvaluator") -> list[tuple[str, torch.Tensor, list[str]]]:
+        """Those of all tasks."""
         return [
             found
             for name, task in self.tasks.items()

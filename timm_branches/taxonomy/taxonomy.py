@@ -267,7 +267,9 @@ class Taxonomy(Forest):
 
         Args:
             matrix: counts (K, K), rows labels, columns predictions; see `linkage_from_confusion`.
-            classes, num_classes, levels: see :meth:`from_linkage`.
+            classes: the leaves' names in class order, see :meth:`from_linkage`.
+            num_classes: how many classes each level above the leaves has.
+            levels: names of the levels.
             method: 'average', 'complete', 'single' or 'weighted' linkage.
 
         Raises:
@@ -297,7 +299,9 @@ class Taxonomy(Forest):
         Args:
             embeddings: (K, D), such as `class_prototypes` of samples; see
                 `linkage_from_embeddings`.
-            classes, num_classes, levels: see :meth:`from_linkage`.
+            classes: the leaves' names in class order, see :meth:`from_linkage`.
+            num_classes: how many classes each level above the leaves has.
+            levels: names of the levels.
             metric: 'cosine' or 'euclidean'.
             method: 'average', 'complete', 'single', 'weighted', or with euclidean distance 'ward'.
 

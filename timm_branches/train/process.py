@@ -35,6 +35,7 @@ def is_primary() -> bool:
 
 
 def is_distributed() -> bool:
+    """Whether several processes train together."""
     return dist.is_available() and dist.is_initialized()
 
 
