@@ -398,7 +398,7 @@ class BranchModel(FreezableBackbone):
 
     @property
     def default_cfg(self) -> dict:
-        """timm's older name of `pretrained_cfg`."""
+        """Timm's older name of `pretrained_cfg`."""
         return self.pretrained_cfg
 
     @property

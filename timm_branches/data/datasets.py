@@ -15,6 +15,7 @@ from timm_branches.data.sources import (
     READERS,
     TORCHVISION,
     Source,
+    read_categories,
     read_csv,
     read_digits,
     read_folder,
@@ -294,6 +295,9 @@ def read_source(
     path = os.fspath(name_or_path)
     if is_table_name(path) and os.path.isfile(path):
         return read_csv(path, in_chans, tree, **columns)
+    if path.lower().endswith(".json") and os.path.isfile(path):
+        _refuse_columns(columns, f"{path}, which is no table")
+        return read_categories(path, in_chans, tree)
     prefix, _, remainder = path.partition("/")
     if prefix in READERS:
         options = {"split": split, "in_chans": in_chans, "taxonomy": tree, **columns}

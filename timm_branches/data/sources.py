@@ -4,6 +4,7 @@ Each returns a :class:`Source`: the images, their labels on every level, and the
 join by :func:`register_reader`.
 """
 
+import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -19,6 +20,7 @@ from timm_branches.data.images import FileImages, is_image_name, open_tar
 from timm_branches.data.splits import SPLIT_NAMES, split_of
 from timm_branches.data.stratify import stratified_indices
 from timm_branches.data.summary import DataSummary, listed
+from timm_branches.taxonomy.field_files import category_paths, is_categories
 from timm_branches.taxonomy.order import path_order, twins
 from timm_branches.taxonomy.table_files import Table, read_table
 from timm_branches.taxonomy.taxonomy import Taxonomy
@@ -28,6 +30,7 @@ __all__ = [
     "READERS",
     "Source",
     "node_labels",
+    "read_categories",
     "read_csv",
     "read_digits",
     "read_folder",
@@ -589,3 +592,57 @@ def _check_doubles(paths: Sequence[str], source: Source) -> None:
         )
     elif repeated:
         source.summary.warnings.append(f"{repeated} rows repeat a file that another row has")
+
+
+# ---- COCO and iNaturalist
+
+
+def read_categories(
+    path: str, in_chans: int = 3, taxonomy: Taxonomy | None = None, root: str | None = None
+) -> Source:
+    """COCO's and iNaturalist's JSON: `images`, `annotations` and `categories`, a class an image.
+
+    Args:
+        path: The JSON file.
+        in_chans: 3 for RGB, 1 for grey.
+        taxonomy: Another tree to find the categories' names in; None takes that of the file.
+        root: The folder that `file_name` is relative to; by default the file's own.
+
+    Returns:
+        The images in the order of the file; those without an annotation are unlabelled.
+
+    Raises:
+        FileNotFoundError: Images are missing.
+        ValueError: It is no such file, an annotation is of no known image or category, or an image
+            has several classes.
+    """
+    with open(path, encoding="utf-8-sig") as file:
+        content = json.load(file)
+    if not is_categories(content) or "images" not in content or "annotations" not in content:
+        raise ValueError(
+            f"{path} holds no images with classes: expected `images`, `annotations` and "
+            "`categories`, as COCO and iNaturalist have them."
+        )
+    paths, levels = category_paths(content)
+    tree = Taxonomy(list(paths.values()), levels) if taxonomy is None else taxonomy
+    number = {image["id"]: i for i, image in enumerate(content["images"])}
+    nodes: list[Node] = [()] * len(number)
+    for annotation in content["annotations"]:
+        image, category = annotation["image_id"], annotation["category_id"]
+        if image not in number or category not in paths:
+            raise ValueError(
+                f"{path}: the annotation {annotation.get('id')} is of image {image} and category "
+                f"{category}, one of which the file lacks."
+            )
+        known, node = nodes[number[image]], paths[category]
+        if known and known != node:
+            raise ValueError(
+                f"{path}: the image {image} has several classes, {'/'.join(known)} and "
+                f"{'/'.join(node)}; one an image is needed."
+            )
+        nodes[number[image]] = node
+    table = Table(path, {"file_name": []}, list(range(1, len(number) + 1)))
+    table.columns["file_name"] = [image["file_name"] for image in content["images"]]
+    files = resolve_paths(table, "file_name", table_root(path, root))
+    summary = DataSummary(source=path)
+    return Source(FileImages(files, in_chans), node_labels(nodes, tree), tree, summary=summary)

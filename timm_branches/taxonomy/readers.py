@@ -8,6 +8,7 @@ neighbours, which call them.
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Mapping, Sequence
 from numbers import Integral
@@ -81,6 +82,14 @@ def _no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             f"{next(key for key in keys if keys.count(key) > 1)!r} occurs twice in one JSON object"
         )
     return dict(pairs)
+
+
+def read_names(names: Mapping[str, str] | str | Path | None) -> Mapping[str, str]:
+    """Readable names by label, from a mapping or a CSV of two columns, with a header or without."""
+    if names is None or isinstance(names, Mapping):
+        return names or {}
+    with open(names, newline="", encoding="utf-8-sig") as file:
+        return {row[0]: row[1] for row in csv.reader(file) if len(row) >= 2}
 
 
 def read_json(node: Any, path: NodePath = ()) -> list[NodePath]:

@@ -16,6 +16,12 @@ import torch
 from timm_branches.files import replace_file
 from timm_branches.taxonomy import derive, readers
 from timm_branches.taxonomy.edit import merge_forests
+from timm_branches.taxonomy.field_files import (
+    category_paths,
+    is_categories,
+    is_open_images,
+    open_images_paths,
+)
 from timm_branches.taxonomy.forest import Forest
 from timm_branches.taxonomy.tables import as_labels
 from timm_branches.taxonomy.wordnet import read_wordnet
@@ -120,14 +126,19 @@ class Taxonomy(Forest):
         cls,
         source: str | Path | Mapping[str, Any] | Sequence[Any],
         levels: Sequence[str] | None = None,
+        names: Mapping[str, str] | str | Path | None = None,
     ) -> Taxonomy:
-        """From nested JSON, or from a file that :meth:`save_json` wrote.
+        """From nested JSON, a file that :meth:`save_json` wrote, or one of the field's own.
+
+        Those are COCO's and iNaturalist's (`categories` with `supercategory` or ranks; leaves are
+        numbered in the order of the ids) and Open Images' hierarchy (`LabelName`, `Subcategory`).
 
         Args:
             source: a file's name, or the object itself: an object maps a name to its children
                 (`null` or `{}`: a leaf), a list holds leaf names and such objects. Leaves are
                 numbered in the order of the text.
             levels: level names, coarsest first.
+            names: of Open Images' labels, or the CSV of its class descriptions.
 
         Raises:
             ValueError: if a key occurs twice in one object, or something else than these is found.
@@ -140,6 +151,14 @@ class Taxonomy(Forest):
             source = readers.load_json(source)
         if isinstance(source, Mapping) and source.get("format") == _FORMAT:
             return cls.from_dict(source)
+        content: Any = source
+        if is_open_images(content):
+            return cls(open_images_paths(content, readers.read_names(names)), levels)
+        if names is not None:
+            raise ValueError("names= belongs to Open Images' hierarchy, and has no effect here.")
+        if is_categories(content):
+            paths, own_levels = category_paths(content)
+            return cls(list(paths.values()), levels or own_levels)
         return cls(readers.read_json(source), levels)
 
     @classmethod
