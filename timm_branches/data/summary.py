@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -183,9 +183,7 @@ def _equal_files(splits: Mapping[str, Any]) -> list[str]:
             by_size[size].append((split, path, tuple(row)))
     shared: list[tuple[str, str]] = []
     contradicting: list[tuple[str, str]] = []
-    for entries in by_size.values():
-        if len(entries) < 2:
-            continue
+    for entries in _alike(by_size.values()):
         first: dict[str, tuple[str, str, tuple[int, ...]]] = {}
         digests: dict[str, str] = {}
         for entry in entries:
@@ -209,6 +207,29 @@ def _equal_files(splits: Mapping[str, Any]) -> list[str]:
             f"{len(contradicting)} files are the same under two labels, such as {a} and {b}"
         )
     return warnings
+
+
+def _alike(groups: Iterable[list]) -> Iterator[list]:
+    """Of files of one size those whose ends are equal, too: few are left to be read as a whole."""
+    for entries in groups:
+        if len(entries) < 2:
+            continue
+        by_ends: dict[bytes, list] = defaultdict(list)
+        for entry in entries:
+            by_ends[_ends(entry[1])].append(entry)
+        for alike in by_ends.values():
+            if len(alike) > 1:
+                yield alike
+
+
+def _ends(path: str, count: int = 4096) -> bytes:
+    """The first and last bytes of a file; of a folder its name."""
+    if not os.path.isfile(path):
+        return path.encode()
+    with open(path, "rb") as file:
+        first = file.read(count)
+        file.seek(max(0, os.fstat(file.fileno()).st_size - count))
+        return first + file.read(count)
 
 
 def _digest(path: str) -> str:
