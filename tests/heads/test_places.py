@@ -64,7 +64,7 @@ def answer(model, x):
     return y
 
 
-def check(model, height, width, batch=1, multiple=32):
+def check_padded(model, height, width, batch=1, multiple=32):
     x = images(height, width, batch)
     with torch.no_grad():
         y = answer(model, x)
@@ -76,14 +76,14 @@ def check(model, height, width, batch=1, multiple=32):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_families(name):
     model = make(name, HEADS["unet"])
-    check(model, 95, 70, multiple=MULTIPLES.get(name, 32))
+    check_padded(model, 95, 70, multiple=MULTIPLES.get(name, 32))
 
 
 @pytest.mark.parametrize("kind", HEADS)
 @pytest.mark.parametrize("name", ["test_convnext", "test_resnet", "test_vit"])
 @pytest.mark.parametrize("size", [(95, 95), (33, 64), (65, 97)])
 def test_heads(name, kind, size):
-    check(make(name, HEADS[kind]), *size, batch=2, multiple=MULTIPLES.get(name, 32))
+    check_padded(make(name, HEADS[kind]), *size, batch=2, multiple=MULTIPLES.get(name, 32))
 
 
 def test_deep_supervision():
@@ -189,7 +189,7 @@ def test_exported_graph_takes_any_size(name, kind):
 
 def test_bottleneck_at_a_nominal_size_that_does_not_fit():
     model = make("test_convnext", UNetHead(bottleneck=4), img_size=45)
-    check(model, 45, 45)
+    check_padded(model, 45, 45)
 
 
 def test_common_multiple():

@@ -495,25 +495,6 @@ def test_a_network_sees_more_than_single_pixels(tmp_path):
     assert min(levels, flat) > colour + 10
 
 
-def test_evaluation_is_tried_before_training(tmp_path):
-    """A ViT that takes one size only, and a photograph of another: refused before the first epoch."""
-    for part, sizes in (("train", [32] * 4), ("val", [32, 41])):
-        for i, side in enumerate(sizes):
-            image = Image.new("RGB", (side, side))
-            mask = Image.fromarray((np.indices((side, side)).sum(0) % 2).astype(np.uint8))
-            for folder, picture in ((part, image), (f"{part}annot", mask)):
-                (tmp_path / "data" / folder).mkdir(parents=True, exist_ok=True)
-                picture.save(tmp_path / "data" / folder / f"{i}.png")
-    arguments = [tmp_path / "data", "--classes", "2", "--model", "test_vit", "--taps", "3", "5"]
-    arguments += ["--crop", "32", "--epochs", "1", "-b", "2", "--output", "out"]
-    done = run_recipe(RECIPES / "segment.py", *arguments, cwd=tmp_path)
-    if done.returncode == 0:
-        return  # a model that takes every size has nothing to refuse
-    assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr
-    assert "epoch 1/1" not in done.stdout
-
-
 def test_masks_of_colours(tmp_path):
     rng = np.random.default_rng(0)
     for part in ("train", "val"):
