@@ -1,17 +1,24 @@
-"""Train a skip decoder to take noise or blur out of photographs, and hold it against classical
-methods.
+"""Train a skip decoder to take noise or blur out of photographs, beside classical methods.
 
-    python recipes/denoise.py                                # noise, then blur; under two minutes on two CPU cores
-    python recipes/denoise.py data/denoise --recipe train400-sigma25   # DnCNN's task: train400/ and set12/ in there
+    # noise, then blur; under two minutes on two CPU cores
+    python recipes/denoise.py
+    # DnCNN's task: train400/ and set12/ in there
+    python recipes/denoise.py data/denoise --recipe train400-sigma25
     python recipes/denoise.py photos/ --colour --sigma 0 50 --test-sigma 15 25 50 --model resnet34
-    --pretrained --amp python recipes/denoise.py photos/ --blur 1 2 --sigma 2 --tile 512 torchrun
-    --nproc-per-node 4 recipes/denoise.py photos/ --epochs 50
-    python recipes/denoise.py --overfit                      # what a network trained on one image makes of another
+    python recipes/denoise.py photos/ --blur 1 2 --sigma 2 --tile 512 --pretrained --amp
+    # your own pairs, matched by their names
+    python recipes/denoise.py --noisy scans/noisy --clean scans/clean
+    torchrun --nproc-per-node 4 recipes/denoise.py photos/ --epochs 50
+    # what a network trained on one image makes of another
+    python recipes/denoise.py --overfit
 
 Noise is white, Gaussian, given on the scale of 0 to 255, not clipped, and in evaluation fixed by
 the seed. PSNR and SSIM are means of the images' own values, for a data range of 1, and neither
-rounded to 8 bits nor clipped. The classical method knows the noise's deviation or the blur; its
-setting is the best on validation images.
+rounded to 8 bits nor clipped. The classical method knows the noise's deviation or the blur (for own
+pairs it is one that need not); its setting is the best on validation images.
+
+Own pairs lie in two folders, --noisy and --clean. Each may hold train/, val/ and test/, or stand
+in the folders train/, val/ and test/ of the data.
 
 --overfit answers a common question: why does an autoencoder that learned to sharpen one image give
 that same image for every other input? One target is learned most easily as a constant: the biases
@@ -25,8 +32,8 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,7 +43,7 @@ import torch
 from torch.utils.data import Dataset, Subset
 
 from timm_branches import BranchModel, RedNetHead, UNetHead, create_branch_model, load_model
-from timm_branches.data import DenoisingDataset, create_loader
+from timm_branches.data import DenoisingDataset, RestorationDataset, create_loader
 from timm_branches.dense import RestorationEvaluator, package_photographs, tiled_inference
 from timm_branches.dense import peak_signal_noise_ratio as psnr_of
 from timm_branches.files import replace_file
@@ -45,6 +52,8 @@ from timm_branches.train import FitConfig, add_fit_arguments, fit, is_primary, s
 from timm_branches.train.compare import comparison_table
 from timm_branches.train.script import hardware, new_output, run_script
 
+HEADS = {"unet": UNetHead, "rednet": RedNetHead}
+SPLITS = ("train", "val", "test")
 RECIPES: dict[str, dict] = {
     # DnCNN's grey task (Zhang et al. 2017, arXiv 1608.03981): 400 images of 180 px, noise of 25.
     # The network is ours: a U-Net on the first stages of DarkNet-21, at strides 2, 4 and 8, with a
@@ -78,8 +87,11 @@ TEST, VAL, LEFT_OUT = ("astronaut", "camera", "chelsea", "flower"), ("coins", "r
 OVERFIT_STEPS = 300
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Arguments; a recipe's values are defaults that every flag overrides."""
+# -- arguments
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """All flags."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -91,11 +103,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--recipe", choices=list(RECIPES), help="a setting in one word")
     group = parser.add_argument_group("data")
-    for part in ("train", "val", "test"):
+    for split in SPLITS:
         group.add_argument(
-            f"--{part}",
-            help=f"folder of the {part} images within the data (default: {part}, if any)",
+            f"--{split}",
+            help=f"folder of the {split} images within the data (default: {split}, if any)",
         )
+    group.add_argument("--noisy", metavar="FOLDER", help="your own degraded images")
+    group.add_argument("--clean", metavar="FOLDER", help="the clean ones, named as these")
+    group.add_argument("--noisy-suffix", default="", help="what the noisy images' names end with")
+    group.add_argument("--clean-suffix", default="", help="what the clean images' names end with")
     group.add_argument(
         "--val-fraction",
         type=float,
@@ -106,7 +122,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--sigma", type=float, nargs="+", help="deviation of the noise, or a range (default: 25)"
     )
     group.add_argument(
-        "--test-sigma", type=float, nargs="+", help="what is judged (default: the range's middle)"
+        "--test-sigma",
+        type=float,
+        nargs="+",
+        help="noise of the evaluation (default: the range's middle)",
     )
     group.add_argument(
         "--blur", type=float, nargs="+", help="deviation of a Gaussian blur in pixels, or a range"
@@ -116,6 +135,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--grey", dest="in_chans", action="store_const", const=1, default=1, help="the default"
     )
     colours.add_argument("--colour", dest="in_chans", action="store_const", const=3)
+    group.add_argument(
+        "--value-range",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="values of black and white of images deeper than 8 bits, such as 0 4095",
+    )
     group.add_argument("--patch-size", type=int, default=40, help="side of the training patches")
     group.add_argument("--patches", type=int, default=48, help="patches of each image in an epoch")
     group.add_argument(
@@ -132,7 +158,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--pretrained", action=argparse.BooleanOptionalAction, default=False)
     group.add_argument("--checkpoint-path", default="", help="timm checkpoint for the backbone")
     group.add_argument("--taps", nargs="+", help="the skips and the deepest map (default: 3 4 5)")
-    group.add_argument("--head", choices=("unet", "rednet"), default="unet")
+    group.add_argument("--head", choices=list(HEADS), default="unet")
     group.add_argument(
         "--channels", type=int, nargs="+", help="width of each decoder stage from the deepest on"
     )
@@ -154,53 +180,176 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.set_defaults(
         output="output/denoise", epochs=10, opt="adamw", lr=3e-3, weight_decay=1e-4, warmup_epochs=1
     )
-    own = parser.parse_known_args(argv)[0]
-    recipe = own.recipe
-    parser.set_defaults(**RECIPES.get(recipe, {}))
-    if (
-        own.model == "rednet_small"
-        and own.head == "unet"
-        and own.input_skip
-        and not (own.data or recipe or own.taps or own.channels or own.overfit)
-    ):
+    return parser
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Arguments; a recipe's values are defaults that every flag overrides."""
+    parser = make_parser()
+    given = parser.parse_known_args(argv)[0]
+    parser.set_defaults(**RECIPES.get(given.recipe, {}))
+    own_data = given.data or given.noisy or given.clean
+    own_network = given.model != "rednet_small" or given.taps or given.channels
+    plain_network = given.head == "unet" and given.input_skip and not own_network
+    if plain_network and not (own_data or given.recipe or given.overfit):
         # the job without arguments: small, so that a minute of a CPU is many steps
         parser.set_defaults(taps=["3", "4"], channels=[32, 16], lr=1e-2)
     args = parser.parse_args(argv)
-    if max(len(args.sigma or ()), len(args.blur or ())) > 2:
-        parser.error("--sigma and --blur take a number or a range of two")
-    if args.overfit and (args.data or recipe):
-        parser.error("--overfit has photographs of its own: leave out data and --recipe")
-    if args.data is None and (
-        given := [part for part in ("train", "val", "test") if getattr(args, part)]
-    ):
-        parser.error(
-            f"--{given[0]} has no effect without a folder of data"
-            + (f": --recipe {recipe} needs one that holds train400/ and set12/" if recipe else "")
-        )
+    check_args(parser, args)
     args.taps = args.taps or ["3", "4", "5"]
     return args
 
 
-class RestorationTask(DenseTask):
-    """A decoder whose whole images are, where asked for, restored tile by tile."""
+def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse what has no effect together."""
+    if max(len(args.sigma or ()), len(args.blur or ())) > 2:
+        parser.error("--sigma and --blur take a number or a range of two")
+    pairs = bool(args.noisy or args.clean)
+    if args.overfit and (args.data or args.recipe or pairs):
+        parser.error("--overfit has photographs of its own: leave out data and --recipe")
+    if bool(args.noisy) != bool(args.clean):
+        parser.error("--noisy and --clean go together: a folder of each")
+    if not pairs and (args.noisy_suffix or args.clean_suffix):
+        parser.error("--noisy-suffix and --clean-suffix have no effect without --noisy and --clean")
+    if pairs:
+        for name in ("sigma", "test_sigma", "blur", "recipe"):
+            if getattr(args, name) is not None:
+                flag = name.replace("_", "-")
+                parser.error(f"--{flag} has no effect on own pairs: they are degraded already")
+    named = [split for split in SPLITS if getattr(args, split)]
+    if args.data is None and named and not pairs:
+        text = f"--{named[0]} has no effect without a folder of data"
+        if args.recipe:
+            text += f": --recipe {args.recipe} needs one that holds train400/ and set12/"
+        parser.error(text)
+    if args.value_range is not None and args.data is None and not pairs:
+        parser.error("--value-range has no effect on the photographs inside packages")
 
-    def __init__(self, model: BranchModel, loss: str, tile: int | None = None):
-        super().__init__(model, loss, RestorationEvaluator)
-        self.tile, self.multiple = tile, max(int(info.stride) for info in model.taps)
-        if tile is not None and (tile < 2 * self.multiple or tile % self.multiple):
+
+# -- data
+
+
+@dataclass(frozen=True)
+class Degradation:
+    """What is done to the images in training, and in evaluation.
+
+    Attributes:
+        sigma: Range of the noise's deviation; None for people's own pairs.
+        blur: Range of the blur's deviation.
+    """
+
+    sigma: tuple[float, float] | None
+    blur: tuple[float, float] = (0.0, 0.0)
+
+    def fixed(self, sigma: float | None = None) -> "Degradation":
+        """The middle of both ranges, for evaluation, or this noise."""
+        if self.sigma is None:
+            return self
+        level = middle(self.sigma) if sigma is None else sigma
+        return Degradation((level, level), (middle(self.blur),) * 2)
+
+    def __str__(self) -> str:
+        if self.sigma is None:
+            return "own pairs"
+        words = []
+        for name, limits in (("blur", self.blur), ("noise", self.sigma)):
+            if limits[-1]:
+                ends = dict.fromkeys(f"{value:g}" for value in limits)
+                words.append(f"{name} {'-'.join(ends)}")
+        return ", ".join(words) or "nothing"
+
+
+def middle(limits: Sequence[float]) -> float:
+    """The middle of a range."""
+    return (limits[0] + limits[-1]) / 2
+
+
+def middle_of(image: Any, side: int) -> Any:
+    """The square of this side in the middle of an image (H, W, ...)."""
+    height, width = image.shape[:2]
+    top, left = max(0, (height - side) // 2), max(0, (width - side) // 2)
+    return image[top : top + side, left : left + side]
+
+
+def photographs() -> dict[str, Any]:
+    """Of those inside installed packages, by split.
+
+    Textures, scans and micrographs are for training only, 256 px for evaluation.
+    """
+    images = package_photographs()
+    for name in LEFT_OUT:
+        images.pop(name, None)
+    splits = {}
+    for split, names in (("val", VAL), ("test", TEST)):
+        present = [name for name in names if name in images]
+        splits[split] = [middle_of(images.pop(name), 256) for name in present]
+    splits["train"] = list(images.values())
+    return {split: pictures for split, pictures in splits.items() if pictures}
+
+
+def folders(args: argparse.Namespace) -> dict[str, str]:
+    """The folder of each split; images that lie in no such folder are all for training."""
+    root = Path(args.data)
+    if not root.is_dir():
+        raise ValueError(
+            f"{root} is no folder. Give one of images, or one that holds the folders train and test."
+        )
+    paths = {}
+    for split in SPLITS:
+        path = root / (getattr(args, split) or split)
+        if path.is_dir():
+            paths[split] = str(path)
+        elif getattr(args, split):
+            raise ValueError(f"--{split} {getattr(args, split)}: there is no folder {path}.")
+    if paths and "train" not in paths:
+        raise ValueError(
+            f"{root} holds {' and '.join(paths)}, but no images to train on: "
+            "name them with --train."
+        )
+    return paths or {"train": str(root)}
+
+
+def pair_folders(args: argparse.Namespace) -> dict[str, tuple[str, str]]:
+    """The noisy and the clean folder of each split; without splits all are for training.
+
+    A split is a folder within both (noisy/train, clean/train), or holds both (train/noisy,
+    train/clean).
+    """
+    root = Path(args.data or "")
+    if args.data and not root.is_dir():
+        raise ValueError(f"{root} is no folder.")
+    for given in (args.noisy, args.clean):
+        if args.data and Path(given).is_absolute():
+            raise ValueError(f"{given} lies in no folder {root}: leave one of the two out.")
+    pairs = {}
+    for split in SPLITS:
+        name = getattr(args, split) or split
+        layouts = [(root / args.noisy / name, root / args.clean / name)]
+        if args.data:
+            layouts.append((root / name / args.noisy, root / name / args.clean))
+        for noisy, clean in layouts:
+            if noisy.is_dir() != clean.is_dir():
+                there, missing = (noisy, clean) if noisy.is_dir() else (clean, noisy)
+                raise ValueError(f"there is a folder {there}, but no {missing} for its partners.")
+            if noisy.is_dir():
+                pairs[split] = (str(noisy), str(clean))
+        if getattr(args, split) and split not in pairs:
             raise ValueError(
-                f"--tile {tile} must be two or more times the coarsest tap's stride, {self.multiple}."
+                f"--{split} {name}: there is no folder of noisy images {layouts[0][0]}, nor any "
+                "other of that name in the data."
             )
+    if pairs and "train" not in pairs:
+        raise ValueError(f"there are pairs for {' and '.join(pairs)}, but none to train on.")
+    if pairs:
+        return pairs
+    noisy, clean = root / args.noisy, root / args.clean
+    for path in (noisy, clean):
+        if not path.is_dir():
+            raise ValueError(f"{path} is no folder.")
+    return {"train": (str(noisy), str(clean))}
 
-    def answer(self, model: torch.nn.Module, input: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The model's answer, in tiles where a side was given."""
-        if self.tile is None:
-            return model(input)
-        overlap = max(1, self.tile // 4 // self.multiple) * self.multiple
-        return tiled_inference(model, input, self.tile, overlap, multiple=self.multiple)
 
-
-class Bench:
+class Experiment:
     """Images, device and settings that all degradations of one call share."""
 
     def __init__(self, args: argparse.Namespace):
@@ -213,38 +362,66 @@ class Bench:
             raise ValueError(f"--val-fraction must be between 0 and 1, got {args.val_fraction}.")
         import skimage.restoration  # noqa: F401  # if it is missing, say so before the training
 
-        self.images = photographs() if args.data is None else folders(args)
+        self.images: Mapping[str, Any] = self.find_images()
         self.output = new_output(args.output, args.resume)
 
-    def dataset(self, part: str, sigma: Any, blur: Any, **options: Any) -> Dataset:
-        """The clean and degraded images of a part.
+    def find_images(self) -> Mapping[str, Any]:
+        """Folders, pairs of folders or arrays, by split."""
+        if self.args.noisy:
+            return pair_folders(self.args)
+        if self.args.data is not None:
+            return folders(self.args)
+        return photographs()
+
+    def dataset(
+        self,
+        split: str,
+        degradation: Degradation,
+        is_training: bool = False,
+        patch_size: int | None = None,
+        repeats: int = 1,
+    ) -> Dataset:
+        """The degraded and clean images of a split.
 
         Without a validation folder it is every n-th training image.
         """
-        images = self.images.get(part, self.images["train"])
-        data = DenoisingDataset(images, sigma, blur, in_chans=self.args.in_chans, **options)
-        if "val" in self.images or part == "test":
+        images = self.images.get(split, self.images["train"])
+        options: dict[str, Any] = {
+            "in_chans": self.args.in_chans,
+            "is_training": is_training,
+            "patch_size": patch_size,
+            "repeats": repeats,
+            "value_range": self.args.value_range and tuple(self.args.value_range),
+        }
+        data: DenoisingDataset | RestorationDataset
+        if degradation.sigma is None:
+            noisy, clean = images
+            options["degraded_suffix"] = self.args.noisy_suffix
+            options["clean_suffix"] = self.args.clean_suffix
+            data = RestorationDataset(noisy, clean, **options)
+        else:
+            data = DenoisingDataset(images, degradation.sigma, degradation.blur, **options)
+        if "val" in self.images or split == "test":
             return data
-        held = {round((k + 0.5) / self.args.val_fraction - 0.5) for k in range(len(data.images))}
-        held = {i for i in held if i < len(data.images)} or {len(data.images) - 1}
-        chosen = [i for i in range(len(data)) if (i // data.repeats in held) == (part == "val")]
-        if not chosen:
+        for_validation = every_nth(len(data.images), self.args.val_fraction)
+        wanted = []
+        for index in range(len(data)):
+            held_out = index // data.repeats in for_validation
+            if held_out == (split == "val"):
+                wanted.append(index)
+        if not wanted:
             raise ValueError(
-                f"{self.args.data}: one image is too few for training and validation; give --val."
+                f"{self.args.data or self.args.noisy}: one image is too few for training and "
+                "validation; give --val."
             )
-        return Subset(data, chosen)
+        return Subset(data, wanted)
 
-    def fit(
-        self, name: str, sigma: tuple[float, float], blur: tuple[float, float]
-    ) -> tuple[RestorationTask, dict]:
-        """Train; the model that comes back is that of the best epoch on validation."""
+    def make_model(self) -> BranchModel:
+        """The backbone and one decoder that reads all taps."""
         args = self.args
         torch.manual_seed(args.seed)
-        head = {"unet": UNetHead, "rednet": RedNetHead}[args.head](
-            channels=args.channels, input_skip=args.input_skip, residual=True
-        )
-        # one decoder reads all taps
-        model = create_branch_model(
+        head = HEADS[args.head](channels=args.channels, input_skip=args.input_skip, residual=True)
+        return create_branch_model(
             args.model,
             taps=[tuple(args.taps)],
             head=head,
@@ -255,10 +432,19 @@ class Bench:
             pretrained=args.pretrained,
             checkpoint_path=args.checkpoint_path,
         )
+
+    def fit(self, degradation: Degradation) -> tuple["RestorationTask", dict]:
+        """Train; the model that comes back is that of the best epoch on validation."""
+        args, name = self.args, str(degradation)
+        model = self.make_model()
         train = self.dataset(
-            "train", sigma, blur, is_training=True, patch_size=args.patch_size, repeats=args.patches
+            "train",
+            degradation,
+            is_training=True,
+            patch_size=args.patch_size,
+            repeats=args.patches,
         )
-        val = self.dataset("val", middle(sigma), middle(blur))
+        val = self.dataset("val", degradation.fixed())
         loader = create_loader(
             train,
             args.batch_size,
@@ -275,145 +461,222 @@ class Bench:
                 f"{images} images to validate",
                 flush=True,
             )
-        config = replace(
-            self.config, output=str(self.output / name.replace(",", "").replace(" ", "_"))
-        )
+        folder = self.output / name.replace(",", "").replace(" ", "_")
         run = fit(
             RestorationTask(model, args.loss, args.tile),
             loader,
             create_loader(val, 1),
-            config,
+            replace(self.config, output=str(folder)),
             facts={"degradation": name, "seed": args.seed},
         )
         task = RestorationTask(load_model(run.model_path), args.loss, args.tile).to(self.device)
         return task, {"best_epoch": run.best_epoch, "seconds": round(run.seconds, 1)}
 
     @torch.no_grad()
-    def judge(
-        self, task: RestorationTask, sigma: float, blur: float
+    def evaluate(
+        self, task: "RestorationTask", degradation: Degradation
     ) -> tuple[dict[str, dict], dict[str, list]]:
-        """Metrics of each method on the images that decide, and their images."""
-        part = "test" if "test" in self.images else "val"
+        """Metrics of each method on the test images (validation without), and their images."""
+        split = "test" if "test" in self.images else "val"
         model = task.trainable_module.eval()
-        classical, setting = best_classical(self.dataset("val", sigma, blur), sigma, blur)
+        classical, setting = best_classical(self.dataset("val", degradation), degradation)
+
+        def network(x: torch.Tensor) -> torch.Tensor:
+            return task.answer(model, x.to(self.device))["image"].float().cpu()
+
         methods: dict[str, Callable] = {
             "degraded": lambda x: x,
             setting: classical,
-            "network": lambda x: task.answer(model, x.to(self.device))["image"].float().cpu(),
+            "network": network,
         }
         evaluators = {name: RestorationEvaluator() for name in methods}
         pictures: dict[str, list] = {"clean": []}
-        for degraded, clean in create_loader(self.dataset(part, sigma, blur), 1):
+        for degraded, clean in create_loader(self.dataset(split, degradation), 1):
             pictures["clean"].append(clean)
             for name, method in methods.items():
-                pictures.setdefault(name, []).append(method(degraded))
-                evaluators[name].update(pictures[name][-1], clean)
-        return {name: dict(evaluator.compute()) for name, evaluator in evaluators.items()}, pictures
+                restored = method(degraded)
+                pictures.setdefault(name, []).append(restored)
+                evaluators[name].update(restored, clean)
+        metrics = {name: dict(evaluator.compute()) for name, evaluator in evaluators.items()}
+        return metrics, pictures
 
 
-def main(args: argparse.Namespace) -> None:
-    """Each degradation: train, judge, and show."""
-    began = time.monotonic()
-    if args.overfit:
-        return overfit(args)
-    bench = Bench(args)
-    jobs = [(args.sigma or [0.0 if args.blur else 25.0], args.blur or [0.0])]
-    if args.data is args.sigma is args.blur is None:
-        jobs = [([25.0], [0.0]), ([2.0], [1.5])]
-    results: dict[str, dict] = {}
-    rows: list[tuple[str, dict[str, list]]] = []
-    for sigma, blur in (((job[0][0], job[0][-1]), (job[1][0], job[1][-1])) for job in jobs):
-        levels = args.test_sigma or [middle(sigma)]
-        for level in levels:
-            bench.dataset("val", level, middle(blur))  # refuses wrong values before the training
-        task, facts = bench.fit(degradation(sigma, blur), sigma, blur)
-        for level in levels if is_primary() else ():
-            found, pictures = bench.judge(task, level, middle(blur))
-            title = degradation((level,) * 2, (middle(blur),) * 2)
-            results |= {f"{title}, {method}": values for method, values in found.items()}
-            results[f"{title}, network"] |= facts
-            rows.append((title, pictures))
-    if not is_primary():
-        return
-    count, part = (
-        len(rows[0][1]["clean"]),
-        "test" if "test" in bench.images else "validation (there is no test folder)",
-    )
-    facts = {
-        "command": shlex.join(["python", *sys.argv]),
-        "seed": args.seed,
-        "epochs": args.epochs,
-        "images": count,
-        "judged": part,
-        "hardware": hardware(bench.device),
-    }
-    text = json.dumps({**facts, "results": results}, indent=2, default=str) + "\n"
-    replace_file(bench.output / "results.json", lambda path: Path(path).write_text(text))
-    if args.plots:
-        draw(rows, bench.output / "pictures.png")
-    print(
-        "\n"
-        + comparison_table(
-            {name: [values] for name, values in results.items()},
-            {"psnr": "PSNR (dB)", "ssim": "SSIM"},
-        )
-    )
-    print(
-        f"\nMeans over the {count} {part} image{'s' * (count > 1)}, network of the best epoch on validation. "
-        f"Seed {args.seed}, {facts['hardware']}, {time.monotonic() - began:.0f} s. Files: {bench.output}"
-    )
+def every_nth(count: int, fraction: float) -> set[int]:
+    """Evenly spaced positions, at least one, that make up this share of so many images."""
+    spaced = set()
+    for k in range(count):
+        position = round((k + 0.5) / fraction - 0.5)
+        if position < count:
+            spaced.add(position)
+    return spaced or {count - 1}
 
 
-def best_classical(val: Dataset, sigma: float, blur: float, most: int = 4) -> tuple[Callable, str]:
+# -- model
+
+
+class RestorationTask(DenseTask):
+    """A decoder whose whole images are, where asked for, restored tile by tile."""
+
+    def __init__(self, model: BranchModel, loss: str, tile: int | None = None):
+        super().__init__(model, loss, RestorationEvaluator)
+        self.tile, self.multiple = tile, max(int(info.stride) for info in model.taps)
+        if tile is not None and (tile < 2 * self.multiple or tile % self.multiple):
+            raise ValueError(
+                f"--tile {tile} must be two or more times the coarsest tap's stride, "
+                f"{self.multiple}."
+            )
+
+    def answer(self, model: torch.nn.Module, input: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The model's answer, in tiles where a side was given."""
+        if self.tile is None:
+            return model(input)
+        overlap = max(1, self.tile // 4 // self.multiple) * self.multiple
+        return tiled_inference(model, input, self.tile, overlap, multiple=self.multiple)
+
+
+# -- classical methods
+
+
+def best_classical(val: Dataset, degradation: Degradation, most: int = 4) -> tuple[Callable, str]:
     """The method and setting with the best mean PSNR on some validation images."""
+    if degradation.sigma is None:
+        methods = total_variation()
+    elif degradation.blur[1]:
+        methods = richardson_lucy(middle(degradation.blur))
+    else:
+        methods = non_local_means(middle(degradation.sigma))
+    count = min(most, len(val))  # type: ignore[arg-type]
+    pairs = [val[i] for i in range(count)]
+    quality = {}
+    for name, method in methods.items():
+        quality[name] = sum(float(psnr_of(method(x[None]), y[None])) for x, y in pairs)
+    best = max(quality, key=quality.__getitem__)
+    return methods[best], best
+
+
+def richardson_lucy(blur: float) -> dict[str, Callable]:
+    """Richardson-Lucy deconvolution of a Gaussian blur, with several numbers of iterations."""
+    from skimage import restoration
+
+    reach = int(4 * blur) + 1
+    line = np.exp(-((np.arange(-reach, reach + 1) / blur) ** 2) / 2)
+    psf = np.outer(line, line) / line.sum() ** 2
+    methods: dict[str, Callable] = {}
+    for count in (5, 10, 20, 40, 80):
+        method = partial(restoration.richardson_lucy, psf=psf, num_iter=count, clip=False)
+        methods[f"Richardson-Lucy, {count} iterations"] = partial(by_channel, method, 4 * reach)
+    return methods
+
+
+def non_local_means(sigma: float) -> dict[str, Callable]:
+    """Non-local means of noise with this deviation (of 255), with several strengths."""
+    from skimage import restoration
+
+    deviation = sigma / 255
+    methods: dict[str, Callable] = {}
+    for factor in (0.4, 0.6, 0.8, 1.0):
+        method = partial(
+            restoration.denoise_nl_means,
+            h=factor * deviation,
+            sigma=deviation,
+            patch_size=5,
+            patch_distance=6,
+            fast_mode=True,
+            channel_axis=-1,
+        )
+        methods[f"non-local means, h = {factor:g} sigma"] = partial(whole, method)
+    return methods
+
+
+def total_variation() -> dict[str, Callable]:
+    """Total variation denoising, which need not know the noise, with several weights."""
     from skimage import restoration
 
     methods: dict[str, Callable] = {}
-    if blur:
-        reach = int(4 * blur) + 1
-        line = np.exp(-((np.arange(-reach, reach + 1) / blur) ** 2) / 2)
-        psf = np.outer(line, line) / line.sum() ** 2
-        for count in (5, 10, 20, 40, 80):
-            methods[f"Richardson-Lucy, {count} iterations"] = partial(
-                by_channel,
-                partial(restoration.richardson_lucy, psf=psf, num_iter=count, clip=False),
-                4 * reach,
-            )
-    else:
-        for factor in (0.4, 0.6, 0.8, 1.0):
-            methods[f"non-local means, h = {factor:g} sigma"] = partial(
-                whole,
-                partial(
-                    restoration.denoise_nl_means,
-                    h=factor * sigma / 255,
-                    sigma=sigma / 255,
-                    patch_size=5,
-                    patch_distance=6,
-                    fast_mode=True,
-                    channel_axis=-1,
-                ),
-            )
-
-    def quality(method: Callable) -> float:
-        pairs = [val[i] for i in range(min(most, len(val)))]  # type: ignore[arg-type]
-        return sum(float(psnr_of(method(x[None]), y[None])) for x, y in pairs)
-
-    best = max(methods, key=lambda name: quality(methods[name]))
-    return methods[best], best
+    for weight in (0.01, 0.02, 0.05, 0.1, 0.2):
+        method = partial(restoration.denoise_tv_chambolle, weight=weight, channel_axis=-1)
+        methods[f"total variation, weight {weight:g}"] = partial(whole, method)
+    return methods
 
 
 def whole(method: Callable, x: torch.Tensor) -> torch.Tensor:
     """A function of an array (H, W, C) on an image (1, C, H, W)."""
     array = method(x[0].permute(1, 2, 0).numpy())
-    return torch.from_numpy(array.reshape(*x.shape[2:], -1)).permute(2, 0, 1)[None].float()
+    array = array.reshape(*x.shape[2:], -1)
+    return torch.from_numpy(array).permute(2, 0, 1)[None].float()
 
 
 def by_channel(method: Callable, pad: int, x: torch.Tensor) -> torch.Tensor:
     """A function of a positive array (H, W), which is continued by reflection as the blur's was."""
-    arrays = [np.pad(channel.numpy().clip(1e-4), pad, mode="reflect") for channel in x[0]]
-    return torch.from_numpy(np.stack([method(array)[pad:-pad, pad:-pad] for array in arrays]))[
-        None
-    ].float()
+    channels = []
+    for channel in x[0]:
+        padded = np.pad(channel.numpy().clip(1e-4), pad, mode="reflect")
+        channels.append(method(padded)[pad:-pad, pad:-pad])
+    return torch.from_numpy(np.stack(channels))[None].float()
+
+
+# -- the job
+
+
+def main(args: argparse.Namespace) -> None:
+    """Each degradation: train, evaluate, and show."""
+    began = time.monotonic()
+    if args.overfit:
+        return overfit(args)
+    experiment = Experiment(args)
+    results: dict[str, dict] = {}
+    rows: list[tuple[str, dict[str, list]]] = []
+    for degradation in wanted_degradations(args):
+        levels = [degradation.fixed(sigma) for sigma in args.test_sigma or [None]]
+        for level in levels:
+            experiment.dataset("val", level)  # refuses wrong values before the training
+        task, facts = experiment.fit(degradation)
+        if not is_primary():
+            continue
+        for level in levels:
+            metrics, pictures = experiment.evaluate(task, level)
+            for method, values in metrics.items():
+                results[f"{level}, {method}"] = values
+            results[f"{level}, network"] |= facts
+            rows.append((str(level), pictures))
+    if not is_primary():
+        return
+    split = "test"
+    if "test" not in experiment.images:
+        split = "validation (there is no test folder)"
+    count = len(rows[0][1]["clean"])
+    facts = {
+        "command": shlex.join(["python", *sys.argv]),
+        "seed": args.seed,
+        "epochs": args.epochs,
+        "images": count,
+        "judged": split,
+        "hardware": hardware(experiment.device),
+    }
+    text = json.dumps({**facts, "results": results}, indent=2, default=str) + "\n"
+    replace_file(experiment.output / "results.json", lambda path: Path(path).write_text(text))
+    if args.plots:
+        draw(rows, experiment.output / "pictures.png")
+    columns = {"psnr": "PSNR (dB)", "ssim": "SSIM"}
+    table = comparison_table({name: [values] for name, values in results.items()}, columns)
+    images = "image" if count == 1 else "images"
+    seconds = time.monotonic() - began
+    print(f"\n{table}")
+    print(
+        f"\nMeans over the {count} {split} {images}, network of the best epoch on validation. "
+        f"Seed {args.seed}, {facts['hardware']}, {seconds:.0f} s. Files: {experiment.output}"
+    )
+
+
+def wanted_degradations(args: argparse.Namespace) -> list[Degradation]:
+    """What is trained for, one after the other."""
+    if args.noisy:
+        return [Degradation(None)]
+    if args.data is None and args.sigma is None and args.blur is None:
+        return [Degradation((25.0, 25.0)), Degradation((2.0, 2.0), (1.5, 1.5))]
+    blur = args.blur or [0.0]
+    sigma = args.sigma or [0.0 if args.blur else 25.0]
+    return [Degradation((sigma[0], sigma[-1]), (blur[0], blur[-1]))]
 
 
 def draw(rows: list[tuple[str, dict[str, list]]], path: Path, side: int = 128) -> None:
@@ -430,14 +693,17 @@ def draw(rows: list[tuple[str, dict[str, list]]], path: Path, side: int = 128) -
         which = min(2, len(pictures["clean"]) - 1)
         clean = pictures["clean"][which]
         for ax, (name, images) in zip(axes, pictures.items(), strict=True):
-            crop = middle_of(images[which][0].permute(1, 2, 0).clamp(0, 1), side)
-            ax.imshow(crop.squeeze(2), cmap="gray", vmin=0, vmax=1)
+            image = images[which][0].permute(1, 2, 0).clamp(0, 1)  # (H, W, C)
+            ax.imshow(middle_of(image, side).squeeze(2), cmap="gray", vmin=0, vmax=1)
             ax.set(xticks=[], yticks=[])
             ax.set_title(title if name == "degraded" else name, fontsize=9)
             if name != "clean":
                 ax.set_xlabel(f"{float(psnr_of(images[which], clean)):.2f} dB", fontsize=9)
     replace_file(path, lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
     plt.close(figure)
+
+
+# -- the study of overfitting
 
 
 def overfit(args: argparse.Namespace) -> None:
@@ -451,16 +717,15 @@ def overfit(args: argparse.Namespace) -> None:
     if size < 16 or size % 8:
         raise ValueError(f"--overfit-size {size} must be a multiple of 8, from 16 on.")
     photos, blur = package_photographs(), middle(args.blur or [1.5])
-    small = [
-        cv2.resize(middle_of(photos[name], 300), (size, size), interpolation=cv2.INTER_AREA)
-        for name in ("camera", "chelsea")
-    ]
-    pairs = [DenoisingDataset(small, 0, blur, in_chans=args.in_chans)[i] for i in (0, 1)]
-    (blurred, target), (other, own) = ((x[None], y[None]) for x, y in pairs)
-    blank, noise = (
-        torch.full_like(blurred, 0.5),
-        torch.rand(blurred.shape, generator=torch.manual_seed(args.seed)),
-    )
+    small = []
+    for name in ("camera", "chelsea"):
+        photo = middle_of(photos[name], 300)
+        small.append(cv2.resize(photo, (size, size), interpolation=cv2.INTER_AREA))
+    pairs = DenoisingDataset(small, 0, blur, in_chans=args.in_chans)
+    blurred, target = (image[None] for image in pairs[0])  # (1, C, H, W)
+    other, other_target = (image[None] for image in pairs[1])
+    blank = torch.full_like(blurred, 0.5)
+    noise = torch.rand(blurred.shape, generator=torch.manual_seed(args.seed))
     seed_head = partial(RedNetHead, bottleneck=128, act="leaky_relu")
     networks = {
         "bottleneck, no skips": ((5,), seed_head(out_act=("leaky_relu", "sigmoid"))),
@@ -484,90 +749,27 @@ def overfit(args: argparse.Namespace) -> None:
             optimizer.zero_grad()
             (model(blurred)["image"] - target).square().mean().backward()
             optimizer.step()
-        answers = model.eval()(torch.cat([blurred, other, blank, noise]))["image"].detach()
-        psnr = psnr_of(answers, target.expand_as(answers)).tolist()
-        results[name] = [
-            {
-                "train": psnr[0],
-                "target": psnr[1],
-                "own": float(psnr_of(answers[1:2], own)),
-                "blank": psnr[2],
-                "noise": psnr[3],
-            }
-        ]
+        inputs = torch.cat([blurred, other, blank, noise])
+        answers = model.eval()(inputs)["image"].detach()  # (4, C, H, W)
+        to_target = psnr_of(answers, target.expand_as(answers)).tolist()
+        values = dict(zip(("train", "target", "blank", "noise"), to_target, strict=True))
+        values["own"] = float(psnr_of(answers[1:2], other_target))
+        results[name] = [values]
+    columns = {
+        "train": "trained image",
+        "target": "other: to target",
+        "own": "other: to its own",
+        "blank": "blank: to target",
+        "noise": "noise: to target",
+    }
+    print(comparison_table(results, columns))
+    from_clean = float(psnr_of(other, other_target))
+    from_target = float(psnr_of(other_target, target))
     print(
-        comparison_table(
-            results,
-            {
-                "train": "trained image",
-                "target": "other: to target",
-                "own": "other: to its own",
-                "blank": "blank: to target",
-                "noise": "noise: to target",
-            },
-        )
-    )
-    print(
-        f"\nPSNR in dB. The other image's blur is {float(psnr_of(other, own)):.2f} from its clean one, "
-        f"which is {float(psnr_of(own, target)):.2f} from the target. {OVERFIT_STEPS} steps, "
+        f"\nPSNR in dB. The other image's blur is {from_clean:.2f} from its clean one, "
+        f"which is {from_target:.2f} from the target. {OVERFIT_STEPS} steps, "
         f"{size} px, seed {args.seed}, {time.monotonic() - began:.0f} s."
     )
-
-
-def photographs() -> dict[str, Any]:
-    """Of those inside installed packages.
-
-    Textures, scans and micrographs are for training only, 256 px for judging.
-    """
-    found = {name: image for name, image in package_photographs().items() if name not in LEFT_OUT}
-    parts = {
-        part: [middle_of(found.pop(name), 256) for name in names if name in found]
-        for part, names in (("val", VAL), ("test", TEST))
-    }
-    return {
-        part: images for part, images in {**parts, "train": list(found.values())}.items() if images
-    }
-
-
-def middle_of(image: Any, side: int) -> Any:
-    """The square of this side in the middle of an image (H, W, ...)."""
-    top, left = (max(0, (n - side) // 2) for n in image.shape[:2])
-    return image[top : top + side, left : left + side]
-
-
-def folders(args: argparse.Namespace) -> dict[str, str]:
-    """The folders of the parts; images that lie in no such folder are all for training."""
-    root, found = Path(args.data), {}
-    if not root.is_dir():
-        raise ValueError(
-            f"{root} is no folder. Give one of images, or one that holds the folders train and test."
-        )
-    for part in ("train", "val", "test"):
-        path = root / (getattr(args, part) or part)
-        if path.is_dir():
-            found[part] = str(path)
-        elif getattr(args, part):
-            raise ValueError(f"--{part} {getattr(args, part)}: there is no folder {path}.")
-    if "train" not in found and found:
-        raise ValueError(
-            f"{root} holds {' and '.join(found)}, but no images to train on: name them with --train."
-        )
-    return found or {"train": str(root)}
-
-
-def middle(limits: Sequence[float]) -> float:
-    """The middle of a range."""
-    return (limits[0] + limits[-1]) / 2
-
-
-def degradation(sigma: Sequence[float], blur: Sequence[float]) -> str:
-    """What is done to the images, in words."""
-    words = [
-        f"{name} {'-'.join(dict.fromkeys(f'{value:g}' for value in limits))}"
-        for name, limits in (("blur", blur), ("noise", sigma))
-        if limits[-1]
-    ]
-    return ", ".join(words) or "nothing"
 
 
 if __name__ == "__main__":

@@ -135,11 +135,12 @@ class TestOwnImages:
 
     def test_training_and_validation_are_apart(self, photos, recipe):
         args = recipe.parse_args([str(photos / "plain"), "--val-fraction", "0.4", "--patches", "3"])
-        bench = recipe.Bench.__new__(recipe.Bench)
-        bench.args, bench.images = args, recipe.folders(args)
+        experiment = recipe.Experiment.__new__(recipe.Experiment)
+        experiment.args, experiment.images = args, recipe.folders(args)
+        noise = recipe.Degradation((25, 25))
         parts = {
-            part: bench.dataset(
-                part, 25, 0, repeats=3 if part == "train" else 1, is_training=part == "train"
+            part: experiment.dataset(
+                part, noise, repeats=3 if part == "train" else 1, is_training=part == "train"
             )
             for part in ("train", "val")
         }
@@ -166,6 +167,83 @@ class TestOwnImages:
         assert "epoch 1/2" not in out
         assert here(*command)[0] == 0  # a new folder beside the old one
         assert (tmp_path / "mine-1" / "results.json").exists()
+
+
+class TestOwnPairs:
+    """Noisy images with an offset that no smoothing takes out, so that only training can help."""
+
+    @pytest.fixture(scope="class")
+    def pairs(self, tmp_path_factory):
+        root = tmp_path_factory.mktemp("pairs")
+        for split, count in (("train", 6), ("test", 2)):
+            smooth_images(root / "inner" / "clean" / split, count)
+            write_noisy(root / "inner" / "clean" / split, root / "inner" / "noisy" / split)
+            smooth_images(root / "outer" / split / "gt", count)
+            write_noisy(root / "outer" / split / "gt", root / "outer" / split / "in", "_noisy")
+        smooth_images(root / "flat" / "clean", 5)
+        write_noisy(root / "flat" / "clean", root / "flat" / "noisy")
+        smooth_images(root / "half" / "clean" / "train", 2)
+        (root / "half" / "noisy").mkdir()
+        return root
+
+    @pytest.mark.parametrize(
+        ("args", "images"),
+        [
+            (("--noisy", "{root}/inner/noisy", "--clean", "{root}/inner/clean"), "2 test"),
+            (("{root}/inner", "--noisy", "noisy", "--clean", "clean"), "2 test"),
+            (
+                ("{root}/outer", "--noisy", "in", "--clean", "gt", "--noisy-suffix", "_noisy"),
+                "2 test",
+            ),
+            (
+                ("{root}/outer/", "--noisy", "in", "--clean", "gt", "--test", "test")
+                + ("--noisy-suffix", "_noisy", "--colour"),
+                "2 test",
+            ),
+            (
+                ("--noisy", "{root}/flat/noisy", "--clean", "{root}/flat/clean")
+                + ("--val-fraction", "0.4"),
+                "2 validation",
+            ),
+        ],
+    )
+    def test_runs(self, pairs, here, args, images):
+        args = [arg.format(root=pairs) for arg in args]
+        status, out, err = here(*args, *TINY, "--no-plots")
+        assert status == 0, err
+        assert f"{images} " in out
+        rows = read_table(out)[1]
+        # an offset of 40 of 255, in closed form
+        assert rows["own pairs, degraded"][0] == pytest.approx(20 * np.log10(255 / 40), abs=0.05)
+        assert any("total variation" in name for name in rows)
+        assert "own pairs, network" in rows
+
+    @pytest.mark.parametrize(
+        ("args", "needle"),
+        [
+            (("--noisy", "{root}/half/noisy", "--clean", "{root}/half/clean"), "no "),
+            (("--noisy", "{root}/nowhere", "--clean", "{root}/flat/clean"), "nowhere is no folder"),
+            (("{root}/flat", "--noisy", "{root}/flat/noisy", "--clean", "clean"), "lies in no"),
+            (("--noisy", "{root}/flat/noisy", "--clean", "{root}/inner/clean/test"), "no clean"),
+            (
+                ("--noisy", "{root}/flat/noisy", "--clean", "{root}/flat/clean", "--test", "set12"),
+                "--test set12",
+            ),
+        ],
+    )
+    def test_mistakes(self, pairs, here, args, needle):
+        status, _, err = here(*[arg.format(root=pairs) for arg in args], *TINY, "--no-plots")
+        assert status == 2
+        assert err.count("\n") == 1
+        assert needle in err
+
+
+def write_noisy(clean, noisy, suffix=""):
+    noisy.mkdir(parents=True)
+    for path in sorted(clean.iterdir()):
+        pixels = np.asarray(Image.open(path)) // 2  # room for the offset
+        Image.fromarray(pixels).save(path)
+        Image.fromarray(pixels + 40).save(noisy / f"{path.stem}{suffix}.png")
 
 
 def test_published_setting_and_overriding(recipe):
@@ -254,6 +332,12 @@ def test_a_mistake_is_one_line(name, photos, here):
         ["--test", "set12"],
         ["photos", "--sigma", "1", "2", "3"],
         ["photos", "--grey", "--colour"],
+        ["--noisy", "a"],
+        ["--noisy", "a", "--clean", "b", "--sigma", "25"],
+        ["--noisy", "a", "--clean", "b", "--recipe", "train400-sigma25"],
+        ["--noisy", "a", "--clean", "b", "--overfit"],
+        ["photos", "--clean-suffix", "_gt"],
+        ["--value-range", "0", "4095"],
     ],
 )
 def test_flags_that_do_not_go_together(recipe, capsys, args):

@@ -70,13 +70,16 @@ from .mixup import (
 from .names import (
     label_names as label_names,
 )
-from .pairs import (
-    DenoisingDataset as DenoisingDataset,
-)
-from .pairs import (
+from .pair_transform import (
     PairTransform as PairTransform,
 )
-from .pairs import (
+from .restoration import (
+    DenoisingDataset as DenoisingDataset,
+)
+from .restoration import (
+    RestorationDataset as RestorationDataset,
+)
+from .segmentation import (
     SegmentationDataset as SegmentationDataset,
 )
 from .sources import (

@@ -280,7 +280,10 @@ class PackedImages:
         """Some of the files."""
         parts = [self._bytes(index).tobytes() for index in indices]
         names = [str(self.names[index]) for index in indices]
-        return PackedImages(b"".join(parts), [len(part) for part in parts], names, self.in_chans)
+        sizes = [len(part) for part in parts]
+        selected = PackedImages(b"".join(parts), sizes, names, self.in_chans)
+        selected.value_range = self.value_range
+        return selected
 
 
 class TarImages:
@@ -333,7 +336,9 @@ class TarImages:
         """Some of the members."""
         which = np.asarray(indices, dtype=int)
         offsets, sizes = self.offsets[which], self.sizes[which]
-        return TarImages(self.path, offsets, sizes, self.names[which], self.in_chans)
+        selected = TarImages(self.path, offsets, sizes, self.names[which], self.in_chans)
+        selected.value_range = self.value_range
+        return selected
 
     def __getstate__(self) -> dict[str, Any]:
         # an open file cannot be pickled into a spawned worker

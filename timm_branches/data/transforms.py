@@ -24,7 +24,8 @@ _SMALL = 64
 _INTERPOLATIONS = {"nearest": 0, "bilinear": 1, "bicubic": 2, "area": 3, "lanczos": 4}
 
 
-def _albumentations() -> Any:
+def import_albumentations() -> Any:
+    """The library, which is heavy and therefore imported where it is used."""
     # Without this, importing albumentations asks the network whether there is a newer release.
     os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
     import albumentations
@@ -32,7 +33,7 @@ def _albumentations() -> Any:
     return albumentations
 
 
-class _SampleRandom:
+class SampleRandom:
     """One numpy and one Python generator that are set to a new state for each sample."""
 
     def __init__(self) -> None:
@@ -41,6 +42,7 @@ class _SampleRandom:
         self._state: Any = self.numpy.bit_generator.state
 
     def seed(self, key: Sequence[int]) -> None:
+        """Begin the random numbers of one sample, a function of `key` alone."""
         # A cryptographic hash, because neighbouring keys (epoch 1, sample 2 and epoch 2, sample 1)
         # must not be related.
         digest = hashlib.blake2b(repr(tuple(key)).encode(), digest_size=24).digest()
@@ -90,7 +92,7 @@ class SampleTransform:
         self.std = torch.tensor(std).view(-1, 1, 1)
         self.geometry = geometry
         self.compose = copy.deepcopy(compose)
-        self.random = _SampleRandom()
+        self.random = SampleRandom()
         self._normalises = False
         self._deep_compose: Any = None
         if self.compose is not None:
@@ -147,12 +149,7 @@ class SampleTransform:
         """The augmentation for images in [0, 1]: what it fills with is given for 0 to 255."""
         if self._deep_compose is None:
             compose = copy.deepcopy(self.compose)
-            for transform in compose.transforms:
-                fill = getattr(transform, "fill", None)
-                if isinstance(fill, tuple | list | np.ndarray):
-                    transform.fill = tuple(float(value) / 255 for value in fill)
-                elif isinstance(fill, int | float):
-                    transform.fill = fill / 255
+            scale_fills(compose)
             compose.set_random_state(self.random.numpy, self.random.python)
             self._deep_compose = compose
         return self._deep_compose
@@ -178,7 +175,33 @@ class SampleTransform:
         )
 
 
-def _match_mean(values: Sequence[float], channels: int, name: str) -> tuple[float, ...]:
+def scale_fills(compose: Any) -> None:
+    """Divide by 255, in place, what an augmentation fills images with: for images in [0, 1].
+
+    Args:
+        compose: An albumentations `Compose`, with whatever is nested in it.
+    """
+    for transform in compose.transforms:
+        if hasattr(transform, "transforms"):
+            scale_fills(transform)
+        fill = getattr(transform, "fill", None)
+        if isinstance(fill, tuple | list | np.ndarray):
+            transform.fill = tuple(float(value) / 255 for value in fill)
+        elif isinstance(fill, int | float):
+            transform.fill = fill / 255
+
+
+def match_mean(values: Sequence[float], channels: int, name: str) -> tuple[float, ...]:
+    """Mean or deviation for so many channels: repeated for bands, averaged for grey.
+
+    Args:
+        values: One for each channel, or one for all.
+        channels: How many the images have.
+        name: What to call them in the message.
+
+    Raises:
+        ValueError: Their numbers do not fit together.
+    """
     values = tuple(float(value) for value in values)
     if len(values) == channels:
         return values
@@ -196,7 +219,7 @@ def _built_in(
     """The albumentations pipeline of a named augmentation; None for 'none'."""
     if name == "none":
         return None
-    A = _albumentations()
+    A = import_albumentations()
     height, width = size
     flips = [A.HorizontalFlip(p=options["hflip"]), A.VerticalFlip(p=options["vflip"])]
     flips = [flip for flip in flips if flip.p > 0]
@@ -214,7 +237,7 @@ def _built_in(
             )
             for kind in kinds
         ]
-        jitter = _color_jitter(options["color_jitter"])
+        jitter = color_jitter_steps(options["color_jitter"])
         return A.Compose([crops[0] if len(crops) == 1 else A.OneOf(crops, p=1), *flips, *jitter])
     # 4 pixels at 32, as is usual for CIFAR
     pads = (max(1, width // 8), max(1, height // 8))
@@ -227,24 +250,23 @@ def _built_in(
     return A.Compose(steps)
 
 
-def _color_jitter(strength: float) -> list:
-    """Timm's.
+def color_jitter_steps(strength: float) -> list:
+    """Brightness, contrast and saturation by factors around 1, as timm's, in every image.
 
-    Brightness, contrast and saturation by factors around 1, in every image; nothing at 0.
+    Raises:
+        ValueError: The strength is negative.
     """
     if strength < 0:
         raise ValueError(f"color_jitter must be at least 0, got {strength}")
+    if not strength:
+        return []
     factors = (max(0.0, 1 - strength), 1 + strength)
-    return (
-        [_albumentations().ColorJitter(factors, factors, factors, hue=(0, 0), p=1)]
-        if strength
-        else []
-    )
+    return [import_albumentations().ColorJitter(factors, factors, factors, hue=(0, 0), p=1)]
 
 
-def _load_compose(augment: Any) -> Any:
+def load_compose(augment: Any) -> Any:
     """An own pipeline, given as an object or as the path of a file that `A.save` wrote."""
-    A = _albumentations()
+    A = import_albumentations()
     if isinstance(augment, A.Compose):
         return augment
     if isinstance(augment, A.BasicTransform | A.BaseCompose):
@@ -332,7 +354,7 @@ def create_transform(
         )
     size = (sides[-2], sides[-1])
     channels = sides[0] if len(sides) == 3 else len(tuple(mean))
-    mean, std = _match_mean(mean, channels, "mean"), _match_mean(std, channels, "std")
+    mean, std = match_mean(mean, channels, "mean"), match_mean(std, channels, "std")
     if interpolation not in _INTERPOLATIONS and interpolation != "random":
         raise ValueError(
             f"no interpolation {interpolation!r}; it is {', '.join(_INTERPOLATIONS)} or random"
@@ -356,7 +378,7 @@ def create_transform(
             compose = _built_in(augment, size, mean, {**options, "interpolation": interpolation})
             resize = augment != "imagenet"
         else:
-            compose, resize = _load_compose(augment), False
+            compose, resize = load_compose(augment), False
     geometry = None
     if resize:
         # The same PIL resizing in training and evaluation; normalize=False keeps uint8 for what

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 
 import numpy as np
 
-from timm_branches.data.pairs import SegmentationDataset
+from timm_branches.data.segmentation import SegmentationDataset
 from timm_branches.taxonomy import Taxonomy
 
 __all__ = ["package_photographs", "package_segmentation"]
