@@ -171,6 +171,38 @@ def test_tree_given_for_a_model_with_its_levels(folder):
     assert list(predict(make(TREE), folder, taxonomy=TREE)) == list(given)
 
 
+@pytest.mark.parametrize("more", [[], ["thing/car/bus", "animal/pet/ant"]])
+def test_tree_in_another_order_numbers_the_same_answers(folder, more):
+    """Names stay as they are; numbers are looked up by name in the tree given."""
+    paths = ["/".join(leaf) for leaf in TREE.leaves]
+    given = Taxonomy([*reversed(paths), *more], levels=TREE.levels)
+    model = make(TREE)
+    plain = list(predict(model, folder, top=2, threshold=0.3))
+    other = list(predict(model, folder, taxonomy=given, top=2, threshold=0.3))
+    assert [record.path for record in other] == [record.path for record in plain]
+    moved = 0
+    for before, after in zip(plain, other, strict=True):
+        names = [given.classes[level][label] for level, label in enumerate(after.labels)]
+        assert tuple(names) == after.path
+        assert after.probabilities == before.probabilities
+        moved += before.labels != after.labels
+        for level, (left, right) in enumerate(
+            zip(before.candidates, after.candidates, strict=True)
+        ):
+            named = [(TREE.classes[level][label], p) for label, p in left]
+            assert named == [(given.classes[level][label], p) for label, p in right]
+    assert moved
+
+
+def test_tree_that_lacks_a_class_is_refused(folder):
+    paths = ["/".join(leaf) for leaf in TREE.leaves]
+    with pytest.raises(ValueError, match=r"'animal / pet / cat' is only in the model's own tree"):
+        predict(make(TREE), folder, taxonomy=Taxonomy(paths[1:], levels=TREE.levels))
+    moved = Taxonomy(["thing/pet/cat", *paths[1:]], levels=TREE.levels)
+    with pytest.raises(ValueError, match="tree of its own"):
+        predict(make(TREE), folder, taxonomy=moved)
+
+
 @pytest.mark.parametrize("decoder", [None, "independent"])
 def test_model_without_a_tree(folder, decoder):
     model = make(num_classes=[2, 7, 4])

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from timm_branches.data.image_list import ImageList
 from timm_branches.hierarchy import sum_upwards
 from timm_branches.model import BranchModel
-from timm_branches.taxonomy import Taxonomy, get_taxonomy
+from timm_branches.taxonomy import Taxonomy, get_taxonomy, match_taxonomies
 
 if TYPE_CHECKING:
     from timm_branches.data.transforms import SampleTransform
@@ -28,9 +28,10 @@ _UNREADABLE = (OSError, ValueError, SyntaxError)
 
 @dataclass(frozen=True)
 class Record:
-    """What a model says of one image. `labels`, `probabilities` and `path` have one entry a level,
-    down to the level
-    where the path ends: at a leaf, or where the model is not sure enough.
+    """What a model says of one image.
+
+    `labels`, `probabilities` and `path` have one entry a level, down to the level where the path
+    ends: at a leaf, or where the model is not sure enough.
 
     Attributes:
         file: The image's file, `archive.tar:member`, or `image 3` for the fourth of images in
@@ -76,7 +77,8 @@ def predict(
         images: A file, a folder (searched for images, natural order), a tar of images, a PIL image,
             an array (H, W) or (H, W, C) of uint8, a uint8 tensor (C, H, W), or a floating-point
             tensor (C, H, W) that the model's transform has made already; or any number of these.
-        taxonomy: The tree of a model that was saved without one, or what `get_taxonomy` takes.
+        taxonomy: The tree of a model that was saved without one, or what `get_taxonomy` takes. Of a
+            model with a tree the same classes in another order: labels are numbered as there.
         decoder: How the levels' answers become one path, see `timm_branches.hierarchy.decode`; None
             is 'best-path', for a flat model 'leaf-marginal', and each head on its own without a
             tree.
@@ -95,11 +97,12 @@ def predict(
     Raises:
         FileNotFoundError: A path given does not exist.
         ValueError: There are no images, the model's file is damaged, or a tree is missing, does not
-            fit, or is given twice; while iterating: an image cannot be read, or the model's outputs
+            fit, or has other classes than the model's own; while iterating: an image cannot be read, or the model's outputs
             are not finite.
 
     Example:
-        >>> for record in predict('model.safetensors', ['photos/', 'a.jpg'], threshold=0.8):  # doctest: +SKIP
+        >>> records = predict('model.safetensors', ['photos/', 'a.jpg'])  # doctest: +SKIP
+        >>> for record in records:  # doctest: +SKIP
         ...     print(record.file, record.path, record.probabilities)
         photos/1.jpg ('animal', 'pet', 'cat') (0.98, 0.91, 0.87)
         a.jpg ('transport',) (0.99,)
@@ -122,8 +125,9 @@ def predict(
 
 
 class Predictions:
-    """The records of images, in their order; made by :func:`predict`. Each iteration runs the model
-    anew.
+    """The records of images, in their order; made by :func:`predict`.
+
+    Each iteration runs the model anew.
 
     Attributes:
         images: The images, to look at beside what was predicted.
@@ -143,12 +147,8 @@ class Predictions:
     ) -> None:
         self.model, self.images, self._levels = model, images, levels
         self.levels, self.taxonomy = levels.names, levels.taxonomy
-        self.batch_size, self.num_workers, self.strict, self.top = (
-            batch_size,
-            num_workers,
-            strict,
-            top,
-        )
+        self.batch_size, self.num_workers = batch_size, num_workers
+        self.strict, self.top = strict, top
 
     def __len__(self) -> int:
         return len(self.images)
@@ -166,32 +166,36 @@ class Predictions:
             collate_fn=list,
             persistent_workers=False,
         )
-        parameter = next(self.model.parameters())
         names = iter(self.images.names)
         for batch in loader:
+            # an image that cannot be read is a text that says why
             tensors = [sample for sample in batch if not isinstance(sample, str)]
-            x = torch.stack(tensors).to(parameter.device, parameter.dtype) if tensors else None
-            known = iter(self._levels.read(self._forward(x), self.top) if x is not None else [])
+            results = iter(self._classify(tensors))
             for sample in batch:
                 file = next(names)
-                if isinstance(sample, str) and self.strict:
+                if not isinstance(sample, str):
+                    yield Record(file, **next(results))
+                elif self.strict:
                     raise ValueError(sample)
-                yield (
-                    Record(file, error=sample)
-                    if isinstance(sample, str)
-                    else Record(file, **next(known))
-                )
+                else:
+                    yield Record(file, error=sample)
+
+    def _classify(self, tensors: list[torch.Tensor]) -> list[dict[str, Any]]:
+        if not tensors:
+            return []
+        parameter = next(self.model.parameters())
+        x = torch.stack(tensors).to(parameter.device, parameter.dtype)  # (B, C, H, W)
+        return self._levels.read(self._forward(x), self.top)
 
     @torch.inference_mode()
     def _forward(self, x: torch.Tensor) -> list[torch.Tensor]:
         training = self.model.training
         self.model.eval()
         try:
-            logits = {
-                name: y.float().cpu() for name, y in self.model(x, heads=self._levels.heads).items()
-            }
+            outputs = self.model(x, heads=self._levels.heads)
         finally:
             self.model.train(training)
+        logits = {name: y.float().cpu() for name, y in outputs.items()}
         for name, y in logits.items():
             if y.ndim != 2:
                 raise ValueError(
@@ -212,98 +216,153 @@ class _Levels:
     def __init__(
         self, model: BranchModel, taxonomy: Any, decoder: str | None, threshold: float | None
     ) -> None:
-        tree = None if taxonomy is None else get_taxonomy(taxonomy)
-        if tree is not None and model.taxonomy is not None and tree != model.taxonomy:
-            raise ValueError(
-                f"the model has a tree of its own, {model.taxonomy!r}, and another was given, {tree!r}: "
-                "leave it out."
-            )
-        tree = model.taxonomy if tree is None else tree
-        self.heads = tuple(
-            name
-            for name, head in zip(model.names, model.head_specs, strict=False)
-            if not head.dense
-        )
-        if not self.heads:
-            raise ValueError(
-                "predict() classifies whole images, and this model answers for every pixel: call the "
-                "model itself, or timm_branches.dense.tiled_inference for large images."
-            )
+        given = None if taxonomy is None else get_taxonomy(taxonomy)
+        tree = given if model.taxonomy is None else model.taxonomy
+        self.heads = _classifying_heads(model)
         classes = tuple(model.num_classes[name] for name in self.heads)
-        if 0 in classes:
-            raise ValueError(
-                f"a head without classes has nothing to predict; the model's have {model.num_classes}."
-            )
         self.flat = tree is not None and classes != tree.num_classes
         if tree is not None and self.flat and classes != (tree.num_leaves,):
             raise ValueError(
-                f"the tree does not fit the model, whose heads have {model.num_classes} classes: its "
-                f"levels have {tree.num_classes} classes, and it has {tree.num_leaves} leaves."
+                f"the tree does not fit the model, whose heads have {model.num_classes} classes: "
+                f"its levels have {tree.num_classes} classes, and it has {tree.num_leaves} leaves."
             )
-        if threshold is not None and not 0 <= threshold <= 1:
-            raise ValueError(f"threshold must be a probability from 0 to 1, not {threshold}.")
-        if tree is None and (threshold is not None or decoder not in (None, "independent")):
-            what = "threshold" if threshold is not None else f"decoder {decoder!r}"
-            raise ValueError(
-                f"{what} needs a tree, and this model was saved without one: give its taxonomy."
-            )
-        if tree is not None:
-            from timm_branches.hierarchy.decode import DECODERS
-
-            if decoder is not None and decoder not in DECODERS:
-                raise ValueError(f"no decoder {decoder!r}; it is one of {', '.join(DECODERS)}.")
-        self.taxonomy, self.threshold = tree, threshold
+        _check_decoding(tree, decoder, threshold)
+        self.tree, self.threshold = tree, threshold
+        # what labels are numbered by, and the table of each level from the model's numbers to it
+        self.taxonomy = tree
+        self.renumbering: list[torch.Tensor] | None = None
+        if tree is not None and given is not None and given.nodes != tree.nodes:
+            self.taxonomy = given
+            self.renumbering = _renumbering(tree, given)
         # summed leaves say the same thing on every level: multiplying them would count it several
         # times
         self.decoder = decoder or ("leaf-marginal" if self.flat else "best-path")
         self.names: tuple[str, ...] = self.heads if tree is None else tree.levels
 
     def read(self, logits: Sequence[torch.Tensor], top: int) -> list[dict[str, Any]]:
-        """What a record holds, for each row of a batch's logits."""
-        if self.taxonomy is None:
+        """What a record holds, for each row of a batch's logits.
+
+        Args:
+            logits: (B, classes) for each head.
+            top: How many candidates of each level are wanted.
+        """
+        if self.tree is None:
             chances = [y.softmax(-1) for y in logits]
-            probabilities, labels = (
-                torch.stack(part, 1) for part in zip(*(p.max(-1) for p in chances), strict=True)
-            )
+            best = [p.max(-1) for p in chances]
+            labels = torch.stack([b.indices for b in best], 1)  # (B, L)
+            probabilities = torch.stack([b.values for b in best], 1)
             stopped = [False] * len(labels)
         else:
             from timm_branches.hierarchy.decode import back_off, decode
 
-            levels = sum_upwards(logits[0], self.taxonomy) if self.flat else list(logits)
+            levels = sum_upwards(logits[0], self.tree) if self.flat else list(logits)
             # on an uneven tree what the leaves sum to is less than 1, and is meant to be
             chances = [y.exp() if self.flat else y.softmax(-1) for y in levels]
-            decided = decode(levels, self.taxonomy, self.decoder)
+            decided = decode(levels, self.tree, self.decoder)
             final = decided if self.threshold is None else back_off(decided, self.threshold)
             labels, probabilities = final.labels, final.probabilities
             stopped = (labels != decided.labels).any(1).tolist()
+        highest = [p.topk(min(top, p.shape[1])) for p in chances] if top else []
         records = []
-        best = [p.topk(min(top, p.shape[1])) for p in chances] if top else []
-        for i, (row, chance) in enumerate(
-            zip(labels.tolist(), probabilities.tolist(), strict=True)
-        ):
-            row = row[: row.index(-1)] if -1 in row else row
-            path = (
-                ()
-                if self.taxonomy is None
-                else tuple(
-                    names[label] for names, label in zip(self.taxonomy.classes, row, strict=False)
-                )
-            )
-            candidates = [
-                dict(zip(b.indices[i].tolist(), b.values[i].tolist(), strict=True)) for b in best
-            ]
-            for known, p, label in zip(candidates, chances, row, strict=False):
-                known.setdefault(label, p[i, label].item())
+        for i, row in enumerate(labels.tolist()):
+            if -1 in row:
+                row = row[: row.index(-1)]
+            candidates = []
+            for level, (values, indices) in enumerate(highest):
+                known = dict(zip(indices[i].tolist(), values[i].tolist(), strict=True))
+                if level < len(row):
+                    known.setdefault(row[level], chances[level][i, row[level]].item())
+                candidates.append(known)
             records.append(
                 {
-                    "labels": tuple(row),
-                    "probabilities": tuple(chance[: len(row)]),
-                    "path": path,
+                    "labels": self._renumbered(row),
+                    "probabilities": tuple(probabilities[i, : len(row)].tolist()),
+                    "path": self._path(row),
                     "stopped": stopped[i],
-                    "candidates": tuple(tuple(known.items()) for known in candidates),
+                    "candidates": self._renumbered_candidates(candidates),
                 }
             )
         return records
+
+    def _path(self, row: Sequence[int]) -> tuple[str, ...]:
+        if self.tree is None:
+            return ()
+        return tuple(self.tree.classes[level][label] for level, label in enumerate(row))
+
+    def _renumbered(self, row: Sequence[int]) -> tuple[int, ...]:
+        if self.renumbering is None:
+            return tuple(row)
+        return tuple(int(self.renumbering[level][label]) for level, label in enumerate(row))
+
+    def _renumbered_candidates(
+        self, candidates: Sequence[dict[int, float]]
+    ) -> tuple[tuple[tuple[int, float], ...], ...]:
+        if self.renumbering is None:
+            return tuple(tuple(known.items()) for known in candidates)
+        renumbered = []
+        for table, known in zip(self.renumbering, candidates, strict=False):
+            renumbered.append(tuple((int(table[label]), p) for label, p in known.items()))
+        return tuple(renumbered)
+
+
+def _classifying_heads(model: BranchModel) -> tuple[str, ...]:
+    """The heads that answer for whole images.
+
+    Raises:
+        ValueError: There is none, or one has no classes.
+    """
+    heads = []
+    for name, head in zip(model.names, model.head_specs, strict=False):
+        if not head.dense:
+            heads.append(name)
+    if not heads:
+        raise ValueError(
+            "predict() classifies whole images, and this model answers for every pixel: call the "
+            "model itself, or timm_branches.dense.tiled_inference for large images."
+        )
+    if any(model.num_classes[name] == 0 for name in heads):
+        raise ValueError(
+            f"a head without classes has nothing to predict; the model's have {model.num_classes}."
+        )
+    return tuple(heads)
+
+
+def _check_decoding(tree: Taxonomy | None, decoder: str | None, threshold: float | None) -> None:
+    if threshold is not None and not 0 <= threshold <= 1:
+        raise ValueError(f"threshold must be a probability from 0 to 1, not {threshold}.")
+    if tree is None and (threshold is not None or decoder not in (None, "independent")):
+        setting = "threshold" if threshold is not None else f"decoder {decoder!r}"
+        raise ValueError(
+            f"{setting} needs a tree, and this model was saved without one: give its taxonomy."
+        )
+    if tree is not None and decoder is not None:
+        from timm_branches.hierarchy.decode import DECODERS
+
+        if decoder not in DECODERS:
+            raise ValueError(f"no decoder {decoder!r}; it is one of {', '.join(DECODERS)}.")
+
+
+def _renumbering(tree: Taxonomy, given: Taxonomy) -> list[torch.Tensor]:
+    """For each level a table from the classes of the model's tree to those of the tree given.
+
+    Raises:
+        ValueError: The tree given lacks a class of the model's, or has other levels.
+    """
+    if given.num_levels != tree.num_levels:
+        raise ValueError(
+            f"the model has a tree of its own with the levels {list(tree.levels)}, and the tree "
+            f"given has {list(given.levels)}: leave it out, or give the same classes."
+        )
+    try:
+        translation = match_taxonomies(
+            tree, given, given_name="the model's own tree", expected_name="the tree given"
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"the model has a tree of its own, and the one given does not hold its classes: {error}"
+        ) from None
+    assert translation is not None
+    return [table for _, table in translation.tables]
 
 
 class _Samples(Dataset):
@@ -368,9 +427,9 @@ def model_transform(model: BranchModel) -> "SampleTransform":
 
 def _device(device: "torch.device | str") -> torch.device:
     try:
-        found = torch.device(device)
-        torch.empty(0, device=found)  # says so if it is not there
-        return found
+        wanted = torch.device(device)
+        torch.empty(0, device=wanted)  # says so if it is not there
+        return wanted
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(

@@ -19,7 +19,9 @@ __all__ = [
     "read_frames",
 ]
 
-VIDEO_EXTENSIONS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".gif")
+VIDEO_EXTENSIONS = tuple(
+    ".mp4 .m4v .avi .mov .mkv .webm .mpg .mpeg .wmv .ts .mts .m2ts .flv .3gp .ogv .gif".split()
+)
 
 
 class ClipError(ValueError):
