@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -288,6 +289,27 @@ def test_videos_from_several_workers(tmp_path, monkeypatch):
     # counted in the workers, known here
     monkeypatch.setattr(clip_sources, "count_frames", lambda path: pytest.fail("counted again"))
     assert [numbers(fresh[i][0].mul(255)) for i in range(6)] == expected
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted in /proc")
+def test_decoding_leaves_no_threads_behind(tmp_path):
+    """A worker forked later would wait for ever for threads that are in its parent alone."""
+    path = tmp_path / "1.mkv"
+    write(path, "ffv1", 4)
+    code = (
+        "import os, sys, av\nfrom timm_branches.data.clips import video\n"
+        "tasks = lambda: len(os.listdir('/proc/self/task'))\nframes = []\n"
+        "kept = video._decode\n"
+        "def decode(*args):\n    for frame in kept(*args):\n"
+        "        frames.append(frame)\n        yield frame\n"
+        "video._decode = decode\nbefore = tasks()\n"
+        f"video.read_frames({str(path)!r}, [0, 1, 2])\n"
+        "print(len(frames), tasks() - before)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert done.stdout.split() == ["3", "0"]
 
 
 def test_without_pyav(tmp_path):

@@ -199,7 +199,10 @@ def read_frames(path: str, indices: Sequence[int], in_chans: int = 3) -> list[np
                 continue
             if frame.is_corrupt:
                 raise ClipError(f"frame {number} of {path} is damaged")
-            image = as_displayed(frame.to_ndarray(format="rgb24"), _display_matrix(frame))
+            # A converter with threads of its own hangs a forked worker that frees it: they are not
+            # there any more.
+            picture = frame.reformat(format="rgb24", threads=1).to_ndarray()  # (H, W, 3)
+            image = as_displayed(picture, _display_matrix(frame))
             images.append(match_channels(np.ascontiguousarray(image), in_chans))
             if len(images) == len(indices):
                 return images
