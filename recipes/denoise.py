@@ -49,6 +49,7 @@ from timm_branches.dense import peak_signal_noise_ratio as psnr_of
 from timm_branches.files import replace_file
 from timm_branches.task import DenseTask
 from timm_branches.train import FitConfig, add_fit_arguments, fit, is_primary, setup_device
+from timm_branches.train.arguments import say_what_was_understood
 from timm_branches.train.compare import comparison_table
 from timm_branches.train.script import hardware, new_output, run_script
 
@@ -445,6 +446,11 @@ class Experiment:
             repeats=args.patches,
         )
         val = self.dataset("val", degradation.fixed())
+        splits = {"train": train, "val": val}
+        if "test" in self.images:
+            splits["test"] = self.dataset("test", degradation.fixed())
+        if is_primary():
+            model.data_summary = say_what_was_understood(**splits).to_dict()
         loader = create_loader(
             train,
             args.batch_size,

@@ -65,6 +65,7 @@ from timm_branches.train import (
     setup_device,
     try_evaluation,
 )
+from timm_branches.train.arguments import say_what_was_understood
 from timm_branches.train.compare import comparison_table
 from timm_branches.train.lr import create_scheduler
 from timm_branches.train.process import seed_everything
@@ -644,6 +645,14 @@ def main(args: argparse.Namespace) -> None:
     source(train).transform = PairTransform(
         (args.crop[0], args.crop[-1]), tuple(args.scale), args.hflip, args.color_jitter, **look
     )
+    summary = say_what_was_understood(train=train, val=val, test=test)
+    absent = source(plain).absent_classes(source(plain).count_pixels())
+    if absent:
+        summary.warnings.append(absent)
+        if is_primary():
+            print(f"warning: {absent}", flush=True)
+    for model in models.values():
+        model.data_summary = summary.to_dict()
     weights = class_weights(args, plain, len(classes), tree)
     evaluator = partial(SegmentationEvaluator, classes, taxonomy=tree)
     tasks = {

@@ -132,6 +132,11 @@ class TestOwnImages:
         assert status == 0, err
         assert [name.split(", ")[0] for name in read_table(out)[1] if "network" in name] == levels
         assert f"{images} images" in out or f"{images} (there is no test folder) images" in out
+        counts = {
+            "parts": "train: 5 images\nval: 1 image\ntest: ",
+            "plain": "train: 3 images\nval: 2 images",
+        }
+        assert counts[data] in out
 
     def test_training_and_validation_are_apart(self, photos, recipe):
         args = recipe.parse_args([str(photos / "plain"), "--val-fraction", "0.4", "--patches", "3"])

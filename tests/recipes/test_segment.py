@@ -163,6 +163,20 @@ class TestWithoutArguments:
 
 
 class TestOwnData:
+    def test_says_and_keeps_what_was_understood(self, scenes, here, tmp_path):
+        names = tmp_path / "names.txt"
+        names.write_text("\n".join([*NAMES, "unicorn"]) + "\n")
+        status, out, err = here(
+            *own(scenes, "three", classes=False), "--classes", names, "--repeats", "3"
+        )
+        assert status == 0, err
+        assert "train: 4 images of 5 classes\nval: 2 images of 5 classes\ntest: 2 images" in out
+        warning = "1 of 5 classes is in no mask: 'unicorn'"
+        assert f"warning: {warning}" in out
+        model = load_model(tmp_path / "output" / "segment" / "model.safetensors")
+        assert model.data_summary["splits"]["train"] == {"images": 4, "classes": 5}
+        assert model.data_summary["warnings"] == [warning]
+
     def check_run(
         self, result, columns=("U-Net, test_resnet", "colour alone", "colour and height")
     ):

@@ -67,7 +67,10 @@ class DataSummary:
             counts = ", ".join(f"{name} ({count})" for name, count in self.levels.items())
             lines.append(f"levels, with their classes: {counts}")
         for name, split in self.splits.items():
-            lines.append(f"{name}: {split['images']} images of {split['classes']} classes")
+            text = f"{name}: {split['images']} image{'s' * (split['images'] != 1)}"
+            if split["classes"]:
+                text += f" of {split['classes']} class{'es' * (split['classes'] != 1)}"
+            lines.append(text)
         if self.unlabelled:
             lines.append(f"without any label: {self.unlabelled}")
         for reason, count in self.left_out.items():
@@ -99,8 +102,9 @@ def summarize(**splits: Any) -> DataSummary:
     given = {name: data for name, data in splits.items() if data is not None}
     result = DataSummary()
     for data in given.values():
-        own = getattr(data, "summary", None)
+        own = getattr(_behind_subsets(data), "summary", None)
         if own is not None:
+            result.levels = result.levels or dict(own.levels)
             result.source = result.source or own.source
             result.columns = result.columns or dict(own.columns)
             # parts of one source share what was left out
@@ -114,10 +118,7 @@ def summarize(**splits: Any) -> DataSummary:
     for name, data in given.items():
         labels = getattr(data, "labels", None)
         if labels is None:
-            result.splits[name] = {
-                "images": len(data),
-                "classes": len(getattr(data, "classes", ())),
-            }
+            result.splits[name] = _count_pairs(data)
             continue
         rows = labels.reshape(-1, labels.shape[-1])
         classes[name] = set(_deepest(rows))
@@ -127,6 +128,25 @@ def summarize(**splits: Any) -> DataSummary:
     result.warnings += _missing_classes(classes, taxonomy)
     result.warnings += _equal_files(given)
     return result
+
+
+def _behind_subsets(data: Any) -> Any:
+    """The data set that torch's subsets choose from."""
+    while isinstance(data, torch.utils.data.Subset):
+        data = data.dataset
+    return data
+
+
+def _count_pairs(data: Any) -> dict[str, int]:
+    """Images, however often each counts in an epoch, and classes of data without labels."""
+    indices = list(range(len(data)))
+    inner = data
+    while isinstance(inner, torch.utils.data.Subset):
+        indices = [inner.indices[index] for index in indices]
+        inner = inner.dataset
+    repeats = getattr(inner, "repeats", 1)
+    images = {index // repeats for index in indices}
+    return {"images": len(images), "classes": len(getattr(inner, "classes", ()))}
 
 
 def _deepest(rows: torch.Tensor) -> list[tuple[int, int] | None]:
