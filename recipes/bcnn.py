@@ -1,11 +1,15 @@
 """Train a B-CNN on a label hierarchy, and its flat twin, and say which is better.
 
-    python recipes/bcnn.py                                     # scikit-learn's digits, two minutes on two CPU cores
-    python recipes/bcnn.py --recipe bcnn-b-cifar10 --download  # Zhu and Bain 2017 (arXiv
-    1709.09890), CIFAR-10 python recipes/bcnn.py photos/ --model convnext_tiny --pretrained --taps 3
-    4 5 --amp torchrun --nproc-per-node 4 recipes/bcnn.py photos/ --model resnet50 -b 64
-    python recipes/bcnn.py --compare --seeds 3                 # is it worth it? six methods at equal budget
-    python recipes/bcnn.py --partial 0.5 0.9                   # what are coarsely labelled images worth?
+    # scikit-learn's digits, two minutes on two CPU cores
+    python recipes/bcnn.py
+    # Zhu and Bain 2017 (arXiv 1709.09890), CIFAR-10
+    python recipes/bcnn.py --recipe bcnn-b-cifar10 --download
+    python recipes/bcnn.py photos/ --model convnext_tiny --pretrained --taps 3 4 5 --amp
+    torchrun --nproc-per-node 4 recipes/bcnn.py photos/ --model resnet50 -b 64
+    # is it worth it? six methods at equal budget
+    python recipes/bcnn.py --compare --seeds 3
+    # what are coarsely labelled images worth?
+    python recipes/bcnn.py --partial 0.5 0.9
 
 The flat twin has the same backbone, budget and seed, but leaf labels only; its answers on the
 coarser levels are its leaf probabilities summed upwards. A hierarchy that does not beat it does not

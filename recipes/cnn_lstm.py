@@ -1,20 +1,19 @@
-r"""Train a CNN+LSTM on clips, and the same CNN on the last frame alone, and say what the other
-frames are worth.
+r"""Train a CNN+LSTM on clips, and say what it gains over the same CNN on the last frame alone.
 
-    python recipes/cnn_lstm.py                                       # counting digits, a minute on one CPU core
-    python recipes/cnn_lstm.py videos/ --model resnet50 --pretrained --frames 16 --amp python
-    recipes/cnn_lstm.py clips.csv --pretrained --freeze all --cache features/ --epochs 50 python
-    recipes/cnn_lstm.py videos/ --model resnet101 --pretrained --freeze all --layers 3 --projection
-    300 \\
-        --hidden 128 --rnn-output frame
+    # counting digits, a minute on one CPU core
+    python recipes/cnn_lstm.py
+    python recipes/cnn_lstm.py videos/ --model resnet50 --pretrained --frames 16 --amp
+    python recipes/cnn_lstm.py clips.csv --pretrained --freeze all --cache features/ --epochs 50
+    python recipes/cnn_lstm.py videos/ --model resnet101 --pretrained --freeze all --layers 3 \
+        --projection 300 --hidden 128 --rnn-output frame
     torchrun --nproc-per-node 4 recipes/cnn_lstm.py videos/ --model convnext_tiny --pretrained -b 8
 
 `videos/` holds a folder a class with videos, or with folders of frames; a CSV names clips and their
 classes. Classes in nested folders, or in several columns, are levels: each has a temporal head of
 its own.
 
-Without arguments the clips are made of scikit-learn's digits, and only the order tells the classes
-apart: handwritten 0, 1 and 2 count up or down on a ring (... 0 1 2 0 1 ... or ... 2 1 0 2 1 ...), 3
+Without arguments the clips are made of scikit-learn's digits, the backbone is conv2_24x48, and only
+the order tells the classes apart: handwritten 0, 1 and 2 count up or down on a ring (... 0 1 2 0 1 ... or ... 2 1 0 2 1 ...), 3
 to 6 frames, each frame another picture. No single frame tells: the last digit is drawn evenly, so
 each digit of the ring is equally likely at any place of a clip of either class, and pictures and
 lengths are drawn without regard to the class. What is more, clips come in pairs, one up and one
@@ -72,6 +71,7 @@ from timm_branches.train import (
     setup_device,
 )
 from timm_branches.train.arguments import (
+    add_model_arguments,
     add_table_arguments,
     balance_options,
     image_options,
@@ -146,13 +146,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--std", type=float, nargs="+", help="standard deviation of each channel")
     add_table_arguments(group)
     group = parser.add_argument_group("model")
-    group.add_argument(
-        "--model",
-        default="resnet18",
-        help="any timm backbone (default: resnet18; for digits conv2_24x48)",
-    )
-    group.add_argument("--pretrained", action=argparse.BooleanOptionalAction, default=False)
-    group.add_argument("--checkpoint-path", default="", help="timm checkpoint for the backbone")
+    add_model_arguments(group, "resnet18")
     group.add_argument(
         "--in-chans", type=int, choices=(1, 3), default=3, help="3 for RGB (default), 1 for grey"
     )

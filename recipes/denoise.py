@@ -49,7 +49,12 @@ from timm_branches.dense import peak_signal_noise_ratio as psnr_of
 from timm_branches.files import replace_file
 from timm_branches.task import DenseTask
 from timm_branches.train import FitConfig, add_fit_arguments, fit, is_primary, setup_device
-from timm_branches.train.arguments import say_what_was_understood
+from timm_branches.train.arguments import (
+    add_image_arguments,
+    add_model_arguments,
+    image_options,
+    say_what_was_understood,
+)
 from timm_branches.train.compare import comparison_table
 from timm_branches.train.script import hardware, new_output, run_script
 
@@ -136,13 +141,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--grey", dest="in_chans", action="store_const", const=1, default=1, help="the default"
     )
     colours.add_argument("--colour", dest="in_chans", action="store_const", const=3)
-    group.add_argument(
-        "--value-range",
-        type=float,
-        nargs=2,
-        metavar=("LOW", "HIGH"),
-        help="values of black and white of images deeper than 8 bits, such as 0 4095",
-    )
+    add_image_arguments(group)
     group.add_argument("--patch-size", type=int, default=40, help="side of the training patches")
     group.add_argument("--patches", type=int, default=48, help="patches of each image in an epoch")
     group.add_argument(
@@ -153,11 +152,7 @@ def make_parser() -> argparse.ArgumentParser:
         "-j", "--workers", type=int, default=0, help="worker processes that load data"
     )
     group = parser.add_argument_group("model")
-    group.add_argument(
-        "--model", default="rednet_small", help="any timm backbone (default: rednet_small)"
-    )
-    group.add_argument("--pretrained", action=argparse.BooleanOptionalAction, default=False)
-    group.add_argument("--checkpoint-path", default="", help="timm checkpoint for the backbone")
+    add_model_arguments(group, "rednet_small")
     group.add_argument("--taps", nargs="+", help="the skips and the deepest map (default: 3 4 5)")
     group.add_argument("--head", choices=list(HEADS), default="unet")
     group.add_argument(
@@ -392,7 +387,7 @@ class Experiment:
             "is_training": is_training,
             "patch_size": patch_size,
             "repeats": repeats,
-            "value_range": self.args.value_range and tuple(self.args.value_range),
+            **image_options(self.args),
         }
         data: DenoisingDataset | RestorationDataset
         if degradation.sigma is None:
@@ -449,8 +444,8 @@ class Experiment:
         splits = {"train": train, "val": val}
         if "test" in self.images:
             splits["test"] = self.dataset("test", degradation.fixed())
-        if is_primary():
-            model.data_summary = say_what_was_understood(**splits).to_dict()
+        model.data_summary = say_what_was_understood(**splits).to_dict()
+        model.pretrained_cfg.update(image_options(args))
         loader = create_loader(
             train,
             args.batch_size,

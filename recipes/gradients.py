@@ -1,10 +1,12 @@
 """Is my network wired right? Which loss reaches which layer, how strongly, and why one does not.
 
-    python recipes/gradients.py                                # the whole story on small networks, in half a minute
-    python recipes/gradients.py --model resnet50 --taps 3 4 5  # one network of your own, on random
-    input python recipes/gradients.py --model resnet18 --taps 2 3 4 5 --head unet --num-classes 21
-    python recipes/gradients.py --model resnet18 --head lstm --frames 16 python recipes/gradients.py
-    --checkpoint output/bcnn/bcnn/model.safetensors
+    # the whole story on small networks, in half a minute
+    python recipes/gradients.py
+    # one network of your own, on random input
+    python recipes/gradients.py --model resnet50 --taps 3 4 5
+    python recipes/gradients.py --model resnet18 --taps 2 3 4 5 --head unet --num-classes 21
+    python recipes/gradients.py --model resnet18 --head lstm --frames 16
+    python recipes/gradients.py --checkpoint output/bcnn/bcnn/model.safetensors
 
 Nothing is trained: all of this is one forward and a few backward passes. For a network written by
 hand call the same functions of timm_branches.gradients: they take any module, a batch and a loss.

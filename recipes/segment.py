@@ -1,15 +1,18 @@
-"""Train a U-Net or RED-Net on any timm backbone to label every pixel, beside what a pixel's colour
-and place tell.
+r"""Train a U-Net or RED-Net on any timm backbone to label every pixel.
 
-    python recipes/segment.py                         # a scene inside scikit-image, some three minutes of a CPU
+Beside it stands what a pixel's colour and place tell alone.
+
+    # a scene inside scikit-image, some three minutes of a CPU
+    python recipes/segment.py
     python recipes/segment.py camvid/ --classes 11 --ignore-index 11 --model resnet34 --pretrained
-    --amp python recipes/segment.py --images photos/ --masks labels/ --classes names.txt --model
-    convnext_tiny --input-skip
-    python recipes/segment.py camvid/ --taxonomy tree.csv --ignore-index 11   # a map of each level, beside a flat one
-    python recipes/segment.py camvid/ --classes names.txt --ignore-index 11 --deep-supervision
-    --loss ce+dice torchrun --nproc-per-node 4 recipes/segment.py camvid/ --classes 11
-    --ignore-index 11 -b 8
-    python recipes/segment.py camvid/ --classes 11 --ignore-index 11 --smp    # beside segmentation_models_pytorch
+    python recipes/segment.py --images photos/ --masks labels/ --classes names.txt --input-skip
+    # a map of each level, beside a flat one
+    python recipes/segment.py camvid/ --taxonomy tree.csv --ignore-index 11
+    python recipes/segment.py camvid/ --classes names.txt --ignore-index 11 \
+        --deep-supervision --loss ce+dice
+    torchrun --nproc-per-node 4 recipes/segment.py camvid/ --classes 11 --ignore-index 11 -b 8
+    # beside segmentation_models_pytorch
+    python recipes/segment.py camvid/ --classes 11 --ignore-index 11 --smp
 
 A data folder holds train/ and trainannot/ (masks, named as their images), val/ and valannot/, and
 test/ and testannot/ if there are any. With a test split the best epoch on validation is judged on
@@ -65,7 +68,12 @@ from timm_branches.train import (
     setup_device,
     try_evaluation,
 )
-from timm_branches.train.arguments import say_what_was_understood
+from timm_branches.train.arguments import (
+    add_image_arguments,
+    add_model_arguments,
+    image_options,
+    say_what_was_understood,
+)
 from timm_branches.train.compare import comparison_table
 from timm_branches.train.lr import create_scheduler
 from timm_branches.train.process import seed_everything
@@ -124,13 +132,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--reduce-zero-label", action="store_true", help="0 is unlabelled, as in ADE20K"
     )
-    group.add_argument(
-        "--value-range",
-        type=float,
-        nargs=2,
-        metavar=("LOW", "HIGH"),
-        help="values of black and white of images deeper than 8 bits, such as 0 4095",
-    )
+    add_image_arguments(group)
     group.add_argument(
         "--taxonomy",
         help="a tree of the classes (.csv, .json): its coarser levels are reported, too",
@@ -178,9 +180,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "-j", "--workers", type=int, default=0, help="worker processes that load data"
     )
     group = parser.add_argument_group("model")
-    group.add_argument("--model", default="resnet18", help="any timm backbone (default: resnet18)")
-    group.add_argument("--pretrained", action=argparse.BooleanOptionalAction, default=False)
-    group.add_argument("--checkpoint-path", default="", help="timm checkpoint for the backbone")
+    add_model_arguments(group, "resnet18")
     group.add_argument(
         "--taps",
         nargs="+",
@@ -304,7 +304,7 @@ def read_pair(
         mask_suffix=args.mask_suffix,
         image_suffix=args.image_suffix,
         reduce_zero_label=args.reduce_zero_label,
-        value_range=None if args.value_range is None else tuple(args.value_range),
+        **image_options(args),
     )
     if not args.resize:
         return data
@@ -653,6 +653,7 @@ def main(args: argparse.Namespace) -> None:
             print(f"warning: {absent}", flush=True)
     for model in models.values():
         model.data_summary = summary.to_dict()
+        model.pretrained_cfg.update(image_options(args))
     weights = class_weights(args, plain, len(classes), tree)
     evaluator = partial(SegmentationEvaluator, classes, taxonomy=tree)
     tasks = {

@@ -4,6 +4,7 @@ import io
 import os
 import socket
 import struct
+import tarfile
 import zlib
 
 import numpy as np
@@ -15,7 +16,7 @@ from timm_branches.data import create_dataset, create_transform
 from timm_branches.data import decode as module
 from timm_branches.data.decode import decode_image, from_pil, read_file
 from timm_branches.data.image_list import ImageList
-from timm_branches.data.images import ArrayImages
+from timm_branches.data.images import ArrayImages, open_tar
 
 tifffile = pytest.importorskip("tifffile")
 
@@ -334,3 +335,17 @@ def test_deep_values_reach_the_model(tmp_path):
         assert -2.2 < sample.min() < sample.max() < 2.2
     with pytest.raises(ValueError, match="value_range has no effect on digits"):
         create_dataset("digits", value_range=(0, 4095))
+
+
+@pytest.mark.parametrize("name", ["a.tar", "a.tar.gz"])
+def test_a_part_of_a_tar_keeps_the_range_of_values(tmp_path, name):
+    values = RNG.integers(0, 4096, (3, 6, 5)).astype(np.uint16)
+    with tarfile.open(tmp_path / name, "w:gz" if name.endswith("gz") else "w") as tar:
+        for index, array in enumerate(values):
+            Image.fromarray(array).save(tmp_path / f"{index}.tif")
+            tar.add(tmp_path / f"{index}.tif", f"{index}.tif")
+    _, images = open_tar(str(tmp_path / name), 1)
+    images.value_range = (0, 4095)
+    part = images.select([2, 0])
+    for index, source in enumerate((2, 0)):
+        np.testing.assert_allclose(part[index][:, :, 0], values[source] / 4095, atol=1e-6)

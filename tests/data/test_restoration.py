@@ -138,6 +138,20 @@ def test_refusals(arguments, options, message):
         RestorationDataset(*arguments, **options)
 
 
+def test_fills_of_nested_transforms_are_scaled_too():
+    """What an augmentation brings in from outside is 128 of 255, in an image of [0, 1]."""
+    import albumentations as A
+
+    shift = A.Affine(translate_px={"x": 4, "y": 0}, fill=128, p=1)
+    for augment in (shift, A.OneOf([shift], p=1), A.Sequential([A.OneOf([shift], p=1)], p=1)):
+        transform = PairTransform(augment=augment, mean=(0,), std=(1,))
+        image, mask = np.full((8, 8, 3), 0.25, np.float32), np.zeros((8, 8), int)
+        picture, labels = transform(image, mask, key=(0, 0, 0))
+        assert (labels < 0).any()
+        outside = picture[:, labels < 0]
+        torch.testing.assert_close(outside, torch.full_like(outside, 128 / 255))
+
+
 def test_deep_images_are_padded_with_the_mean():
     """The fill is given for 0 to 255, and a deep image lies in [0, 1]."""
     image, mask = np.full((4, 4, 3), 0.25, np.float32), np.zeros((4, 4), int)

@@ -1,10 +1,12 @@
 """The code that README and docs show runs, as it stands there, and their links lead somewhere."""
 
+import ast
 import doctest
 import re
 import shlex
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,8 @@ BLOCK = re.compile(
     re.MULTILINE | re.DOTALL,
 )
 LINK = re.compile(r"!?\[[^\]]*\]\((?!https?:)([^)#]*)(#[^)]*)?\)")
-COMMAND = re.compile(r"^(?:\$ )?python (recipes/\w+\.py)(.*)$")
+COMMAND = re.compile(r"^(?:\$ )?(?:python|torchrun --nproc-per-node \d+) (recipes/\w+\.py)(.*)$")
+SCRIPTS = sorted(ROOT.glob("recipes/*.py"))
 
 
 def name_of(page):
@@ -58,17 +61,31 @@ def test_links(page):
             assert anchor[1:] in anchors(file), f"{name_of(page)} links to {target}{anchor}"
 
 
+def help_of(script):
+    """What a script says of itself."""
+    return ast.get_docstring(ast.parse(script.read_text()))
+
+
 def commands():
-    """Every recipe's command in a page, as (page, script, arguments); set-ups apart."""
+    """Every recipe's command in a page or a script's help, as (page, script, arguments)."""
     result = []
-    for page in PAGES:
-        lines = page.read_text().replace("\\\n", " ").split("\n")
-        for line in lines:
-            match = COMMAND.match(line)
+    texts = {page: page.read_text() for page in PAGES}
+    texts |= {script: textwrap.dedent(help_of(script)) for script in SCRIPTS}
+    for page, text in texts.items():
+        for line in text.replace("\\\n", " ").split("\n"):
+            match = COMMAND.match(line.strip() if page in SCRIPTS else line)
             if match:
                 arguments = shlex.split(match[2], comments=True)
                 result.append((name_of(page), match[1], arguments))
     return result
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=name_of)
+def test_help_shows_a_command_a_line(script):
+    """So that one can be copied; a rewrapped text would run them together."""
+    shown = [command for command in commands() if command[0] == name_of(script)]
+    assert len(shown) > 3
+    assert len(shown) == help_of(script).count(f"recipes/{script.name}")
 
 
 def test_commands():

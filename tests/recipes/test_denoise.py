@@ -223,6 +223,14 @@ class TestOwnPairs:
         assert any("total variation" in name for name in rows)
         assert "own pairs, network" in rows
 
+    def test_the_model_keeps_the_range_of_values(self, pairs, here, tmp_path):
+        folders = ("--noisy", pairs / "flat/noisy", "--clean", pairs / "flat/clean")
+        status, out, err = here(*folders, *TINY, "--no-plots", "--value-range", "0", "255")
+        assert status == 0, err
+        model = load_model(tmp_path / "output/denoise/own_pairs/model.safetensors")
+        assert tuple(model.pretrained_cfg["value_range"]) == (0, 255)
+        assert model.data_summary["splits"]["train"]["images"] == 4
+
     @pytest.mark.parametrize(
         ("args", "needle"),
         [

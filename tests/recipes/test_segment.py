@@ -167,7 +167,14 @@ class TestOwnData:
         names = tmp_path / "names.txt"
         names.write_text("\n".join([*NAMES, "unicorn"]) + "\n")
         status, out, err = here(
-            *own(scenes, "three", classes=False), "--classes", names, "--repeats", "3"
+            *own(scenes, "three", classes=False),
+            "--classes",
+            names,
+            "--repeats",
+            "3",
+            "--value-range",
+            "0",
+            "255",
         )
         assert status == 0, err
         assert "train: 4 images of 5 classes\nval: 2 images of 5 classes\ntest: 2 images" in out
@@ -176,6 +183,8 @@ class TestOwnData:
         model = load_model(tmp_path / "output" / "segment" / "model.safetensors")
         assert model.data_summary["splits"]["train"] == {"images": 4, "classes": 5}
         assert model.data_summary["warnings"] == [warning]
+        # so that a prediction reads its images as training did
+        assert tuple(model.pretrained_cfg["value_range"]) == (0, 255)
 
     def check_run(
         self, result, columns=("U-Net, test_resnet", "colour alone", "colour and height")

@@ -6,15 +6,16 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from timm_branches.data.decode import ValueRange
 from timm_branches.data.folders import find_files
-from timm_branches.data.images import is_image_name
+from timm_branches.data.images import ArrayImages, FileImages, is_image_name
 from timm_branches.data.seeded import SeededDataset
 from timm_branches.data.summary import DataSummary
 from timm_branches.taxonomy.order import natural_order
 
 _logger = logging.getLogger(__name__)
 
-__all__ = ["PairDataset", "list_images", "match_files"]
+__all__ = ["PairDataset", "list_images", "match_files", "open_images"]
 
 _SHOWN = 10
 
@@ -76,6 +77,29 @@ def list_images(root: str) -> list[tuple[str, str]]:
     if not names:
         raise ValueError(f"no images in {root}")
     return [(os.path.splitext(name)[0], os.path.join(root, name)) for name in names]
+
+
+def open_images(
+    images: Any, in_chans: int, value_range: ValueRange | None
+) -> tuple[FileImages | ArrayImages, list[str]]:
+    """Images of a folder, of paths or in memory, and what each is called in an error.
+
+    Args:
+        images: A folder, a sequence of paths, or uint8 arrays.
+        in_chans: 3 for RGB, 1 for grey.
+        value_range: The values of black and white of deep files.
+
+    Raises:
+        ValueError: There is no image in the folder, or `value_range` is given for arrays.
+    """
+    if isinstance(images, str | os.PathLike):
+        images = [path for _, path in list_images(os.fspath(images))]
+    if len(images) and isinstance(images[0], str | os.PathLike):
+        names = [os.fspath(path) for path in images]
+        return FileImages(names, in_chans, value_range), names
+    if value_range is not None:
+        raise ValueError("value_range= belongs to files, and has no effect on arrays")
+    return ArrayImages(images, in_chans), [f"image {i}" for i in range(len(images))]
 
 
 def match_files(

@@ -9,8 +9,7 @@ import numpy as np
 import torch
 
 from timm_branches.data.decode import ValueRange
-from timm_branches.data.images import ArrayImages, FileImages
-from timm_branches.data.pairs import PairDataset, list_images, match_files
+from timm_branches.data.pairs import PairDataset, match_files, open_images
 from timm_branches.data.transforms import SampleRandom
 
 __all__ = ["DenoisingDataset", "RestorationDataset"]
@@ -37,10 +36,6 @@ class _PatchDataset(PairDataset):
         else:
             self.random.seed((self.seed, sample))
         return self.random.numpy
-
-    def _draw_turn(self, random: np.random.Generator) -> tuple[int, bool]:
-        """Quarter turns, and whether to flip."""
-        return int(random.integers(4)), bool(random.integers(2))
 
     def _draw_corner(
         self, random: np.random.Generator, shape: tuple[int, ...], name: str
@@ -109,7 +104,7 @@ class DenoisingDataset(_PatchDataset):
         self.sigma, self.blur = _range("sigma", sigma), _range("blur", blur)
         if not self.sigma[1] and not self.blur[1]:
             raise ValueError("with sigma=0 and blur=0 nothing is degraded")
-        pictures, self.names = _open_images(images, in_chans, value_range)
+        pictures, self.names = open_images(images, in_chans, value_range)
         super().__init__(pictures, is_training, patch_size, repeats)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -135,7 +130,7 @@ class DenoisingDataset(_PatchDataset):
             degraded = _blur(clean, blur)
         else:
             size, reach = self.patch_size, _reach(blur)
-            turn, flip = self._draw_turn(random)
+            turn, flip = _draw_turn(random)
             top, left = self._draw_corner(random, image.shape, self.names[number])
             # with what the blur brings in from beyond the patch
             above, before = min(top, reach), min(left, reach)
@@ -218,8 +213,8 @@ class RestorationDataset(_PatchDataset):
             raise ValueError(
                 f"{len(degraded)} degraded images have {len(clean)} clean ones; give one for each"
             )
-        pictures, self.names = _open_images(degraded, in_chans, value_range)
-        self.clean_images, self.clean_names = _open_images(clean, in_chans, value_range)
+        pictures, self.names = open_images(degraded, in_chans, value_range)
+        self.clean_images, self.clean_names = open_images(clean, in_chans, value_range)
         super().__init__(pictures, is_training, patch_size, repeats)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -246,26 +241,12 @@ class RestorationDataset(_PatchDataset):
             )
         random = self._begin(sample)
         if self.patch_size is not None:
-            turn, flip = self._draw_turn(random)
+            turn, flip = _draw_turn(random)
             top, left = self._draw_corner(random, clean.shape, self.names[number])
             rows, columns = slice(top, top + self.patch_size), slice(left, left + self.patch_size)
             degraded = _turned(degraded[rows, columns], turn, flip)
             clean = _turned(clean[rows, columns], turn, flip)
         return _to_tensor(_to_float(degraded)), _to_tensor(_to_float(clean))
-
-
-def _open_images(
-    images: Any, in_chans: int, value_range: ValueRange | None
-) -> tuple[FileImages | ArrayImages, list[str]]:
-    """Images of a folder, of paths or in memory, and what each is called."""
-    if isinstance(images, str | os.PathLike):
-        images = [path for _, path in list_images(os.fspath(images))]
-    if len(images) and isinstance(images[0], str | os.PathLike):
-        names = [os.fspath(path) for path in images]
-        return FileImages(names, in_chans, value_range), names
-    if value_range is not None:
-        raise ValueError("value_range= belongs to files, and has no effect on arrays")
-    return ArrayImages(images, in_chans), [f"image {i}" for i in range(len(images))]
 
 
 def _to_float(image: np.ndarray) -> np.ndarray:
@@ -274,6 +255,11 @@ def _to_float(image: np.ndarray) -> np.ndarray:
 
 def _to_tensor(image: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))  # (C, H, W)
+
+
+def _draw_turn(random: np.random.Generator) -> tuple[int, bool]:
+    """Quarter turns, and whether to flip."""
+    return int(random.integers(4)), bool(random.integers(2))
 
 
 def _turned(image: np.ndarray, turn: int, flip: bool) -> np.ndarray:

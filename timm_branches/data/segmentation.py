@@ -8,7 +8,6 @@ import numpy as np
 import torch
 
 from timm_branches.data.decode import ValueRange
-from timm_branches.data.images import ArrayImages, FileImages
 from timm_branches.data.masks import (
     CITYSCAPES_IDS,
     MaskColors,
@@ -19,7 +18,7 @@ from timm_branches.data.masks import (
     read_mask_colors,
 )
 from timm_branches.data.pair_transform import PairTransform
-from timm_branches.data.pairs import PairDataset, match_files
+from timm_branches.data.pairs import PairDataset, match_files, open_images
 from timm_branches.data.summary import DataSummary, listed
 from timm_branches.taxonomy.taxonomy import Taxonomy
 
@@ -97,7 +96,6 @@ class SegmentationDataset(PairDataset):
         self.mask_colors = self._read_colors(mask_colors)
         self.transform = transform
         self.masks: Sequence[Any] = masks
-        self.names: Sequence[str]
         folders = isinstance(images, str | os.PathLike)
         if folders != isinstance(masks, str | os.PathLike):
             raise ValueError("images and masks must be two folders, or both arrays")
@@ -111,20 +109,13 @@ class SegmentationDataset(PairDataset):
                     f"{len(images)} images have {len(masks)} masks; give one mask for each image"
                 )
         if folders:
-            self.names, self.masks = match_files(
+            images, self.masks = match_files(
                 os.fspath(images), os.fspath(masks), image_suffix, mask_suffix
             )
             if self.mask_colors is None:
                 check_palettes(self.masks)
-            super().__init__(FileImages(self.names, in_chans, value_range), repeats)
-        elif _are_paths(images):
-            self.names = [os.fspath(path) for path in images]
-            super().__init__(FileImages(self.names, in_chans, value_range), repeats)
-        else:
-            if value_range is not None:
-                raise ValueError("value_range= belongs to files, and has no effect on arrays")
-            self.names = [f"image {i}" for i in range(len(images))]
-            super().__init__(ArrayImages(images, in_chans), repeats)
+        pictures, self.names = open_images(images, in_chans, value_range)
+        super().__init__(pictures, repeats)
 
     def _read_colors(self, given: Any) -> MaskColors | None:
         if given is None or isinstance(given, MaskColors):
@@ -259,7 +250,3 @@ def _class_names(classes: int | Sequence[str] | Taxonomy) -> tuple[str, ...]:
     if isinstance(classes, int):
         return tuple(str(index) for index in range(classes))
     return tuple(str(name) for name in classes)
-
-
-def _are_paths(images: Any) -> bool:
-    return len(images) > 0 and isinstance(images[0], str | os.PathLike)

@@ -7,10 +7,12 @@ from typing import Any
 from timm_branches.data import DataSummary, summarize
 from timm_branches.hierarchy.class_balance import SCHEMES, class_weights
 from timm_branches.taxonomy import Taxonomy
+from timm_branches.train.process import is_primary
 
 _logger = logging.getLogger(__name__)
 
 __all__ = [
+    "add_image_arguments",
     "add_model_arguments",
     "add_table_arguments",
     "balance_options",
@@ -24,7 +26,7 @@ _TABLE = ("levels", "path_column", "split_column", "group_column")
 
 
 def add_model_arguments(group: Any, model: str) -> None:
-    """The backbone: `--model --pretrained --checkpoint-path --drop`, named as timm's.
+    """The backbone: `--model --pretrained --checkpoint-path`, named as timm's.
 
     Args:
         group: A parser or a group of one.
@@ -33,6 +35,21 @@ def add_model_arguments(group: Any, model: str) -> None:
     group.add_argument("--model", default=model, help=f"any timm backbone (default: {model})")
     group.add_argument("--pretrained", action=argparse.BooleanOptionalAction, default=False)
     group.add_argument("--checkpoint-path", default="", help="timm checkpoint for the backbone")
+
+
+def add_image_arguments(group: Any) -> None:
+    """How images are decoded: `--value-range`.
+
+    Args:
+        group: A parser or a group of one.
+    """
+    group.add_argument(
+        "--value-range",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="values of black and white of images deeper than 8 bits, such as 0 4095",
+    )
 
 
 def add_table_arguments(group: Any) -> None:
@@ -51,13 +68,7 @@ def add_table_arguments(group: Any) -> None:
     group.add_argument(
         "--group-column", help="a table's column of what splitting never divides (default: found)"
     )
-    group.add_argument(
-        "--value-range",
-        type=float,
-        nargs=2,
-        metavar=("LOW", "HIGH"),
-        help="values of black and white of images deeper than 8 bits, such as 0 4095",
-    )
+    add_image_arguments(group)
     group.add_argument(
         "--class-weights",
         choices=SCHEMES,
@@ -105,7 +116,7 @@ def weights_of_classes(args: argparse.Namespace, data: Any) -> dict[str, Any] | 
 
 
 def say_what_was_understood(**splits: Any) -> DataSummary:
-    """Log what was understood of the data, before anything is trained.
+    """Log what was understood of the data, in one process, before anything is trained.
 
     Args:
         **splits: The data sets by the name of their split.
@@ -114,5 +125,6 @@ def say_what_was_understood(**splits: Any) -> DataSummary:
         The summary, to keep in the model's file as `model.data_summary`.
     """
     summary = summarize(**splits)
-    _logger.info("%s", summary)
+    if is_primary():
+        _logger.info("%s", summary)
     return summary
