@@ -364,10 +364,20 @@ class Experiment:
     def find_images(self) -> Mapping[str, Any]:
         """Folders, pairs of folders or arrays, by split."""
         if self.args.noisy:
-            return pair_folders(self.args)
+            return {split: self.match(*pair) for split, pair in pair_folders(self.args).items()}
         if self.args.data is not None:
             return folders(self.args)
         return photographs()
+
+    def match(self, noisy: str, clean: str) -> tuple[list[str], list[str]]:
+        """The files of two folders that belong together."""
+        pairs = RestorationDataset(
+            noisy,
+            clean,
+            degraded_suffix=self.args.noisy_suffix,
+            clean_suffix=self.args.clean_suffix,
+        )
+        return pairs.names, pairs.clean_names
 
     def dataset(
         self,
@@ -392,8 +402,6 @@ class Experiment:
         data: DenoisingDataset | RestorationDataset
         if degradation.sigma is None:
             noisy, clean = images
-            options["degraded_suffix"] = self.args.noisy_suffix
-            options["clean_suffix"] = self.args.clean_suffix
             data = RestorationDataset(noisy, clean, **options)
         else:
             data = DenoisingDataset(images, degradation.sigma, degradation.blur, **options)
@@ -456,10 +464,9 @@ class Experiment:
         )
         if is_primary():
             millions = sum(p.numel() for p in model.parameters()) / 1e6
-            patches, images = len(train), len(val)  # type: ignore[arg-type]
+            patches = len(train)  # type: ignore[arg-type]
             print(
-                f"\n{name}: {args.model}, {millions:.2f} M parameters, {patches} patches an epoch, "
-                f"{images} images to validate",
+                f"\n{name}: {args.model}, {millions:.2f} M parameters, {patches} patches an epoch",
                 flush=True,
             )
         folder = self.output / name.replace(",", "").replace(" ", "_")

@@ -349,3 +349,34 @@ def test_a_part_of_a_tar_keeps_the_range_of_values(tmp_path, name):
     part = images.select([2, 0])
     for index, source in enumerate((2, 0)):
         np.testing.assert_allclose(part[index][:, :, 0], values[source] / 4095, atol=1e-6)
+
+
+@pytest.mark.parametrize("compression", [1, 5, 8, 32773, 32946])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_compressions_of_deep_tiff(tmp_path, compression, channels):
+    """As OpenCV writes them: none, LZW (its default), PackBits, both deflates."""
+    import cv2
+
+    values = RNG.integers(0, 4096, (40, 30, channels)).astype(np.uint16)
+    path = str(tmp_path / "a.tif")
+    stored = values.squeeze() if channels == 1 else values[:, :, [2, 1, 0, 3][:channels]]
+    assert cv2.imwrite(path, stored, [cv2.IMWRITE_TIFF_COMPRESSION, compression])
+    wanted = min(channels, 3)
+    found = decode_image(read_file(path), wanted, path, (0, 4095))
+    np.testing.assert_allclose(found, values[:, :, :wanted] / 4095, atol=1e-6)
+
+
+def test_a_missing_codec_is_named(tmp_path, monkeypatch):
+    import cv2
+    import tifffile
+
+    path = str(tmp_path / "a.tif")
+    cv2.imwrite(path, RNG.integers(0, 4096, (8, 8, 3)).astype(np.uint16))
+
+    def refuse(self, *args, **kwargs):
+        raise ValueError("<COMPRESSION.LZW: 5> requires the 'imagecodecs' package")
+
+    monkeypatch.setattr(tifffile.TiffPage, "asarray", refuse)
+    with pytest.raises(ValueError, match=r"a\.tif .*LZW.*pip install 'timm_branches\[tiff\]'") as e:
+        decode_image(read_file(path), 3, path)
+    assert "Replace" not in str(e.value)

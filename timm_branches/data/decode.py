@@ -17,10 +17,12 @@ Grey becomes RGB by repetition, RGB becomes grey by its luma. With `in_chans` of
 file must have that many samples a pixel, or pages.
 """
 
+import contextlib
 import io
 import logging
 import os
 import stat
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -83,7 +85,7 @@ def decode_image(
         pixels, own_range = _decode(data, in_chans)
     except ValueError as error:
         raise ValueError(
-            f"cannot read the image {name} ({len(data)} bytes): {error}. Replace the file or remove it."
+            f"cannot read the image {name} ({len(data)} bytes): {error}.{_remedy(error)}"
         ) from error
     try:
         image = match_channels(scale_values(pixels, value_range, own_range, name), in_chans)
@@ -369,7 +371,7 @@ def _decode_tiff(data: bytes, image: Any, in_chans: int) -> tuple[np.ndarray, Va
             "a TIFF of this kind (deep colours, bands, pages) needs tifffile: "
             "pip install 'timm_branches[tiff]'"
         ) from None
-    with tifffile.TiffFile(io.BytesIO(data)) as file:
+    with _naming_codecs(), tifffile.TiffFile(io.BytesIO(data)) as file:
         page: Any = file.pages[0]
         if page.imagewidth * page.imagelength > MAX_PIXELS:
             raise ValueError(f"it declares {page.imagewidth} x {page.imagelength} pixels")
@@ -390,6 +392,22 @@ def _decode_tiff(data: bytes, image: Any, in_chans: int) -> tuple[np.ndarray, Va
             pixels = pixels[:, :, 0]
     pixels = _orient(np.ascontiguousarray(pixels), tags.get(274, 1))
     return pixels, _tag_range(tags)
+
+
+@contextlib.contextmanager
+def _naming_codecs() -> Iterator[None]:
+    """Say how what tifffile lacks for a compression is installed."""
+    try:
+        yield
+    except ValueError as error:
+        if "imagecodecs" not in str(error):
+            raise
+        raise ValueError(f"{error}".rstrip(".") + ": pip install 'timm_branches[tiff]'") from None
+
+
+def _remedy(error: ValueError) -> str:
+    """What a person can do about a file that cannot be read."""
+    return "" if "pip install" in str(error) else " Replace the file or remove it."
 
 
 def _tag_range(tags: Any) -> ValueRange | None:
