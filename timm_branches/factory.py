@@ -1,6 +1,6 @@
-"""``create_branch_model``.
+"""`create_branch_model`.
 
-The one call that makes a branch model, in the manner of ``timm.create_model``.
+The one call that makes a branch model, in the manner of `timm.create_model`.
 """
 
 import json
@@ -38,30 +38,30 @@ _SOURCES = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source
 
 def create_branch_model(
     model_name: str,
-    taps: "Sequence[int | str | Tap | Sequence[int | str | Tap]] | int | str | Tap" = (5,),
-    num_classes: "int | Sequence[int | None] | None" = None,
-    head: "str | Head | Sequence[str | Head]" = "pool",
+    taps: Sequence[int | str | Tap | Sequence[int | str | Tap]] | int | str | Tap = (5,),
+    num_classes: int | Sequence[int | None] | None = None,
+    head: str | Head | Sequence[str | Head] = "pool",
     names: Sequence[str] | None = None,
     taxonomy: Taxonomy | None = None,
     pretrained: bool = False,
     in_chans: int | None = None,
-    img_size: "int | tuple[int, int] | None" = None,
+    img_size: int | tuple[int, int] | None = None,
     drop_rate: float | None = None,
-    checkpoint_path: "str | os.PathLike" = "",
+    checkpoint_path: str | os.PathLike = "",
     **kwargs: Any,
 ) -> BranchModel:
     """A timm backbone with a head at each tap.
 
     Args:
-        model_name: Any name that ``timm.create_model`` takes, weight tags and ``hf-hub:`` included.
-        taps: Where the heads listen: stage numbers (5 is the last), ``'conv3'``, module paths,
-            ``Tap(...)``. One per head; a head that reads several (a decoder) takes a tuple of them,
+        model_name: Any name that `timm.create_model` takes, weight tags and `hf-hub:` included.
+        taps: Where the heads listen: stage numbers (5 is the last), `'conv3'`, module paths,
+            `Tap(...)`. One per head; a head that reads several (a decoder) takes a tuple of them,
             or, if it is the only head, all.
         num_classes: Classes of each head, or one number for all. None: the taxonomy's, else the
             backbone's own.
-        head: A kind (``'pool'``, ``'flatten'``; ``'lstm'``, ``'gru'`` for clips), a Head object, or
+        head: A kind (`'pool'`, `'flatten'`; `'lstm'`, `'gru'` for clips), a Head object, or
             one of these per tap.
-        names: Names of the heads. By default the taxonomy's levels, else ``stageK``, a decoder's
+        names: Names of the heads. By default the taxonomy's levels, else `stageK`, a decoder's
             kind.
         taxonomy: Label hierarchy, one level a head from coarse to fine; saved with the model. Heads
             after those of the levels are free. A decoder that is the only head answers for all
@@ -69,16 +69,16 @@ def create_branch_model(
         pretrained: Load timm's weights into the backbone.
         in_chans: Channels of the images, by default the backbone's own.
         img_size: Height and width of the images. Backbones bound to one size are built for it; for
-            others it only sizes ``'flatten'`` heads and the preprocessing.
+            others it only sizes `'flatten'` heads and the preprocessing.
         drop_rate: Dropout of the backbone, where it has some, and of heads that do not set their
             own.
-        checkpoint_path: A timm checkpoint for the backbone, or a file that ``save_model`` wrote for
+        checkpoint_path: A timm checkpoint for the backbone, or a file that `save_model` wrote for
             this model.
-        **kwargs: Whatever else the backbone takes (``drop_path_rate``, ``output_stride``,
-            ``scriptable``, ...).
+        **kwargs: Whatever else the backbone takes (`drop_path_rate`, `output_stride`,
+            `scriptable`, ...).
 
     Returns:
-        A :class:`BranchModel`; ``model(images)`` is ``{name: logits}`` in tap order.
+        A :class:`BranchModel`; `model(images)` is `{name: logits}` in tap order.
 
     Raises:
         ValueError: An unknown model, tap, head or option, or counts that do not fit each other.
@@ -124,7 +124,8 @@ def create_branch_model(
     missing = [] if loaded is None else [key for key in backbone.state_dict() if key not in loaded]
     if missing:  # of what the taps need; a checkpoint of a branch model has no more
         raise ValueError(
-            f"{checkpoint_path} does not fit {type(backbone).__name__}: {len(missing)} tensors missing "
+            f"{checkpoint_path} does not fit {type(backbone).__name__}: {len(missing)} tensors "
+            "missing "
             f"{missing[:3]}."
         )
     model_name, kwargs = _without_source(model_name, kwargs)
@@ -159,7 +160,7 @@ def _parse_taps(taps: Any) -> list[list[Tap]]:
 
 
 def _group_to_dict(group: Sequence[Tap]) -> Any:
-    """JSON-safe form of a head's taps, as ``taps=`` takes it.
+    """JSON-safe form of a head's taps, as `taps=` takes it.
 
     Always a list when there are several.
     """
@@ -184,7 +185,8 @@ def _names(
     shared = answers_all_levels(heads, taxonomy)
     if taxonomy is not None and len(taxonomy.levels) > len(groups) and not shared:
         raise ValueError(
-            f"the taxonomy has {len(taxonomy.levels)} levels {list(taxonomy.levels)} for {len(groups)} "
+            f"the taxonomy has {len(taxonomy.levels)} levels {list(taxonomy.levels)} for "
+            f"{len(groups)} "
             "taps: give one tap per level, from coarse to fine."
         )
     own = [
@@ -215,7 +217,8 @@ def _classes(
     if num_classes is None:
         if taxonomy is not None and free:
             raise ValueError(
-                f"the taxonomy names the classes of {len(of_levels)} heads, but not of {list(free)}: give "
+                f"the taxonomy names the classes of {len(of_levels)} heads, but not of "
+                f"{list(free)}: give "
                 f"num_classes={[None] * len(of_levels) + ['...'] * len(free)} with theirs."
             )
         own = int(getattr(backbone, "pretrained_cfg", {}).get("num_classes") or 0)
@@ -273,7 +276,7 @@ def _input_size(
     return int(in_chans or getattr(backbone, "in_chans", None) or own[0]), int(height), int(width)
 
 
-def _is_ours(path: "str | os.PathLike") -> bool:
+def _is_ours(path: str | os.PathLike) -> bool:
     if not path or not str(path).endswith(".safetensors"):
         return False
     return read_metadata(path) is not None
@@ -338,22 +341,22 @@ def _load_backbone(backbone: nn.Module, path: str) -> set[str]:
     if unexpected or shapes:
         missing = [key for key in own if key not in state]
         raise ValueError(
-            f"{path} does not fit {type(backbone).__name__}: {len(missing)} tensors missing {missing[:3]}, "
-            f"{len(unexpected)} unexpected {unexpected[:3]}, {len(shapes)} of another shape {shapes[:3]}."
+            f"{path} does not fit {type(backbone).__name__}: {len(missing)} tensors missing "
+            f"{missing[:3]}, "
+            f"{len(unexpected)} unexpected {unexpected[:3]}, {len(shapes)} of another shape "
+            f"{shapes[:3]}."
         )
     with torch.no_grad():
         backbone.load_state_dict(state, strict=False)
     return {*state, *(key for key in own if key.endswith("num_batches_tracked"))}
 
 
-def load_model(
-    path: "str | os.PathLike", map_location: "str | torch.device" = "cpu"
-) -> BranchModel:
+def load_model(path: str | os.PathLike, map_location: str | torch.device = "cpu") -> BranchModel:
     """Rebuild a model from its file, or from a folder in the Hub's layout, in eval mode.
 
     Args:
         path: A file that :func:`save_model` wrote, a folder that :func:`save_pretrained` wrote, or
-            ``'hf-hub:user/name'`` (``@revision`` behind it if wanted) for such a folder on the
+            `'hf-hub:user/name'` (`@revision` behind it if wanted) for such a folder on the
             Hugging Face Hub.
         map_location: Device to put the model on.
 

@@ -23,7 +23,7 @@ __all__ = ["BranchModel"]
 
 
 class BranchModel(FreezableBackbone):
-    """Heads at taps of a timm backbone, all fed by one pass of it. Made by ``create_branch_model``.
+    """Heads at taps of a timm backbone, all fed by one pass of it. Made by `create_branch_model`.
 
     Args:
         backbone: Unpruned timm model; it is pruned in place to what the taps need.
@@ -35,7 +35,7 @@ class BranchModel(FreezableBackbone):
         drop_rate: Dropout of heads that do not set their own.
         taxonomy: The label hierarchy of the heads, if there is one.
 
-    Shapes: images (B, C, H, W) -> ``{name: (B, K)}`` in tap order. Clips (B, T, C, H, W) -> what
+    Shapes: images (B, C, H, W) -> `{name: (B, K)}` in tap order. Clips (B, T, C, H, W) -> what
         temporal heads say,
     (B, K) or (B, T, K), and (B, T, K) for the others.
 
@@ -44,16 +44,16 @@ class BranchModel(FreezableBackbone):
         taps: Resolved taps (module, channels, size, stride) of all heads, one after the other.
         temporal_heads: Names of the heads that read clips.
         dense_heads: Names of the heads that answer with maps.
-        head_taps: For each head its taps, as positions in ``taps``.
+        head_taps: For each head its taps, as positions in `taps`.
         taxonomy: The label hierarchy or None; the first heads are its levels, or a lone decoder
             gives them all.
-        config: What rebuilds the model, as ``create_branch_model`` takes it.
+        config: What rebuilds the model, as `create_branch_model` takes it.
         data_summary: What was understood of the data that it was trained on, JSON-safe; kept in
             its file.
         frames_per_pass: Frames of a clip that go through the backbone at once; None, the default,
             takes all. It bounds memory and changes results only where BatchNorm takes its
             statistics from a batch.
-        pretrained_cfg: The backbone's, with names of layers prefixed by ``backbone.``.
+        pretrained_cfg: The backbone's, with names of layers prefixed by `backbone.`.
     """
 
     def __init__(
@@ -135,7 +135,7 @@ class BranchModel(FreezableBackbone):
         self,
         x: torch.Tensor,
         heads: Sequence[str] | None = None,
-        lengths: "torch.Tensor | Sequence[int] | None" = None,
+        lengths: torch.Tensor | Sequence[int] | None = None,
     ) -> dict[str, torch.Tensor]:
         """Logits of the heads.
 
@@ -148,10 +148,10 @@ class BranchModel(FreezableBackbone):
                 the backbone.
 
         Returns:
-            ``{name: logits}`` in tap order. Logits are (B, K); for clips (B, T, K), or (B, K) from
-            a temporal head with ``output='clip'``. Frames behind a clip's length have zeros.
+            `{name: logits}` in tap order. Logits are (B, K); for clips (B, T, K), or (B, K) from
+            a temporal head with `output='clip'`. Frames behind a clip's length have zeros.
             Decoders give maps (B, K, H, W) of the images' size, with deep supervision in training
-            those of their other stages too, as ``name_aux1`` and so on. A decoder that is the only
+            those of their other stages too, as `name_aux1` and so on. A decoder that is the only
             head of a model with a taxonomy gives a map for each level, by the level's name.
 
         Raises:
@@ -169,7 +169,7 @@ class BranchModel(FreezableBackbone):
         """Logits of the heads for the next frames of a video, and the state to go on from.
 
         Frame by frame, in chunks or at once: the results are the same up to rounding. Answers of
-            ``output='clip'`` are
+            `output='clip'` are
         those for all frames so far.
 
         Args:
@@ -279,9 +279,9 @@ class BranchModel(FreezableBackbone):
         return found
 
     def forward_taps(self, x: torch.Tensor) -> dict[str, torch.Tensor | list[torch.Tensor]]:
-        """Feature maps ``{name.
+        """Feature maps `{name.
 
-        (B, C, H, W)}`` at the taps; a list of maps for a head that reads several taps.
+        (B, C, H, W)}` at the taps; a list of maps for a head that reads several taps.
         """
         maps = self._head_maps(x, range(len(self.names)))
         return {
@@ -290,7 +290,7 @@ class BranchModel(FreezableBackbone):
         }
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """The map (B, C, H, W) at the deepest tap, what a timm backbone's ``forward_features``
+        """The map (B, C, H, W) at the deepest tap, what a timm backbone's `forward_features`
         is to it.
         """
         deepest = self._deepest()
@@ -331,7 +331,7 @@ class BranchModel(FreezableBackbone):
         self, x: torch.Tensor, which: Sequence[int], per_pass: int | None = None
     ) -> dict[str, list[torch.Tensor]]:
         """The maps that each of these heads reads, by its name, from one pass, or one for
-        ``per_pass`` images each.
+        `per_pass` images each.
         """
         taps = [tap for i in which for tap in self.head_taps[i]]
         if per_pass is None or len(x) <= per_pass:
@@ -380,7 +380,8 @@ class BranchModel(FreezableBackbone):
             isinstance(value, bool) or not isinstance(value, int) or value < 1
         ):
             raise ValueError(
-                f"frames_per_pass takes a whole number from 1, or None for all frames, got {value!r}."
+                "frames_per_pass takes a whole number from 1, or None for all frames, got "
+                f"{value!r}."
             )
         self._frames_per_pass = value
 
@@ -408,7 +409,7 @@ class BranchModel(FreezableBackbone):
 
     @property
     def num_features(self) -> int:
-        """Channels of the map at the deepest tap, which is what ``forward_features`` gives."""
+        """Channels of the map at the deepest tap, which is what `forward_features` gives."""
         return self.taps[self._deepest()].channels
 
     @property
@@ -418,7 +419,7 @@ class BranchModel(FreezableBackbone):
 
     @property
     def feature_info(self) -> list[dict]:
-        """Timm's description of the maps at the taps, with module paths below ``backbone.``."""
+        """Timm's description of the maps at the taps, with module paths below `backbone.`."""
         return [
             {
                 "num_chs": t.channels,
@@ -435,7 +436,7 @@ class BranchModel(FreezableBackbone):
 
     def reset_classifier(
         self,
-        num_classes: "int | Sequence[int] | dict[str, int]",
+        num_classes: int | Sequence[int] | dict[str, int],
         global_pool: str | None = None,
         taxonomy: Taxonomy | None = None,
     ) -> None:
@@ -444,11 +445,11 @@ class BranchModel(FreezableBackbone):
         Args:
             num_classes: Classes of all heads, of each in tap order, or by name (others stay as they
                 are).
-            global_pool: Refused; the heads' pooling is set by ``PoolHead(pool_type=...)``.
+            global_pool: Refused; the heads' pooling is set by `PoolHead(pool_type=...)`.
             taxonomy: The hierarchy of the new classes.
 
         Raises:
-            ValueError: Another number of entries than heads, an unknown name, or ``global_pool``
+            ValueError: Another number of entries than heads, an unknown name, or `global_pool`
                 given.
         """
         if global_pool is not None:
@@ -567,7 +568,7 @@ def module_key(name: str) -> str:
 
 def _prefix_patterns(spec: Any) -> Any:
     """Timm's group patterns (a regex, or pairs of regex and order) for names below
-    ``backbone.``.
+    `backbone.`.
     """
     if spec is None:
         return None

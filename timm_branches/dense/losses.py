@@ -281,7 +281,8 @@ def _labels(logits: torch.Tensor, target: torch.Tensor, ignore_index: int) -> to
         low, high = (int(value) for value in labels.aminmax())
         if high >= classes or low < -1:
             raise ValueError(
-                f"the mask holds {high if high >= classes else low}: neither one of the {classes} classes "
+                f"the mask holds {high if high >= classes else low}: neither one of the {classes} "
+                "classes "
                 f"from 0 on, nor -1, nor ignore_index={ignore_index}"
             )
     return labels

@@ -39,8 +39,9 @@ class SegmentationEvaluator:
     pixel_accuracy percent of the labelled pixels
     miou           percent mean IoU
     ece            percent expected calibration error of the pixels' answers, 15 bins
-    {level}_miou   percent with a taxonomy, mean IoU of each level's classes, over the pixels that have a label on it
-    the others             with a taxonomy, of the labelled pixels what :class:`HierarchyEvaluator` says of samples:
+    {level}_miou   percent with a taxonomy, mean IoU of each level's classes, over the pixels that
+    have a label on it the others             with a taxonomy, of the labelled pixels what
+                           :class:`HierarchyEvaluator` says of samples:
                            {level}_top1 (pixel accuracy), full_path, consistency, hp, hr, hf,
                            distance, severity, ...
     ============== =======
@@ -61,7 +62,7 @@ class SegmentationEvaluator:
     Attributes:
         metric_names: What :meth:`compute` returns, in this order.
         headline: The few of them that are worth a line each epoch.
-        default_metric: What the best epoch is chosen by: ``miou``, with a taxonomy that of the last
+        default_metric: What the best epoch is chosen by: `miou`, with a taxonomy that of the last
             level.
 
     Raises:
@@ -90,7 +91,8 @@ class SegmentationEvaluator:
         names = [str(k) for k in range(classes)] if isinstance(classes, int) else list(classes)
         if not 2 <= len(names) <= MAX_CLASSES or len(set(names)) < len(names):
             raise ValueError(
-                f"a mask has 2 to {MAX_CLASSES} classes of different names, background included, got "
+                f"a mask has 2 to {MAX_CLASSES} classes of different names, background included, "
+                "got "
                 f"{classes}"
             )
         if 0 <= ignore_index < len(names):
@@ -137,7 +139,7 @@ class SegmentationEvaluator:
         """Take one batch.
 
         Args:
-            output: What the model returned; ``to_masks`` makes logits of it. One channel is the
+            output: What the model returned; `to_masks` makes logits of it. One channel is the
                 logit of the second of two classes.
             target: Masks (B, H, W) of class indices.
 
@@ -147,7 +149,8 @@ class SegmentationEvaluator:
         """
         if target.ndim != 3 or target.is_floating_point():
             raise ValueError(
-                f"evaluation takes masks (B, H, W) of integers, got {target.dtype} {tuple(target.shape)}"
+                f"evaluation takes masks (B, H, W) of integers, got {target.dtype} "
+                f"{tuple(target.shape)}"
             )
         masks = self.to_masks(output)
         masks = [masks] if isinstance(masks, torch.Tensor) else list(masks)
@@ -157,7 +160,8 @@ class SegmentationEvaluator:
         ]
         if shapes not in wanted:
             raise ValueError(
-                f"evaluation of these masks takes logits {' or '.join(map(str, wanted))}, got {shapes}"
+                f"evaluation of these masks takes logits {' or '.join(map(str, wanted))}, got "
+                f"{shapes}"
             )
         keep = (
             len(target) if self.max_samples is None else max(0, self.max_samples - self.num_samples)
@@ -168,7 +172,8 @@ class SegmentationEvaluator:
         labels = target[known]
         if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_leaves:
             raise ValueError(
-                f"masks hold values from {int(labels.min())} to {int(labels.max())}, which are not all "
+                f"masks hold values from {int(labels.min())} to {int(labels.max())}, which are not "
+                "all "
                 f"classes from 0 to {self.num_leaves - 1}; ignore_index is {self.ignore_index}"
             )
         rows = [m[:keep].to(self.device).movedim(1, -1)[known] for m in masks]

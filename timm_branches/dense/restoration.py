@@ -23,7 +23,7 @@ class RestorationEvaluator:
 
     That is how the denoising literature reports Set12 and BSD68; the PSNR of the pooled error,
     which some libraries give, is lower. An image that is restored without any error has an infinite
-    PSNR, and so has the mean then. ``psnr`` is in dB, ``ssim`` at most 1; see
+    PSNR, and so has the mean then. `psnr` is in dB, `ssim` at most 1; see
     :func:`peak_signal_noise_ratio` and :func:`structural_similarity`.
 
     Args:
@@ -91,7 +91,7 @@ class RestorationEvaluator:
         """Take one batch.
 
         Args:
-            output: What the model returned; ``to_image`` makes images (B, C, H, W) of it.
+            output: What the model returned; `to_image` makes images (B, C, H, W) of it.
             target: The clean images (B, C, H, W).
 
         Raises:

@@ -36,7 +36,7 @@ def tiled_inference(
     Args:
         model_fn: Takes (N, C, tile, tile), returns (N, K, tile, tile) or a dict of such tensors, as
             a branch model with decoders does; put the model into eval mode. To run on a GPU while
-            the image stays where it is: ``lambda x: model(x.cuda())``.
+            the image stays where it is: `lambda x: model(x.cuda())`.
         image: (B, C, H, W), any size.
         tile: Side of the tiles in pixels.
         overlap: How far neighbours overlap at least, from 0 to `tile` - 1.

@@ -116,7 +116,7 @@ class FeatureDataset(Dataset):
 def cache_features(
     model: BranchModel,
     dataset: HierarchicalDataset,
-    folder: "str | os.PathLike",
+    folder: str | os.PathLike,
     views: int = 1,
     dtype: torch.dtype | None = None,
     batch_size: int = 64,
@@ -177,21 +177,24 @@ def cache_features(
     check_frozen(model)
     if not isinstance(dataset, HierarchicalDataset) or not len(dataset):
         raise ValueError(
-            f"expected a HierarchicalDataset or ClipDataset with samples, not {type(dataset).__name__} of "
+            "expected a HierarchicalDataset or ClipDataset with samples, not "
+            f"{type(dataset).__name__} of "
             f"{len(dataset)}; what says which samples these are is fingerprinted."
         )
     if views < 1:
         raise ValueError(f"views must be at least 1, got {views}.")
     if views > 1 and not may_augment(dataset):
         raise ValueError(
-            f"views={views} has no effect: the dataset's transform does not augment, so that all views "
+            f"views={views} has no effect: the dataset's transform does not augment, so that all "
+            "views "
             "were the same. Take views=1, or create_transform(..., is_training=True)."
         )
     own = next(model.backbone.parameters()).dtype
     dtype = own if dtype is None else dtype
     if not dtype.is_floating_point:
         raise ValueError(
-            f"dtype={dtype} cannot hold features: take torch.float16, torch.bfloat16 or torch.float32."
+            f"dtype={dtype} cannot hold features: take torch.float16, torch.bfloat16 or "
+            "torch.float32."
         )
     facts = fingerprint(model, dataset, views, dtype)
     place = (
@@ -207,7 +210,8 @@ def cache_features(
     index = read_index(place / INDEX)
     if index is None:
         raise ValueError(
-            f"{place / INDEX} is not there, though the first process computed the features: processes "
+            f"{place / INDEX} is not there, though the first process computed the features: "
+            "processes "
             "must see the same folder and have the same weights and data."
         )
     if index["fingerprint"] != facts:
@@ -227,7 +231,8 @@ def _warn(folder: Path, place: Path, facts: dict[str, Any], dataset: Hierarchica
         nearest = min(others, key=lambda path: len(differences(others[path], facts)))
         warnings.warn(
             f"the features in {nearest} are stale, they differ in: "
-            f"{', '.join(differences(others[nearest], facts))}. New ones are computed into {place}; delete "
+            f"{', '.join(differences(others[nearest], facts))}. New ones are computed into "
+            f"{place}; delete "
             "what is not needed any more.",
             stacklevel=5,
         )
@@ -240,7 +245,8 @@ def _warn(folder: Path, place: Path, facts: dict[str, Any], dataset: Hierarchica
                 dataset.set_epoch(other)
                 if not torch.equal(dataset[0][0], first):
                     warnings.warn(
-                        "views=1 of a dataset that augments: each epoch will see the same augmented images. "
+                        "views=1 of a dataset that augments: each epoch will see the same "
+                        "augmented images. "
                         "Take more views, or a transform without augmentation.",
                         stacklevel=5,
                     )
@@ -302,7 +308,8 @@ def _features(model: BranchModel, inputs: list[torch.Tensor], dtype: torch.dtype
     is_clip = inputs[0].ndim == 4
     if not is_clip and model.temporal_heads:
         raise ValueError(
-            f"the heads {sorted(model.temporal_heads)} read clips, the dataset has images: make a ClipDataset."
+            f"the heads {sorted(model.temporal_heads)} read clips, the dataset has images: make a "
+            "ClipDataset."
         )
     sizes = {tuple(x.shape[1:] if is_clip else x.shape) for x in inputs}
     if len(sizes) > 1:
@@ -322,9 +329,11 @@ def _features(model: BranchModel, inputs: list[torch.Tensor], dtype: torch.dtype
             y = y if feature.pool is None else feature.pool(y)[:, :, None, None]
             if y.shape[1:] != feature.shape:
                 raise ValueError(
-                    f"the map at {key} is {tuple(y.shape[1:])} for images of {tuple(images.shape[1:])}, "
+                    f"the map at {key} is {tuple(y.shape[1:])} for images of "
+                    f"{tuple(images.shape[1:])}, "
                     f"but {feature.shape} at the size that the model was made for, "
-                    f"{model.input_size}: make the model with img_size=, or transform images to that."
+                    f"{model.input_size}: make the model with img_size=, or transform images to "
+                    "that."
                 )
             columns.append(y.flatten(1))
         parts.append(torch.cat(columns, 1).cpu())
@@ -332,7 +341,8 @@ def _features(model: BranchModel, inputs: list[torch.Tensor], dtype: torch.dtype
     stored = rows.to(dtype)
     if rows.isfinite().all() and not stored.isfinite().all():
         raise ValueError(
-            f"features up to {float(rows.abs().max()):.3g} do not fit {dtype}: take torch.bfloat16, or "
+            f"features up to {float(rows.abs().max()):.3g} do not fit {dtype}: take "
+            "torch.bfloat16, or "
             "leave out dtype=."
         )
     return stored

@@ -104,7 +104,8 @@ def _preprocessing(dataset: HierarchicalDataset) -> dict[str, Any]:
         facts["transform"] = repr(transform)
     if _ADDRESS.search(json.dumps(facts, default=repr)):
         raise ValueError(
-            f"the transform {transform!r} cannot be told from another one in a later run: make it with "
+            f"the transform {transform!r} cannot be told from another one in a later run: make it "
+            "with "
             "create_transform, or give it a __repr__ that says what it does."
         )
     return facts

@@ -35,7 +35,8 @@ def check_frozen(model: BranchModel) -> None:
     """Raise a ValueError if any part of the backbone may change in training."""
     if not isinstance(model, BranchModel):
         raise ValueError(
-            f"expected a branch model, not {type(model).__name__}: take it out of DDP, compile or a task "
+            f"expected a branch model, not {type(model).__name__}: take it out of DDP, compile or "
+            "a task "
             "with base_model(task)."
         )
     if not model.frozen or any(p.requires_grad for p in model.backbone.parameters()):
@@ -93,13 +94,13 @@ class HeadsOnly(BranchModel):
 
     It is the same model, seen from another side, not a copy: weights, names, taxonomy and mode are
         shared. So it goes
-    into a task and through ``fit`` as the model does, what is trained are the model's heads, and
-    ``save_model`` of either writes the whole model.
+    into a task and through `fit` as the model does, what is trained are the model's heads, and
+    `save_model` of either writes the whole model.
 
     Args:
         model: The frozen model.
 
-    Shapes: features (B, F) -> ``{name: (B, K)}``; of clips (B, T, F) -> what the model gives for
+    Shapes: features (B, F) -> `{name: (B, K)}`; of clips (B, T, F) -> what the model gives for
         clips. F features are
     those of :func:`timm_branches.data.cache_features`.
 
@@ -126,7 +127,7 @@ class HeadsOnly(BranchModel):
         self,
         x: torch.Tensor,
         heads: Sequence[str] | None = None,
-        lengths: "torch.Tensor | Sequence[int] | None" = None,
+        lengths: torch.Tensor | Sequence[int] | None = None,
     ) -> dict[str, torch.Tensor]:
         """Logits of the heads.
 
@@ -144,7 +145,8 @@ class HeadsOnly(BranchModel):
         """
         if not self.frozen:
             raise ValueError(
-                "the backbone was unfrozen: features that were computed before are not its own any more. "
+                "the backbone was unfrozen: features that were computed before are not its own any "
+                "more. "
                 "Train the model itself, on images."
             )
         features, reads = feature_layout(self)
@@ -160,7 +162,8 @@ class HeadsOnly(BranchModel):
             temporal = [self.names[i] for i in which if self.names[i] in self.temporal_heads]
             if temporal or lengths is not None:
                 raise ValueError(
-                    f"{f'the heads {temporal} read' if temporal else 'lengths= belongs to'} features of "
+                    f"{f'the heads {temporal} read' if temporal else 'lengths= belongs to'} "
+                    "features of "
                     f"clips (B, T, {sum(widths)}), got {tuple(x.shape)}."
                 )
         rows = (x if clips is None else clips.fold(x)).to(next(self.backbone.parameters()).dtype)

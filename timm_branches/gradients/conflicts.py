@@ -30,19 +30,19 @@ def branch_cosines(
     called in the midst of training.
 
     Args:
-        model: A :class:`timm_branches.task.BranchTask`, or any module (with ``losses``).
+        model: A :class:`timm_branches.task.BranchTask`, or any module (with `losses`).
         batch: A pair of input and target.
         where: Name of the stage to look at, as :func:`gradient_report` names them, instead of that
             one.
         losses: For a module, as :func:`gradient_report` takes them.
 
     Returns:
-        ``{(a, b): cosine}`` for each two levels, in their order. Levels that are off, pairs of
+        `{(a, b): cosine}` for each two levels, in their order. Levels that are off, pairs of
         which one has a gradient of 0 or one that is not finite, and everything if nothing trainable
         is shared, are left out.
 
     Raises:
-        ValueError: No stage ``where``.
+        ValueError: No stage `where`.
 
     Example:
         >>> import torch

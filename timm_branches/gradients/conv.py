@@ -1,12 +1,13 @@
 """The gradients of a 2-D convolution in closed form, for several channels and filters.
 
-With input x (N, C, H, W), weight (O, C/groups, kh, kw), output y (N, O, P, Q), loss E and grad_output = dE/dy::
+With input x (N, C, H, W), weight (O, C/groups, kh, kw), output y (N, O, P, Q), loss E and
+grad_output = dE/dy::
 
-    y[n, o, p, q]         = b[o] + sum over c, i, j of  W[o, c, i, j] * xp[n, f(o) + c, p*s + i*d, q*s + j*d]
-    dE/dW[o, c, i, j]     = sum over n, p, q of  grad_output[n, o, p, q] * xp[n, f(o) + c, p*s + i*d, q*s + j*d]
-    dE/db[o]              = sum over n, p, q of  grad_output[n, o, p, q]
-    dE/dxp[n, c', u, v]   = sum over o, c, i, j, p, q with c' = f(o) + c, u = p*s + i*d, v = q*s + j*d of
-                            grad_output[n, o, p, q] * W[o, c, i, j]
+    y[n, o, p, q]         = b[o] + sum over c, i, j of  W[o, c, i, j] * xp[n, f(o) + c, p*s + i*d,
+    q*s + j*d] dE/dW[o, c, i, j]     = sum over n, p, q of  grad_output[n, o, p, q] * xp[n, f(o) +
+    c, p*s + i*d, q*s + j*d] dE/db[o]              = sum over n, p, q of  grad_output[n, o, p, q]
+    dE/dxp[n, c', u, v]   = sum over o, c, i, j, p, q with c' = f(o) + c, u = p*s + i*d, v = q*s +
+                            j*d of grad_output[n, o, p, q] * W[o, c, i, j]
 
 xp is x after padding, s the stride, d the dilation, and f(o) = (o // (O/groups)) * C/groups the
 first channel that filter o reads. So channel c of filter o's gradient is a cross-correlation of
@@ -51,12 +52,12 @@ def conv2d_weight_grad(
     Args:
         x: (N, C, H, W), what entered the convolution.
         grad_output: (N, O, P, Q), the loss' gradient with respect to what left it.
-        kernel_size: kh and kw, or one number for both; ``weight.shape[2:]``.
+        kernel_size: kh and kw, or one number for both; `weight.shape[2:]`.
         stride: numbers >= 1, for rows and columns or one for both.
         dilation: the same.
-        padding: numbers >= 0 alike, or ``'same'`` or ``'valid'``, as of ``nn.Conv2d``.
+        padding: numbers >= 0 alike, or `'same'` or `'valid'`, as of `nn.Conv2d`.
         groups: C and O are divided into so many groups.
-        padding_mode: ``'zeros'``, ``'reflect'``, ``'replicate'`` or ``'circular'``.
+        padding_mode: `'zeros'`, `'reflect'`, `'replicate'` or `'circular'`.
 
     Returns:
         (O, C / groups, kh, kw).
@@ -91,7 +92,8 @@ def conv2d_weight_grad(
     out_size = _check_shapes(x.shape, grad_output, kernel, step, padding, spread, groups)
     if padding_mode not in ("zeros", "reflect", "replicate", "circular"):
         raise ValueError(
-            f"padding_mode must be 'zeros', 'reflect', 'replicate' or 'circular', got {padding_mode!r}"
+            "padding_mode must be 'zeros', 'reflect', 'replicate' or 'circular', got "
+            f"{padding_mode!r}"
         )
     (top, bottom), (left, right) = _pads(kernel, padding, spread, step)
     x = F.pad(
@@ -109,8 +111,8 @@ def conv2d_weight_grad(
 
 
 def conv2d_bias_grad(grad_output: torch.Tensor) -> torch.Tensor:
-    """The gradient of a convolution's bias, ``dE/db[o] = sum over n, p, q of grad_output[n, o, p,
-    q]``.
+    """The gradient of a convolution's bias, `dE/db[o] = sum over n, p, q of grad_output[n, o, p,
+    q]`.
 
     Args:
         grad_output: (N, O, P, Q).
@@ -238,7 +240,8 @@ def _check_shapes(
     filters = grad_output.shape[1]
     if not isinstance(groups, int) or groups < 1 or shape[1] % groups or filters % groups:
         raise ValueError(
-            f"groups must divide the {shape[1]} input channels and the {filters} filters, got {groups}"
+            f"groups must divide the {shape[1]} input channels and the {filters} filters, got "
+            f"{groups}"
         )
     pads = _pads(kernel, padding, dilation, stride)
     whole = [n + sum(pad) for n, pad in zip(shape[2:], pads, strict=True)]
@@ -252,8 +255,10 @@ def _check_shapes(
     fits = (shape[0], filters, rows, columns)
     if tuple(grad_output.shape) != fits:
         raise ValueError(
-            f"grad_output {tuple(grad_output.shape)} does not fit: an input {tuple(shape)} with kernel "
-            f"{kernel}, stride {stride}, padding {padding!r}, dilation {dilation} and {filters} filters "
+            f"grad_output {tuple(grad_output.shape)} does not fit: an input {tuple(shape)} with "
+            "kernel "
+            f"{kernel}, stride {stride}, padding {padding!r}, dilation {dilation} and {filters} "
+            "filters "
             f"gives {fits}"
         )
     return rows, columns

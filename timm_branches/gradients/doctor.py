@@ -30,7 +30,7 @@ _VANISHING = 1e-8
 
 @dataclass
 class Diagnosis:
-    """Result of :func:`check_model`; ``print`` shows it as text.
+    """Result of :func:`check_model`; `print` shows it as text.
 
     Attributes:
         problems: What is wrong and what to do, one sentence or two each.
@@ -82,14 +82,14 @@ def check_model(
     statistics; evaluation is deterministic; the output depends on the input, and on every frame of
     a clip; and a copy of the model learns this one batch.
 
-    What was asked for is no problem: frozen parts, ``Tap(detach=True)``, levels whose loss weight
+    What was asked for is no problem: frozen parts, `Tap(detach=True)`, levels whose loss weight
         is 0. The model is
-    left as it was. All of it costs about as much as ``steps`` + 10 training steps, and the memory
+    left as it was. All of it costs about as much as `steps` + 10 training steps, and the memory
     of a copy.
 
     Args:
         model: A task, such as :class:`timm_branches.task.BranchTask`, or any module.
-        batch: A pair of input and target, as the task or ``losses`` takes them. A few samples are
+        batch: A pair of input and target, as the task or `losses` takes them. A few samples are
             enough.
         losses: For a module, as :func:`gradient_report` takes them.
         steps: Training steps (Adam) for the last check; 0 leaves it out.
@@ -98,7 +98,7 @@ def check_model(
         A :class:`Diagnosis`.
 
     Raises:
-        ValueError: No losses for a module, or ``losses`` beside a task's own; ``steps`` below 0.
+        ValueError: No losses for a module, or `losses` beside a task's own; `steps` below 0.
 
     Example:
         >>> from timm_branches import create_branch_model
@@ -215,8 +215,10 @@ class _Doctor:
 
 def _structure_problems(found: Evaluated, pairs: list[tuple[str, str]]) -> list[str]:
     problems = [
-        f"{first!r} and {second!r} are Linear layers with nothing non-linear between them, so both together "
-        f"are no more than one: put an activation (nn.ReLU()) behind {first!r}, or take one of them away."
+        f"{first!r} and {second!r} are Linear layers with nothing non-linear between them, so both "
+        "together "
+        f"are no more than one: put an activation (nn.ReLU()) behind {first!r}, or take one of "
+        "them away."
         for first, second in pairs
     ]
     with torch.no_grad():
@@ -228,7 +230,8 @@ def _structure_problems(found: Evaluated, pairs: list[tuple[str, str]]) -> list[
     ]
     if outputs or twice:
         problems.append(
-            f"{', '.join(outputs or twice)}: cross-entropy is given probabilities, not logits (a softmax "
+            f"{', '.join(outputs or twice)}: cross-entropy is given probabilities, not logits (a "
+            "softmax "
             "before a loss that has one): take the softmax out of the model, or of the loss."
         )
     return problems
@@ -257,7 +260,8 @@ def _moved_statistics(model: nn.Module, before: dict[str, torch.Tensor]) -> list
         return []
     which = ", ".join(moved[:3]) + (", ..." if len(moved) > 3 else "")
     return [
-        f"{len(moved)} BatchNorm layers ({which}) are frozen, but their running statistics still change in train "
+        f"{len(moved)} BatchNorm layers ({which}) are frozen, but their running statistics still "
+        "change in train "
         "mode: freeze with model.freeze(), or put them in eval() after every train()."
     ]
 
@@ -269,8 +273,10 @@ def _backward_problems(found: Evaluated, module: nn.Module) -> list[str]:
         text = str(error).split(" Hint:")[0]
         if "inplace" in text:
             return [
-                f"the backward pass fails because an in-place operation (x += y, ReLU(inplace=True), x[i] = ...) "
-                f"overwrote a tensor that it needs: write it out of place (x = x + y). torch says: {text}"
+                "the backward pass fails because an in-place operation (x += y, "
+                "ReLU(inplace=True), x[i] = ...) "
+                "overwrote a tensor that it needs: write it out of place (x = x + y). torch says: "
+                f"{text}"
             ]
         return [f"the backward pass fails: {text}"]
     return []
@@ -288,7 +294,8 @@ def _gradient_problems(report: GradientReport, objective: Objective, dead: list[
     problems = []
     if dead:
         problems.append(
-            f"the ReLU in {', '.join(dead[:3])}{', ...' if len(dead) > 3 else ''} gives only zeros over "
+            f"the ReLU in {', '.join(dead[:3])}{', ...' if len(dead) > 3 else ''} gives only zeros "
+            "over "
             "the whole batch, so nothing before it learns: look at the bias and the scale of what "
             "comes in, lower the learning rate, or use a leaky ReLU."
         )
@@ -310,12 +317,15 @@ def _gradient_problems(report: GradientReport, objective: Objective, dead: list[
             and cell.head not in objective.detached_heads
         ):
             problems.append(
-                f"{cell.stage}: {cell.head} depends on it, but its gradient does not reach it: take away "
+                f"{cell.stage}: {cell.head} depends on it, but its gradient does not reach it: "
+                "take away "
                 "the detach() or no_grad() on the way, or ask for it with Tap(detach=True)."
             )
         elif cell.status == "vanishing" and cell.head == TOTAL:
             problems.append(
-                f"{cell.stage}: the gradient is only {cell.relative:.1e} of the weights, too little to "
-                "move them: look at the initialisation, the normalisation, and saturated activations."
+                f"{cell.stage}: the gradient is only {cell.relative:.1e} of the weights, too "
+                "little to "
+                "move them: look at the initialisation, the normalisation, and saturated "
+                "activations."
             )
     return problems

@@ -22,7 +22,7 @@ _FADED = 1e-3  # a frame with less than this part of the largest frame's gradien
 
 @dataclass
 class FrameGradients:
-    """Result of :func:`frame_gradients`; ``print`` shows it as text.
+    """Result of :func:`frame_gradients`; `print` shows it as text.
 
     Attributes:
         norms: ‖dL/df_t‖ for each frame t, over the batch (T,); None if no gradient arrives at any
@@ -96,7 +96,8 @@ def frame_gradients(
     def hook(module: nn.Module, args: Any, output: Any) -> torch.Tensor:
         if not isinstance(output, torch.Tensor):
             raise ValueError(
-                f"{name!r} returns {type(output).__name__}: features= must name a part that returns one "
+                f"{name!r} returns {type(output).__name__}: features= must name a part that "
+                "returns one "
                 "tensor."
             )
         leaf = output.detach().requires_grad_()
@@ -138,13 +139,16 @@ def frame_gradients(
     findings = []
     if trained and not attached:
         findings.append(
-            f"{name} is run without autograd (torch.no_grad(), or its result is detached): the loss does "
-            f"not train its {len(trained)} trainable parameters. Take the no_grad or detach away, or "
+            f"{name} is run without autograd (torch.no_grad(), or its result is detached): the "
+            "loss does "
+            f"not train its {len(trained)} trainable parameters. Take the no_grad or detach away, "
+            "or "
             "freeze them (requires_grad_(False)) if that is what you want."
         )
     if all(g is None for g in given):
         findings.append(
-            "no gradient of the loss arrives at any frame's features: they are detached before the loss, "
+            "no gradient of the loss arrives at any frame's features: they are detached before the "
+            "loss, "
             "or not used."
         )
         return FrameGradients(None, None, [], findings)
@@ -176,7 +180,8 @@ def _frame_part(
     modules = dict(model.named_modules())
     if features is None or features not in modules or head is not None or lengths is not None:
         raise ValueError(
-            f"features={features!r}: name the part of the model that turns frames into features (and give "
+            f"features={features!r}: name the part of the model that turns frames into features "
+            "(and give "
             f"no head= or lengths=), one of {list(modules)[1:6]} ..."
         )
     return model, modules[features], features, modules[features]
@@ -203,8 +208,10 @@ def _by_frame(
     if len(rows) == time and all(len(row) == batch for row in rows):
         return torch.stack(rows, 1)
     raise ValueError(
-        f"{name!r} is called {len(rows)} times with {sorted({len(r) for r in rows})} rows for clips of "
-        f"{batch} x {time} frames: it must be called once with all {count} frames, or for each of the "
+        f"{name!r} is called {len(rows)} times with {sorted({len(r) for r in rows})} rows for "
+        "clips of "
+        f"{batch} x {time} frames: it must be called once with all {count} frames, or for each of "
+        "the "
         f"{time} time steps with {batch}."
     )
 
@@ -216,8 +223,10 @@ def _judge_frames(norms: torch.Tensor, seen: list[int], valid: torch.Tensor | No
     missing = [t for t in expected if t not in seen]
     if seen == [expected[-1]] and missing:
         return [
-            f"the loss sees only the last frame ({seen[0]}, counted from 0) of {len(expected)}: the recurrence "
-            "does not hand its state from frame to frame (out, state = lstm(x, state)), or only the last frame's "
+            f"the loss sees only the last frame ({seen[0]}, counted from 0) of {len(expected)}: "
+            "the recurrence "
+            "does not hand its state from frame to frame (out, state = lstm(x, state)), or only "
+            "the last frame's "
             "features are read."
         ]
     if missing:
@@ -226,6 +235,7 @@ def _judge_frames(norms: torch.Tensor, seen: list[int], valid: torch.Tensor | No
     faded = [t for t in expected if float(norms[t]) < _FADED * largest]
     if faded:
         return [
-            f"the gradient fades over time: the frames {faded} get less than {_FADED:g} of the largest frame's."
+            f"the gradient fades over time: the frames {faded} get less than {_FADED:g} of the "
+            "largest frame's."
         ]
     return []

@@ -3,6 +3,8 @@
 Filter by filter and channel by channel, and the causes of equal ones side by side.
 """
 
+from __future__ import annotations
+
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,7 +57,7 @@ def plot_kernel_gradients(
 
 def kernel_gradients_figure(
     grad: torch.Tensor, title: str = "", max_filters: int = 8, max_channels: int = 8
-) -> "Figure":
+) -> Figure:
     """A row per filter and a column per channel, all on one symmetric scale, so equal pictures are
     equal gradients.
 
@@ -197,7 +199,7 @@ def kernel_causes(seed: int = 0) -> dict[str, KernelDiagnosis]:
     }
 
 
-def kernel_causes_figure(seed: int = 0) -> "Figure":
+def kernel_causes_figure(seed: int = 0) -> Figure:
     """The gradients of :func:`kernel_causes` side by side, each case on its own symmetric scale,
     with what was found.
 

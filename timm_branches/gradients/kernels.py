@@ -44,12 +44,12 @@ def kernel_gradients(model: nn.Module, loss: torch.Tensor | None = None) -> dict
     """The gradients of the kernels of all 2-D convolutions.
 
     Args:
-        model: A network, or one ``nn.Conv2d``.
-        loss: A scalar to differentiate; ``.grad`` stays as it is, and so does the graph. None reads
-            what ``loss.backward()`` has left in ``.grad``.
+        model: A network, or one `nn.Conv2d`.
+        loss: A scalar to differentiate; `.grad` stays as it is, and so does the graph. None reads
+            what `loss.backward()` has left in `.grad`.
 
     Returns:
-        By name of the layer (``''`` for the model itself), (O, C / groups, kh, kw) each. Layers
+        By name of the layer (`''` for the model itself), (O, C / groups, kh, kw) each. Layers
         that are frozen, or that the loss does not reach, are absent.
 
     Raises:
@@ -93,12 +93,12 @@ def kernel_gradients(model: nn.Module, loss: torch.Tensor | None = None) -> dict
 
 @dataclass(frozen=True)
 class KernelDiagnosis:
-    """What makes a layer's kernel gradients equal, or wrong. ``print`` it for sentences.
+    """What makes a layer's kernel gradients equal, or wrong. `print` it for sentences.
 
     Attributes:
-        findings: For each cause that is there a sentence. Causes are ``'equal_inputs'``,
-            ``'rescaled_inputs'``, ``'broadcast_target'``, ``'unused_filters'`` and
-            ``'wrong_gradient'``.
+        findings: For each cause that is there a sentence. Causes are `'equal_inputs'`,
+            `'rescaled_inputs'`, `'broadcast_target'`, `'unused_filters'` and
+            `'wrong_gradient'`.
         gradient: (O, C / groups, kh, kw), what was examined, in float64.
         channel_deviation: How far channels are from their filter's mean over channels, as a part of
             the gradient's norm: 0 is equal, sqrt(1 - 1 / channels) unrelated; nan if there is one
@@ -109,7 +109,7 @@ class KernelDiagnosis:
             undefined, as for 1 x 1 kernels.
         gradient_error: The largest difference to the closed form, as a part of that one's largest
             value. None if the layer's forward is not the plain convolution of its settings
-            (``StdConv2d``, ``Conv2dSame`` of timm).
+            (`StdConv2d`, `Conv2dSame` of timm).
     """
 
     findings: dict[str, str]
@@ -134,7 +134,8 @@ class KernelDiagnosis:
             )
             if self.channel_deviation > _SAME and self.channel_correlation > 0.9:
                 lines.append(
-                    "They are not equal, but look so in pictures that are each scaled to their own extremes."
+                    "They are not equal, but look so in pictures that are each scaled to their own "
+                    "extremes."
                 )
         if not math.isnan(self.filter_deviation):
             lines.append(
@@ -166,15 +167,15 @@ def diagnose_kernel_gradients(
     as it is.
 
     Args:
-        layer: Any ``nn.Conv2d``: with groups, stride, dilation and every kind of padding. A
+        layer: Any `nn.Conv2d`: with groups, stride, dilation and every kind of padding. A
             subclass' own backward is put to the test.
         x: (N, C, H, W), what enters the layer.
         grad_output: (N, O, P, Q), the loss' gradient with respect to the layer's output.
-        loss: A scalar of the layer's output, ``loss(output)`` or ``loss(output, target)``.
+        loss: A scalar of the layer's output, `loss(output)` or `loss(output, target)`.
         target: What the loss compares the output with. That a target is broadcast over the filters
             shows only here, as a loss that squares gives filters gradients that differ.
         grad: (O, C / groups, kh, kw), a gradient to examine: of a handwritten pass, or
-            ``layer.weight.grad``. None examines what autograd gives for the layer.
+            `layer.weight.grad`. None examines what autograd gives for the layer.
         rtol: How far the gradient may be off the closed form, as a part of the same sum over
             absolute values. None is rounding in grad's dtype; autocast and TF32 need more, say
             1e-2.
@@ -216,7 +217,8 @@ def diagnose_kernel_gradients(
         )
     if grad is not None and grad.shape != layer.weight.shape:
         raise ValueError(
-            f"grad must have the weight's shape {tuple(layer.weight.shape)}, got {tuple(grad.shape)}"
+            f"grad must have the weight's shape {tuple(layer.weight.shape)}, got "
+            f"{tuple(grad.shape)}"
         )
     eps = torch.finfo(torch.float64 if grad is None else grad.dtype).eps
     if grad is None:
@@ -291,12 +293,14 @@ def _input_findings(x: torch.Tensor, groups: int) -> dict[str, str]:
         ]
     where = "in every filter" if groups == 1 else "in every filter of their group"
     clauses = [
-        f"input channels {_listed(one)} are identical, so the gradients of these channels are equal {where}"
+        f"input channels {_listed(one)} are identical, so the gradients of these channels are "
+        f"equal {where}"
         for one in equal
     ]
     parts = x.unflatten(1, (groups, -1)).transpose(0, 1).flatten(1)
     clauses += [
-        f"groups {_listed(one)} read identical channels, so their filters' gradients differ only by grad_output"
+        f"groups {_listed(one)} read identical channels, so their filters' gradients differ only "
+        "by grad_output"
         for one in _sets(_same(parts))
     ]
     if clauses:
@@ -304,7 +308,8 @@ def _input_findings(x: torch.Tensor, groups: int) -> dict[str, str]:
     if rescaled:
         findings["rescaled_inputs"] = _sentence(
             [
-                f"input channels {_listed(one)} are copies up to brightness and contrast, as of a grey picture normalised "
+                f"input channels {_listed(one)} are copies up to brightness and contrast, as of a "
+                "grey picture normalised "
                 f"per channel, so the gradients of these channels look alike {where}"
                 for one in rescaled
             ]
@@ -323,7 +328,8 @@ def _filter_findings(
     if target is not None and target.is_floating_point() and filters > 1:
         if target.dim() < 3 or target.shape[-3] == 1:
             clauses.append(
-                f"the target {tuple(target.shape)} is broadcast over the {filters} filters of the output "
+                f"the target {tuple(target.shape)} is broadcast over the {filters} filters of the "
+                "output "
                 f"{tuple(dy.shape)}: all are asked for one map"
             )
         elif (
@@ -337,7 +343,8 @@ def _filter_findings(
     alive = [i for i in range(filters) if not dead[i]]
     for one in _sets(_same(rows[alive])):
         clauses.append(
-            f"grad_output is identical for filters {_listed([alive[i] for i in one])}, so their gradients "
+            f"grad_output is identical for filters {_listed([alive[i] for i in one])}, so their "
+            "gradients "
             f"are equal{scope}"
         )
     if clauses:

@@ -29,7 +29,8 @@ def label_problems(
         return [], True
     if labels.ndim != 2 or labels.shape[1] != len(names):
         return [
-            f"labels have the shape {tuple(labels.shape)}, the levels are {list(names)}: give one column for each, "
+            f"labels have the shape {tuple(labels.shape)}, the levels are {list(names)}: give one "
+            "column for each, "
             f"(B, {len(names)})."
         ], False
     columns = list(labels.cpu().unbind(1))
@@ -41,12 +42,14 @@ def label_problems(
     hint = _hint(columns, names, classes, taxonomy)
     if outside:
         which = "; ".join(
-            f"those of {names[i]!r} go from {int(columns[i].min())} to {int(columns[i].max())}, its head "
+            f"those of {names[i]!r} go from {int(columns[i].min())} to {int(columns[i].max())}, "
+            "its head "
             f"has {classes[i]} classes"
             for i in outside
         )
         return [
-            f"labels are out of range: {which}. {hint or 'Legal are 0 to classes - 1, and -1 for unknown.'}"
+            f"labels are out of range: {which}. "
+            f"{hint or 'Legal are 0 to classes - 1, and -1 for unknown.'}"
         ], False
     if taxonomy is None:
         return [], True
@@ -57,9 +60,12 @@ def label_problems(
             child, parent = int(columns[level][row]), int(columns[level - 1][row])
             right = int(taxonomy.parents[level][child])
             return [
-                f"in {int(wrong.sum())} of {len(labels)} rows the label of {names[level]!r} does not lie under "
-                f"that of {names[level - 1]!r}: row {row} has {child} under {parent}, in the taxonomy its parent "
-                f"is {right}. {hint or 'Make the labels with taxonomy.expand(leaf), in the order of its leaves.'}"
+                f"in {int(wrong.sum())} of {len(labels)} rows the label of {names[level]!r} does "
+                "not lie under "
+                f"that of {names[level - 1]!r}: row {row} has {child} under {parent}, in the "
+                "taxonomy its parent "
+                f"is {right}. "
+                f"{hint or 'Make the labels with taxonomy.expand(leaf), in the order of its leaves.'}"
             ], True
     return [], True
 
@@ -114,7 +120,8 @@ def _hint(
     for order in orders:
         if _fits([columns[i] for i in order], every, classes, taxonomy):
             return (
-                f"The columns fit in another order: {', '.join(names[i] for i in _inverse(order))}; are heads or "
+                "The columns fit in another order: "
+                f"{', '.join(names[i] for i in _inverse(order))}; are heads or "
                 "columns swapped?"
             )
     for shift, what in ((1, "coarser"), (-1, "finer")):
@@ -122,7 +129,8 @@ def _hint(
         levels = [i - shift for i in taken]
         if len(levels) and _fits([columns[i] for i in taken], levels, classes, taxonomy):
             return (
-                f"They seem to be shifted by one level: column {taken[0]} fits {names[levels[0]]!r}, the next "
+                f"They seem to be shifted by one level: column {taken[0]} fits "
+                f"{names[levels[0]]!r}, the next "
                 f"{what} level than that of its head."
             )
     return ""

@@ -38,8 +38,8 @@ class Objective:
     seed.
 
     Args:
-        model: A timm training task (whose ``forward(input, target)`` gives ``loss`` and, by name,
-            ``losses``), or any module.
+        model: A timm training task (whose `forward(input, target)` gives `loss` and, by name,
+            `losses`), or any module.
         batch: Its input, or a pair of input and target. They are moved to the model's device.
         losses: For a module: a function of (output) or (output, target) that returns a scalar or a
             dict of scalars, or a dict of such functions by name.
@@ -60,12 +60,14 @@ class Objective:
         self.module: nn.Module = base_model(self.task) if self.task else model
         if self.task and (losses is not None or weights is not None):
             raise ValueError(
-                "losses= and weights= have no effect on a task, which has its own: give its model instead "
+                "losses= and weights= have no effect on a task, which has its own: give its model "
+                "instead "
                 "of it."
             )
         if self.task is None and losses is None:
             raise ValueError(
-                "losses= is missing: give a function of the model's output (and the target) that returns "
+                "losses= is missing: give a function of the model's output (and the target) that "
+                "returns "
                 "a scalar or a dict of scalars; or a task in place of the model."
             )
         first = next(self.module.parameters(), None)
@@ -141,7 +143,7 @@ class Objective:
 
     @property
     def detached_heads(self) -> set[str]:
-        """Heads of a branch model one of whose taps has ``detach=True``.
+        """Heads of a branch model one of whose taps has `detach=True`.
 
         There a cut graph was asked for.
         """
@@ -212,14 +214,14 @@ def reproducible(device: torch.device) -> Iterator[None]:
 
 
 def group_by_stage(model: nn.Module, stages: Mapping[str, Any] | None = None) -> Groups:
-    """Parameters by stage: ``{stage: {name: parameter}}``.
+    """Parameters by stage: `{stage: {name: parameter}}`.
 
     Args:
         model: The model.
         stages: For each stage a module of the model, or an iterable of its parameters. By default
-            those of a branch model are ``stage1`` to ``stage5`` of the backbone (what the map of
-            stage k needs and that of stage k - 1 does not) and ``heads.<name>``; those of any other
-            module its children, and ``(own)`` for parameters that belong to none.
+            those of a branch model are `stage1` to `stage5` of the backbone (what the map of
+            stage k needs and that of stage k - 1 does not) and `heads.<name>`; those of any other
+            module its children, and `(own)` for parameters that belong to none.
 
     Raises:
         ValueError: A stage without parameters, or a parameter that is not the model's.
@@ -239,12 +241,13 @@ def group_by_stage(model: nn.Module, stages: Mapping[str, Any] | None = None) ->
 
 
 def _listed(
-    stage: str, part: "nn.Module | Iterable[nn.Parameter]", names: dict[int, str]
+    stage: str, part: nn.Module | Iterable[nn.Parameter], names: dict[int, str]
 ) -> dict[str, nn.Parameter]:
     parameters = list(part.parameters() if isinstance(part, nn.Module) else part)
     if not parameters or any(id(p) not in names for p in parameters):
         raise ValueError(
-            f"stages[{stage!r}] must be a module with parameters, or parameters, of the model itself."
+            f"stages[{stage!r}] must be a module with parameters, or parameters, of the model "
+            "itself."
         )
     return {names[id(p)]: p for p in parameters}
 

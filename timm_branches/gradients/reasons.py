@@ -33,7 +33,7 @@ WHY = {
 class Silent:
     """A parameter that the weighted sum does not train.
 
-    Its stage, its name and the reason, a key of ``WHY``.
+    Its stage, its name and the reason, a key of `WHY`.
     """
 
     stage: str

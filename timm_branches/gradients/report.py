@@ -3,12 +3,13 @@
 For losses L_k with weights w_k, g_k = dL_k/dθ over the parameters θ of one stage, and G = sum over
 k of w_k g_k, the gradient that the optimizer sees there::
 
-    norm        ‖g_k‖                             Euclidean, over all trainable parameters of the stage
-    relative    ‖g_k‖ / ‖θ‖                       a step of SGD with rate lr moves the stage by lr times that part of it
-    share       <w_k g_k, G> / ‖G‖²               what L_k adds to G; shares sum to 1, one below 0 works against the sum
-    cosine      <g_j, g_k> / (‖g_j‖ ‖g_k‖)        1 pulls the same way, below 0 the losses are in conflict
-                                                  (Yu et al. 2020, "Gradient Surgery", arXiv
-                                                  2001.06782)
+    norm        ‖g_k‖                             Euclidean, over all trainable parameters of the
+    stage relative    ‖g_k‖ / ‖θ‖                       a step of SGD with rate lr moves the stage
+    by lr times that part of it share       <w_k g_k, G> / ‖G‖²               what L_k adds to G;
+    shares sum to 1, one below 0 works against the sum cosine      <g_j, g_k> / (‖g_j‖ ‖g_k‖)
+                                                  1 pulls the same way, below 0 the losses are in
+                                                  conflict (Yu et al. 2020, "Gradient Surgery",
+                                                  arXiv 2001.06782)
 
 All of them come from the inner products of the g_k, stage by stage, so one backward pass for each
 loss is all it takes.
@@ -43,14 +44,14 @@ class Cell:
     """The gradient of one loss at one stage.
 
     Attributes:
-        head: Name of the loss, or ``'total'`` for the weighted sum.
+        head: Name of the loss, or `'total'` for the weighted sum.
         stage: Name of the stage.
         norm: ‖g‖, 0 where nothing arrives.
         relative: ‖g‖ / ‖θ‖, None if the weights are all 0 or frozen.
         share: Of the total gradient at this stage; None if that is 0.
-        status: ``'ok'``, ``'none'`` (the loss does not depend on the stage, which need not be
-            wrong), ``'frozen'``, ``'detached'``, ``'dead'``, ``'zero'``, ``'vanishing'`` or ``'not
-            finite'``.
+        status: `'ok'`, `'none'` (the loss does not depend on the stage, which need not be
+            wrong), `'frozen'`, `'detached'`, `'dead'`, `'zero'`, `'vanishing'` or `'not
+            finite'`.
     """
 
     head: str
@@ -63,15 +64,15 @@ class Cell:
 
 @dataclass
 class GradientReport:
-    """Result of :func:`gradient_report`; ``print`` shows it as text.
+    """Result of :func:`gradient_report`; `print` shows it as text.
 
     Attributes:
         heads: Names of the losses.
         stages: Names of the stages, in the order of the model.
         losses: Value of each loss.
         weights: Its weight in the sum.
-        cells: One for each loss and stage, and for the sum (head ``'total'``).
-        cosines: ``{(head, head): {stage: cosine}}`` where both arrive.
+        cells: One for each loss and stage, and for the sum (head `'total'`).
+        cosines: `{(head, head): {stage: cosine}}` where both arrive.
         silent: Parameters without a gradient, or without a finite one, of the sum.
         findings: What is worth knowing, in sentences.
         dead: Paths of modules with a dead ReLU; looked for only if a gradient is 0 somewhere.
@@ -88,7 +89,7 @@ class GradientReport:
     dead: list[str]
 
     def cell(self, head: str, stage: str) -> Cell:
-        """The cell of a loss (or ``'total'``) and a stage.
+        """The cell of a loss (or `'total'`) and a stage.
 
         Raises:
             KeyError: There is no such loss or stage.
@@ -179,7 +180,7 @@ def gradient_report(
     """Measure the gradient of each loss at each stage of a model, and say why some parameters get
     none.
 
-    The model runs in the mode it is in (call ``train()`` first to see what training sees) and is
+    The model runs in the mode it is in (call `train()` first to see what training sees) and is
     left as it was: gradients, modes, buffers (BatchNorm's statistics among them) and random number
     generators, also if something fails. Dropout draws from a fixed seed. The cost is a forward
     pass, one backward pass for each loss, and a forward pass for each stage that a loss does not
@@ -220,7 +221,7 @@ def gradient_report(
 
 
 def measure(objective: Objective, groups: Groups, vanishing: float) -> GradientReport:
-    """The report of an objective, inside its ``undisturbed()``."""
+    """The report of an objective, inside its `undisturbed()`."""
     found = objective()
     parameters = {id(p): p for group in groups.values() for p in group.values() if p.requires_grad}
     grads = {
@@ -326,7 +327,8 @@ def _findings(
     for cell in report.cells:
         if cell.status == "vanishing":
             sentences.append(
-                f"{cell.stage}: the gradient of {cell.head} vanishes, {cell.relative:.1e} of the weights "
+                f"{cell.stage}: the gradient of {cell.head} vanishes, {cell.relative:.1e} of the "
+                "weights "
                 f"(below {vanishing:g})."
             )
         elif cell.status == "detached" and cell.head != TOTAL:
@@ -336,7 +338,8 @@ def _findings(
                 else "the graph is cut on the way"
             )
             sentences.append(
-                f"{cell.stage}: {cell.head} depends on it, but its gradient does not arrive there: {why}."
+                f"{cell.stage}: {cell.head} depends on it, but its gradient does not arrive there: "
+                f"{why}."
             )
     if objective.off:
         sentences.append(f"off, because their loss weight is 0: {', '.join(objective.off)}.")

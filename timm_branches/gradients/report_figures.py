@@ -3,6 +3,8 @@
 Which loss reaches which stage, and how the branches get on with each other over training.
 """
 
+from __future__ import annotations
+
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -35,7 +37,7 @@ def plot_report(report: GradientReport, file: str | os.PathLike) -> Path:
     return save_figure(report_figure(report), file)
 
 
-def report_figure(report: GradientReport) -> "Figure":
+def report_figure(report: GradientReport) -> Figure:
     """Heatmap of the losses' gradients by stage, and below it of the cosines between the losses, if
     any meet.
 
@@ -125,8 +127,8 @@ def report_figure(report: GradientReport) -> "Figure":
 
 
 def _heatmap(
-    figure: "Figure",
-    axes: "Axes",
+    figure: Figure,
+    axes: Axes,
     values: list[list[float]],
     rows: list[str],
     columns: list[str],
@@ -169,7 +171,7 @@ def plot_conflicts(rows: Sequence[Mapping[str, Any]], file: str | os.PathLike) -
     """Draw :func:`conflicts_figure` into a PNG, atomically.
 
     Args:
-        rows: One mapping an epoch, as ``CsvLog.read()`` returns them.
+        rows: One mapping an epoch, as `CsvLog.read()` returns them.
         file: The PNG; missing folders are made.
 
     Returns:
@@ -181,13 +183,13 @@ def plot_conflicts(rows: Sequence[Mapping[str, Any]], file: str | os.PathLike) -
     return save_figure(conflicts_figure(rows), file)
 
 
-def conflicts_figure(rows: Sequence[Mapping[str, Any]]) -> "Figure":
+def conflicts_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """Cosines between the branches' gradients by epoch, and below, on the same axis, how the loss
     was weighted.
 
     Args:
-        rows: One mapping an epoch with ``epoch``, ``cosine_<a>_<b>`` as :func:`branch_cosines`
-            gives them and ``weight_<level>``. Missing values (levels that are off) are None, NaN or
+        rows: One mapping an epoch with `epoch`, `cosine_<a>_<b>` as :func:`branch_cosines`
+            gives them and `weight_<level>`. Missing values (levels that are off) are None, NaN or
             absent.
 
     Returns:
@@ -207,7 +209,8 @@ def conflicts_figure(rows: Sequence[Mapping[str, Any]]) -> "Figure":
     by_epoch = {float(row.get("epoch", i)): row for i, row in enumerate(rows)}
     if not any(math.isfinite(_or_nan(row.get(key))) for key in pairs for row in rows):
         raise ValueError(
-            f"There is nothing to plot: no row has a number under cosine_<a>_<b>. The keys are {keys}."
+            "There is nothing to plot: no row has a number under cosine_<a>_<b>. The keys are "
+            f"{keys}."
         )
     epochs = sorted(by_epoch)
     measured = [
@@ -265,7 +268,7 @@ def conflicts_figure(rows: Sequence[Mapping[str, Any]]) -> "Figure":
 
 
 def _draw_weights(
-    axes: "Axes",
+    axes: Axes,
     epochs: list[float],
     by_epoch: Mapping[float, Mapping[str, Any]],
     levels: list[str],

@@ -28,13 +28,13 @@ _FAINT = 1e-2  # a path that brings less than this part of the gradient is hardl
 
 @dataclass
 class PathGradients:
-    """Result of :func:`path_gradients`; ``print`` shows it as text.
+    """Result of :func:`path_gradients`; `print` shows it as text.
 
     Attributes:
         paths: Names of the paths.
         stages: Names of the encoder's stages.
-        norms: ``{path: {stage: norm}}`` of the gradient through that path alone.
-        shares: ``{path: {stage: share}}``, <g_path, G> / ‖G‖²: they sum to 1 at each stage where
+        norms: `{path: {stage: norm}}` of the gradient through that path alone.
+        shares: `{path: {stage: share}}`, <g_path, G> / ‖G‖²: they sum to 1 at each stage where
             anything arrives.
         error: ‖sum of the paths - G‖ / ‖G‖, with G from an ordinary backward pass; rounding, if all
             paths are there.
@@ -76,7 +76,7 @@ def path_gradients(
     batch: Any,
     loss: Callable[..., torch.Tensor],
     head: str | None = None,
-    encode: "Callable[[Any], Mapping[str, torch.Tensor] | Sequence[torch.Tensor]] | None" = None,
+    encode: Callable[[Any], Mapping[str, torch.Tensor] | Sequence[torch.Tensor]] | None = None,
     decode: Callable[..., Any] | None = None,
     stages: Mapping[str, Any] | None = None,
 ) -> PathGradients:
@@ -92,17 +92,17 @@ def path_gradients(
         head: The branch model's head to look at, which may be left out if it has one decoder.
         encode: For another module: its encoder, a function from the input to its maps, as a dict by
             name or in order.
-        decode: And its decoder: ``decode(*maps)`` gives the output.
+        decode: And its decoder: `decode(*maps)` gives the output.
         stages: Of the encoder, as :func:`gradient_report` takes them. Stages that no path reaches
             are left out.
 
     Returns:
-        A :class:`PathGradients`. The paths of a branch model are ``'trunk (<tap>)'``, through the
-        deepest map, and ``'skip (<tap>)'``.
+        A :class:`PathGradients`. The paths of a branch model are `'trunk (<tap>)'`, through the
+        deepest map, and `'skip (<tap>)'`.
 
     Raises:
-        ValueError: No or several decoders and no ``head``, or only one of ``encode`` and
-            ``decode``.
+        ValueError: No or several decoders and no `head`, or only one of `encode` and
+            `decode`.
 
     Example:
         >>> from timm_branches import create_branch_model
@@ -116,7 +116,8 @@ def path_gradients(
         encode, decode, run = _encoder_decoder(model, head, objective.input)
     elif encode is None or decode is None or head is not None:
         raise ValueError(
-            "give encode= and decode= (and no head=) for a module that is no branch model: functions from "
+            "give encode= and decode= (and no head=) for a module that is no branch model: "
+            "functions from "
             "the input to the maps, and from the maps to the output."
         )
     else:
@@ -144,7 +145,8 @@ def path_gradients(
             given: list[torch.Tensor | None] = [None] * len(parameters)
             if slope is None or not slope.any():
                 findings.append(
-                    f"{name}: no gradient arrives at its map: the decoder does not use it, or cuts it off."
+                    f"{name}: no gradient arrives at its map: the decoder does not use it, or cuts "
+                    "it off."
                 )
             elif map_.requires_grad:
                 given = list(

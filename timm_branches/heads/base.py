@@ -45,8 +45,8 @@ class Head:
     Attributes:
         kind: Its name in `head=` and in files.
         multi_tap: Whether it reads several taps (a decoder) or exactly one (a classifier).
-        dense: Whether its output is a map of the image's size (a decoder). Its module is called with
-            the images too, `module(*maps, image=x)`, and in a batch of clips with every frame.
+        dense: Whether its output is a map of the image's size (a decoder). Its module is called
+            with the images too, `module(*maps, image=x)`, and in a batch of clips with every frame.
         temporal: Whether it reads clips. Its module is a :class:`TemporalHead`.
 
     Example:
@@ -111,8 +111,8 @@ class TemporalHead(Protocol):
     Attributes:
         fc: As in :class:`HeadModule`.
         num_classes: As in :class:`HeadModule`.
-        to_vector: The module that turns the maps (N, C, H, W) of all frames into vectors (N, D), and
-            is called once in a forward pass. The gradient at each frame is measured behind it.
+        to_vector: The module that turns the maps (N, C, H, W) of all frames into vectors (N, D),
+            and is called once in a forward pass. The gradient at each frame is measured behind it.
     """
 
     fc: nn.Module

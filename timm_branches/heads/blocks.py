@@ -59,16 +59,16 @@ class Upsample(nn.Module):
     Args:
         in_chs: Channels C.
         out_chs: Channels of the result, where there is a convolution.
-        mode: ``'nearest'`` and ``'bilinear'`` interpolate; ``'transposed'`` (Zeiler et al. 2010)
-            and ``'shuffle'`` (sub-pixel convolution, Shi et al. 2016, arXiv 1609.05158) learn to
+        mode: `'nearest'` and `'bilinear'` interpolate; `'transposed'` (Zeiler et al. 2010)
+            and `'shuffle'` (sub-pixel convolution, Shi et al. 2016, arXiv 1609.05158) learn to
             double, and interpolate what is left to an odd size.
         double: Whether the map is to be about doubled; if not, it is only resized.
         with_conv: Whether this is all that a stage does: it then convolves with overlapping kernels
-            (3x3, and 4x4 for ``'transposed'``) in every mode. Else only as the mode needs, and
+            (3x3, and 4x4 for `'transposed'`) in every mode. Else only as the mode needs, and
             convolutions follow.
 
     Attributes:
-        out_chs: Channels of the result, ``in_chs`` where there is no convolution.
+        out_chs: Channels of the result, `in_chs` where there is no convolution.
     """
 
     def __init__(self, in_chs: int, out_chs: int, mode: str, double: bool, with_conv: bool):
@@ -102,7 +102,7 @@ class AttentionGate(nn.Module):
     """Weighs each pixel of a skip by how it fits the decoder's map: (B, S, H, W), (B, G, H, W) ->
     (B, S, H, W).
 
-    ``skip * sigmoid(psi(relu(W_x skip + W_g gate)))``, additive attention of Oktay et al. 2018
+    `skip * sigmoid(psi(relu(W_x skip + W_g gate)))`, additive attention of Oktay et al. 2018
     (arXiv 1804.03999), equations 1 and 2, computed at the size of the skip.
     """
 
@@ -137,7 +137,8 @@ class LinearBottleneck(nn.Module):
         if x.shape[1:] != self.shape:
             raise ValueError(
                 f"the decoder's bottleneck at tap {self.tap_name!r} was made for a map of "
-                f"{self.shape[1]}x{self.shape[2]}, got {x.shape[2]}x{x.shape[3]}: give images of the size "
+                f"{self.shape[1]}x{self.shape[2]}, got {x.shape[2]}x{x.shape[3]}: give images of "
+                "the size "
                 "that the model was made for, set img_size=, or leave out bottleneck=."
             )
         return self.decode(self.encode(x.flatten(1))).unflatten(1, self.shape)

@@ -1,5 +1,7 @@
 """Branch classifiers: a head that turns the map at one tap into class logits."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -19,7 +21,8 @@ def check_options(hidden: Sequence[int] | None, drop_rate: float | None) -> None
     for width in hidden or ():
         if isinstance(width, bool) or not isinstance(width, int) or width < 1:
             raise ValueError(
-                f"hidden= takes the widths of the hidden layers, such as (256, 256), got {hidden!r}."
+                "hidden= takes the widths of the hidden layers, such as (256, 256), got "
+                f"{hidden!r}."
             )
     if drop_rate is not None and not 0 <= drop_rate < 1:
         raise ValueError(f"drop_rate= must be in [0, 1), got {drop_rate!r}.")
@@ -33,7 +36,7 @@ class PoolHead(Head):
     Args:
         hidden: Widths of hidden layers, each Linear -> ReLU -> BatchNorm -> Dropout. None by
             default.
-        pool_type: timm's global pooling: ``'avg'``, ``'max'``, ``'avgmax'``, ``'catavgmax'``.
+        pool_type: timm's global pooling: `'avg'`, `'max'`, `'avgmax'`, `'catavgmax'`.
         drop_rate: Dropout behind each hidden layer and before the last Linear; None takes the
             model's, or 0.
 
@@ -64,7 +67,7 @@ class PoolHead(Head):
         num_classes: int,
         drop_rate: float | None = None,
         in_chans: int = 3,
-    ) -> "BranchClassifier":
+    ) -> BranchClassifier:
         """The head for the map at its one tap."""
         (tap,) = taps
         pool = SelectAdaptivePool2d(pool_type=self.pool_type, flatten=True)
@@ -116,7 +119,7 @@ class FlattenHead(Head):
         num_classes: int,
         drop_rate: float | None = None,
         in_chans: int = 3,
-    ) -> "BranchClassifier":
+    ) -> BranchClassifier:
         """The head for the map at its one tap, whose size fixes the first Linear."""
         (tap,) = taps
         hidden = self.hidden
@@ -144,7 +147,8 @@ class FixedFlatten(nn.Flatten):
         if x.shape[2:] != self.size:
             raise ValueError(
                 f"The 'flatten' head at tap {self.tap_name!r} was made for a map of "
-                f"{self.size[0]}x{self.size[1]}, got {x.shape[2]}x{x.shape[3]}: give images of the size "
+                f"{self.size[0]}x{self.size[1]}, got {x.shape[2]}x{x.shape[3]}: give images of the "
+                "size "
                 "that the model was made for, set img_size=, or pool instead of flattening."
             )
         return super().forward(x)
@@ -153,7 +157,7 @@ class FixedFlatten(nn.Flatten):
 class BranchClassifier(nn.Module):
     """Map to vector, hidden layers, classifier. Made by :class:`PoolHead` and :class:`FlattenHead`.
 
-    Shapes: (B, C, H, W) -> (B, num_classes); (B, width) when ``num_classes`` is 0.
+    Shapes: (B, C, H, W) -> (B, num_classes); (B, width) when `num_classes` is 0.
     """
 
     def __init__(
@@ -181,7 +185,7 @@ class BranchClassifier(nn.Module):
         self.reset_classifier(num_classes)
 
     def reset_classifier(self, num_classes: int) -> None:
-        """A new last layer for ``num_classes`` classes; 0 leaves the features."""
+        """A new last layer for `num_classes` classes; 0 leaves the features."""
         like: torch.Tensor | None = next(self.hidden.parameters(), None)
         if isinstance(self.fc, nn.Linear):
             like = self.fc.weight
@@ -193,6 +197,6 @@ class BranchClassifier(nn.Module):
         self.num_classes = num_classes
 
     def forward(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        """Logits (B, K) of maps (B, C, H, W); with ``pre_logits`` what the last layer reads."""
+        """Logits (B, K) of maps (B, C, H, W); with `pre_logits` what the last layer reads."""
         x = self.drop(self.hidden(self.to_vector(x)))
         return x if pre_logits else self.fc(x)

@@ -6,6 +6,8 @@ of the image. Each further map enters as a skip at the stage that reaches its si
 read off the tensors, so that odd ones fit as well.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,10 +46,10 @@ class UNetHead(Head):
     Args:
         channels: Width of each decoder stage from the deepest on. By default 16 times the stage's
             stride, at most 256: (256, 128, 64, 32, 16) at strides 16, 8, 4, 2 and 1.
-        norm: timm's name of the norm: ``'batchnorm2d'``, ``'groupnorm'``, ``'groupnorm1'``,
-            ``'layernorm2d'``, ``'rmsnorm2d'``; None for none.
+        norm: timm's name of the norm: `'batchnorm2d'`, `'groupnorm'`, `'groupnorm1'`,
+            `'layernorm2d'`, `'rmsnorm2d'`; None for none.
         act: timm's name of the activation.
-        upsample: ``'nearest'``, ``'bilinear'``, ``'transposed'`` or ``'shuffle'``.
+        upsample: `'nearest'`, `'bilinear'`, `'transposed'` or `'shuffle'`.
         attention: Put an attention gate on each skip (Oktay et al. 2018).
         input_skip: One more skip, at stride 1: a 3x3 convolution of the image. Without it a
             backbone whose first map has stride 4 has lost the fine detail.
@@ -56,7 +58,7 @@ class UNetHead(Head):
         residual: Output is the image plus the prediction, for restoration; needs as many classes as
             channels.
         out_act: timm's names of activations applied to the prediction one after the other, such as
-            ``'sigmoid'``.
+            `'sigmoid'`.
         deep_supervision: In training also answer from each stage before the last (Lee et al. 2014,
             arXiv 1409.5185).
         drop_rate: Dropout of channels before the last layer; None takes the model's, or 0.
@@ -102,7 +104,8 @@ class UNetHead(Head):
                 )
         if self.bottleneck is not None and not _is_count(self.bottleneck):
             raise ValueError(
-                f"bottleneck= takes the size of the code, a whole number from 1, got {self.bottleneck!r}."
+                "bottleneck= takes the size of the code, a whole number from 1, got "
+                f"{self.bottleneck!r}."
             )
         if self.norm is not None and self.norm not in _NORMS:
             raise ValueError(
@@ -110,7 +113,8 @@ class UNetHead(Head):
             )
         if self.upsample not in _UPSAMPLE:
             raise ValueError(
-                f"upsample= must be one of {', '.join(map(repr, _UPSAMPLE))}, got {self.upsample!r}."
+                f"upsample= must be one of {', '.join(map(repr, _UPSAMPLE))}, got "
+                f"{self.upsample!r}."
             )
         for key, name in [("act", self.act), *(("out_act", name) for name in self.out_act)]:
             try:
@@ -119,7 +123,8 @@ class UNetHead(Head):
                 known = False
             if not known:
                 raise ValueError(
-                    f"{key}= takes timm's names of activations, such as 'relu', 'leaky_relu', 'gelu', "
+                    f"{key}= takes timm's names of activations, such as 'relu', 'leaky_relu', "
+                    "'gelu', "
                     f"'silu' or 'sigmoid', got {name!r}."
                 )
         if self.drop_rate is not None and not 0 <= self.drop_rate < 1:
@@ -131,8 +136,8 @@ class UNetHead(Head):
         num_classes: int,
         drop_rate: float | None = None,
         in_chans: int = 3,
-    ) -> "SkipDecoder":
-        """The decoder for the maps at its taps and images of ``in_chans`` channels."""
+    ) -> SkipDecoder:
+        """The decoder for the maps at its taps and images of `in_chans` channels."""
         rate = self.drop_rate if self.drop_rate is not None else drop_rate or 0.0
         return SkipDecoder(self, taps, num_classes, rate, in_chans)
 
@@ -152,7 +157,7 @@ class RedNetHead(UNetHead):
             channels (at most 256), and the last upsampling, whose width is the number of classes,
             does not count.
         norm: None by default.
-        upsample: ``'transposed'`` by default.
+        upsample: `'transposed'` by default.
 
     Raises:
         ValueError: As :class:`UNetHead`.
@@ -172,7 +177,7 @@ class RedNetHead(UNetHead):
 class _Step(NamedTuple):
     """One stage.
 
-    ``halvings`` doublings before the size of skip number ``target`` (of the image, if None).
+    `halvings` doublings before the size of skip number `target` (of the image, if None).
     """
 
     stride: float
@@ -216,11 +221,11 @@ class SkipDecoder(nn.Module):
 
     Shapes: maps (B, C_i, H_i, W_i) and image (B, in_chans, H, W) -> (B, num_classes, H, W). In
         training with deep
-    supervision ``{'main': ..., 'aux1': ..., ...}``, all of that shape, 'aux1' from the deepest
+    supervision `{'main': ..., 'aux1': ..., ...}`, all of that shape, 'aux1' from the deepest
     stage.
 
     Raises:
-        ValueError: ``channels`` of another number than there are stages, ``residual`` without as
+        ValueError: `channels` of another number than there are stages, `residual` without as
             many classes as channels, options that have no effect on these taps; maps that do not
             fit the bottleneck.
     """
@@ -322,7 +327,8 @@ class SkipDecoder(nn.Module):
     def _refuse_without_effect(self, spec: UNetHead, skip_chs: Sequence[int]) -> None:
         if spec.attention and not skip_chs:
             raise ValueError(
-                "attention= has no effect on a decoder without skips: give several taps, or input_skip=."
+                "attention= has no effect on a decoder without skips: give several taps, or "
+                "input_skip=."
             )
         if spec.deep_supervision and len(self.steps) < 2:
             raise ValueError(
@@ -330,10 +336,11 @@ class SkipDecoder(nn.Module):
             )
 
     def reset_classifier(self, num_classes: int) -> None:
-        """New last layers for ``num_classes`` channels of output; 0 leaves the last stage's map."""
+        """New last layers for `num_classes` channels of output; 0 leaves the last stage's map."""
         if self.residual and num_classes != self.in_chans:
             raise ValueError(
-                f"residual=True adds the prediction to the image: num_classes must be its {self.in_chans} "
+                "residual=True adds the prediction to the image: num_classes must be its "
+                f"{self.in_chans} "
                 f"channels, got {num_classes}."
             )
         like: torch.Tensor | None = next(self.parameters(), None)
@@ -360,7 +367,7 @@ class SkipDecoder(nn.Module):
             self.aux.to(device=like.device, dtype=like.dtype)
         self.num_classes = num_classes
 
-    def _init_output(self, conv: "nn.Conv2d | nn.ConvTranspose2d") -> None:
+    def _init_output(self, conv: nn.Conv2d | nn.ConvTranspose2d) -> None:
         """A residual decoder starts as almost the identity.
 
         Its first answer is the image, not noise upon it.

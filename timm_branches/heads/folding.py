@@ -14,7 +14,7 @@ class Clips:
     """How the frames of a batch of clips are laid out in one batch of images.
 
     Frames behind a clip's length are left out, so that neither a result nor a statistic of
-    BatchNorm depends on padding. In ``torch.export`` and ONNX, where the number of frames must not
+    BatchNorm depends on padding. In `torch.export` and ONNX, where the number of frames must not
     depend on values, they are computed and then blanked.
 
     Args:
@@ -32,7 +32,7 @@ class Clips:
         exporting: Whether a graph is being made.
     """
 
-    def __init__(self, x: torch.Tensor, lengths: "torch.Tensor | Sequence[int] | None" = None):
+    def __init__(self, x: torch.Tensor, lengths: torch.Tensor | Sequence[int] | None = None):
         self.shape = (x.shape[0], x.shape[1])
         self.exporting = torch.compiler.is_exporting() or torch.jit.is_tracing()
         self.lengths: torch.Tensor | None = None
@@ -56,7 +56,8 @@ class Clips:
         lengths = torch.as_tensor(given)
         if lengths.device.type != "cpu" and lengths.device != x.device:
             raise ValueError(
-                f"lengths= is on {lengths.device}, the clips are on {x.device}: put it there, or on the "
+                f"lengths= is on {lengths.device}, the clips are on {x.device}: put it there, or "
+                "on the "
                 "CPU."
             )
         is_mask = lengths.ndim == 2
@@ -65,7 +66,8 @@ class Clips:
         )
         if tuple(lengths.shape) != ((batch, time) if is_mask else (batch,)) or not right:
             raise ValueError(
-                f"lengths= takes whole numbers ({batch},), or a bool mask ({batch}, {time}), for clips "
+                f"lengths= takes whole numbers ({batch},), or a bool mask ({batch}, {time}), for "
+                "clips "
                 f"{tuple(x.shape)}; got {lengths.dtype} {tuple(lengths.shape)}."
             )
         counts = lengths.sum(1) if is_mask else lengths.long()
@@ -74,7 +76,8 @@ class Clips:
         counts, mask = counts.cpu(), lengths.cpu()
         if is_mask and not torch.equal(mask, torch.arange(time) < counts[:, None]):
             raise ValueError(
-                "the mask has holes: the valid frames of a clip must stand at its beginning, the padding "
+                "the mask has holes: the valid frames of a clip must stand at its beginning, the "
+                "padding "
                 "behind them."
             )
         if counts.min() < 1 or counts.max() > time:
@@ -127,7 +130,8 @@ def read_clips(
         return Clips(x, lengths)
     if x.ndim == 4 and temporal:
         raise ValueError(
-            f"the heads {sorted(temporal)} read clips (B, T, C, H, W), got {tuple(x.shape)}: give clips "
+            f"the heads {sorted(temporal)} read clips (B, T, C, H, W), got {tuple(x.shape)}: give "
+            "clips "
             "(one frame is a clip with T = 1, x[:, None]), or name other heads with heads=[...]."
         )
     if lengths is not None:
@@ -141,7 +145,8 @@ def warn_of_batch_statistics(backbone: nn.Module) -> None:
         isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in backbone.modules()
     ):
         warnings.warn(
-            "frames_per_pass: BatchNorm of the backbone is in training and sees the statistics of a few "
+            "frames_per_pass: BatchNorm of the backbone is in training and sees the statistics of "
+            "a few "
             "frames at a time; freeze() the backbone, or set frames_per_pass = None.",
             stacklevel=2,
         )

@@ -6,6 +6,8 @@ features into an LSTM. Attention pooling is that of Ilse et al. 2018
 (https://arxiv.org/abs/1802.04712), equations (7) and (8).
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -40,15 +42,15 @@ class LSTMHead(Head):
         bidirectional: Read the clip in both directions; such a head cannot stream.
         drop_rate: Dropout between recurrent layers, behind the last of them and behind each hidden
             layer; None takes the model's, or 0.
-        pool_type: How a frame's map becomes a vector: timm's global pooling ``'avg'``, ``'max'``,
-            ``'avgmax'``, ``'catavgmax'``; ``'attention'``, a learned average over the positions;
-            ``'flatten'``, the whole map, which binds the head to one image size.
+        pool_type: How a frame's map becomes a vector: timm's global pooling `'avg'`, `'max'`,
+            `'avgmax'`, `'catavgmax'`; `'attention'`, a learned average over the positions;
+            `'flatten'`, the whole map, which binds the head to one image size.
         projection: Width of a Linear between that vector and the recurrence; None for none.
-        activation: Behind the projection, by timm's name (``'relu'``, ``'gelu'``); None for none.
-        output: ``'clip'`` for one answer a clip (B, K), ``'frame'`` for one a frame (B, T, K).
-        readout: What a clip's answer is read from: ``'last'``, the state after its last valid frame
-            (bidirectional: beside it the backward state after the first frame); ``'mean'`` or
-            ``'max'`` over the outputs of all valid frames; ``'attention'``, a learned average of
+        activation: Behind the projection, by timm's name (`'relu'`, `'gelu'`); None for none.
+        output: `'clip'` for one answer a clip (B, K), `'frame'` for one a frame (B, T, K).
+        readout: What a clip's answer is read from: `'last'`, the state after its last valid frame
+            (bidirectional: beside it the backward state after the first frame); `'mean'` or
+            `'max'` over the outputs of all valid frames; `'attention'`, a learned average of
             them.
         hidden: Widths of hidden layers before the last Linear, each Linear -> ReLU -> Dropout.
 
@@ -93,17 +95,20 @@ class LSTMHead(Head):
         ):
             if getattr(self, name) not in known:
                 raise ValueError(
-                    f"{name}= must be one of {', '.join(map(repr, known))}, got {getattr(self, name)!r}."
+                    f"{name}= must be one of {', '.join(map(repr, known))}, got "
+                    f"{getattr(self, name)!r}."
                 )
         if self.output == "frame" and self.readout != "last":
             raise ValueError(
-                f"readout={self.readout!r} has no effect with output='frame', which reads every frame: "
+                f"readout={self.readout!r} has no effect with output='frame', which reads every "
+                "frame: "
                 "leave it out, or choose output='clip'."
             )
         if self.activation is not None:
             if self.projection is None:
                 raise ValueError(
-                    f"activation={self.activation!r} stands behind the projection: give projection=."
+                    f"activation={self.activation!r} stands behind the projection: give "
+                    "projection=."
                 )
             _activation(self.activation)
 
@@ -113,7 +118,7 @@ class LSTMHead(Head):
         num_classes: int,
         drop_rate: float | None = None,
         in_chans: int = 3,
-    ) -> "TemporalClassifier":
+    ) -> TemporalClassifier:
         """The head for the maps at its one tap."""
         (tap,) = taps
         rate = drop_rate or 0.0
@@ -216,7 +221,7 @@ class TemporalClassifier(BranchClassifier):
         self.hidden = nn.Sequential(*hidden)
 
     def reset_classifier(self, num_classes: int) -> None:
-        """A new last layer for ``num_classes`` classes; 0 leaves the features."""
+        """A new last layer for `num_classes` classes; 0 leaves the features."""
         super().reset_classifier(num_classes)
         if "rnn" in self._modules:  # not yet while the head is made
             self.fc.to(next(self.rnn.parameters()))
@@ -233,7 +238,7 @@ class TemporalClassifier(BranchClassifier):
                 state beside it.
 
         Returns:
-            Logits (B, K) or, with ``output='frame'``, (B, T, K); and the new state.
+            Logits (B, K) or, with `output='frame'`, (B, T, K); and the new state.
         """
         y = clips.unfold(self.projection(self.to_vector(x)))
         out, state = self._recur(y, clips, state)
@@ -254,7 +259,8 @@ class TemporalClassifier(BranchClassifier):
         elif clips.exporting:
             if self.spec.bidirectional:
                 raise ValueError(
-                    "a bidirectional head cannot be exported with lengths=: export clips of one length, "
+                    "a bidirectional head cannot be exported with lengths=: export clips of one "
+                    "length, "
                     "or use bidirectional=False."
                 )
             out, new = self.rnn(y, given)

@@ -58,10 +58,10 @@ def part_up_to(backbone: nn.Module, reader: TapReader, stage: int) -> FrozenPart
 
 
 class FreezableBackbone(nn.Module):
-    """The part of a branch model that freezes its ``backbone``. Freezing is a matter of training:
+    """The part of a branch model that freezes its `backbone`. Freezing is a matter of training:
     files do not hold it.
 
-    A frozen part gets no gradients and keeps BatchNorm and dropout in eval through ``train()``.
+    A frozen part gets no gradients and keeps BatchNorm and dropout in eval through `train()`.
     Autograd saves nothing in it, because it begins at the input.
     """
 
@@ -81,7 +81,7 @@ class FreezableBackbone(nn.Module):
         self._frozen_modules: frozenset[str] = frozenset()
         self._frozen_parameters: frozenset[str] = frozenset()  # those that would be trained else
 
-    def freeze(self, stages: "int | str | None" = None) -> Self:
+    def freeze(self, stages: int | str | None = None) -> Self:
         """Freeze the backbone, or its stages up to and including one. What is frozen already stays
         so.
 
@@ -109,7 +109,7 @@ class FreezableBackbone(nn.Module):
         self._set_frozen(stage, whole=stages is None or self._frozen)
         return self
 
-    def unfreeze(self, stages: "int | str | None" = None) -> Self:
+    def unfreeze(self, stages: int | str | None = None) -> Self:
         """Train the backbone again, or its stages from one on (to unfreeze it step by step from the
         top).
 
@@ -136,12 +136,13 @@ class FreezableBackbone(nn.Module):
         )
         return [row.stage for row in self.reader.table if row.index <= deepest]
 
-    def _check_stage(self, given: "int | str") -> int:
+    def _check_stage(self, given: int | str) -> int:
         stage = Tap(stage=given).stage  # type: ignore[arg-type]
         there = self._stages()
         if stage not in there:
             raise ValueError(
-                f"stages={given!r}: {self.reader.architecture} with these taps has the stages {there}; "
+                f"stages={given!r}: {self.reader.architecture} with these taps has the stages "
+                f"{there}; "
                 "freeze() and unfreeze() without stages= take all of it."
             )
         assert isinstance(stage, int)

@@ -12,7 +12,7 @@ __all__ = ["Layout", "as_map", "recognise_layout", "token_grid"]
 class Layout(NamedTuple):
     """How a module gives its map.
 
-    ``NCHW``, ``NHWC`` or ``NLC`` (tokens, after ``prefix_tokens`` others).
+    `NCHW`, `NHWC` or `NLC` (tokens, after `prefix_tokens` others).
     """
 
     name: str
@@ -20,7 +20,7 @@ class Layout(NamedTuple):
 
 
 def token_grid(tokens: int, image: Sequence[int], module: str) -> tuple[int, int]:
-    """Height and width of ``tokens`` tokens of an image.
+    """Height and width of `tokens` tokens of an image.
 
     The grid whose cells are the most nearly square.
     """
@@ -68,7 +68,8 @@ def recognise_layout(y: Any, image: Sequence[int], backbone: nn.Module, module: 
         f"shape {tuple(y.shape)} for 2 images" if isinstance(y, torch.Tensor) else type(y).__name__
     )
     raise ValueError(
-        f"the output of {module!r} ({what}) is not a feature map: tap a module that returns (B, C, H, W), "
+        f"the output of {module!r} ({what}) is not a feature map: tap a module that returns (B, C, "
+        "H, W), "
         "(B, H, W, C) or (B, N, C) with N tokens in a grid."
     )
 

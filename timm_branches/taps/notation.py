@@ -7,6 +7,8 @@ have stage k of 2..5 at (k-1)/4 of their depth and stage 1 at their first block.
 conv block k *with* its pool. Any module can be tapped by its path.
 """
 
+from __future__ import annotations
+
 import difflib
 import math
 import re
@@ -29,13 +31,13 @@ class Tap:
     """A place in a backbone at which a head listens.
 
     Args:
-        stage: Stage number (``3``) or its spellings ``'conv3'``, ``'stage3'``.
-        module: Path of a module whose output is tapped (``'layer3.2.conv2'``). Give either this or
-            ``stage``.
+        stage: Stage number (`3`) or its spellings `'conv3'`, `'stage3'`.
+        module: Path of a module whose output is tapped (`'layer3.2.conv2'`). Give either this or
+            `stage`.
         detach: Stop the gradient of the heads at this tap from reaching the backbone.
 
     Raises:
-        ValueError: Neither or both of ``stage`` and ``module`` are given, or the spelling is
+        ValueError: Neither or both of `stage` and `module` are given, or the spelling is
             unknown.
 
     Example:
@@ -69,10 +71,10 @@ class Tap:
             raise ValueError(f"A stage is a whole number, got {self.stage!r}.")
 
     @classmethod
-    def parse(cls, spec: "int | str | Tap | dict") -> "Tap":
+    def parse(cls, spec: int | str | Tap | dict) -> Tap:
         """Read a tap from what people write.
 
-        ``3``, ``'conv3'``, ``'stage3'``, ``'layer3.2.conv2'`` or a Tap.
+        `3`, `'conv3'`, `'stage3'`, `'layer3.2.conv2'` or a Tap.
         """
         if isinstance(spec, Tap):
             return spec
@@ -89,7 +91,7 @@ class Tap:
     def name(self) -> str:
         """Default name of the head at this tap.
 
-        ``stage3``, or the module path with underscores for dots.
+        `stage3`, or the module path with underscores for dots.
         """
         return f"stage{self.stage}" if self.module is None else self.module.replace(".", "_")
 
@@ -107,7 +109,7 @@ class StageInfo:
         module: Path of the module whose output the stage is.
         channels: Channels of the map.
         stride: Input pixels per pixel of the map.
-        index: Entry of timm's ``feature_info`` that the map comes from.
+        index: Entry of timm's `feature_info` that the map comes from.
         pool: The map is that entry after a 2x2 max-pool (VGG, whose entries stand before each
             pool).
     """
@@ -151,22 +153,23 @@ class TapTable(list[StageInfo]):
 
 
 def stage_table(backbone: nn.Module) -> TapTable:
-    """Stages of an unpruned timm model, read off its ``feature_info``.
+    """Stages of an unpruned timm model, read off its `feature_info`.
 
     Args:
-        backbone: Model as made by ``timm.create_model``.
+        backbone: Model as made by `timm.create_model`.
 
     Returns:
         The stages from the shallowest to the last, which has number 5.
 
     Raises:
-        ValueError: The model has no ``feature_info`` or no ``forward_intermediates``.
+        ValueError: The model has no `feature_info` or no `forward_intermediates`.
     """
     name = _architecture(backbone)
     info = getattr(backbone, "feature_info", None)
     if not info or not hasattr(backbone, "forward_intermediates"):
         raise ValueError(
-            f"{name} cannot be tapped by stage: it has no feature_info or no forward_intermediates. "
+            f"{name} cannot be tapped by stage: it has no feature_info or no "
+            "forward_intermediates. "
             "timm 1.0.31 and later have both for all their architectures."
         )
     entries = list(info)
@@ -209,10 +212,10 @@ def list_taps(model: str | nn.Module, **kwargs) -> TapTable:
     Args:
         model: Name of a registered architecture (built on the meta device) or an unpruned timm
             model.
-        **kwargs: Passed to ``timm.create_model``, for example ``img_size`` or ``output_stride``.
+        **kwargs: Passed to `timm.create_model`, for example `img_size` or `output_stride`.
 
     Returns:
-        Rows of (stage, module, channels, stride); ``print`` shows them as a table.
+        Rows of (stage, module, channels, stride); `print` shows them as a table.
 
     Raises:
         ValueError: The architecture is not registered, or cannot be tapped.

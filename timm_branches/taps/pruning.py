@@ -46,7 +46,7 @@ def _meta_weights(backbone: nn.Module, requires_grad: bool) -> Iterator[dict[int
 def dry_run(
     backbone: nn.Module, input_size: Sequence[int], run: Callable, parameters: dict | None = None
 ):
-    """``run(backbone, x)`` for two blank images with meta tensors in place of the weights.
+    """`run(backbone, x)` for two blank images with meta tensors in place of the weights.
 
     Shapes, no arithmetic.
     """
@@ -77,7 +77,7 @@ def dry_run(
 
 def unused_parameters(backbone: nn.Module, input_size: Sequence[int], run: Callable) -> set[str]:
     """Names of the parameters from which no path of the autograd graph leads to the outputs of
-    ``run``.
+    `run`.
     """
     parameters: dict[str, torch.Tensor] = {}
     outputs = dry_run(backbone, input_size, run, parameters)

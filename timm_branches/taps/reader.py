@@ -1,5 +1,7 @@
 """Reading several taps in one pass of a backbone that is cut down to what the taps need."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -45,7 +47,7 @@ class _Capture:
     deepcopy follows it).
     """
 
-    def __init__(self, reader: "TapReader", key: str):
+    def __init__(self, reader: TapReader, key: str):
         self.reader, self.key = reader, key
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -67,7 +69,7 @@ class _Capture:
 class TapReader:
     """Runs a backbone once, only as deep as needed, and returns its maps at the taps as NCHW.
 
-    Stages are read with timm's ``forward_intermediates``, module paths with forward hooks.
+    Stages are read with timm's `forward_intermediates`, module paths with forward hooks.
     Construction prunes
     the backbone in place: what lies behind the last tap goes, the classifier included.
 
@@ -122,7 +124,7 @@ class TapReader:
     def read(
         self, backbone: nn.Module, x: torch.Tensor, which: Sequence[int] | None = None
     ) -> list[torch.Tensor]:
-        """Maps (B, C, H, W) of the taps numbered ``which`` (all by default) for images x (B, C,
+        """Maps (B, C, H, W) of the taps numbered `which` (all by default) for images x (B, C,
         H, W).
         """
         which = range(len(self.taps)) if which is None else which
@@ -211,8 +213,10 @@ class TapReader:
         for path in self.wanted:
             if path not in captured:
                 raise ValueError(
-                    f"{path!r} was not run as a module in this pass (gradient checkpointing runs the "
-                    "members of a stage one by one); tap the stage by its number, or its last member"
+                    f"{path!r} was not run as a module in this pass (gradient checkpointing runs "
+                    "the "
+                    "members of a stage one by one); tap the stage by its number, or its last "
+                    "member"
                 )
         return captured
 
@@ -263,12 +267,15 @@ class TapReader:
                 continue
             if info.module not in captured:
                 raise ValueError(
-                    f"{self.architecture}: {info.module!r} is not run as a module when features are computed (it "
-                    f"belongs to the classifier, or is called in another way); tap another module.\n{self.table}"
+                    f"{self.architecture}: {info.module!r} is not run as a module when features "
+                    "are computed (it "
+                    "belongs to the classifier, or is called in another way); tap another "
+                    f"module.\n{self.table}"
                 )
             if self.calls[info.module] > 1:
                 raise ValueError(
-                    f"{self.architecture}: {info.module!r} is run {self.calls[info.module]} times in one pass: "
+                    f"{self.architecture}: {info.module!r} is run {self.calls[info.module]} times "
+                    "in one pass: "
                     f"which of its maps is meant is not clear; tap another module.\n{self.table}"
                 )
             self.raw[info.module] = recognise_layout(
@@ -302,7 +309,7 @@ class TapReader:
     def _find_within(self, backbone: nn.Module, paths: set[str]) -> None:
         """For each tapped module the first of timm's entries whose computation runs it.
 
-        ``depth`` if none does.
+        `depth` if none does.
         """
         run: dict[int, set[str]] = {}
         for path in paths:
@@ -399,8 +406,10 @@ class TapReader:
                     else type(error).__name__
                 )
                 return (
-                    f"tap {info.tap.name!r} ({info.module}) of {self.architecture} cannot be computed for input "
-                    f"{_text(shape)}: {reason.rstrip('.')}. The model was made for input {_text(self.input_size)}; "
+                    f"tap {info.tap.name!r} ({info.module}) of {self.architecture} cannot be "
+                    "computed for input "
+                    f"{_text(shape)}: {reason.rstrip('.')}. The model was made for input "
+                    f"{_text(self.input_size)}; "
                     "give images that fit, a shallower tap, or img_size=."
                 )
             finally:

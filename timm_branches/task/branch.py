@@ -41,7 +41,7 @@ class BranchTask(HeadsTask):
             what stands behind the levels of its taxonomy) are left alone.
         schedule: Loss weights by epoch: a schedule, a preset's name, or None for equal weights.
         label_smoothing: Of every level's cross-entropy, or one for each level.
-        class_weights: Weight of each class, by level: ``{'fine': tensor (K,)}``; torch's weighted
+        class_weights: Weight of each class, by level: `{'fine': tensor (K,)}`; torch's weighted
             mean.
         loss: A loss of your own in place of the cross-entropies, of the form that
             :class:`timm_branches.hierarchy.losses.HierarchyLoss` states. It brings its own
@@ -112,7 +112,8 @@ class BranchTask(HeadsTask):
         )
         if len(smoothing) != count or not all(0 <= s < 1 for s in smoothing):
             raise ValueError(
-                f"label_smoothing must be in [0, 1), one number or one for each of {list(self.names)}, "
+                "label_smoothing must be in [0, 1), one number or one for each of "
+                f"{list(self.names)}, "
                 f"got {label_smoothing}."
             )
         self.label_smoothing = dict(zip(self.names, smoothing, strict=True))
@@ -126,7 +127,8 @@ class BranchTask(HeadsTask):
         }
         if (self.extras or marginal) and self.taxonomy is None:
             raise ValueError(
-                f"{', '.join([*self.extras, *(['marginal'] if marginal else [])])} needs a taxonomy: make "
+                f"{', '.join([*self.extras, *(['marginal'] if marginal else [])])} needs a "
+                "taxonomy: make "
                 "the model with taxonomy=."
             )
         self.loss = loss
@@ -146,7 +148,8 @@ class BranchTask(HeadsTask):
         )
         if uncertainty and schedule is not None:
             raise ValueError(
-                "a schedule has no effect beside learned weights: give schedule= or uncertainty=True."
+                "a schedule has no effect beside learned weights: give schedule= or "
+                "uncertainty=True."
             )
         if uncertainty and marginal:
             raise ValueError("uncertainty= does not go with marginal=.")
@@ -163,7 +166,8 @@ class BranchTask(HeadsTask):
                 or not (weights >= 0).all()
             ):
                 raise ValueError(
-                    f"class_weights[{name!r}] of shape {tuple(weights.shape)}: give one weight from 0 "
+                    f"class_weights[{name!r}] of shape {tuple(weights.shape)}: give one weight "
+                    "from 0 "
                     f"upwards for each class of one of the heads {model.num_classes}."
                 )
             self.register_buffer(
@@ -271,7 +275,8 @@ class BranchTask(HeadsTask):
         losses = self.loss(logits, rows, self.taxonomy, share=share)
         if not isinstance(losses, Mapping) or not losses:
             raise ValueError(
-                "loss= must return a dict of scalars: the losses of levels by the levels' names, and "
+                "loss= must return a dict of scalars: the losses of levels by the levels' names, "
+                "and "
                 f"others; got {type(losses).__name__}."
             )
         off = set(self.names) - set(self.active)
@@ -348,7 +353,50 @@ class BranchTask(HeadsTask):
         return output[name] if self.taxonomy is not None else two_classes(output[name])
 
     # -- names
-    # -----------------------------------------------------------------------------------------------
+    # ----------------------------------------------------------------------------------------------
+    #     #
+    # ----------------------------------------------------------------------------------------------
+    #     #
+    # ----------------------------------------------------------------------------------------------
+    #     #
+    # ----------------------------------------------------------------------------------------------
+    #     #
+    # ----------------------------------------------------------------------------------------------
+    #     #
+    # ----------------------------------------------------------------------------------------------
+    #     #
+    # ----------------------------------------------------------------------------------------------
+    #     #
+    # ----------------------------------------------------------------------------------------------
+    #     #
+    # ----------------------------------------------------------------------------------------------
+    #     #
+    # ----------------------------------------------------------------------------------------------
+    #     #
+    # ----------------------------------------------------------------------------------------------
+    #     #
+    # ----------------------------------------------------------------------------------------------
+    #     #
+    # ----------------------------------------------------------------------------------------------
+    #     #
+    # ----------------------------------------------------------------------------------------------
+    #     #
+    # ----------------------------------------------------------------------------------------------
+    #     #
+    # ----------------------------------------------------------------------------------------------
+    #     #
+    # ----------------------------------------------------------------------------------------------
+    #     #
+    # ----------------------------------------------------------------------------------------------
+    #     #
+    # ----------------------------------------------------------------------------------------------
+    #     #
+    # ----------------------------------------------------------------------------------------------
+    #     #
+    # ----------------------------------------------------------------------------------------------
+    #     #
+    # ----------------------------------------------------------------------------------------------
+    #     # -----------------------------------------------------------------------------------------------
 
     def match_labels(self, names: Any) -> Callable[[Any], Any] | None:
         """As in :class:`HeadsTask`; class indices (B,) of a class list become labels (B, L)."""
@@ -411,13 +459,13 @@ class FlatTask(BranchTask):
     upwards.
 
     Args:
-        model: Branch model with a single head of ``taxonomy.num_leaves`` classes.
+        model: Branch model with a single head of `taxonomy.num_leaves` classes.
         taxonomy: The hierarchy whose levels are reported.
         label_smoothing: Of the marginal loss, for images whose leaf is known.
-        loss: ``'marginal'``, cross-entropy on the deepest class that is known; ``'hxe'`` or
-            ``'soft'``, the hierarchical losses of Bertinetto et al. 2020; or a function of your own
+        loss: `'marginal'`, cross-entropy on the deepest class that is known; `'hxe'` or
+            `'soft'`, the hierarchical losses of Bertinetto et al. 2020; or a function of your own
             of (leaf logits (B, K), labels (B, L), taxonomy) that returns a scalar.
-        strength: alpha of ``'hxe'`` (default 0.1) or beta of ``'soft'`` (default 10).
+        strength: alpha of `'hxe'` (default 0.1) or beta of `'soft'` (default 10).
         device: Where the task lives.
 
     Raises:

@@ -21,21 +21,21 @@ class DenseTask(HeadsTask):
     With deep supervision each stage of a decoder adds its loss, too.
 
     Args:
-        model: Branch model with a decoder (``head='unet'`` or ``'rednet'``). If decoders give the
+        model: Branch model with a decoder (`head='unet'` or `'rednet'`). If decoders give the
             levels of its taxonomy (one gives all, or each gives one), the target is a mask of
             leaves and each level has its loss.
         loss: Name of a dense loss, see :func:`get_dense_loss`, or a function of (output, target)
             that gives a scalar.
-        evaluator: Makes the evaluator, given ``device=`` and ``max_samples=``: for masks
-            ``partial(SegmentationEvaluator, classes)``, for images :class:`RestorationEvaluator`.
+        evaluator: Makes the evaluator, given `device=` and `max_samples=`: for masks
+            `partial(SegmentationEvaluator, classes)`, for images :class:`RestorationEvaluator`.
         head: Name of the decoder, where the model has several that are not the levels of its
             taxonomy.
         schedule: The losses' weights by epoch: of the levels from coarse to fine, and with deep
-            supervision of the stages from the deepest to the output itself (``mask_aux1``, ...,
-            ``mask``); None weighs all equally.
+            supervision of the stages from the deepest to the output itself (`mask_aux1`, ...,
+            `mask`); None weighs all equally.
         device: Where the task lives; None leaves the model where it is.
         verbose: As in timm.
-        **settings: Of the named loss: ``ignore_index``, ``class_weights`` (with levels a dict of
+        **settings: Of the named loss: `ignore_index`, `class_weights` (with levels a dict of
             them), ...
 
     Raises:
@@ -73,7 +73,8 @@ class DenseTask(HeadsTask):
             head = decoders[0]
         if head not in decoders and not self.levels:
             raise ValueError(
-                f"head={head!r}: name one of the model's decoders, {decoders} among {list(model.names)}."
+                f"head={head!r}: name one of the model's decoders, {decoders} among "
+                f"{list(model.names)}."
             )
         self.sources = self.levels or {str(head): str(head)}  # the decoder that gives each output
         names = [
@@ -86,7 +87,8 @@ class DenseTask(HeadsTask):
         ]
         if schedule is not None and len(names) == 1:
             raise ValueError(
-                "schedule= weighs the stages of a decoder with deep_supervision=True, or the levels of a "
+                "schedule= weighs the stages of a decoder with deep_supervision=True, or the "
+                "levels of a "
                 "taxonomy; this one has one loss."
             )
         super().__init__(model, names, schedule, device, verbose=verbose)

@@ -1,5 +1,7 @@
 """Several tasks on one pass of one model: labels of the whole image beside masks."""
 
+from __future__ import annotations
+
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -53,7 +55,8 @@ class JointTask(HeadsTask):
         names = [name for task in tasks.values() for name in task.names]
         if len(models) != 1 or len(set(names)) < len(names):
             raise ValueError(
-                f"tasks must share one model and have different heads, got {len(models)} models and the "
+                f"tasks must share one model and have different heads, got {len(models)} models "
+                "and the "
                 f"losses {names}."
             )
         weights = dict(weights or {})
@@ -83,7 +86,7 @@ class JointTask(HeadsTask):
         )
         self.active = tuple(name for name, w in zip(self.names, self.weights, strict=True) if w > 0)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> "JointTask":
+    def _apply(self, fn: Any, recurse: bool = True) -> JointTask:
         super()._apply(fn, recurse)
         # tables and weights of their losses move along
         for task in getattr(self, "tasks", {}).values():
@@ -205,13 +208,13 @@ class JointTask(HeadsTask):
         for name, task in self.tasks.items():
             task.check_labels_of(described.get(name, {}), source)
 
-    def create_evaluator(self, **kwargs: Any) -> "_JointEvaluator":
+    def create_evaluator(self, **kwargs: Any) -> _JointEvaluator:
         """The tasks' evaluators side by side."""
         return _JointEvaluator(
             {name: task.create_evaluator(**kwargs) for name, task in self.tasks.items()}
         )
 
-    def confusions(self, evaluator: "_JointEvaluator") -> list[tuple[str, torch.Tensor, list[str]]]:
+    def confusions(self, evaluator: _JointEvaluator) -> list[tuple[str, torch.Tensor, list[str]]]:
         """Those of all tasks."""
         return [
             found
@@ -260,11 +263,11 @@ class _JointEvaluator:
         for name, part in self.parts.items():
             part.update(output, target[name])
 
-    def compute(self, distributed: bool = False) -> "OrderedDict[str, float]":
+    def compute(self, distributed: bool = False) -> OrderedDict[str, float]:
         found = {name: part.compute(distributed=distributed) for name, part in self.parts.items()}
         return OrderedDict(
             (new, found[name][metric]) for (name, metric), new in self.renamed.items()
         )
 
-    def summary(self) -> "OrderedDict[str, float]":
+    def summary(self) -> OrderedDict[str, float]:
         return self.compute()

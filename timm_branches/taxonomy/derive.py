@@ -64,7 +64,8 @@ def linkage_from_confusion(matrix: Any, method: str = "average") -> np.ndarray:
     counts = _as_matrix(matrix, "a confusion matrix")
     if counts.shape[0] != counts.shape[1]:
         raise ValueError(
-            f"a confusion matrix is square, one row and one column per class; got shape {counts.shape}"
+            "a confusion matrix is square, one row and one column per class; got shape "
+            f"{counts.shape}"
         )
     if (counts < 0).any():
         raise ValueError(f"a confusion matrix holds counts, got a negative one: {counts.min():g}")
@@ -78,7 +79,8 @@ def linkage_from_confusion(matrix: Any, method: str = "average") -> np.ndarray:
     np.fill_diagonal(similarity, 1)
     if np.count_nonzero(similarity) == len(counts):
         raise ValueError(
-            "no class is confused with any other, so nothing says which belong together; use a weaker "
+            "no class is confused with any other, so nothing says which belong together; use a "
+            "weaker "
             "model's confusion matrix, or embeddings"
         )
     return linkage(squareform(1 - similarity, checks=False), method)
@@ -161,7 +163,8 @@ def class_prototypes(
     samples = labels[known].bincount(minlength=count)
     if not count or not samples.all():
         raise ValueError(
-            f"each class needs a sample; there is none of {(samples == 0).nonzero().flatten().tolist()}"
+            "each class needs a sample; there is none of "
+            f"{(samples == 0).nonzero().flatten().tolist()}"
         )
     sums = embeddings.new_zeros(count, embeddings.shape[1], dtype=torch.float64)
     sums.index_add_(0, labels[known], embeddings[known].double())
@@ -204,7 +207,8 @@ def cut_linkage(linkage: Any, num_classes: Sequence[int]) -> torch.Tensor:
         set(wanted)
     ):
         raise ValueError(
-            f"num_classes must be increasing whole numbers, coarsest level first, each at least 2 and "
+            "num_classes must be increasing whole numbers, coarsest level first, each at least 2 "
+            "and "
             f"less than the {count} classes themselves; got {wanted}"
         )
     groups = {i: [i] for i in range(count)}
@@ -212,7 +216,8 @@ def cut_linkage(linkage: Any, num_classes: Sequence[int]) -> torch.Tensor:
     for step, (a, b) in enumerate(merges[:, :2].astype(int).tolist()):
         if a == b or a not in groups or b not in groups:
             raise ValueError(
-                f"row {step} of the linkage merges {a} and {b}, which are not two groups at that point"
+                f"row {step} of the linkage merges {a} and {b}, which are not two groups at that "
+                "point"
             )
         if len(groups) in wanted:
             cuts[len(groups)] = sorted(groups.values(), key=min)

@@ -52,7 +52,8 @@ def _check_names(a: Forest, b: Forest) -> None:
     if both := [leaf for leaf in b.leaves if leaf in only_b and leaf[-1] in mine]:
         raise ValueError(
             f"cannot merge: leaf {both[0][-1]!r} is {_shown([mine[both[0][-1]]])} in this tree and "
-            f"{_shown(both[:1])} in the other ({len(both)} such names); if they are different classes, "
+            f"{_shown(both[:1])} in the other ({len(both)} such names); if they are different "
+            "classes, "
             f"pass same_names=True"
         )
 
@@ -64,7 +65,8 @@ def _merge_levels(a: Sequence[str], b: Sequence[str]) -> list[str]:
         named = list(dict.fromkeys(name for name in (mine, theirs) if name not in (None, default)))
         if len(named) > 1:
             raise ValueError(
-                f"cannot merge: level {i} is called {mine!r} in this tree and {theirs!r} in the other; "
+                f"cannot merge: level {i} is called {mine!r} in this tree and {theirs!r} in the "
+                "other; "
                 f"levels are {list(a)} and {list(b)}"
             )
         merged += named or [default]

@@ -52,7 +52,8 @@ def category_paths(content: Mapping[str, Any]) -> tuple[dict[Any, NodePath], lis
         missing = [level for level in levels if not str(category.get(level) or "").strip()]
         if missing:
             raise ValueError(
-                f"The category {category['name']!r} (id {category['id']}) lacks {', '.join(missing)}, "
+                f"The category {category['name']!r} (id {category['id']}) lacks "
+                f"{', '.join(missing)}, "
                 "which others have: fill it in, or leave it out everywhere."
             )
         if category["id"] in paths:

@@ -47,7 +47,8 @@ class LabelTranslation:
         levels = max(level for level, _ in self.tables) + 1
         if labels.ndim == 0 or labels.shape[-1] < levels:
             raise ValueError(
-                f"Labels have one column a level, here {levels}; got the shape {tuple(labels.shape)}."
+                f"Labels have one column a level, here {levels}; got the shape "
+                f"{tuple(labels.shape)}."
             )
         columns = []
         for level, table in self.tables:
@@ -63,7 +64,8 @@ class LabelTranslation:
         if lowest < -1 or highest >= classes:
             wrong = lowest if lowest < -1 else highest
             raise ValueError(
-                f"The label {wrong} is out of range: legal are 0 to {classes - 1}, and -1 for unknown."
+                f"The label {wrong} is out of range: legal are 0 to {classes - 1}, and -1 for "
+                "unknown."
             )
 
 

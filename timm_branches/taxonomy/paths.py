@@ -82,7 +82,8 @@ def check_levels(levels: Sequence[str] | None, depth: int) -> tuple[str, ...]:
         )
     if len(levels) > depth:
         raise ValueError(
-            f"level {levels[depth]!r} is empty: {len(levels)} level names are given, but the deepest "
+            f"level {levels[depth]!r} is empty: {len(levels)} level names are given, but the "
+            "deepest "
             f"leaf lies on level {depth}; name {depth} levels"
         )
     if len(levels) < depth:
@@ -109,7 +110,8 @@ def check_order(
         if len(paths) != len(found) or set(paths) != set(found):
             odd = sorted("/".join(path) for path in set(paths) ^ set(found)) or "a node twice"
             raise ValueError(
-                f"order of level {level!r} must list each of its {len(found)} nodes once; it differs "
+                f"order of level {level!r} must list each of its {len(found)} nodes once; it "
+                "differs "
                 f"in {odd}"
             )
         ordered.append(tuple(paths))
@@ -162,7 +164,8 @@ def find(name: Any, ends: Mapping[str, list[NodePath]], nodes: Iterable[NodePath
     if found:
         options = ", ".join(repr(path) for path in found[:5])
         raise ValueError(
-            f"{name!r} is ambiguous: it fits {len(found)} nodes, among them {options}; give the whole "
+            f"{name!r} is ambiguous: it fits {len(found)} nodes, among them {options}; give the "
+            "whole "
             f"path as a tuple"
         )
     if any(name in ("/".join(path), path[-1]) for path in nodes):

@@ -64,7 +64,8 @@ def _row_path(cells: Sequence[str], where: str) -> NodePath:
     names = tuple(cell for cell in cells if cell)
     if tuple(cells[: len(names)]) != names:
         raise ValueError(
-            f"{where}: empty name above a class: {list(cells)}; only the last cells of a row may be empty"
+            f"{where}: empty name above a class: {list(cells)}; only the last cells of a row may "
+            "be empty"
         )
     return names
 
@@ -227,7 +228,8 @@ def _as_map(given: Any) -> dict[Any, Any]:
     ):
         return dict(enumerate(given))
     raise ValueError(
-        f"a map is a dict, a list of (child, parent) names, or a list of parent indices; got {given!r}"
+        "a map is a dict, a list of (child, parent) names, or a list of parent indices; got "
+        f"{given!r}"
     )
 
 
@@ -243,7 +245,8 @@ def _climb(classes: Sequence[str], edges: Mapping[str, str | None]) -> list[Node
     used = {name for path in paths for name in path}
     if unused := [name for name in edges if name not in used]:
         raise ValueError(
-            f"{unused[0]!r} has a parent but is neither a class nor above one{hint(unused[0], used)}"
+            f"{unused[0]!r} has a parent but is neither a class nor above "
+            f"one{hint(unused[0], used)}"
         )
     return paths
 

@@ -171,7 +171,8 @@ def _decode(path: str) -> tuple[str, str]:
         return data.decode("cp1252"), "cp1252"
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{path} is neither UTF-8 nor UTF-16 nor Windows-1252 text (byte {error.start}): save it "
+            f"{path} is neither UTF-8 nor UTF-16 nor Windows-1252 text (byte {error.start}): save "
+            "it "
             "as UTF-8."
         ) from error
 
@@ -204,7 +205,8 @@ def _refuse_surplus(row: list[str], header: list[str], place: str, delimiter: st
     if not any(cell.strip() for cell in surplus):
         return  # a delimiter at the end of the line
     raise ValueError(
-        f"{place}: {len(row)} cells, but the header names {len(header)} columns. A name that holds a "
+        f"{place}: {len(row)} cells, but the header names {len(header)} columns. A name that holds "
+        "a "
         f'{delimiter!r} must be quoted, as in "{delimiter.join(row[-2:])}".'
     )
 
@@ -219,7 +221,8 @@ def _from_columns(frame: Any, source: str) -> Table:
         header = list(getattr(frame, "column_names", getattr(frame, "columns", ())))
     if not header:
         raise TypeError(
-            "A table is a file's path, a data frame, a datasets.Dataset or a mapping of columns; got "
+            "A table is a file's path, a data frame, a datasets.Dataset or a mapping of columns; "
+            "got "
             f"{type(frame).__name__}."
         )
     names = ["" if name is None else str(name).strip() for name in header]

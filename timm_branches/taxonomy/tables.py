@@ -70,7 +70,8 @@ def as_labels(labels: Any, count: int, what: str) -> torch.Tensor:
     wrong = (labels < -1) | (labels >= count)
     if wrong.any():
         raise ValueError(
-            f"{what} {int(labels[wrong][0])} is out of range; legal are 0 to {count - 1}, and -1 for "
+            f"{what} {int(labels[wrong][0])} is out of range; legal are 0 to {count - 1}, and -1 "
+            "for "
             f"unknown"
         )
     return labels

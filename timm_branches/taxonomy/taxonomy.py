@@ -357,7 +357,8 @@ class Taxonomy(Forest):
         """
         if data.get("format") != _FORMAT or "leaves" not in data:
             raise ValueError(
-                f"not a stored taxonomy: it needs format {_FORMAT!r} and leaves, got keys {list(data)}"
+                f"not a stored taxonomy: it needs format {_FORMAT!r} and leaves, got keys "
+                f"{list(data)}"
             )
         if data.get("version") != 1:
             raise ValueError(
@@ -387,7 +388,8 @@ class Taxonomy(Forest):
                 self.leaf_names[i] for i in sorted(set(range(self.num_leaves)) - set(indices))
             ]
             raise ValueError(
-                f"names must list each of the {self.num_leaves} leaves once; got {len(indices)} names, "
+                f"names must list each of the {self.num_leaves} leaves once; got {len(indices)} "
+                "names, "
                 f"missing {missing}"
             )
         return Taxonomy([self.leaves[i] for i in indices], self.levels)

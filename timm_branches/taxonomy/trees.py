@@ -285,6 +285,7 @@ def get_taxonomy(source: str | Path | Taxonomy) -> Taxonomy:
         return reader(path)
     close = difflib.get_close_matches(name, TREES, n=1)
     raise ValueError(
-        f"no taxonomy {str(source)!r}: it is neither an existing .csv or .json file, nor a folder, nor "
+        f"no taxonomy {str(source)!r}: it is neither an existing .csv or .json file, nor a folder, "
+        "nor "
         f"one of {', '.join(TREES)}" + (f"; did you mean {close[0]!r}?" if close else "")
     )

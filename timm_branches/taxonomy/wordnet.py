@@ -37,7 +37,8 @@ def read_wordnet(classes: Iterable[Any]) -> list[NodePath]:
             lemmas[synset.name()] = synset.lemma_names()[0].replace("_", " ")
         if "" in node:
             raise ValueError(
-                f"{first[chain[-1].name()]!r} and {labels[i]!r} both mean {chain[-1].name()} in WordNet; "
+                f"{first[chain[-1].name()]!r} and {labels[i]!r} both mean {chain[-1].name()} in "
+                "WordNet; "
                 f"give the synset that is meant, such as 'crane.n.04'"
             )
         node[""] = i
@@ -83,7 +84,8 @@ def _load() -> Any:
         from nltk.corpus import wordnet
     except ImportError as error:
         raise ImportError(
-            f"Taxonomy.from_wordnet needs nltk, which is not installed ({error}). Install it with: pip "
+            f"Taxonomy.from_wordnet needs nltk, which is not installed ({error}). Install it with: "
+            "pip "
             f"install nltk"
         ) from error
     try:
@@ -108,7 +110,8 @@ def _look_up(wordnet: Any, item: Any) -> Any:
         return item
     if not isinstance(item, str):
         raise ValueError(
-            f"a class is a word, a synset's name like 'dog.n.01', an ImageNet id like 'n02084071' or a "
+            "a class is a word, a synset's name like 'dog.n.01', an ImageNet id like 'n02084071' "
+            "or a "
             f"synset of nltk; got {item!r}"
         )
     if re.fullmatch(r"[nvars]\d{8}", item):

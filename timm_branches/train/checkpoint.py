@@ -18,7 +18,7 @@ __all__ = ["load_state", "save_state"]
 _PRODUCER = "timm_branches.checkpoint"
 
 
-def save_state(path: "str | os.PathLike", state: dict) -> None:
+def save_state(path: str | os.PathLike, state: dict) -> None:
     """Write nested dicts, lists, numbers, strings and tensors to one file, atomically.
 
     Floats, integer keys and tensors come back bit for bit; tuples come back as lists.
@@ -32,7 +32,7 @@ def save_state(path: "str | os.PathLike", state: dict) -> None:
     replace_file(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
 
-def load_state(path: "str | os.PathLike") -> dict:
+def load_state(path: str | os.PathLike) -> dict:
     """Read what :func:`save_state` wrote; tensors are on the CPU.
 
     Raises:
@@ -46,7 +46,8 @@ def load_state(path: "str | os.PathLike") -> dict:
             metadata = file.metadata() or {}
             if metadata.get("producer") != _PRODUCER:
                 raise ValueError(
-                    f"{path} is not a training checkpoint of timm_branches. (To start from a model's "
+                    f"{path} is not a training checkpoint of timm_branches. (To start from a "
+                    "model's "
                     "weights, give it as the checkpoint of a new run.)"
                 )
             return _decode(json.loads(metadata["state"]), file)
@@ -65,7 +66,8 @@ def _encode(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
         for key in value:
             if not (key is None or isinstance(key, (bool, int, float, str))):
                 raise TypeError(
-                    f"a checkpoint cannot hold a dict with a key of type {type(key).__name__}: {key!r}"
+                    f"a checkpoint cannot hold a dict with a key of type {type(key).__name__}: "
+                    f"{key!r}"
                 )
         return {"dict": [[k, _encode(v, tensors)] for k, v in value.items()]}
     if isinstance(value, (list, tuple)):

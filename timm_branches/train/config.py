@@ -1,5 +1,7 @@
 """Settings of a training run, with timm's names, and their command line."""
 
+from __future__ import annotations
+
 import argparse
 import warnings
 from dataclasses import MISSING, dataclass, field, fields
@@ -14,7 +16,7 @@ def _setting(default: Any, text: str, **kwargs: Any) -> Any:
 
 @dataclass
 class FitConfig:
-    """What ``fit`` needs to know beside task and data. Names and meanings are those of timm's
+    """What `fit` needs to know beside task and data. Names and meanings are those of timm's
     train.py.
 
     Raises:
@@ -113,7 +115,8 @@ class FitConfig:
             choices = next(f for f in fields(self) if f.name == name).metadata["choices"]
             if getattr(self, name) not in choices:
                 raise ValueError(
-                    f"{_flag(name)} must be one of {', '.join(choices)}, got {getattr(self, name)!r}."
+                    f"{_flag(name)} must be one of {', '.join(choices)}, got "
+                    f"{getattr(self, name)!r}."
                 )
         steps = self.lr_at()
         if steps and self.lr not in (FitConfig.lr, steps[0]):
@@ -125,7 +128,7 @@ class FitConfig:
                 warnings.warn(f"{_flag(name)} has no effect without {_flag(needed)}.", stacklevel=3)
 
     def lr_at(self) -> dict[int, float]:
-        """``--lr-steps`` as {first epoch: learning rate}."""
+        """`--lr-steps` as {first epoch: learning rate}."""
         if not self.lr_steps:
             return {}
         try:
@@ -142,7 +145,7 @@ class FitConfig:
         return dict(sorted(steps.items()))
 
     @classmethod
-    def from_args(cls, args: argparse.Namespace) -> "FitConfig":
+    def from_args(cls, args: argparse.Namespace) -> FitConfig:
         """The settings out of parsed arguments."""
         return cls(**{f.name: getattr(args, f.name) for f in fields(cls)})
 
@@ -162,7 +165,7 @@ def _flag(name: str) -> str:
 
 
 def add_fit_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add a flag for every setting of :class:`FitConfig`; switches also come as ``--no-...``."""
+    """Add a flag for every setting of :class:`FitConfig`; switches also come as `--no-...`."""
     group = parser.add_argument_group("training (timm's names)")
     for f in fields(FitConfig):
         assert f.default is not MISSING

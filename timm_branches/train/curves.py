@@ -1,5 +1,7 @@
 """Pictures of a run: accuracy per level over the loss-weight schedule, and confusion matrices."""
 
+from __future__ import annotations
+
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -28,7 +30,7 @@ def plot_history(
     """Draw :func:`history_figure` into a PNG, atomically.
 
     Args:
-        rows: One mapping an epoch, as ``CsvLog.read()`` returns them.
+        rows: One mapping an epoch, as `CsvLog.read()` returns them.
         path: The PNG; missing folders are made.
         metric: As in :func:`history_figure`.
 
@@ -41,22 +43,22 @@ def plot_history(
     return save_figure(history_figure(rows, metric), path)
 
 
-def history_figure(rows: Sequence[Mapping[str, Any]], metric: str = "") -> "Figure":
+def history_figure(rows: Sequence[Mapping[str, Any]], metric: str = "") -> Figure:
     """Accuracy of each level by epoch, and below it, on the same axis, how the loss was weighted.
 
     Args:
-        rows: One mapping an epoch with ``epoch``, ``eval_<level>_top1`` (percent) and
-            ``weight_<level>``. Missing values are None, NaN or absent. Of two rows of one epoch the
+        rows: One mapping an epoch with `epoch`, `eval_<level>_top1` (percent) and
+            `weight_<level>`. Missing values are None, NaN or absent. Of two rows of one epoch the
             later counts, as after a resume.
-        metric: What to show where no level has an accuracy, such as ``'psnr'`` (the key
-            ``eval_psnr``).
+        metric: What to show where no level has an accuracy, such as `'psnr'` (the key
+            `eval_psnr`).
 
     Returns:
         A matplotlib Figure with one axes, or two where there are weights. Levels are those of
-        ``weight_<level>`` in the order of the columns, then those that only have an accuracy.
+        `weight_<level>` in the order of the columns, then those that only have an accuracy.
 
     Raises:
-        ValueError: There is no row, or none has a key ``weight_<level>`` or ``eval_<level>_top1``.
+        ValueError: There is no row, or none has a key `weight_<level>` or `eval_<level>_top1`.
 
     Example:
         >>> figure = history_figure([{'epoch': 0, 'eval_fine_top1': 40.0, 'weight_fine': 1.0}])
@@ -122,13 +124,13 @@ def plot_collapse(
 
 def collapse_figure(
     histories: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], levels: Sequence[str]
-) -> "Figure":
+) -> Figure:
     """Accuracy by epoch under several loss-weight schedules, a panel a level: what happens to heads
     turned off.
 
     Args:
-        histories: For each schedule the rows (``epoch``, ``eval_<level>_top1`` in percent,
-            ``weight_<level>``) of each seed's run. The first schedule's epochs in which a level's
+        histories: For each schedule the rows (`epoch`, `eval_<level>_top1` in percent,
+            `weight_<level>`) of each seed's run. The first schedule's epochs in which a level's
             weight is 0 are shaded in its panel.
         levels: The levels, coarse to fine.
 
@@ -174,7 +176,7 @@ def collapse_figure(
 
 
 def _draw_accuracy(
-    axes: "Axes", epochs: list[float], values: dict[str, list[float]], levels: list[str], title: str
+    axes: Axes, epochs: list[float], values: dict[str, list[float]], levels: list[str], title: str
 ) -> None:
     restrain(axes)
     axes.set_ylabel(title)
@@ -216,7 +218,7 @@ def _draw_accuracy(
 
 
 def _draw_weights(
-    axes: "Axes", epochs: list[float], values: dict[str, list[float]], levels: list[str]
+    axes: Axes, epochs: list[float], values: dict[str, list[float]], levels: list[str]
 ) -> None:
     restrain(axes)
     axes.set_ylabel("loss weight")
@@ -241,7 +243,7 @@ def _draw_weights(
 
 
 def _apart(values: list[float], lower: float, upper: float) -> list[float]:
-    """Heights for labels at ascending ``values``, moved as little as lets none cover its
+    """Heights for labels at ascending `values`, moved as little as lets none cover its
     neighbour.
     """
     step = 0.075 * (upper - lower)
@@ -280,7 +282,7 @@ def plot_confusion(
     return save_figure(confusion_figure(matrix, class_names, title), path)
 
 
-def confusion_figure(matrix: Any, class_names: Sequence[str], title: str = "") -> "Figure":
+def confusion_figure(matrix: Any, class_names: Sequence[str], title: str = "") -> Figure:
     """Share of each true class that was predicted as each class; numbers in percent for up to 12
     classes.
 

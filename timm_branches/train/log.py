@@ -6,6 +6,8 @@ resumed run drops the epochs it repeats, and a column that turns up late is adde
 instead of being lost.
 """
 
+from __future__ import annotations
+
 import csv
 import importlib
 import io
@@ -91,7 +93,8 @@ class CsvLog:
         header, *rows = csv.reader(io.StringIO(text, newline=""))
         if len(set(header)) != len(header) or any(len(row) > len(header) for row in rows):
             raise ValueError(
-                f"{self.path} is not a log: a row has more values than the header {header} has names, "
+                f"{self.path} is not a log: a row has more values than the header {header} has "
+                "names, "
                 "or a name comes twice. Give another path, or move the file away."
             )
         self._columns = header
@@ -141,11 +144,11 @@ def _at_least(text: str, epoch: int) -> bool:
 
 class Trackers:
     """The optional sinks of a run; without any it does nothing. Closes itself when used with
-    ``with``.
+    `with`.
 
     Args:
-        tensorboard: A ``SummaryWriter``, or None.
-        wandb: A run as ``wandb.init`` returns it, or None.
+        tensorboard: A `SummaryWriter`, or None.
+        wandb: A run as `wandb.init` returns it, or None.
     """
 
     def __init__(self, tensorboard: Any = None, wandb: Any = None):
@@ -179,7 +182,7 @@ class Trackers:
             self._wandb.finish()
         self._tensorboard = self._wandb = None
 
-    def __enter__(self) -> "Trackers":
+    def __enter__(self) -> Trackers:
         return self
 
     def __exit__(self, *_) -> None:
@@ -195,13 +198,13 @@ def open_trackers(
     """Open the sinks that are asked for. Their packages are imported here and nowhere else.
 
     Args:
-        tensorboard: Write event files to ``<output>/tensorboard``.
+        tensorboard: Write event files to `<output>/tensorboard`.
         wandb: Project to log to, None for no Weights & Biases.
         output: Folder of the run.
         config: Settings of the run, stored with it.
 
     Returns:
-        An object with ``log(row, step)`` and ``close()``.
+        An object with `log(row, step)` and `close()`.
 
     Raises:
         MissingPackageError: A sink's package is not installed. It is both a ValueError and an

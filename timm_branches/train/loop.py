@@ -1,4 +1,4 @@
-"""``fit``: our training loop, made of timm's parts; and ``evaluate``."""
+"""`fit`: our training loop, made of timm's parts; and `evaluate`."""
 
 import logging
 import math
@@ -42,10 +42,10 @@ class FitResult:
     """What a run gave.
 
     Attributes:
-        output: Folder of the run: ``model.safetensors`` (the best), ``last.safetensors`` (to
-            resume), ``log.csv``.
-        history: One dict per epoch, as in ``log.csv``.
-        best_epoch: 0-based epoch of ``model.safetensors``.
+        output: Folder of the run: `model.safetensors` (the best), `last.safetensors` (to
+            resume), `log.csv`.
+        history: One dict per epoch, as in `log.csv`.
+        best_epoch: 0-based epoch of `model.safetensors`.
         best: Its metrics; None where nothing could be measured (the severity of no mistakes).
         seconds: Time spent in this call.
     """
@@ -81,14 +81,14 @@ def evaluate(
         own_transform: Give a data set of images that has no transform the model's own, as
             :func:`timm_branches.inference.model_transform` makes it; a model that was trained on
             normalised images would else be shown others.
-        **options: What the evaluator takes, such as ``decoder``.
+        **options: What the evaluator takes, such as `decoder`.
 
     Raises:
         ValueError: The data set's labels mean other classes than the model's.
 
     Returns:
-        The evaluator; ``compute()`` has been called with the processes joined, see
-        ``evaluator.metrics``.
+        The evaluator; `compute()` has been called with the processes joined, see
+        `evaluator.metrics`.
     """
     model: Any = task.get_eval_model(ema=ema)
     was_training = model.training
@@ -187,17 +187,17 @@ def fit(
     """Train a task.
 
     Args:
-        task: A task of ``timm_branches.task`` on the CPU or on its device.
+        task: A task of `timm_branches.task` on the CPU or on its device.
         train_loader: Loader of (images (B, C, H, W), targets), or of (clips with their lengths,
             labels), with the targets that the task takes: labels (B, L) for a :class:`BranchTask`;
-            ``set_epoch`` is called if it has one.
+            `set_epoch` is called if it has one.
         eval_loader: The same for validation. Without it the last epoch counts as the best.
         config: Settings.
-        mixup: Mixes a batch, as ``timm_branches.data.HierarchicalMixup``.
+        mixup: Mixes a batch, as `timm_branches.data.HierarchicalMixup`.
         facts: JSON-safe facts to keep in the model's file (data set, command).
 
     Returns:
-        A :class:`FitResult`. The folder ``config.output`` holds the files.
+        A :class:`FitResult`. The folder `config.output` holds the files.
 
     Raises:
         FloatingPointError: A level's loss became NaN or infinite; the message names level, epoch
@@ -221,7 +221,7 @@ def fit(
 
 
 class _Run:
-    """State of one call of ``fit``."""
+    """State of one call of `fit`."""
 
     def __init__(
         self,
@@ -266,7 +266,8 @@ class _Run:
         taken = self.checkpoint.exists() or self.result.model_path.exists()
         if taken and config.resume != "auto" and not _same_file(config.resume, self.checkpoint):
             raise ValueError(
-                f"{config.output} holds an earlier run: continue it with resume='auto' (--resume auto), "
+                f"{config.output} holds an earlier run: continue it with resume='auto' (--resume "
+                "auto), "
                 "or choose another output folder."
             )
         self._resume()
@@ -361,14 +362,16 @@ class _Run:
         missing = [key for key in ("state_dict", "optimizer", "epoch") if key not in state]
         if missing or (self.config.model_ema and "state_dict_ema" not in state):
             raise ValueError(
-                f"--resume {path}: the checkpoint lacks {', '.join(missing or ['the moving average'])}."
+                f"--resume {path}: the checkpoint lacks "
+                f"{', '.join(missing or ['the moving average'])}."
             )
         self.task.check_labels_of(state.get("labels", {}), f"--resume {path}")
         trained_with = state.get("config", {}).get("opt", self.config.opt)
         # torch itself would take the state of another optimizer as it is
         if trained_with != self.config.opt:
             raise ValueError(
-                f"--resume {path} is of another optimizer: it was trained with --opt {trained_with}, "
+                f"--resume {path} is of another optimizer: it was trained with --opt "
+                f"{trained_with}, "
                 f"not {self.config.opt}."
             )
         try:
@@ -647,7 +650,8 @@ def _to(images: Any, device: torch.device, memory_format: Any) -> Any:
         return _to(clips, device, memory_format), lengths
     if memory_format is not None and images.ndim < 4:
         raise ValueError(
-            f"--channels-last has no effect on features of shape {tuple(images.shape)}: leave it out."
+            f"--channels-last has no effect on features of shape {tuple(images.shape)}: leave it "
+            "out."
         )
     if memory_format is None or images.ndim != 4:
         return images.to(device, non_blocking=True)

@@ -14,7 +14,7 @@ __all__ = ["PiecewiseLR", "create_scheduler"]
 class PiecewiseLR(Scheduler):
     """Learning rates given outright.
 
-    ``{0: 3e-3, 41: 5e-4}`` is 5e-4 from the 0-based epoch 41 on.
+    `{0: 3e-3, 41: 5e-4}` is 5e-4 from the 0-based epoch 41 on.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, steps: dict[int, float]):
@@ -33,7 +33,7 @@ class PiecewiseLR(Scheduler):
 def create_scheduler(
     optimizer: torch.optim.Optimizer, config: FitConfig, updates_per_epoch: int
 ) -> Scheduler | None:
-    """The scheduler that the settings ask for; None for ``--sched none``.
+    """The scheduler that the settings ask for; None for `--sched none`.
 
     Raises:
         ValueError: multistep without milestones, or milestones without it.

@@ -10,7 +10,7 @@ __all__ = ["current_device", "is_distributed", "is_primary", "seed_everything", 
 
 
 def setup_device(device: str = "") -> torch.device:
-    """The device of this process; joins the process group when started by ``torchrun``.
+    """The device of this process; joins the process group when started by `torchrun`.
 
     Raises:
         ValueError: No such device.

@@ -20,7 +20,7 @@ from timm_branches.train.process import is_primary
 __all__ = ["hardware", "new_output", "run_script", "setup_logging"]
 
 
-def new_output(output: "str | os.PathLike", resume: str) -> Path:
+def new_output(output: str | os.PathLike, resume: str) -> Path:
     """The folder of a script's runs, made where it is missing: beside older runs, which stay as
     they are, a new one.
 
