@@ -125,8 +125,7 @@ def create_branch_model(
     if missing:  # of what the taps need; a checkpoint of a branch model has no more
         raise ValueError(
             f"{checkpoint_path} does not fit {type(backbone).__name__}: {len(missing)} tensors "
-            "missing "
-            f"{missing[:3]}."
+            f"missing {missing[:3]}."
         )
     model_name, kwargs = _without_source(model_name, kwargs)
     size = kwargs.pop("img_size", None) if size is None else size
@@ -186,8 +185,7 @@ def _names(
     if taxonomy is not None and len(taxonomy.levels) > len(groups) and not shared:
         raise ValueError(
             f"the taxonomy has {len(taxonomy.levels)} levels {list(taxonomy.levels)} for "
-            f"{len(groups)} "
-            "taps: give one tap per level, from coarse to fine."
+            f"{len(groups)} taps: give one tap per level, from coarse to fine."
         )
     own = [
         head.kind if head.multi_tap else group[0].name
@@ -218,8 +216,8 @@ def _classes(
         if taxonomy is not None and free:
             raise ValueError(
                 f"the taxonomy names the classes of {len(of_levels)} heads, but not of "
-                f"{list(free)}: give "
-                f"num_classes={[None] * len(of_levels) + ['...'] * len(free)} with theirs."
+                f"{list(free)}: give num_classes={[None] * len(of_levels) + ['...'] * len(free)} "
+                "with theirs."
             )
         own = int(getattr(backbone, "pretrained_cfg", {}).get("num_classes") or 0)
         if free and own < 1:
@@ -342,9 +340,8 @@ def _load_backbone(backbone: nn.Module, path: str) -> set[str]:
         missing = [key for key in own if key not in state]
         raise ValueError(
             f"{path} does not fit {type(backbone).__name__}: {len(missing)} tensors missing "
-            f"{missing[:3]}, "
-            f"{len(unexpected)} unexpected {unexpected[:3]}, {len(shapes)} of another shape "
-            f"{shapes[:3]}."
+            f"{missing[:3]}, {len(unexpected)} unexpected {unexpected[:3]}, {len(shapes)} of "
+            f"another shape {shapes[:3]}."
         )
     with torch.no_grad():
         backbone.load_state_dict(state, strict=False)

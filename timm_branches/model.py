@@ -124,7 +124,6 @@ class BranchModel(FreezableBackbone):
         return multiple, [replace(tap, size=s) for tap, s in zip(taps, sizes, strict=True)]
 
     # -- forward
-    # ---------------------------------------------------------------------------------------------
 
     @property
     def taps(self):
@@ -395,7 +394,6 @@ class BranchModel(FreezableBackbone):
         return max(range(len(self.taps)), key=depth)
 
     # -- timm's contract
-    # -------------------------------------------------------------------------------------
 
     @property
     def default_cfg(self) -> dict:

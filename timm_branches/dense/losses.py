@@ -282,8 +282,7 @@ def _labels(logits: torch.Tensor, target: torch.Tensor, ignore_index: int) -> to
         if high >= classes or low < -1:
             raise ValueError(
                 f"the mask holds {high if high >= classes else low}: neither one of the {classes} "
-                "classes "
-                f"from 0 on, nor -1, nor ignore_index={ignore_index}"
+                f"classes from 0 on, nor -1, nor ignore_index={ignore_index}"
             )
     return labels
 

@@ -39,9 +39,8 @@ class SegmentationEvaluator:
     pixel_accuracy percent of the labelled pixels
     miou           percent mean IoU
     ece            percent expected calibration error of the pixels' answers, 15 bins
-    {level}_miou   percent with a taxonomy, mean IoU of each level's classes, over the pixels that
-    have a label on it the others             with a taxonomy, of the labelled pixels what
-                           :class:`HierarchyEvaluator` says of samples:
+    {level}_miou   percent with a taxonomy, mean IoU of each level's classes, over the pixels that have a label on it
+    the others             with a taxonomy, of the labelled pixels what :class:`HierarchyEvaluator` says of samples:
                            {level}_top1 (pixel accuracy), full_path, consistency, hp, hr, hf,
                            distance, severity, ...
     ============== =======
@@ -92,8 +91,7 @@ class SegmentationEvaluator:
         if not 2 <= len(names) <= MAX_CLASSES or len(set(names)) < len(names):
             raise ValueError(
                 f"a mask has 2 to {MAX_CLASSES} classes of different names, background included, "
-                "got "
-                f"{classes}"
+                f"got {classes}"
             )
         if 0 <= ignore_index < len(names):
             raise ValueError(f"ignore_index={ignore_index} is one of the {len(names)} classes")
@@ -173,8 +171,7 @@ class SegmentationEvaluator:
         if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_leaves:
             raise ValueError(
                 f"masks hold values from {int(labels.min())} to {int(labels.max())}, which are not "
-                "all "
-                f"classes from 0 to {self.num_leaves - 1}; ignore_index is {self.ignore_index}"
+                f"all classes from 0 to {self.num_leaves - 1}; ignore_index is {self.ignore_index}"
             )
         rows = [m[:keep].to(self.device).movedim(1, -1)[known] for m in masks]
         for first in range(0, len(labels), _CHUNK):

@@ -178,16 +178,15 @@ def cache_features(
     if not isinstance(dataset, HierarchicalDataset) or not len(dataset):
         raise ValueError(
             "expected a HierarchicalDataset or ClipDataset with samples, not "
-            f"{type(dataset).__name__} of "
-            f"{len(dataset)}; what says which samples these are is fingerprinted."
+            f"{type(dataset).__name__} of {len(dataset)}; what says which samples these are is "
+            "fingerprinted."
         )
     if views < 1:
         raise ValueError(f"views must be at least 1, got {views}.")
     if views > 1 and not may_augment(dataset):
         raise ValueError(
             f"views={views} has no effect: the dataset's transform does not augment, so that all "
-            "views "
-            "were the same. Take views=1, or create_transform(..., is_training=True)."
+            "views were the same. Take views=1, or create_transform(..., is_training=True)."
         )
     own = next(model.backbone.parameters()).dtype
     dtype = own if dtype is None else dtype
@@ -211,8 +210,7 @@ def cache_features(
     if index is None:
         raise ValueError(
             f"{place / INDEX} is not there, though the first process computed the features: "
-            "processes "
-            "must see the same folder and have the same weights and data."
+            "processes must see the same folder and have the same weights and data."
         )
     if index["fingerprint"] != facts:
         raise ValueError(f"{place} holds other features than its name says: delete it.")
@@ -232,8 +230,7 @@ def _warn(folder: Path, place: Path, facts: dict[str, Any], dataset: Hierarchica
         warnings.warn(
             f"the features in {nearest} are stale, they differ in: "
             f"{', '.join(differences(others[nearest], facts))}. New ones are computed into "
-            f"{place}; delete "
-            "what is not needed any more.",
+            f"{place}; delete what is not needed any more.",
             stacklevel=5,
         )
     if facts["views"] == 1 and may_augment(dataset):
@@ -246,8 +243,7 @@ def _warn(folder: Path, place: Path, facts: dict[str, Any], dataset: Hierarchica
                 if not torch.equal(dataset[0][0], first):
                     warnings.warn(
                         "views=1 of a dataset that augments: each epoch will see the same "
-                        "augmented images. "
-                        "Take more views, or a transform without augmentation.",
+                        "augmented images. Take more views, or a transform without augmentation.",
                         stacklevel=5,
                     )
                     break
@@ -330,10 +326,9 @@ def _features(model: BranchModel, inputs: list[torch.Tensor], dtype: torch.dtype
             if y.shape[1:] != feature.shape:
                 raise ValueError(
                     f"the map at {key} is {tuple(y.shape[1:])} for images of "
-                    f"{tuple(images.shape[1:])}, "
-                    f"but {feature.shape} at the size that the model was made for, "
-                    f"{model.input_size}: make the model with img_size=, or transform images to "
-                    "that."
+                    f"{tuple(images.shape[1:])}, but {feature.shape} at the size that the model "
+                    f"was made for, {model.input_size}: make the model with img_size=, or "
+                    "transform images to that."
                 )
             columns.append(y.flatten(1))
         parts.append(torch.cat(columns, 1).cpu())
@@ -342,8 +337,7 @@ def _features(model: BranchModel, inputs: list[torch.Tensor], dtype: torch.dtype
     if rows.isfinite().all() and not stored.isfinite().all():
         raise ValueError(
             f"features up to {float(rows.abs().max()):.3g} do not fit {dtype}: take "
-            "torch.bfloat16, or "
-            "leave out dtype=."
+            "torch.bfloat16, or leave out dtype=."
         )
     return stored
 

@@ -105,7 +105,6 @@ def _preprocessing(dataset: HierarchicalDataset) -> dict[str, Any]:
     if _ADDRESS.search(json.dumps(facts, default=repr)):
         raise ValueError(
             f"the transform {transform!r} cannot be told from another one in a later run: make it "
-            "with "
-            "create_transform, or give it a __repr__ that says what it does."
+            "with create_transform, or give it a __repr__ that says what it does."
         )
     return facts

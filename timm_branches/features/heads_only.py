@@ -36,8 +36,7 @@ def check_frozen(model: BranchModel) -> None:
     if not isinstance(model, BranchModel):
         raise ValueError(
             f"expected a branch model, not {type(model).__name__}: take it out of DDP, compile or "
-            "a task "
-            "with base_model(task)."
+            "a task with base_model(task)."
         )
     if not model.frozen or any(p.requires_grad for p in model.backbone.parameters()):
         what = (
@@ -145,9 +144,8 @@ class HeadsOnly(BranchModel):
         """
         if not self.frozen:
             raise ValueError(
-                "the backbone was unfrozen: features that were computed before are not its own any "
-                "more. "
-                "Train the model itself, on images."
+                "the backbone was unfrozen: features that were computed before are not its own "
+                "any more. Train the model itself, on images."
             )
         features, reads = feature_layout(self)
         widths = [math.prod(feature.shape) for feature in features.values()]
@@ -163,8 +161,7 @@ class HeadsOnly(BranchModel):
             if temporal or lengths is not None:
                 raise ValueError(
                     f"{f'the heads {temporal} read' if temporal else 'lengths= belongs to'} "
-                    "features of "
-                    f"clips (B, T, {sum(widths)}), got {tuple(x.shape)}."
+                    f"features of clips (B, T, {sum(widths)}), got {tuple(x.shape)}."
                 )
         rows = (x if clips is None else clips.fold(x)).to(next(self.backbone.parameters()).dtype)
         maps = {

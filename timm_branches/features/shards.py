@@ -151,8 +151,7 @@ def damaged(path: Path, reason: str) -> ValueError:
     """The error to raise for a file."""
     return ValueError(
         f"{path} is damaged: {reason}. Delete the folder {path.parent}, and the features are "
-        "computed "
-        "anew."
+        "computed anew."
     )
 
 

@@ -45,8 +45,7 @@ def evaluation_problems(module: nn.Module, x: torch.Tensor) -> list[str]:
     if not all(bool(y.isfinite().all()) for y in results[0]):
         return [
             "the output in eval mode is NaN or infinite, though it is finite in train mode: look "
-            "at BatchNorm's "
-            "running statistics."
+            "at BatchNorm's running statistics."
         ]
     if any(not torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(*results, strict=True)):
         return [
@@ -87,14 +86,12 @@ def input_problems(module: nn.Module, x: torch.Tensor) -> list[str]:
     if len(unseen) == len(frames):
         return [
             "the output does not depend on the input: it is the same for any other (a bias alone "
-            "makes it, as "
-            "behind a dead layer, or the input is not used)."
+            "makes it, as behind a dead layer, or the input is not used)."
         ]
     return [
         f"the output does not depend on the frames {unseen} (counted from 0) of {len(frames)}: "
-        "hand the "
-        "recurrence's state from frame to frame, or give it all frames at once, and read out more "
-        "than the last."
+        "hand the recurrence's state from frame to frame, or give it all frames at once, and read "
+        "out more than the last."
     ]
 
 
@@ -138,24 +135,22 @@ def learning_problems(objective: Objective, steps: int, report: GradientReport) 
         if losses[-1] != losses[-1]:
             return [
                 f"the loss becomes NaN within {steps} steps of Adam (rate {_RATES[-1]:g}) on one "
-                "batch: look for "
-                "numbers that overflow, lower the learning rate, clip the gradient."
+                "batch: look for numbers that overflow, lower the learning rate, clip the "
+                "gradient."
             ]
         if abs(losses[0]) > 1e-6:
             return [
                 f"the loss does not fall on this one batch: {losses[0]:.4g} before and "
-                f"{losses[-1]:.4g} after "
-                f"{steps} steps of Adam (rate {_RATES[-1]:g}). Look at the sign of the loss, at "
-                "what the labels "
-                "belong to, and at hooks or functions that change the gradient."
+                f"{losses[-1]:.4g} after {steps} steps of Adam (rate {_RATES[-1]:g}). Look at the "
+                "sign of the loss, at what the labels belong to, and at hooks or functions that "
+                "change the gradient."
             ]
     if still and steps > 1:
         names = sorted(still)
         return [
             f"{len(names)} trainable parameters "
-            f"({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}) get a "
-            f"gradient of exactly 0 in all of {steps} steps: something behind them multiplies by 0 "
-            "or is "
+            f"({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}) get a gradient of "
+            f"exactly 0 in all of {steps} steps: something behind them multiplies by 0 or is "
             "saturated, or what they are applied to is always 0 (a recurrence that never gets its "
             "state)."
         ]

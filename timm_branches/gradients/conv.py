@@ -1,13 +1,12 @@
 """The gradients of a 2-D convolution in closed form, for several channels and filters.
 
-With input x (N, C, H, W), weight (O, C/groups, kh, kw), output y (N, O, P, Q), loss E and
-grad_output = dE/dy::
+With input x (N, C, H, W), weight (O, C/groups, kh, kw), output y (N, O, P, Q), loss E and grad_output = dE/dy::
 
-    y[n, o, p, q]         = b[o] + sum over c, i, j of  W[o, c, i, j] * xp[n, f(o) + c, p*s + i*d,
-    q*s + j*d] dE/dW[o, c, i, j]     = sum over n, p, q of  grad_output[n, o, p, q] * xp[n, f(o) +
-    c, p*s + i*d, q*s + j*d] dE/db[o]              = sum over n, p, q of  grad_output[n, o, p, q]
-    dE/dxp[n, c', u, v]   = sum over o, c, i, j, p, q with c' = f(o) + c, u = p*s + i*d, v = q*s +
-                            j*d of grad_output[n, o, p, q] * W[o, c, i, j]
+    y[n, o, p, q]         = b[o] + sum over c, i, j of  W[o, c, i, j] * xp[n, f(o) + c, p*s + i*d, q*s + j*d]
+    dE/dW[o, c, i, j]     = sum over n, p, q of  grad_output[n, o, p, q] * xp[n, f(o) + c, p*s + i*d, q*s + j*d]
+    dE/db[o]              = sum over n, p, q of  grad_output[n, o, p, q]
+    dE/dxp[n, c', u, v]   = sum over o, c, i, j, p, q with c' = f(o) + c, u = p*s + i*d, v = q*s + j*d of
+                            grad_output[n, o, p, q] * W[o, c, i, j]
 
 xp is x after padding, s the stride, d the dilation, and f(o) = (o // (O/groups)) * C/groups the
 first channel that filter o reads. So channel c of filter o's gradient is a cross-correlation of
@@ -256,9 +255,7 @@ def _check_shapes(
     if tuple(grad_output.shape) != fits:
         raise ValueError(
             f"grad_output {tuple(grad_output.shape)} does not fit: an input {tuple(shape)} with "
-            "kernel "
-            f"{kernel}, stride {stride}, padding {padding!r}, dilation {dilation} and {filters} "
-            "filters "
-            f"gives {fits}"
+            f"kernel {kernel}, stride {stride}, padding {padding!r}, dilation {dilation} and "
+            f"{filters} filters gives {fits}"
         )
     return rows, columns

@@ -216,9 +216,8 @@ class _Doctor:
 def _structure_problems(found: Evaluated, pairs: list[tuple[str, str]]) -> list[str]:
     problems = [
         f"{first!r} and {second!r} are Linear layers with nothing non-linear between them, so both "
-        "together "
-        f"are no more than one: put an activation (nn.ReLU()) behind {first!r}, or take one of "
-        "them away."
+        f"together are no more than one: put an activation (nn.ReLU()) behind {first!r}, or take "
+        "one of them away."
         for first, second in pairs
     ]
     with torch.no_grad():
@@ -231,8 +230,8 @@ def _structure_problems(found: Evaluated, pairs: list[tuple[str, str]]) -> list[
     if outputs or twice:
         problems.append(
             f"{', '.join(outputs or twice)}: cross-entropy is given probabilities, not logits (a "
-            "softmax "
-            "before a loss that has one): take the softmax out of the model, or of the loss."
+            "softmax before a loss that has one): take the softmax out of the model, or of the "
+            "loss."
         )
     return problems
 
@@ -261,8 +260,8 @@ def _moved_statistics(model: nn.Module, before: dict[str, torch.Tensor]) -> list
     which = ", ".join(moved[:3]) + (", ..." if len(moved) > 3 else "")
     return [
         f"{len(moved)} BatchNorm layers ({which}) are frozen, but their running statistics still "
-        "change in train "
-        "mode: freeze with model.freeze(), or put them in eval() after every train()."
+        "change in train mode: freeze with model.freeze(), or put them in eval() after every "
+        "train()."
     ]
 
 
@@ -295,9 +294,8 @@ def _gradient_problems(report: GradientReport, objective: Objective, dead: list[
     if dead:
         problems.append(
             f"the ReLU in {', '.join(dead[:3])}{', ...' if len(dead) > 3 else ''} gives only zeros "
-            "over "
-            "the whole batch, so nothing before it learns: look at the bias and the scale of what "
-            "comes in, lower the learning rate, or use a leaky ReLU."
+            "over the whole batch, so nothing before it learns: look at the bias and the scale of "
+            "what comes in, lower the learning rate, or use a leaky ReLU."
         )
     groups: dict[tuple[str, str], list[str]] = {}
     for item in report.silent:
@@ -318,14 +316,13 @@ def _gradient_problems(report: GradientReport, objective: Objective, dead: list[
         ):
             problems.append(
                 f"{cell.stage}: {cell.head} depends on it, but its gradient does not reach it: "
-                "take away "
-                "the detach() or no_grad() on the way, or ask for it with Tap(detach=True)."
+                "take away the detach() or no_grad() on the way, or ask for it with "
+                "Tap(detach=True)."
             )
         elif cell.status == "vanishing" and cell.head == TOTAL:
             problems.append(
                 f"{cell.stage}: the gradient is only {cell.relative:.1e} of the weights, too "
-                "little to "
-                "move them: look at the initialisation, the normalisation, and saturated "
-                "activations."
+                "little to move them: look at the initialisation, the normalisation, and "
+                "saturated activations."
             )
     return problems

@@ -97,8 +97,7 @@ def frame_gradients(
         if not isinstance(output, torch.Tensor):
             raise ValueError(
                 f"{name!r} returns {type(output).__name__}: features= must name a part that "
-                "returns one "
-                "tensor."
+                "returns one tensor."
             )
         leaf = output.detach().requires_grad_()
         calls.append((leaf, output.requires_grad))
@@ -140,16 +139,13 @@ def frame_gradients(
     if trained and not attached:
         findings.append(
             f"{name} is run without autograd (torch.no_grad(), or its result is detached): the "
-            "loss does "
-            f"not train its {len(trained)} trainable parameters. Take the no_grad or detach away, "
-            "or "
-            "freeze them (requires_grad_(False)) if that is what you want."
+            f"loss does not train its {len(trained)} trainable parameters. Take the no_grad or "
+            "detach away, or freeze them (requires_grad_(False)) if that is what you want."
         )
     if all(g is None for g in given):
         findings.append(
-            "no gradient of the loss arrives at any frame's features: they are detached before the "
-            "loss, "
-            "or not used."
+            "no gradient of the loss arrives at any frame's features: they are detached before "
+            "the loss, or not used."
         )
         return FrameGradients(None, None, [], findings)
     over_batch = norms.square().sum(0).sqrt()
@@ -181,8 +177,7 @@ def _frame_part(
     if features is None or features not in modules or head is not None or lengths is not None:
         raise ValueError(
             f"features={features!r}: name the part of the model that turns frames into features "
-            "(and give "
-            f"no head= or lengths=), one of {list(modules)[1:6]} ..."
+            f"(and give no head= or lengths=), one of {list(modules)[1:6]} ..."
         )
     return model, modules[features], features, modules[features]
 
@@ -209,10 +204,8 @@ def _by_frame(
         return torch.stack(rows, 1)
     raise ValueError(
         f"{name!r} is called {len(rows)} times with {sorted({len(r) for r in rows})} rows for "
-        "clips of "
-        f"{batch} x {time} frames: it must be called once with all {count} frames, or for each of "
-        "the "
-        f"{time} time steps with {batch}."
+        f"clips of {batch} x {time} frames: it must be called once with all {count} frames, or for "
+        f"each of the {time} time steps with {batch}."
     )
 
 
@@ -224,10 +217,8 @@ def _judge_frames(norms: torch.Tensor, seen: list[int], valid: torch.Tensor | No
     if seen == [expected[-1]] and missing:
         return [
             f"the loss sees only the last frame ({seen[0]}, counted from 0) of {len(expected)}: "
-            "the recurrence "
-            "does not hand its state from frame to frame (out, state = lstm(x, state)), or only "
-            "the last frame's "
-            "features are read."
+            "the recurrence does not hand its state from frame to frame (out, state = lstm(x, "
+            "state)), or only the last frame's features are read."
         ]
     if missing:
         return [f"the loss does not see the frames {missing} (counted from 0)."]

@@ -309,8 +309,8 @@ def _input_findings(x: torch.Tensor, groups: int) -> dict[str, str]:
         findings["rescaled_inputs"] = _sentence(
             [
                 f"input channels {_listed(one)} are copies up to brightness and contrast, as of a "
-                "grey picture normalised "
-                f"per channel, so the gradients of these channels look alike {where}"
+                "grey picture normalised per channel, so the gradients of these channels look "
+                f"alike {where}"
                 for one in rescaled
             ]
         )
@@ -329,8 +329,7 @@ def _filter_findings(
         if target.dim() < 3 or target.shape[-3] == 1:
             clauses.append(
                 f"the target {tuple(target.shape)} is broadcast over the {filters} filters of the "
-                "output "
-                f"{tuple(dy.shape)}: all are asked for one map"
+                f"output {tuple(dy.shape)}: all are asked for one map"
             )
         elif (
             target.shape[-3] == filters
@@ -344,8 +343,7 @@ def _filter_findings(
     for one in _sets(_same(rows[alive])):
         clauses.append(
             f"grad_output is identical for filters {_listed([alive[i] for i in one])}, so their "
-            "gradients "
-            f"are equal{scope}"
+            f"gradients are equal{scope}"
         )
     if clauses:
         findings["broadcast_target"] = _sentence(clauses)

@@ -30,8 +30,7 @@ def label_problems(
     if labels.ndim != 2 or labels.shape[1] != len(names):
         return [
             f"labels have the shape {tuple(labels.shape)}, the levels are {list(names)}: give one "
-            "column for each, "
-            f"(B, {len(names)})."
+            f"column for each, (B, {len(names)})."
         ], False
     columns = list(labels.cpu().unbind(1))
     outside = [
@@ -43,8 +42,7 @@ def label_problems(
     if outside:
         which = "; ".join(
             f"those of {names[i]!r} go from {int(columns[i].min())} to {int(columns[i].max())}, "
-            "its head "
-            f"has {classes[i]} classes"
+            f"its head has {classes[i]} classes"
             for i in outside
         )
         return [
@@ -61,10 +59,8 @@ def label_problems(
             right = int(taxonomy.parents[level][child])
             return [
                 f"in {int(wrong.sum())} of {len(labels)} rows the label of {names[level]!r} does "
-                "not lie under "
-                f"that of {names[level - 1]!r}: row {row} has {child} under {parent}, in the "
-                "taxonomy its parent "
-                f"is {right}. "
+                f"not lie under that of {names[level - 1]!r}: row {row} has {child} under "
+                f"{parent}, in the taxonomy its parent is {right}. "
                 f"{hint or 'Make the labels with taxonomy.expand(leaf), in the order of its leaves.'}"
             ], True
     return [], True

@@ -61,14 +61,12 @@ class Objective:
         if self.task and (losses is not None or weights is not None):
             raise ValueError(
                 "losses= and weights= have no effect on a task, which has its own: give its model "
-                "instead "
-                "of it."
+                "instead of it."
             )
         if self.task is None and losses is None:
             raise ValueError(
                 "losses= is missing: give a function of the model's output (and the target) that "
-                "returns "
-                "a scalar or a dict of scalars; or a task in place of the model."
+                "returns a scalar or a dict of scalars; or a task in place of the model."
             )
         first = next(self.module.parameters(), None)
         self.device = torch.device("cpu") if first is None else first.device

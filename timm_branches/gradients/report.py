@@ -3,13 +3,12 @@
 For losses L_k with weights w_k, g_k = dL_k/dθ over the parameters θ of one stage, and G = sum over
 k of w_k g_k, the gradient that the optimizer sees there::
 
-    norm        ‖g_k‖                             Euclidean, over all trainable parameters of the
-    stage relative    ‖g_k‖ / ‖θ‖                       a step of SGD with rate lr moves the stage
-    by lr times that part of it share       <w_k g_k, G> / ‖G‖²               what L_k adds to G;
-    shares sum to 1, one below 0 works against the sum cosine      <g_j, g_k> / (‖g_j‖ ‖g_k‖)
-                                                  1 pulls the same way, below 0 the losses are in
-                                                  conflict (Yu et al. 2020, "Gradient Surgery",
-                                                  arXiv 2001.06782)
+    norm        ‖g_k‖                             Euclidean, over all trainable parameters of the stage
+    relative    ‖g_k‖ / ‖θ‖                       a step of SGD with rate lr moves the stage by lr times that part of it
+    share       <w_k g_k, G> / ‖G‖²               what L_k adds to G; shares sum to 1, one below 0 works against the sum
+    cosine      <g_j, g_k> / (‖g_j‖ ‖g_k‖)        1 pulls the same way, below 0 the losses are in conflict
+                                                  (Yu et al. 2020, "Gradient Surgery", arXiv
+                                                  2001.06782)
 
 All of them come from the inner products of the g_k, stage by stage, so one backward pass for each
 loss is all it takes.
@@ -328,8 +327,7 @@ def _findings(
         if cell.status == "vanishing":
             sentences.append(
                 f"{cell.stage}: the gradient of {cell.head} vanishes, {cell.relative:.1e} of the "
-                "weights "
-                f"(below {vanishing:g})."
+                f"weights (below {vanishing:g})."
             )
         elif cell.status == "detached" and cell.head != TOTAL:
             why = (

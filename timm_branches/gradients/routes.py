@@ -117,8 +117,7 @@ def path_gradients(
     elif encode is None or decode is None or head is not None:
         raise ValueError(
             "give encode= and decode= (and no head=) for a module that is no branch model: "
-            "functions from "
-            "the input to the maps, and from the maps to the output."
+            "functions from the input to the maps, and from the maps to the output."
         )
     else:
         whole_encode, whole_decode = encode, decode

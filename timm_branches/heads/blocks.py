@@ -138,8 +138,7 @@ class LinearBottleneck(nn.Module):
             raise ValueError(
                 f"the decoder's bottleneck at tap {self.tap_name!r} was made for a map of "
                 f"{self.shape[1]}x{self.shape[2]}, got {x.shape[2]}x{x.shape[3]}: give images of "
-                "the size "
-                "that the model was made for, set img_size=, or leave out bottleneck=."
+                "the size that the model was made for, set img_size=, or leave out bottleneck=."
             )
         return self.decode(self.encode(x.flatten(1))).unflatten(1, self.shape)
 

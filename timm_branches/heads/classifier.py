@@ -148,8 +148,7 @@ class FixedFlatten(nn.Flatten):
             raise ValueError(
                 f"The 'flatten' head at tap {self.tap_name!r} was made for a map of "
                 f"{self.size[0]}x{self.size[1]}, got {x.shape[2]}x{x.shape[3]}: give images of the "
-                "size "
-                "that the model was made for, set img_size=, or pool instead of flattening."
+                "size that the model was made for, set img_size=, or pool instead of flattening."
             )
         return super().forward(x)
 

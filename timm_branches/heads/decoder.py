@@ -124,8 +124,7 @@ class UNetHead(Head):
             if not known:
                 raise ValueError(
                     f"{key}= takes timm's names of activations, such as 'relu', 'leaky_relu', "
-                    "'gelu', "
-                    f"'silu' or 'sigmoid', got {name!r}."
+                    f"'gelu', 'silu' or 'sigmoid', got {name!r}."
                 )
         if self.drop_rate is not None and not 0 <= self.drop_rate < 1:
             raise ValueError(f"drop_rate= must be in [0, 1), got {self.drop_rate!r}.")
@@ -340,8 +339,7 @@ class SkipDecoder(nn.Module):
         if self.residual and num_classes != self.in_chans:
             raise ValueError(
                 "residual=True adds the prediction to the image: num_classes must be its "
-                f"{self.in_chans} "
-                f"channels, got {num_classes}."
+                f"{self.in_chans} channels, got {num_classes}."
             )
         like: torch.Tensor | None = next(self.parameters(), None)
         fc: nn.Module = nn.Identity()

@@ -57,8 +57,7 @@ class Clips:
         if lengths.device.type != "cpu" and lengths.device != x.device:
             raise ValueError(
                 f"lengths= is on {lengths.device}, the clips are on {x.device}: put it there, or "
-                "on the "
-                "CPU."
+                "on the CPU."
             )
         is_mask = lengths.ndim == 2
         right = (
@@ -67,8 +66,7 @@ class Clips:
         if tuple(lengths.shape) != ((batch, time) if is_mask else (batch,)) or not right:
             raise ValueError(
                 f"lengths= takes whole numbers ({batch},), or a bool mask ({batch}, {time}), for "
-                "clips "
-                f"{tuple(x.shape)}; got {lengths.dtype} {tuple(lengths.shape)}."
+                f"clips {tuple(x.shape)}; got {lengths.dtype} {tuple(lengths.shape)}."
             )
         counts = lengths.sum(1) if is_mask else lengths.long()
         if self.exporting:
@@ -77,8 +75,7 @@ class Clips:
         if is_mask and not torch.equal(mask, torch.arange(time) < counts[:, None]):
             raise ValueError(
                 "the mask has holes: the valid frames of a clip must stand at its beginning, the "
-                "padding "
-                "behind them."
+                "padding behind them."
             )
         if counts.min() < 1 or counts.max() > time:
             raise ValueError(
@@ -131,8 +128,8 @@ def read_clips(
     if x.ndim == 4 and temporal:
         raise ValueError(
             f"the heads {sorted(temporal)} read clips (B, T, C, H, W), got {tuple(x.shape)}: give "
-            "clips "
-            "(one frame is a clip with T = 1, x[:, None]), or name other heads with heads=[...]."
+            "clips (one frame is a clip with T = 1, x[:, None]), or name other heads with "
+            "heads=[...]."
         )
     if lengths is not None:
         raise ValueError(f"lengths= belongs to clips (B, T, C, H, W), got {tuple(x.shape)}.")
@@ -145,8 +142,7 @@ def warn_of_batch_statistics(backbone: nn.Module) -> None:
         isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in backbone.modules()
     ):
         warnings.warn(
-            "frames_per_pass: BatchNorm of the backbone is in training and sees the statistics of "
-            "a few "
-            "frames at a time; freeze() the backbone, or set frames_per_pass = None.",
+            "frames_per_pass: BatchNorm of the backbone is in training and sees the statistics "
+            "of a few frames at a time; freeze() the backbone, or set frames_per_pass = None.",
             stacklevel=2,
         )

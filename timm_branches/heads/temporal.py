@@ -101,8 +101,7 @@ class LSTMHead(Head):
         if self.output == "frame" and self.readout != "last":
             raise ValueError(
                 f"readout={self.readout!r} has no effect with output='frame', which reads every "
-                "frame: "
-                "leave it out, or choose output='clip'."
+                "frame: leave it out, or choose output='clip'."
             )
         if self.activation is not None:
             if self.projection is None:
@@ -260,8 +259,7 @@ class TemporalClassifier(BranchClassifier):
             if self.spec.bidirectional:
                 raise ValueError(
                     "a bidirectional head cannot be exported with lengths=: export clips of one "
-                    "length, "
-                    "or use bidirectional=False."
+                    "length, or use bidirectional=False."
                 )
             out, new = self.rnn(y, given)
             out = clips.blank(out)

@@ -142,8 +142,7 @@ class FreezableBackbone(nn.Module):
         if stage not in there:
             raise ValueError(
                 f"stages={given!r}: {self.reader.architecture} with these taps has the stages "
-                f"{there}; "
-                "freeze() and unfreeze() without stages= take all of it."
+                f"{there}; freeze() and unfreeze() without stages= take all of it."
             )
         assert isinstance(stage, int)
         return stage

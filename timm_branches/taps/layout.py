@@ -69,8 +69,7 @@ def recognise_layout(y: Any, image: Sequence[int], backbone: nn.Module, module: 
     )
     raise ValueError(
         f"the output of {module!r} ({what}) is not a feature map: tap a module that returns (B, C, "
-        "H, W), "
-        "(B, H, W, C) or (B, N, C) with N tokens in a grid."
+        "H, W), (B, H, W, C) or (B, N, C) with N tokens in a grid."
     )
 
 

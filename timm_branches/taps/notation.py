@@ -169,8 +169,7 @@ def stage_table(backbone: nn.Module) -> TapTable:
     if not info or not hasattr(backbone, "forward_intermediates"):
         raise ValueError(
             f"{name} cannot be tapped by stage: it has no feature_info or no "
-            "forward_intermediates. "
-            "timm 1.0.31 and later have both for all their architectures."
+            "forward_intermediates. timm 1.0.31 and later have both for all their architectures."
         )
     entries = list(info)
     strides = [entry["reduction"] for entry in entries]

@@ -119,7 +119,6 @@ class TapReader:
         self._measure(backbone)
 
     # -- reading
-    # ---------------------------------------------------------------------------------------------
 
     def read(
         self, backbone: nn.Module, x: torch.Tensor, which: Sequence[int] | None = None
@@ -214,8 +213,7 @@ class TapReader:
             if path not in captured:
                 raise ValueError(
                     f"{path!r} was not run as a module in this pass (gradient checkpointing runs "
-                    "the "
-                    "members of a stage one by one); tap the stage by its number, or its last "
+                    "the members of a stage one by one); tap the stage by its number, or its last "
                     "member"
                 )
         return captured
@@ -232,7 +230,6 @@ class TapReader:
         return y.detach() if info.tap.detach else y
 
     # -- construction
-    # ----------------------------------------------------------------------------------------
 
     def _hook(self, backbone: nn.Module) -> None:
         """Hook the tapped modules.
@@ -407,10 +404,9 @@ class TapReader:
                 )
                 return (
                     f"tap {info.tap.name!r} ({info.module}) of {self.architecture} cannot be "
-                    "computed for input "
-                    f"{_text(shape)}: {reason.rstrip('.')}. The model was made for input "
-                    f"{_text(self.input_size)}; "
-                    "give images that fit, a shallower tap, or img_size=."
+                    f"computed for input {_text(shape)}: {reason.rstrip('.')}. The model was made "
+                    f"for input {_text(self.input_size)}; give images that fit, a shallower tap, "
+                    "or img_size=."
                 )
             finally:
                 self.captured = None

@@ -113,8 +113,7 @@ class BranchTask(HeadsTask):
         if len(smoothing) != count or not all(0 <= s < 1 for s in smoothing):
             raise ValueError(
                 "label_smoothing must be in [0, 1), one number or one for each of "
-                f"{list(self.names)}, "
-                f"got {label_smoothing}."
+                f"{list(self.names)}, got {label_smoothing}."
             )
         self.label_smoothing = dict(zip(self.names, smoothing, strict=True))
         for name, value in (("consistency", consistency), ("tree_path", tree_path)):
@@ -128,8 +127,7 @@ class BranchTask(HeadsTask):
         if (self.extras or marginal) and self.taxonomy is None:
             raise ValueError(
                 f"{', '.join([*self.extras, *(['marginal'] if marginal else [])])} needs a "
-                "taxonomy: make "
-                "the model with taxonomy=."
+                "taxonomy: make the model with taxonomy=."
             )
         self.loss = loss
         if loss is not None:
@@ -167,8 +165,7 @@ class BranchTask(HeadsTask):
             ):
                 raise ValueError(
                     f"class_weights[{name!r}] of shape {tuple(weights.shape)}: give one weight "
-                    "from 0 "
-                    f"upwards for each class of one of the heads {model.num_classes}."
+                    f"from 0 upwards for each class of one of the heads {model.num_classes}."
                 )
             self.register_buffer(
                 f"class_weights_{self.names.index(name)}", weights, persistent=False
@@ -203,7 +200,6 @@ class BranchTask(HeadsTask):
             self.uncertainty.load_state_dict(state["uncertainty"])
 
     # -- losses
-    # ----------------------------------------------------------------------------------------------
 
     def needed_heads(self) -> tuple[str, ...]:
         """As in :class:`HeadsTask`."""
@@ -276,8 +272,7 @@ class BranchTask(HeadsTask):
         if not isinstance(losses, Mapping) or not losses:
             raise ValueError(
                 "loss= must return a dict of scalars: the losses of levels by the levels' names, "
-                "and "
-                f"others; got {type(losses).__name__}."
+                f"and others; got {type(losses).__name__}."
             )
         off = set(self.names) - set(self.active)
         return {name: loss for name, loss in losses.items() if name not in off}
@@ -353,50 +348,6 @@ class BranchTask(HeadsTask):
         return output[name] if self.taxonomy is not None else two_classes(output[name])
 
     # -- names
-    # ----------------------------------------------------------------------------------------------
-    #     #
-    # ----------------------------------------------------------------------------------------------
-    #     #
-    # ----------------------------------------------------------------------------------------------
-    #     #
-    # ----------------------------------------------------------------------------------------------
-    #     #
-    # ----------------------------------------------------------------------------------------------
-    #     #
-    # ----------------------------------------------------------------------------------------------
-    #     #
-    # ----------------------------------------------------------------------------------------------
-    #     #
-    # ----------------------------------------------------------------------------------------------
-    #     #
-    # ----------------------------------------------------------------------------------------------
-    #     #
-    # ----------------------------------------------------------------------------------------------
-    #     #
-    # ----------------------------------------------------------------------------------------------
-    #     #
-    # ----------------------------------------------------------------------------------------------
-    #     #
-    # ----------------------------------------------------------------------------------------------
-    #     #
-    # ----------------------------------------------------------------------------------------------
-    #     #
-    # ----------------------------------------------------------------------------------------------
-    #     #
-    # ----------------------------------------------------------------------------------------------
-    #     #
-    # ----------------------------------------------------------------------------------------------
-    #     #
-    # ----------------------------------------------------------------------------------------------
-    #     #
-    # ----------------------------------------------------------------------------------------------
-    #     #
-    # ----------------------------------------------------------------------------------------------
-    #     #
-    # ----------------------------------------------------------------------------------------------
-    #     #
-    # ----------------------------------------------------------------------------------------------
-    #     # -----------------------------------------------------------------------------------------------
 
     def match_labels(self, names: Any) -> Callable[[Any], Any] | None:
         """As in :class:`HeadsTask`; class indices (B,) of a class list become labels (B, L)."""
@@ -413,7 +364,6 @@ class BranchTask(HeadsTask):
         return {"taxonomy": self.taxonomy.to_dict()}
 
     # -- evaluation
-    # ------------------------------------------------------------------------------------------
 
     @property
     def default_metric(self) -> str:
@@ -579,7 +529,8 @@ def _by_sample(
     if logits.ndim == 2 or target.is_floating_point():
         raise ValueError(
             f"head {name!r} with logits {tuple(logits.shape)} cannot be held to labels "
-            f"{tuple(target.shape)}: labels of frames need a head with output='frame', class indices."
+            f"{tuple(target.shape)}: labels of frames need a head with output='frame', class "
+            "indices."
         )
     batch, time = logits.shape[:2]
     rows = target if target.ndim == 3 else target[:, None].expand(batch, time, target.shape[1])

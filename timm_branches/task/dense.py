@@ -88,8 +88,7 @@ class DenseTask(HeadsTask):
         if schedule is not None and len(names) == 1:
             raise ValueError(
                 "schedule= weighs the stages of a decoder with deep_supervision=True, or the "
-                "levels of a "
-                "taxonomy; this one has one loss."
+                "levels of a taxonomy; this one has one loss."
             )
         super().__init__(model, names, schedule, device, verbose=verbose)
         self.shares = isinstance(loss, str)

@@ -56,8 +56,7 @@ class JointTask(HeadsTask):
         if len(models) != 1 or len(set(names)) < len(names):
             raise ValueError(
                 f"tasks must share one model and have different heads, got {len(models)} models "
-                "and the "
-                f"losses {names}."
+                f"and the losses {names}."
             )
         weights = dict(weights or {})
         if set(weights) - set(tasks) or not all(0 <= w < float("inf") for w in weights.values()):

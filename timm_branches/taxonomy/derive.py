@@ -80,8 +80,7 @@ def linkage_from_confusion(matrix: Any, method: str = "average") -> np.ndarray:
     if np.count_nonzero(similarity) == len(counts):
         raise ValueError(
             "no class is confused with any other, so nothing says which belong together; use a "
-            "weaker "
-            "model's confusion matrix, or embeddings"
+            "weaker model's confusion matrix, or embeddings"
         )
     return linkage(squareform(1 - similarity, checks=False), method)
 
@@ -208,8 +207,7 @@ def cut_linkage(linkage: Any, num_classes: Sequence[int]) -> torch.Tensor:
     ):
         raise ValueError(
             "num_classes must be increasing whole numbers, coarsest level first, each at least 2 "
-            "and "
-            f"less than the {count} classes themselves; got {wanted}"
+            f"and less than the {count} classes themselves; got {wanted}"
         )
     groups = {i: [i] for i in range(count)}
     cuts = {}

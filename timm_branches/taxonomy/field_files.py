@@ -53,8 +53,7 @@ def category_paths(content: Mapping[str, Any]) -> tuple[dict[Any, NodePath], lis
         if missing:
             raise ValueError(
                 f"The category {category['name']!r} (id {category['id']}) lacks "
-                f"{', '.join(missing)}, "
-                "which others have: fill it in, or leave it out everywhere."
+                f"{', '.join(missing)}, which others have: fill it in, or leave it out everywhere."
             )
         if category["id"] in paths:
             raise ValueError(f"Two categories have the id {category['id']}.")

@@ -83,8 +83,7 @@ def check_levels(levels: Sequence[str] | None, depth: int) -> tuple[str, ...]:
     if len(levels) > depth:
         raise ValueError(
             f"level {levels[depth]!r} is empty: {len(levels)} level names are given, but the "
-            "deepest "
-            f"leaf lies on level {depth}; name {depth} levels"
+            f"deepest leaf lies on level {depth}; name {depth} levels"
         )
     if len(levels) < depth:
         raise ValueError(
@@ -111,8 +110,7 @@ def check_order(
             odd = sorted("/".join(path) for path in set(paths) ^ set(found)) or "a node twice"
             raise ValueError(
                 f"order of level {level!r} must list each of its {len(found)} nodes once; it "
-                "differs "
-                f"in {odd}"
+                f"differs in {odd}"
             )
         ordered.append(tuple(paths))
     return tuple(ordered)
@@ -165,8 +163,7 @@ def find(name: Any, ends: Mapping[str, list[NodePath]], nodes: Iterable[NodePath
         options = ", ".join(repr(path) for path in found[:5])
         raise ValueError(
             f"{name!r} is ambiguous: it fits {len(found)} nodes, among them {options}; give the "
-            "whole "
-            f"path as a tuple"
+            "whole path as a tuple"
         )
     if any(name in ("/".join(path), path[-1]) for path in nodes):
         raise ValueError(f"{name!r} is not a leaf but an inner node; encode_partial takes those")

@@ -172,8 +172,7 @@ def _decode(path: str) -> tuple[str, str]:
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{path} is neither UTF-8 nor UTF-16 nor Windows-1252 text (byte {error.start}): save "
-            "it "
-            "as UTF-8."
+            "it as UTF-8."
         ) from error
 
 
@@ -222,8 +221,7 @@ def _from_columns(frame: Any, source: str) -> Table:
     if not header:
         raise TypeError(
             "A table is a file's path, a data frame, a datasets.Dataset or a mapping of columns; "
-            "got "
-            f"{type(frame).__name__}."
+            f"got {type(frame).__name__}."
         )
     names = ["" if name is None else str(name).strip() for name in header]
     table = Table(source, {}, [])

@@ -71,7 +71,6 @@ def as_labels(labels: Any, count: int, what: str) -> torch.Tensor:
     if wrong.any():
         raise ValueError(
             f"{what} {int(labels[wrong][0])} is out of range; legal are 0 to {count - 1}, and -1 "
-            "for "
-            f"unknown"
+            "for unknown"
         )
     return labels

@@ -389,8 +389,7 @@ class Taxonomy(Forest):
             ]
             raise ValueError(
                 f"names must list each of the {self.num_leaves} leaves once; got {len(indices)} "
-                "names, "
-                f"missing {missing}"
+                f"names, missing {missing}"
             )
         return Taxonomy([self.leaves[i] for i in indices], self.levels)
 

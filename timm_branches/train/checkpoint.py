@@ -47,8 +47,7 @@ def load_state(path: str | os.PathLike) -> dict:
             if metadata.get("producer") != _PRODUCER:
                 raise ValueError(
                     f"{path} is not a training checkpoint of timm_branches. (To start from a "
-                    "model's "
-                    "weights, give it as the checkpoint of a new run.)"
+                    "model's weights, give it as the checkpoint of a new run.)"
                 )
             return _decode(json.loads(metadata["state"]), file)
     except SafetensorError as error:

@@ -22,10 +22,9 @@ def check_losses(pending: list[tuple[int, dict[str, torch.Tensor]]], epoch: int)
         index, name = names[int(bad[0])]
         raise FloatingPointError(
             f"The loss of level {name!r} became {float(values[int(bad[0])])} in batch {index} of "
-            f"epoch {epoch} (both "
-            "counted from 0). Training stops; the files of the last good epoch stay. A smaller "
-            "--lr, --clip-grad 1, "
-            "or --amp-dtype bfloat16 instead of float16 help most often."
+            f"epoch {epoch} (both counted from 0). Training stops; the files of the last good "
+            "epoch stay. A smaller --lr, --clip-grad 1, or --amp-dtype bfloat16 instead of "
+            "float16 help most often."
         )
 
 
@@ -52,7 +51,6 @@ def check_weights(task: HeadsTask, epoch: int) -> None:
     if bad:
         raise FloatingPointError(
             f"{len(bad)} weights, among them {bad[0]}, became NaN or infinite in epoch {epoch} "
-            "(counted from 0). "
-            "Training stops; the files of the last good epoch stay. A smaller --lr or --clip-grad "
-            "1 help most often."
+            "(counted from 0). Training stops; the files of the last good epoch stay. A smaller "
+            "--lr or --clip-grad 1 help most often."
         )

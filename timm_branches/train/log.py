@@ -94,8 +94,7 @@ class CsvLog:
         if len(set(header)) != len(header) or any(len(row) > len(header) for row in rows):
             raise ValueError(
                 f"{self.path} is not a log: a row has more values than the header {header} has "
-                "names, "
-                "or a name comes twice. Give another path, or move the file away."
+                "names, or a name comes twice. Give another path, or move the file away."
             )
         self._columns = header
         self._rows = [dict(zip(header, row, strict=False)) for row in rows if row]

@@ -267,8 +267,7 @@ class _Run:
         if taken and config.resume != "auto" and not _same_file(config.resume, self.checkpoint):
             raise ValueError(
                 f"{config.output} holds an earlier run: continue it with resume='auto' (--resume "
-                "auto), "
-                "or choose another output folder."
+                "auto), or choose another output folder."
             )
         self._resume()
         # after a resume, which may bring a schedule that turns levels off
@@ -345,7 +344,6 @@ class _Run:
         return torch.autocast(self.device.type, dtype=getattr(torch, self.config.amp_dtype))
 
     # -- checkpoints
-    # -----------------------------------------------------------------------------------------
 
     @property
     def checkpoint(self) -> Path:
@@ -371,8 +369,7 @@ class _Run:
         if trained_with != self.config.opt:
             raise ValueError(
                 f"--resume {path} is of another optimizer: it was trained with --opt "
-                f"{trained_with}, "
-                f"not {self.config.opt}."
+                f"{trained_with}, not {self.config.opt}."
             )
         try:
             self.task.load_checkpoint_state(state["state_dict"], state.get("task_state"))
@@ -426,7 +423,6 @@ class _Run:
         save_state(self.checkpoint, state)
 
     # -- one epoch
-    # -------------------------------------------------------------------------------------------
 
     def check(self) -> None:
         """Ask the doctor before a long training.
