@@ -18,11 +18,12 @@ help.
 
 import argparse
 import json
+import math
 import re
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -32,6 +33,7 @@ import torch
 import torch.distributed as dist
 from timm.data import resolve_model_data_config
 from timm.task import evaluation_sample_limit
+from torch.utils.data import DataLoader
 
 from timm_branches import (
     BranchModel,
@@ -76,9 +78,11 @@ from timm_branches.train.arguments import (
 from timm_branches.train.compare import comparison_table, verdict
 from timm_branches.train.script import hardware, new_output, run_script
 
+HEADS = {"pool": PoolHead, "flatten": FlattenHead}
+
 # Published settings, in one word. Sources: the papers and, for what they leave out, the authors'
 # code (github.com/zhuxinqimac/B-CNN). Epochs are 0-based, "from epoch".
-_KERAS_SGD = {
+KERAS_SGD = {
     "opt": "sgd",
     "momentum": 0.9,
     "weight_decay": 0.0,
@@ -90,7 +94,7 @@ _KERAS_SGD = {
 RECIPES: dict[str, dict] = {
     # B-CNN, CIFAR-10, model B
     "bcnn-b-cifar10": dict(
-        _KERAS_SGD,
+        KERAS_SGD,
         data="cifar10",
         taxonomy="cifar10",
         model="bcnn_b",
@@ -103,7 +107,7 @@ RECIPES: dict[str, dict] = {
     # B-CNN, CIFAR-100, VGG16 whose convolutions start from ImageNet (pretrained, where weights can
     # be downloaded)
     "bcnn-vgg16-cifar100": dict(
-        _KERAS_SGD,
+        KERAS_SGD,
         data="cifar100",
         taxonomy="cifar100",
         model="bcnn_vgg16",
@@ -116,7 +120,7 @@ RECIPES: dict[str, dict] = {
     ),
     # H-CNN (Seo and Shin 2019), Fashion-MNIST, 28 px grey, read off a public implementation
     "hcnn-fashion-mnist": dict(
-        _KERAS_SGD,
+        KERAS_SGD,
         data="fashion_mnist",
         taxonomy="fashion_mnist",
         model="bcnn_vgg16",
@@ -133,7 +137,7 @@ RECIPES: dict[str, dict] = {
     # MNIST: B-CNN's levels (5/10). Its model A and schedule are not in the authors' code: these are
     # ours
     "bcnn-a-mnist": dict(
-        _KERAS_SGD,
+        KERAS_SGD,
         data="mnist",
         taxonomy="mnist",
         model="bcnn_a",
@@ -171,8 +175,11 @@ RECIPES: dict[str, dict] = {
 }
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Arguments; a recipe's values are defaults that every flag overrides."""
+# -- arguments
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """All flags."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -186,7 +193,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--recipe", choices=list(RECIPES), help="a published or own setting in one word"
     )
-    group = parser.add_argument_group("data")
+    add_data_arguments(parser.add_argument_group("data"))
+    add_network_arguments(parser.add_argument_group("model"))
+    add_hierarchy_arguments(parser.add_argument_group("hierarchy"))
+    add_study_arguments(parser.add_argument_group("studies"))
+    add_fit_arguments(parser)
+    # the job without arguments: small, and good enough on digits
+    parser.set_defaults(
+        output="output/bcnn", epochs=15, lr=0.02, weight_decay=1e-4, warmup_epochs=1
+    )
+    return parser
+
+
+def add_data_arguments(group: Any) -> None:
+    """What is read, and what is done to it in training."""
     group.add_argument(
         "--data-dir", default="data", help="where named data sets lie (default: data)"
     )
@@ -221,7 +241,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--cutmix", type=float, default=0.0, help="cutmix alpha")
     group.add_argument("--smoothing", type=float, default=0.0, help="label smoothing")
     add_table_arguments(group)
-    group = parser.add_argument_group("model")
+
+
+def add_network_arguments(group: Any) -> None:
+    """The backbone, where it is tapped, and the heads."""
     add_model_arguments(group, "bcnn_a")
     group.add_argument(
         "--taps", nargs="+", help="one per level, coarse to fine (default: the last stages)"
@@ -243,7 +266,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--img-size", type=int)
     group.add_argument("--drop", type=float, help="dropout rate")
     group.add_argument("--drop-path", type=float, help="stochastic depth rate")
-    group = parser.add_argument_group("hierarchy")
+
+
+def add_hierarchy_arguments(group: Any) -> None:
+    """The losses of the levels and of the flat twin."""
     group.add_argument(
         "--schedule",
         help="loss weights: a preset's name or '0:0.9,0.1;5:0,1', with linear: or cosine: "
@@ -264,7 +290,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--marginal",
         action="store_true",
-        help="coarsely labelled images teach the finer heads, too, by the classes below their label",
+        help="coarsely labelled images teach the finer heads, too, by the classes below their "
+        "label",
     )
     group.add_argument(
         "--uncertainty", action="store_true", help="learn the levels' weights (Kendall et al. 2018)"
@@ -275,7 +302,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default="marginal",
         help="of the flat twin: marginal (cross-entropy), hxe or soft (Bertinetto et al. 2020)",
     )
-    group = parser.add_argument_group("studies")
+
+
+def add_study_arguments(group: Any) -> None:
+    """Comparisons over several seeds."""
     group.add_argument(
         "--compare",
         action="store_true",
@@ -286,61 +316,85 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         type=float,
         nargs="+",
         metavar="SHARE",
-        help="hide the finer labels of this share of the images; learn from these images or drop them",
+        help="hide the finer labels of this share of the images; learn from these images or drop "
+        "them",
     )
     group.add_argument(
         "--seeds",
         type=int,
         help="how many seeds a study trains (default: 3 to compare, 1 for partial)",
     )
-    add_fit_arguments(parser)
-    # the job without arguments: small, and good enough on digits
-    parser.set_defaults(
-        output="output/bcnn", epochs=15, lr=0.02, weight_decay=1e-4, warmup_epochs=1
-    )
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Arguments; a recipe's values are defaults that every flag overrides."""
+    parser = make_parser()
     recipe = parser.parse_known_args(argv)[0].recipe
+    default_data = "digits"
     if recipe:
+        default_data = RECIPES[recipe]["data"]
         parser.set_defaults(**{"warmup_epochs": 0, **RECIPES[recipe]})
     args = parser.parse_args(argv)
-    args.data = args.data or (RECIPES[recipe]["data"] if recipe else "digits")
-    if args.lr_steps:  # the rates are in there
-        if args.lr != parser.get_default("lr"):
-            parser.error(
-                "--lr has no effect beside --lr-steps: change the rates there, or give another --sched "
-                "and --lr-steps ''"
-            )
-        args.lr = FitConfig.lr
-    if args.compare and args.partial:
-        parser.error("--compare and --partial are two studies: choose one")
+    check_args(parser, args)
+    args.data = args.data or default_data
+    if args.lr_steps:
+        args.lr = FitConfig.lr  # the rates are in the steps
     if args.seeds is None:
         args.seeds = 3 if args.compare else 1
-    elif not (args.compare or args.partial):
-        parser.error(
-            "--seeds has no effect without --compare or --partial; --seed is the seed of a single run"
-        )
-    elif args.seeds < 1:
-        parser.error(f"--seeds must be above 0, got {args.seeds}")
-    if (args.compare or args.partial) and not args.flat:
-        parser.error(
-            "--no-flat has no effect in a study: the flat twin is what the hierarchy is held against"
-        )
-    if args.hflip is not None and args.augment == "none":
-        parser.error("--hflip has no effect with --augment none: choose another --augment")
     return args
 
 
+def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse what has no effect together."""
+    is_study = bool(args.compare or args.partial)
+    if args.lr_steps and args.lr != parser.get_default("lr"):
+        parser.error(
+            "--lr has no effect beside --lr-steps: change the rates there, or give another --sched "
+            "and --lr-steps ''"
+        )
+    if args.compare and args.partial:
+        parser.error("--compare and --partial are two studies: choose one")
+    if args.seeds is not None and not is_study:
+        parser.error(
+            "--seeds has no effect without --compare or --partial; --seed is the seed of a single "
+            "run"
+        )
+    if args.seeds is not None and args.seeds < 1:
+        parser.error(f"--seeds must be above 0, got {args.seeds}")
+    if is_study and not args.flat:
+        parser.error(
+            "--no-flat has no effect in a study: the flat twin is what the hierarchy is held "
+            "against"
+        )
+    if args.hflip is not None and args.augment == "none":
+        parser.error("--hflip has no effect with --augment none: choose another --augment")
+
+
+# -- what all trainings of one call share
+
+
 @dataclass
-class Trial:
-    """One training: what is trained, on which images, for how long."""
+class Method:
+    """What is trained, with which loss, on which images, and for how long.
+
+    Attributes:
+        make_model: A new network.
+        make_task: Its losses.
+        train: Images to train on.
+        val: Images that choose the best epoch.
+        epochs: How often all of `train` is seen.
+        decoder: What makes a path of the tree of its answers.
+    """
 
     make_model: Callable[[], BranchModel]
     make_task: Callable[[BranchModel], BranchTask]
     train: HierarchicalDataset
     val: HierarchicalDataset
     epochs: int
+    decoder: str = "best-path"
 
 
-class Bench:
+class Experiment:
     """Data, models and settings that all trainings of one call share."""
 
     def __init__(self, args: argparse.Namespace):
@@ -358,13 +412,7 @@ class Bench:
                 "--resume auto."
             )
         self.output = new_output(args.output, args.resume)
-        grey = args.data in ("digits", "mnist", "fashion_mnist")
-        in_chans = args.in_chans or (1 if grey else 3)
-        for name in ("mean", "std"):
-            if (values := getattr(args, name)) and len(values) not in (1, in_chans):
-                raise ValueError(
-                    f"--{name} has {len(values)} values, but images have {in_chans} channels."
-                )
+        in_chans = channels_of(args)
         self.train, self.val, self.test = create_splits(
             args.data,
             args.val_fraction,
@@ -379,21 +427,10 @@ class Bench:
         if args.limit is not None:
             self.train = self.train.limit(args.limit, seed=args.seed)
         self.summary = say_what_was_understood(train=self.train, val=self.val, test=self.test)
-        tree = self.train.taxonomy
-        if tree is None or tree.num_levels < 2:
-            raise ValueError(
-                f"{args.data} has one level of labels only: give its hierarchy with --taxonomy (a "
-                "ready-made tree, a CSV, JSON or nested class folders)."
-            )
-        self.tree: Taxonomy = tree
-        self.taps = args.taps or default_taps(tree.num_levels)
-        if len(self.taps) != tree.num_levels:
-            raise ValueError(
-                f"--taps {' '.join(self.taps)}: the tree has {tree.num_levels} levels "
-                f"{list(tree.levels)}; give one tap each."
-            )
-        self.heads = make_heads(args, tree.num_levels)
-        self.balance = balance_options(args, tree)
+        self.tree = hierarchy_of(self.train, args.data)
+        self.taps = taps_of(args, self.tree)
+        self.heads = make_heads(args, self.tree.num_levels)
+        self.balance = balance_options(args, self.tree)
         self.class_weights = weights_of_classes(args, self.train)
         self.options = {
             "pretrained": args.pretrained,
@@ -402,7 +439,7 @@ class Bench:
             "img_size": args.img_size,
             "drop_rate": args.drop,
         }
-        if args.drop_path is not None:
+        if args.drop_path is not None:  # not every backbone takes it
             self.options["drop_path_rate"] = args.drop_path
 
     # -- what can be trained
@@ -414,21 +451,20 @@ class Bench:
         epochs: int | None = None,
         detach: bool = False,
         marginal: bool = False,
-    ) -> Trial:
+    ) -> Method:
         """A head a level at its own depth, all trained together."""
+        args = self.args
 
-        def make_model():
+        def make_model() -> BranchModel:
             taps = [Tap.parse(tap) for tap in self.taps]
-            if detach or self.args.detach:
+            if detach or args.detach:
                 taps[:-1] = [replace(tap, detach=True) for tap in taps[:-1]]
             return create_branch_model(
-                self.args.model, taps=taps, head=self.heads, taxonomy=self.tree, **self.options
+                args.model, taps=taps, head=self.heads, taxonomy=self.tree, **self.options
             )
 
-        args = self.args
-        return Trial(
-            make_model,
-            lambda model: BranchTask(
+        def make_task(model: BranchModel) -> BranchTask:
+            return BranchTask(
                 model,
                 schedule,
                 args.smoothing,
@@ -437,138 +473,169 @@ class Bench:
                 consistency=args.consistency,
                 tree_path=args.tree_path,
                 uncertainty=args.uncertainty,
-            ),
-            train or self.train,
-            self.val,
-            epochs or args.epochs,
-        )
+            )
 
-    def flat(self, train: HierarchicalDataset | None = None, epochs: int | None = None) -> Trial:
+        return Method(make_model, make_task, train or self.train, self.val, epochs or args.epochs)
+
+    def flat(self, train: HierarchicalDataset | None = None, epochs: int | None = None) -> Method:
         """One head of leaves at the deepest tap."""
         args, tree = self.args, self.tree
-        return Trial(
-            lambda: create_branch_model(
+
+        def make_model() -> BranchModel:
+            return create_branch_model(
                 args.model,
                 taps=self.taps[-1:],
                 head=self.heads[-1:],
                 num_classes=tree.num_leaves,
                 names=["leaf"],
                 **self.options,
-            ),
-            lambda model: FlatTask(model, tree, args.smoothing, loss=args.flat_loss),
+            )
+
+        def make_task(model: BranchModel) -> FlatTask:
+            return FlatTask(model, tree, args.smoothing, loss=args.flat_loss)
+
+        return Method(
+            make_model,
+            make_task,
             train or self.train,
             self.val,
             epochs or args.epochs,
+            decoder="leaf-marginal",
         )
 
-    def alone(self, level: int) -> Trial:
+    def independent(self, level: int) -> Method:
         """One level by itself.
 
-        A network that ends at its tap and has an equal part of the epochs.
+        A network that ends at its tap and has an equal share of the epochs.
         """
         args, tree = self.args, self.tree
-        share = args.epochs // tree.num_levels + (level < args.epochs % tree.num_levels)
-        return Trial(
-            lambda: create_branch_model(
+        name = tree.levels[level]
+        class_weights = None
+        if self.class_weights is not None:
+            class_weights = {name: self.class_weights[name]}
+
+        def make_model() -> BranchModel:
+            return create_branch_model(
                 args.model,
                 taps=[self.taps[level]],
                 head=[self.heads[level]],
                 num_classes=tree.num_classes[level],
-                names=[tree.levels[level]],
+                names=[name],
                 **self.options,
-            ),
-            lambda model: BranchTask(model, None, args.smoothing, self.weights_of(level)),
+            )
+
+        def make_task(model: BranchModel) -> BranchTask:
+            return BranchTask(model, None, args.smoothing, class_weights)
+
+        epochs, left_over = divmod(args.epochs, tree.num_levels)
+        if level < left_over:  # the coarsest levels get those that do not divide evenly
+            epochs += 1
+        return Method(
+            make_model,
+            make_task,
             one_level(self.train, level),
             one_level(self.val, level),
-            max(1, share),
+            max(1, epochs),
         )
-
-    def weights_of(self, level: int) -> dict[str, Any] | None:
-        """The class weights of one level."""
-        name = self.tree.levels[level]
-        return None if self.class_weights is None else {name: self.class_weights[name]}
 
     # -- training and evaluation
 
-    def fit(self, name: str, trial: Trial, seed: int, folder: Path) -> tuple[BranchTask, FitResult]:
+    def fit(
+        self, name: str, method: Method, seed: int, folder: Path
+    ) -> tuple[BranchTask, FitResult]:
         """Train; the model that comes back is that of the best epoch on validation."""
-        args, device = self.args, self.device
+        args = self.args
         torch.manual_seed(seed)
-        model = trial.make_model()
-        cfg = resolve_model_data_config(
-            model, {k: v for k in ("mean", "std") if (v := getattr(args, k))}
-        )
-        hflip = (
-            args.hflip
-            if args.hflip is not None
-            else 0.0
-            if args.data in ("digits", "mnist")
-            else 0.5
-        )
-        look = {k: cfg[k] for k in ("input_size", "mean", "std", "interpolation")}
-        # small images are not cropped: there is nothing to spare
-        crop: dict[str, Any] = {
-            "crop_pct": 1.0 if max(cfg["input_size"][-2:]) <= 64 else cfg["crop_pct"],
-            "crop_mode": "center",
-        }
-        trial.train.transform = create_transform(
-            **look, is_training=True, augment=args.augment, hflip=hflip
-        )
-        self.transform = trial.val.transform = create_transform(**look, **crop)
-        # what is left may be few
-        batch = min(args.batch_size, len(trial.train)) if args.partial else args.batch_size
+        model = method.make_model()
+        self.set_transforms(method, model)
+        model.pretrained_cfg.update(image_options(args))
+        model.data_summary = self.summary.to_dict()
+        batch_size = args.batch_size
+        if args.partial:  # images that keep their fine label may be few
+            batch_size = min(batch_size, len(method.train))
         loader = create_loader(
-            trial.train,
-            batch,
+            method.train,
+            batch_size,
             is_training=True,
             num_workers=args.workers,
             seed=seed,
-            pin_memory=device.type == "cuda",
+            pin_memory=self.device.type == "cuda",
             **self.balance,
         )
-        val_loader = create_loader(trial.val, args.batch_size, num_workers=args.workers)
-        model.pretrained_cfg.update(mean=tuple(look["mean"]), std=tuple(look["std"]), **crop)
-        model.pretrained_cfg.update(image_options(args))
-        model.data_summary = self.summary.to_dict()
-        task = trial.make_task(model)
-        mixup = None
-        if args.mixup or args.cutmix:
-            mixup = HierarchicalMixup(
-                args.mixup,
-                args.cutmix,
-                label_smoothing=args.smoothing,
-                num_classes=task.level_classes,
-            )
+        val_loader = create_loader(method.val, args.batch_size, num_workers=args.workers)
+        task = method.make_task(model)
+        mixup = self.make_mixup(task)
         if is_primary():
-            parameters = sum(p.numel() for p in model.parameters()) / 1e6
+            millions = sum(p.numel() for p in model.parameters()) / 1e6
             print(
-                f"\n{name}, seed {seed}: {args.model}, {parameters:.1f} M parameters, {len(trial.train)} images to "
-                f"train on, {len(trial.val)} to validate",
+                f"\n{name}, seed {seed}: {args.model}, {millions:.1f} M parameters, "
+                f"{len(method.train)} images to train on, {len(method.val)} to validate",
                 flush=True,
             )
         config = replace(
             self.config,
             output=str(folder),
             seed=seed,
-            epochs=trial.epochs,
-            lr_steps=stretched(self.config.lr_steps, trial.epochs / args.epochs),
+            epochs=method.epochs,
+            lr_steps=stretched(self.config.lr_steps, method.epochs / args.epochs),
         )
-        run = fit(
-            task, loader, val_loader, config, mixup, facts={"data": str(args.data), "seed": seed}
+        facts = {"data": str(args.data), "seed": seed}
+        run = fit(task, loader, val_loader, config, mixup, facts=facts)
+        best = method.make_task(load_model(run.model_path))
+        return best.to(self.device), run
+
+    def set_transforms(self, method: Method, model: BranchModel) -> None:
+        """Let the data be read as the network takes them, and the model's file say how."""
+        args = self.args
+        given = {}
+        for name in ("mean", "std"):
+            if getattr(args, name):
+                given[name] = getattr(args, name)
+        cfg = resolve_model_data_config(model, given)
+        inputs = {key: cfg[key] for key in ("input_size", "mean", "std", "interpolation")}
+        crop: dict[str, Any] = {"crop_pct": cfg["crop_pct"], "crop_mode": "center"}
+        if max(cfg["input_size"][-2:]) <= 64:
+            crop["crop_pct"] = 1.0  # small images are not cropped: there is nothing to spare
+        hflip = args.hflip
+        if hflip is None:  # a mirrored digit is none
+            hflip = 0.0 if args.data in ("digits", "mnist") else 0.5
+        method.train.transform = create_transform(
+            **inputs, is_training=True, augment=args.augment, hflip=hflip
         )
-        return trial.make_task(load_model(run.model_path)).to(device), run
+        self.transform = create_transform(**inputs, **crop)
+        method.val.transform = self.transform
+        model.pretrained_cfg.update(mean=tuple(cfg["mean"]), std=tuple(cfg["std"]), **crop)
 
-    def judged(self) -> HierarchicalDataset:
-        """The images that decide: test if there are any."""
-        return self.test if self.test is not None else self.val
+    def make_mixup(self, task: BranchTask) -> HierarchicalMixup | None:
+        """Mixup and CutMix, if they are asked for."""
+        args = self.args
+        if not (args.mixup or args.cutmix):
+            return None
+        return HierarchicalMixup(
+            args.mixup,
+            args.cutmix,
+            label_smoothing=args.smoothing,
+            num_classes=task.level_classes,
+        )
 
-    def judge(self, tasks: Sequence[BranchTask], decoder: str) -> dict[str, float]:
-        """Metrics of a model, or of several with a level each, on the images that decide."""
-        data = self.judged()
+    def evaluation_data(self) -> HierarchicalDataset:
+        """The images that the results are of: test if there are any."""
+        return self.val if self.test is None else self.test
+
+    def evaluate(self, tasks: Sequence[BranchTask], decoder: str) -> dict[str, float]:
+        """Metrics of a model, or of several with a level each."""
+        data = self.evaluation_data()
         data.transform = self.transform
         loader = create_loader(data, self.args.batch_size, num_workers=self.args.workers)
         if len(tasks) == 1:
             return dict(evaluate(tasks[0], loader, decoder=decoder).metrics)
+        return self.evaluate_together(tasks, loader, decoder)
+
+    @torch.no_grad()
+    def evaluate_together(
+        self, tasks: Sequence[BranchTask], loader: DataLoader, decoder: str
+    ) -> dict[str, float]:
+        """Metrics of several models that answer as one, each on its level."""
         evaluator = HierarchyEvaluator(
             self.tree.levels,
             self.tree.num_classes,
@@ -578,126 +645,145 @@ class Bench:
             decoder=decoder,
         )
         models = [base_model(task).eval() for task in tasks]
-        with torch.no_grad():
-            for images, labels in loader:
-                images = images.to(self.device)
-                output = {name: y for model in models for name, y in model(images).items()}
-                evaluator.update(output, labels.to(self.device))
+        for images, labels in loader:
+            images = images.to(self.device)  # (B, C, H, W)
+            logits: dict[str, torch.Tensor] = {}  # (B, K) of each level
+            for model in models:
+                logits |= model(images)
+            evaluator.update(logits, labels.to(self.device))
         return dict(evaluator.compute(distributed=dist.is_initialized()))
 
 
-def main(args: argparse.Namespace) -> None:
-    """The study that was asked for, its table and its files."""
-    began = time.monotonic()
-    bench = Bench(args)
-    study = compare if args.compare else partial_labels if args.partial else with_and_without
-    results, closing = study(bench)
-    if not is_primary():
-        return
-    count = len(bench.judged())
-    which = "test" if bench.test is not None else "validation (there is no test split)"
-    facts = {
-        "command": shlex.join(["python", *sys.argv]),
-        "seed": args.seed,
-        "epochs": args.epochs,
-        "train_images": len(bench.train),
-        "hardware": hardware(bench.device),
-        "images": count,
-        "judged": which,
-    }
-    # JSON knows no NaN: what could not be measured (the severity of no mistakes) is null
-    plain = {
-        name: [{k: None if v != v else v for k, v in run.items()} for run in runs]
-        for name, runs in results.items()
-    }
-    text = json.dumps({**facts, "results": plain}, indent=2) + "\n"
-    replace_file(bench.output / "results.json", lambda path: Path(path).write_text(text))
-    print(f"\n{comparison_table(results, columns(bench.tree))}\n\n{closing}")
-    seeds = (
-        f"Seed {args.seed}"
-        if not args.compare
-        else f"Seeds {args.seed} to {args.seed + args.seeds - 1}"
-    )
-    print(
-        f"Percent, distances in levels, on the {count} {which} images, models of the best epoch on validation. "
-        f"{seeds}, {facts['hardware']}, {time.monotonic() - began:.0f} s. Files: {bench.output}"
-    )
+def channels_of(args: argparse.Namespace) -> int:
+    """Channels of the images, for which each mean and deviation must have a value."""
+    is_grey = args.data in ("digits", "mnist", "fashion_mnist")
+    in_chans = args.in_chans or (1 if is_grey else 3)
+    for name in ("mean", "std"):
+        values = getattr(args, name)
+        if values and len(values) not in (1, in_chans):
+            raise ValueError(
+                f"--{name} has {len(values)} values, but images have {in_chans} channels."
+            )
+    return in_chans
 
 
+def hierarchy_of(data: HierarchicalDataset, name: str) -> Taxonomy:
+    """The tree of the labels; without two levels there is nothing to branch."""
+    tree = data.taxonomy
+    if tree is None or tree.num_levels < 2:
+        raise ValueError(
+            f"{name} has one level of labels only: give its hierarchy with --taxonomy (a "
+            "ready-made tree, a CSV, JSON or nested class folders)."
+        )
+    return tree
+
+
+def taps_of(args: argparse.Namespace, tree: Taxonomy) -> list[str]:
+    """One tap for each level."""
+    taps = args.taps or default_taps(tree.num_levels)
+    if len(taps) != tree.num_levels:
+        raise ValueError(
+            f"--taps {' '.join(taps)}: the tree has {tree.num_levels} levels "
+            f"{list(tree.levels)}; give one tap each."
+        )
+    return taps
+
+
+def default_taps(levels: int) -> list[str]:
+    """The last stages, one for each level; more than five levels share stages 1 to 5."""
+    if levels <= 5:
+        return [str(stage) for stage in range(6 - levels, 6)]
+    return [str(1 + round(4 * level / (levels - 1))) for level in range(levels)]
+
+
+def make_heads(args: argparse.Namespace, levels: int) -> list:
+    """One head a level."""
+    if args.hidden and len(args.hidden) != levels:
+        raise ValueError(f"--hidden {args.hidden}: give one width for each of the {levels} levels.")
+    name = args.head
+    if name is None:
+        name = "flatten" if args.model.startswith("bcnn") else "pool"
+    head = HEADS[name]
+    if not args.hidden:
+        return [head()] * levels
+    return [head(hidden=(width, width)) for width in args.hidden]
+
+
+def one_level(data: HierarchicalDataset, level: int) -> Subset:
+    """The same images with the labels of one level alone."""
+    subset = Subset(data, range(len(data)))
+    subset.labels = subset.labels[:, level : level + 1]  # (N, 1)
+    subset.taxonomy = None
+    return subset
+
+
+# -- studies
+
+# the study's B-CNNs whose coarse weight becomes 0, and does not
+WITH_AND_WITHOUT_ZEROS = ("B-CNN", "B-CNN, no level off")
 # metrics of each method, one dict a seed; closing words
-Study = tuple[dict[str, list[dict[str, float]]], str]
+StudyResult = tuple[dict[str, list[dict[str, float]]], str]
 
 
-def with_and_without(bench: Bench) -> Study:
+def with_and_without(experiment: Experiment) -> StudyResult:
     """A B-CNN and its flat twin, once."""
-    args, levels = bench.args, bench.tree.num_levels
+    args, levels = experiment.args, experiment.tree.num_levels
     schedule = get_schedule(
         args.schedule or default_schedule(levels, args.epochs), num_levels=levels
     )
-    task, run = bench.fit("B-CNN", bench.bcnn(schedule), args.seed, bench.output / "bcnn")
+    task, run = experiment.fit(
+        "B-CNN", experiment.bcnn(schedule), args.seed, experiment.output / "bcnn"
+    )
     facts = {"best_epoch": run.best_epoch, "seconds": round(run.seconds, 1)}
     results = {
-        "B-CNN": [bench.judge([task], "independent") | facts],
-        "B-CNN, best path": [bench.judge([task], "best-path") | facts],
+        "B-CNN": [experiment.evaluate([task], "independent") | facts],
+        "B-CNN, best path": [experiment.evaluate([task], "best-path") | facts],
     }
     if not args.flat:
         return results, f"Loss weights: {schedule}."
-    task, run = bench.fit("flat", bench.flat(), args.seed, bench.output / "flat")
+    task, run = experiment.fit("flat", experiment.flat(), args.seed, experiment.output / "flat")
     facts = {"best_epoch": run.best_epoch, "seconds": round(run.seconds, 1)}
-    results["flat"] = [bench.judge([task], "leaf-marginal") | facts]
+    results["flat"] = [experiment.evaluate([task], "leaf-marginal") | facts]
     gain = results["B-CNN, best path"][0]["full_path"] - results["flat"][0]["full_path"]
     return results, (
-        f"The hierarchy changes full-path accuracy by {gain:+.2f} points in this one run (best path "
-        "against flat). One seed is no proof either way: --compare trains several."
+        f"The hierarchy changes full-path accuracy by {gain:+.2f} points in this one run (best "
+        "path against flat). One seed is no proof either way: --compare trains several."
     )
 
 
-def compare(bench: Bench) -> Study:
+def compare(experiment: Experiment) -> StudyResult:
     """Is it worth it? Every method at equal budget, over several seeds.
 
     And what a weight of 0 does to coarse heads.
     """
-    args, tree = bench.args, bench.tree
+    args, tree = experiment.args, experiment.tree
     paper = get_schedule(
         args.schedule or paper_schedule(tree.num_levels, args.epochs), num_levels=tree.num_levels
     )
     kept = without_zeros(paper)
-    equal = get_schedule("equal", num_levels=tree.num_levels)
+    methods = {
+        "flat": experiment.flat(),
+        "B-CNN": experiment.bcnn(paper),
+        "B-CNN, no level off": experiment.bcnn(kept),
+        "constant weights": experiment.bcnn(get_schedule("equal", num_levels=tree.num_levels)),
+        "detached branches": experiment.bcnn(paper, detach=True),
+    }
+    if kept == paper:
+        del methods["B-CNN, no level off"]
     results: dict[str, list[dict[str, float]]] = {}
     histories: dict[str, list[list[dict]]] = {}
     for seed in range(args.seed, args.seed + args.seeds):
-        folder = bench.output / f"seed{seed}"
-        methods = {
-            "flat": bench.flat(),
-            "B-CNN": bench.bcnn(paper),
-            "B-CNN, no level off": bench.bcnn(kept),
-            "constant weights": bench.bcnn(equal),
-            "detached branches": bench.bcnn(paper, detach=True),
-        }
-        if kept == paper:
-            del methods["B-CNN, no level off"]
+        folder = experiment.output / f"seed{seed}"
         trained = {}
-        for name, trial in methods.items():
-            task, run = bench.fit(name, trial, seed, folder / slug(name))
+        for name, method in methods.items():
+            task, run = experiment.fit(name, method, seed, folder / slug(name))
             trained[name] = [task]
             histories.setdefault(name, []).append(run.history)
-        trained["independent branches"] = [
-            bench.fit(
-                f"independent branch {name!r}",
-                bench.alone(level),
-                seed,
-                folder / f"alone_{slug(name)}",
-            )[0]
-            for level, name in enumerate(tree.levels)
-        ]
+        trained["independent branches"] = fit_independent(experiment, seed, folder)
         for name, tasks in trained.items():
-            decoders = (
-                {"leaf-marginal": "flat, leaf-marginal", "crm": "flat, CRM"}
-                if name == "flat"
-                else {"independent": name, "best-path": f"{name}, best path"}
-            )
-            for decoder, title in decoders.items():
-                results.setdefault(title, []).append(bench.judge(tasks, decoder))
+            for decoder, row in decoders_of(name).items():
+                metrics = experiment.evaluate(tasks, decoder)
+                results.setdefault(row, []).append(metrics)
     lines = [
         verdict(
             results, "B-CNN, best path", "flat, leaf-marginal", "full_path", "full-path accuracy"
@@ -708,34 +794,53 @@ def compare(bench: Bench) -> Study:
         if is_primary() and args.plots:
             from timm_branches.train.curves import plot_collapse
 
-            plot_collapse(
-                {name: histories[name] for name in ("B-CNN", "B-CNN, no level off")},
-                tree.levels,
-                bench.output / "collapse.png",
-            )
+            shown = {name: histories[name] for name in WITH_AND_WITHOUT_ZEROS}
+            plot_collapse(shown, tree.levels, experiment.output / "collapse.png")
     lines.append(f"Loss weights of the B-CNN: {paper}.")
     return results, "\n".join(lines)
+
+
+def fit_independent(experiment: Experiment, seed: int, folder: Path) -> list[BranchTask]:
+    """A network for each level, which know nothing of each other."""
+    tasks = []
+    for level, name in enumerate(experiment.tree.levels):
+        task, _ = experiment.fit(
+            f"independent branch {name!r}",
+            experiment.independent(level),
+            seed,
+            folder / f"alone_{slug(name)}",
+        )
+        tasks.append(task)
+    return tasks
+
+
+def decoders_of(method: str) -> dict[str, str]:
+    """The decoders that a method is evaluated with, and their rows in the table."""
+    if method == "flat":
+        return {"leaf-marginal": "flat, leaf-marginal", "crm": "flat, CRM"}
+    return {"independent": method, "best-path": f"{method}, best path"}
 
 
 def collapse(
     level: str, schedule: LossWeightSchedule, histories: dict[str, list[list[dict]]]
 ) -> str:
     """What became of the coarsest head after its weight went to 0, in words."""
-
-    def change(name: str) -> float:
-        last = max(row["epoch"] for row in histories[name][0] if schedule(row["epoch"])[0] > 0)
-        return fmean(
-            run[-1][f"eval_{level}_top1"] - run[last][f"eval_{level}_top1"]
-            for run in histories[name]
-        )
-
+    metric = f"eval_{level}_top1"
+    changes = []
+    for name in WITH_AND_WITHOUT_ZEROS:
+        runs = histories[name]
+        epochs = [row["epoch"] for row in runs[0]]
+        last_trained = max(epoch for epoch in epochs if schedule(epoch)[0] > 0)
+        changes.append(fmean(run[-1][metric] - run[last_trained][metric] for run in runs))
+    with_zeros, with_a_little = changes
     return (
-        f"From the epoch before the weight of {level!r} becomes 0 to the last, its accuracy on validation changes "
-        f"by {change('B-CNN'):+.2f} points; with a little weight left by {change('B-CNN, no level off'):+.2f}."
+        f"From the epoch before the weight of {level!r} becomes 0 to the last, its accuracy on "
+        f"validation changes by {with_zeros:+.2f} points; with a little weight left by "
+        f"{with_a_little:+.2f}."
     )
 
 
-def partial_labels(bench: Bench) -> Study:
+def partial_labels(experiment: Experiment) -> StudyResult:
     """What images are worth that carry their coarsest label only: learned from, or dropped.
 
     Dropping leaves fewer images an epoch. It is tried with as many epochs (a labelled image is seen
@@ -743,59 +848,38 @@ def partial_labels(bench: Bench) -> Study:
     labels teach all heads (the marginal loss): with the coarse head alone, the fine one would see
     few labels a batch.
     """
-    args, levels = bench.args, bench.tree.num_levels
+    args, levels = experiment.args, experiment.tree.num_levels
     results: dict[str, list[dict[str, float]]] = {}
     for fraction in args.partial:
-        some, full = coarsen_labels(bench.train, fraction, seed=args.seed)
-        longer = round(args.epochs * len(some) / len(full))
-        trials = {}
-        for what, data, epochs in (
-            ("learned from", some, args.epochs),
-            ("dropped", full, args.epochs),
-            ("dropped, as many images", full, longer),
+        coarsened, labelled = coarsen_labels(experiment.train, fraction, seed=args.seed)
+        longer = round(args.epochs * len(coarsened) / len(labelled))
+        methods = {}
+        for treatment, data, epochs in (
+            ("learned from", coarsened, args.epochs),
+            ("dropped", labelled, args.epochs),
+            ("dropped, as many images", labelled, longer),
         ):
+            title = f"{fraction:.0%} coarse, {treatment}"
             schedule = args.schedule or default_schedule(levels, epochs)
-            trials[f"B-CNN, {fraction:.0%} coarse, {what}"] = bench.bcnn(
-                schedule, data, epochs, marginal=True
-            )
-            trials[f"flat, {fraction:.0%} coarse, {what}"] = bench.flat(data, epochs)
+            methods[f"B-CNN, {title}"] = experiment.bcnn(schedule, data, epochs, marginal=True)
+            methods[f"flat, {title}"] = experiment.flat(data, epochs)
         for seed in range(args.seed, args.seed + args.seeds):
-            for name, trial in trials.items():
-                task, _ = bench.fit(name, trial, seed, bench.output / f"seed{seed}" / slug(name))
-                decoder = "leaf-marginal" if isinstance(task, FlatTask) else "best-path"
-                results.setdefault(name, []).append(bench.judge([task], decoder))
-    lines = [
-        verdict(
-            results,
-            f"{net}, {f:.0%} coarse, learned from",
-            f"{net}, {f:.0%} coarse, {what}",
-            "full_path",
-            "full-path accuracy",
-        )
-        for f in args.partial
-        for net in ("B-CNN", "flat")
-        for what in ("dropped", "dropped, as many images")
-    ]
+            folder = experiment.output / f"seed{seed}"
+            for name, method in methods.items():
+                task, _ = experiment.fit(name, method, seed, folder / slug(name))
+                metrics = experiment.evaluate([task], method.decoder)
+                results.setdefault(name, []).append(metrics)
+    lines = []
+    for fraction in args.partial:
+        for network in ("B-CNN", "flat"):
+            title = f"{network}, {fraction:.0%} coarse"
+            learned = f"{title}, learned from"
+            for baseline in (f"{title}, dropped", f"{title}, dropped, as many images"):
+                lines.append(verdict(results, learned, baseline, "full_path", "full-path accuracy"))
     return results, "\n".join(lines)
 
 
-def make_heads(args: argparse.Namespace, levels: int) -> list:
-    """One head a level."""
-    if args.hidden and len(args.hidden) != levels:
-        raise ValueError(f"--hidden {args.hidden}: give one width for each of the {levels} levels.")
-    kind = {"pool": PoolHead, "flatten": FlattenHead}[
-        args.head or ("flatten" if args.model.startswith("bcnn") else "pool")
-    ]
-    return (
-        [kind(hidden=(width, width)) for width in args.hidden] if args.hidden else [kind()] * levels
-    )
-
-
-def default_taps(levels: int) -> list[str]:
-    """The last stages, one for each level; more than five levels share stages 1 to 5."""
-    if levels <= 5:
-        return [str(stage) for stage in range(6 - levels, 6)]
-    return [str(1 + round(4 * level / (levels - 1))) for level in range(levels)]
+# -- schedules
 
 
 def default_schedule(levels: int, epochs: int) -> str:
@@ -803,76 +887,132 @@ def default_schedule(levels: int, epochs: int) -> str:
 
     Linear over the first half.
     """
-    start = [0.6 if i == 0 else 0.4 / (levels - 1) for i in range(levels)]
-    end = [0.6 if i == levels - 1 else 0.4 / (levels - 1) for i in range(levels)]
-    text = ";".join(
-        f"{epoch}:" + ",".join(f"{w:.6g}" for w in weights)
-        for epoch, weights in ((0, start), (max(1, epochs // 2), end))
-    )
-    return f"linear:{text}"
+    start = weights_on(0, 0.6, levels)
+    end = weights_on(levels - 1, 0.6, levels)
+    return "linear:" + schedule_text({0: start, max(1, epochs // 2): end})
 
 
 def paper_schedule(levels: int, epochs: int) -> str:
-    """B-CNN's four phases on CIFAR-10 (9, 10, 10 and 31 of 60 epochs), for any number of levels
-    and epochs.
+    """B-CNN's four phases on CIFAR-10, for any number of levels and epochs.
+
+    There they have 9, 10, 10 and 31 of 60 epochs.
     """
-    rows = [[0.98 if i == 0 else 0.02 / (levels - 1) for i in range(levels)]]
-    rows += [
-        [0.8 if i == focus else 0.2 / (levels - 1) for i in range(levels)]
-        for focus in range(1, levels)
-    ]
-    rows += [[float(i == levels - 1) for i in range(levels)]]
-    starts = [round(epochs * (9 + 20 * k / (levels - 1)) / 60) for k in range(levels)]
-    return ";".join(
-        f"{epoch}:" + ",".join(f"{w:.6g}" for w in row)
-        for epoch, row in dict(zip([0, *starts], rows, strict=True)).items()
-    )
+    phases = [weights_on(0, 0.98, levels)]
+    for level in range(1, levels):
+        phases.append(weights_on(level, 0.8, levels))
+    phases.append(weights_on(levels - 1, 1.0, levels))
+    starts = [0]
+    for k in range(levels):
+        starts.append(round(epochs * (9 + 20 * k / (levels - 1)) / 60))
+    # of phases that start together, as in a short training, the last counts
+    return schedule_text(dict(zip(starts, phases, strict=True)))
+
+
+def weights_on(level: int, share: float, levels: int) -> list[float]:
+    """Loss weights that give one level this share and the others equal parts of the rest."""
+    weights = [(1 - share) / (levels - 1)] * levels
+    weights[level] = share
+    return weights
+
+
+def schedule_text(points: Mapping[int, Sequence[float]]) -> str:
+    """Loss weights by epoch, as --schedule takes them."""
+    steps = []
+    for epoch, weights in points.items():
+        numbers = ",".join(f"{weight:.6g}" for weight in weights)
+        steps.append(f"{epoch}:{numbers}")
+    return ";".join(steps)
 
 
 def without_zeros(schedule: LossWeightSchedule, least: float = 0.05) -> LossWeightSchedule:
     """The same schedule with a little weight left on every level, so that no head goes stale."""
     if not isinstance(schedule, StepSchedule):
         return schedule
-    return StepSchedule(
-        {
-            epoch: [max(w, least) for w in weights] if 0 in weights else weights
-            for epoch, weights in schedule.points.items()
-        }
-    )
+    points = {}
+    for epoch, weights in schedule.points.items():
+        if 0 in weights:
+            weights = tuple(max(weight, least) for weight in weights)
+        points[epoch] = weights
+    return StepSchedule(points)
 
 
 def stretched(lr_steps: str, factor: float) -> str:
     """Learning rates by epoch for a run of another length."""
-    pairs = [part.split(":") for part in lr_steps.split(";") if part.strip()]
-    return ";".join(f"{round(int(epoch) * factor)}:{rate}" for epoch, rate in pairs)
+    steps = []
+    for step in lr_steps.split(";"):
+        if step.strip():
+            epoch, rate = step.split(":")
+            steps.append(f"{round(int(epoch) * factor)}:{rate}")
+    return ";".join(steps)
 
 
-def one_level(data: HierarchicalDataset, level: int) -> Subset:
-    """The same images with the labels of one level alone."""
-    subset = Subset(data, range(len(data)))
-    subset.labels, subset.taxonomy = subset.labels[:, level : level + 1], None
-    return subset
+# -- the job
 
 
-def slug(name: str) -> str:
-    """A folder's name of a method's."""
-    return "_".join(re.findall(r"\w+", name.lower()))
+def main(args: argparse.Namespace) -> None:
+    """The study that was asked for, its table and its files."""
+    began = time.monotonic()
+    experiment = Experiment(args)
+    study = with_and_without
+    if args.compare:
+        study = compare
+    elif args.partial:
+        study = partial_labels
+    results, closing = study(experiment)
+    if not is_primary():
+        return
+    count = len(experiment.evaluation_data())
+    split = "test"
+    if experiment.test is None:
+        split = "validation (there is no test split)"
+    facts = {
+        "command": shlex.join(["python", *sys.argv]),
+        "seed": args.seed,
+        "epochs": args.epochs,
+        "train_images": len(experiment.train),
+        "hardware": hardware(experiment.device),
+        "images": count,
+        "judged": split,
+    }
+    for_json = {name: [nan_to_null(run) for run in runs] for name, runs in results.items()}
+    text = json.dumps({**facts, "results": for_json}, indent=2) + "\n"
+    replace_file(experiment.output / "results.json", lambda path: Path(path).write_text(text))
+    seeds = f"Seed {args.seed}"
+    if args.compare:
+        seeds = f"Seeds {args.seed} to {args.seed + args.seeds - 1}"
+    seconds = time.monotonic() - began
+    print(f"\n{comparison_table(results, columns(experiment.tree))}\n\n{closing}")
+    print(
+        f"Percent, distances in levels, on the {count} {split} images, models of the best epoch on "
+        f"validation. {seeds}, {facts['hardware']}, {seconds:.0f} s. Files: {experiment.output}"
+    )
+
+
+def nan_to_null(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    """Metrics for JSON, which knows no NaN: the severity of no mistakes is null."""
+    values = {}
+    for name, value in metrics.items():
+        values[name] = None if math.isnan(value) else value
+    return values
 
 
 def columns(tree: Taxonomy) -> dict[str, str]:
     """Which metrics the table shows, and their titles."""
-    levels = {
-        f"{level}_top1": f"{level} ({k})"
-        for level, k in zip(tree.levels, tree.num_classes, strict=True)
-    }
-    return {
-        **levels,
+    titles = {}
+    for level, classes in zip(tree.levels, tree.num_classes, strict=True):
+        titles[f"{level}_top1"] = f"{level} ({classes})"
+    return titles | {
         "full_path": "full path",
         "consistency": "consistency",
         "hf": "hF",
         "distance": "distance",
         "severity": "severity",
     }
+
+
+def slug(name: str) -> str:
+    """A folder's name of a method's."""
+    return "_".join(re.findall(r"\w+", name.lower()))
 
 
 if __name__ == "__main__":

@@ -60,8 +60,10 @@ def write_images(root, folders, count=8, size=32):
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """The same pictures nested and flat, as a tar, and as a CSV in which the fine label of some
-    is unknown."""
+    """The same pictures nested and flat, as a tar, and as a CSV.
+
+    In the CSV the fine label of some is unknown.
+    """
     root = tmp_path_factory.mktemp("photos")
     paths = write_images(root / "nested", LEAVES)
     write_images(root / "flat", [leaf.split("/")[1] for leaf in LEAVES])
@@ -103,7 +105,7 @@ class TestWithoutArguments:
 
     def test_files(self, digits_run):
         output = digits_run[0] / "output" / "bcnn"
-        for part in ("bcnn", "flat"):
+        for name in ("bcnn", "flat"):
             assert {
                 "model.safetensors",
                 "last.safetensors",
@@ -111,7 +113,7 @@ class TestWithoutArguments:
                 "history.png",
                 "confusion_shape.png",
                 "confusion_digit.png",
-            } <= {path.name for path in (output / part).iterdir()}
+            } <= {path.name for path in (output / name).iterdir()}
         facts = json.loads((output / "results.json").read_text())
         rows = read_table(digits_run[1].stdout)[1]
         columns = (
@@ -124,8 +126,8 @@ class TestWithoutArguments:
             "severity",
         )
         assert list(facts["results"]) == list(rows)
-        for name, (found,) in facts["results"].items():
-            assert [found[key] for key in columns] == pytest.approx(rows[name], abs=0.006)
+        for name, (metrics,) in facts["results"].items():
+            assert [metrics[key] for key in columns] == pytest.approx(rows[name], abs=0.006)
         assert facts["train_images"] == 200
         assert facts["images"] == 360
         assert "--limit 200" in facts["command"]
@@ -260,7 +262,7 @@ class TestStudies:
         )
         return folder / "out", start(*args, cwd=folder).stdout
 
-    def test_every_method_is_judged_over_the_seeds(self, compared):
+    def test_every_method_is_evaluated_over_the_seeds(self, compared):
         folder, out = compared
         rows = read_table(out)[1]
         decoded = [title for name in self.METHODS for title in (name, f"{name}, best path")]
