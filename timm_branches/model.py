@@ -289,8 +289,9 @@ class BranchModel(FreezableBackbone):
         }
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """The map (B, C, H, W) at the deepest tap, what a timm backbone's `forward_features`
-        is to it.
+        """The map (B, C, H, W) at the deepest tap.
+
+        What a timm backbone's `forward_features` is to it.
         """
         deepest = self._deepest()
         return self._maps(x, [deepest])[0]
@@ -329,8 +330,9 @@ class BranchModel(FreezableBackbone):
     def _head_maps(
         self, x: torch.Tensor, which: Sequence[int], per_pass: int | None = None
     ) -> dict[str, list[torch.Tensor]]:
-        """The maps that each of these heads reads, by its name, from one pass, or one for
-        `per_pass` images each.
+        """The maps that each of these heads reads, by its name.
+
+        From one pass, or one for `per_pass` images each.
         """
         taps = [tap for i in which for tap in self.head_taps[i]]
         if per_pass is None or len(x) <= per_pass:
@@ -565,8 +567,9 @@ def module_key(name: str) -> str:
 
 
 def _prefix_patterns(spec: Any) -> Any:
-    """Timm's group patterns (a regex, or pairs of regex and order) for names below
-    `backbone.`.
+    """Timm's group patterns for names below `backbone.`.
+
+    A pattern is a regex, or pairs of regex and order.
     """
     if spec is None:
         return None

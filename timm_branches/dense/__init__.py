@@ -1,5 +1,6 @@
-"""What dense outputs (segmentation, restoration) need beside a decoder head: losses, metrics,
-inference in tiles.
+"""What dense outputs (segmentation, restoration) need beside a decoder head.
+
+Losses, metrics, inference in tiles.
 
 Names are imported when they are first used, as in :mod:`timm_branches.data`.
 """

@@ -9,8 +9,9 @@ __all__ = ["PixelBaseline"]
 
 
 class PixelBaseline:
-    """Logistic regression on a pixel's own colour (and height in the image), squares and products:
-    no neighbourhood.
+    """Logistic regression on a pixel's own colour, squares and products: no neighbourhood.
+
+    Optionally the height in the image counts, too.
 
     Args:
         data: Training images and masks, as they are.

@@ -31,8 +31,9 @@ def pixel_cross_entropy(
     label_smoothing: float = 0.0,
     share: bool = False,
 ) -> torch.Tensor:
-    """Cross-entropy of each labelled pixel, averaged over them; torch's own is NaN where no pixel
-    is labelled.
+    """Cross-entropy of each labelled pixel, averaged over them.
+
+    torch's own is NaN where no pixel is labelled.
 
     One channel is a binary mask: its logit z counts as the logits (0, z) of background and
         foreground, which makes this
@@ -130,8 +131,9 @@ def dice_loss(
 
 
 def charbonnier_loss(output: torch.Tensor, target: torch.Tensor, eps: float = 1e-3) -> torch.Tensor:
-    """Charbonnier loss, an L1 loss that is smooth at 0: the mean of sqrt((output - target)^2 +
-    eps^2).
+    """Charbonnier loss, an L1 loss that is smooth at 0.
+
+    The mean of sqrt((output - target)^2 + eps^2).
 
     Source: Lai et al., "Deep Laplacian Pyramid Networks for Fast and Accurate Super-Resolution",
         CVPR 2017 (arXiv

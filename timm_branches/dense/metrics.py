@@ -1,5 +1,6 @@
-"""Metrics of segmentation over a whole validation set, accumulated batch by batch, exact over
-all processes.
+"""Metrics of segmentation over a whole validation set, accumulated batch by batch.
+
+They are exact over all processes.
 """
 
 from collections import OrderedDict
@@ -19,8 +20,9 @@ _CHUNK = 2**17  # pixels at a time: the hierarchy's metrics take some 500 bytes 
 
 
 class SegmentationEvaluator:
-    """Intersection over union and accuracy of masks; with a taxonomy of the classes all metrics of
-    the hierarchy.
+    """Intersection over union and accuracy of masks.
+
+    With a taxonomy of the classes, all metrics of the hierarchy, too.
 
     It has the interface of :class:`timm_branches.hierarchy.HierarchyEvaluator`.
 
@@ -30,21 +32,19 @@ class SegmentationEvaluator:
     out rather than counted as 0 or 1. (A class that does not occur in the labels but is answered
     somewhere has IoU 0, and counts.) Ignored pixels count nowhere. A metric without a pixel is nan.
 
-    ============== =======
-    ========================================================================================
+    ============== ======= ======================================================================
     name           unit    what
-    ============== =======
-    ========================================================================================
+    ============== ======= ======================================================================
     loss           nats    mean cross-entropy of the labelled pixels
     pixel_accuracy percent of the labelled pixels
     miou           percent mean IoU
     ece            percent expected calibration error of the pixels' answers, 15 bins
-    {level}_miou   percent with a taxonomy, mean IoU of each level's classes, over the pixels that have a label on it
-    the others             with a taxonomy, of the labelled pixels what :class:`HierarchyEvaluator` says of samples:
-                           {level}_top1 (pixel accuracy), full_path, consistency, hp, hr, hf,
-                           distance, severity, ...
-    ============== =======
-    ========================================================================================
+    {level}_miou   percent with a taxonomy, mean IoU of each level's classes, over the pixels that
+                           have a label on it
+    the others             with a taxonomy, of the labelled pixels what
+                           :class:`HierarchyEvaluator` says of samples: {level}_top1 (pixel
+                           accuracy), full_path, consistency, hp, hr, hf, distance, severity, ...
+    ============== ======= ======================================================================
 
     Args:
         classes: The classes' names, or how many there are; the taxonomy's leaves if there is one.

@@ -1,5 +1,6 @@
-"""Metrics of restored images over a whole validation set, accumulated batch by batch, exact over
-all processes.
+"""Metrics of restored images over a whole validation set, accumulated batch by batch.
+
+They are exact over all processes.
 """
 
 import math

@@ -1,6 +1,4 @@
-"""Photographs that lie on disk inside installed packages, and a small segmentation task made of
-one of them.
-"""
+"""Photographs inside installed packages, and a small segmentation task made of one of them."""
 
 import os
 from importlib.util import find_spec
@@ -51,8 +49,9 @@ _PARTS = {
 
 
 def package_photographs() -> dict[str, np.ndarray]:
-    """The photographs inside scikit-image and scikit-learn, as far as these are installed; nothing
-    is fetched.
+    """The photographs inside scikit-image and scikit-learn, as far as these are installed.
+
+    Nothing is fetched.
 
     Beside scenes there are textures (brick, grass, gravel), scans (page, text), micrographs (cell,
     immunohistochemistry, retina) and a stereo pair, whose two images must not be divided between
@@ -86,8 +85,9 @@ def package_photographs() -> dict[str, np.ndarray]:
 def package_segmentation(
     repeats: int = 1,
 ) -> tuple[SegmentationDataset, SegmentationDataset, SegmentationDataset]:
-    """A real scene with measured labels: wall, floor and motorcycle, from the stereo data inside
-    scikit-image.
+    """A real scene with measured labels: wall, floor and motorcycle.
+
+    It is from the stereo data inside scikit-image.
 
     The image is the left one of 'Motorcycle' (Scharstein et al., "High-Resolution Stereo Datasets
     with Subpixel-Accurate Ground Truth", GCPR 2014), whose disparity, the inverse of the distance,

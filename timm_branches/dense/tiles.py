@@ -117,8 +117,9 @@ def tiled_inference(
 
 
 class _RunningMean:
-    """A weighted mean of overlapping parts, updated so that the mean of equal values is exactly
-    that value.
+    """A weighted mean of overlapping parts.
+
+    It is updated so that the mean of equal values is exactly that value.
     """
 
     def __init__(

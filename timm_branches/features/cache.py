@@ -1,5 +1,6 @@
-"""Features of a frozen backbone, computed once, kept in safetensors files and read in every
-epoch.
+"""Features of a frozen backbone, computed once and read in every epoch.
+
+They are kept in safetensors files.
 """
 
 import copy
@@ -32,8 +33,9 @@ __all__ = ["FeatureDataset", "cache_features"]
 
 
 class FeatureDataset(Dataset):
-    """Features instead of images, with the labels of the dataset they were computed from. Made by
-    `cache_features`.
+    """Features instead of images, with the labels of the dataset they were computed from.
+
+    Made by `cache_features`.
 
     Files are mapped into memory when they are first read, in each worker process by itself; none
     stays open.
@@ -123,8 +125,7 @@ def cache_features(
     num_workers: int = 0,
     verify: bool = False,
 ) -> FeatureDataset:
-    """Compute what a frozen model's heads read of each sample, or take it from files that were
-    computed before.
+    """Compute what a frozen model's heads read of each sample, or take it from files.
 
     Files belong to a fingerprint of backbone, weights and BatchNorm's statistics, taps,
     preprocessing, samples, seed, views and dtype, and lie in a folder of their own below `folder`.
@@ -165,7 +166,8 @@ def cache_features(
 
     Example:
         >>> from timm_branches import create_branch_model
-        >>> model = create_branch_model('test_resnet', taps=[4, 5], num_classes=2, in_chans=1).freeze()
+        >>> model = create_branch_model('test_resnet', taps=[4, 5], num_classes=2, in_chans=1)
+        >>> model = model.freeze()
         >>> data = HierarchicalDataset(np.zeros((6, 32, 32), np.uint8), torch.zeros(6, 2))
         >>> features = cache_features(model, data, 'features/train')
         >>> features[0][0].shape, features[0][1].tolist()
@@ -298,9 +300,7 @@ def _inputs(samples: Sequence[tuple[torch.Tensor, Any]]) -> list[torch.Tensor]:
 
 @torch.no_grad()
 def _features(model: BranchModel, inputs: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-    """Features (N, F) of images (C, H, W), or of all frames of clips (T, C, H, W) one after the
-    other.
-    """
+    """Features (N, F) of images (C, H, W), or of all frames of clips (T, C, H, W) in a row."""
     is_clip = inputs[0].ndim == 4
     if not is_clip and model.temporal_heads:
         raise ValueError(

@@ -70,8 +70,9 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def may_augment(dataset: HierarchicalDataset) -> bool:
-    """Whether samples can differ from epoch to epoch, as far as that can be told without reading
-    any.
+    """Whether samples can differ from epoch to epoch.
+
+    As far as that can be told without reading any.
     """
     sampler = getattr(dataset, "sampler", None)
     draws = sampler is not None and sampler.is_training and sampler.num_frames is not None

@@ -15,8 +15,9 @@ __all__ = ["Feature", "HeadsOnly", "check_frozen", "feature_layout"]
 
 
 class Feature(NamedTuple):
-    """One part of a sample's features: the map at a tap, or what heads pool it to before anything
-    else.
+    """One part of a sample's features.
+
+    The map at a tap, or what heads pool it to before anything else.
 
     Attributes:
         shape: (C, H, W); H and W are 1 where it is pooled.
@@ -50,8 +51,9 @@ def check_frozen(model: BranchModel) -> None:
 
 
 def feature_layout(model: BranchModel) -> tuple[dict[str, Feature], list[list[str]]]:
-    """The features of a sample in the order in which they are stored, that of their names, whatever
-    that of the heads; and for each head the names of those it reads.
+    """The features of a sample in the order of their names, and for each head those it reads.
+
+    The order in which they are stored does not depend on that of the heads.
 
     A map that a head pools first is stored pooled: pooling its single pixel again changes nothing,
         so the head need
@@ -88,8 +90,9 @@ def feature_layout(model: BranchModel) -> tuple[dict[str, Feature], list[list[st
 
 
 class HeadsOnly(BranchModel):
-    """A frozen branch model that takes its backbone's features instead of images: the input of its
-    heads.
+    """A frozen branch model that takes its backbone's features instead of images.
+
+    They are the input of its heads.
 
     It is the same model, seen from another side, not a copy: weights, names, taxonomy and mode are
         shared. So it goes
@@ -109,7 +112,8 @@ class HeadsOnly(BranchModel):
 
     Example:
         >>> from timm_branches import create_branch_model
-        >>> model = create_branch_model('test_resnet', taps=[4, 5], num_classes=[2, 7]).freeze().eval()
+        >>> model = create_branch_model('test_resnet', taps=[4, 5], num_classes=[2, 7])
+        >>> model = model.freeze().eval()
         >>> images = torch.randn(2, 3, 64, 64)
         >>> maps = model.forward_taps(images)
         >>> features = torch.cat([y.mean((2, 3)) for y in maps.values()], 1)

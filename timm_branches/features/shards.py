@@ -24,8 +24,9 @@ INDEX, _PARTIAL = "index.json", "partial.json"
 
 
 class ShardWriter:
-    """Writes rows of features, and the index at the end. What an interrupted one wrote is taken
-    over.
+    """Writes rows of features, and the index at the end.
+
+    What an interrupted one wrote is taken over.
 
     Args:
         place: Folder of the files.
@@ -113,8 +114,9 @@ def read_index(path: Path, strict: bool = True) -> dict[str, Any] | None:
 
 
 def check_shards(place: Path, index: dict[str, Any], verify: bool) -> None:
-    """Raise a ValueError that names the file if one is gone or has another size, or, on
-    `verify`, other content.
+    """Raise a ValueError that names the file if one is gone or has another size.
+
+    On `verify` also if it has other content.
     """
     for shard in index["shards"]:
         path = place / shard["file"]
@@ -126,8 +128,9 @@ def check_shards(place: Path, index: dict[str, Any], verify: bool) -> None:
 def read_shard(
     place: Path, shard: dict[str, Any], width: int
 ) -> tuple[torch.Tensor, np.ndarray | None]:
-    """The rows (N, F) of a shard, mapped into memory, and for clips where each begins and the last
-    one ends.
+    """The rows (N, F) of a shard, mapped into memory.
+
+    For clips also where each begins and the last one ends.
 
     Raises:
         ValueError: A damaged file.

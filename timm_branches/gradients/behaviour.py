@@ -56,8 +56,9 @@ def evaluation_problems(module: nn.Module, x: torch.Tensor) -> list[str]:
 
 
 def input_problems(module: nn.Module, x: torch.Tensor) -> list[str]:
-    """Does the output (in eval mode, where samples do not mix) depend on the input, and on every
-    frame of a clip?
+    """Does the output depend on the input, and on every frame of a clip?
+
+    In eval mode, where samples do not mix.
 
     The gradient tells what a difference in float32 would not: an LSTM may have all but forgotten
         the first frames.

@@ -1,5 +1,6 @@
-"""Do the branches pull the shared layers the same way? A cheap number to follow over the course
-of training.
+"""Do the branches pull the shared layers the same way?
+
+A cheap number to follow over the course of training.
 """
 
 from itertools import combinations
@@ -17,8 +18,7 @@ __all__ = ["branch_cosines"]
 def branch_cosines(
     model: nn.Module, batch: Any, where: str | None = None, losses: Losses | None = None
 ) -> dict[tuple[str, str], float]:
-    """The cosine between the gradients of each two levels, at the deepest parameters that all of
-    them share.
+    """The cosine between the gradients of each two levels, at the deepest parameters they share.
 
     cos(a, b) = <g_a, g_b> / (‖g_a‖ ‖g_b‖) with g_k = dL_k/dθ, unweighted. Below 0 the levels are in
     conflict: a small step that lowers one loss raises the other (Yu et al. 2020, arXiv 2001.06782,
@@ -48,7 +48,8 @@ def branch_cosines(
         >>> import torch
         >>> from timm_branches import create_branch_model
         >>> from timm_branches.task import BranchTask
-        >>> model = create_branch_model('test_resnet', taps=[3, 5], num_classes=[2, 4], names=['coarse', 'fine'])
+        >>> model = create_branch_model(
+        ...     'test_resnet', taps=[3, 5], num_classes=[2, 4], names=['coarse', 'fine'])
         >>> batch = torch.randn(4, 3, 64, 64), torch.tensor([[0, 1], [0, 0], [1, 2], [1, 3]])
         >>> list(branch_cosines(BranchTask(model), batch))
         [('coarse', 'fine')]

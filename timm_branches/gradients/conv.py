@@ -1,11 +1,15 @@
 """The gradients of a 2-D convolution in closed form, for several channels and filters.
 
-With input x (N, C, H, W), weight (O, C/groups, kh, kw), output y (N, O, P, Q), loss E and grad_output = dE/dy::
+With input x (N, C, H, W), weight (O, C/groups, kh, kw), output y (N, O, P, Q), loss E and
+grad_output = dE/dy::
 
-    y[n, o, p, q]         = b[o] + sum over c, i, j of  W[o, c, i, j] * xp[n, f(o) + c, p*s + i*d, q*s + j*d]
-    dE/dW[o, c, i, j]     = sum over n, p, q of  grad_output[n, o, p, q] * xp[n, f(o) + c, p*s + i*d, q*s + j*d]
-    dE/db[o]              = sum over n, p, q of  grad_output[n, o, p, q]
-    dE/dxp[n, c', u, v]   = sum over o, c, i, j, p, q with c' = f(o) + c, u = p*s + i*d, v = q*s + j*d of
+    y[n, o, p, q]       = b[o] + sum over c, i, j of
+                          W[o, c, i, j] * xp[n, f(o) + c, p*s + i*d, q*s + j*d]
+    dE/dW[o, c, i, j]   = sum over n, p, q of
+                          grad_output[n, o, p, q] * xp[n, f(o) + c, p*s + i*d, q*s + j*d]
+    dE/db[o]            = sum over n, p, q of  grad_output[n, o, p, q]
+    dE/dxp[n, c', u, v] = sum over o, c, i, j, p, q with
+                          c' = f(o) + c, u = p*s + i*d, v = q*s + j*d of
                             grad_output[n, o, p, q] * W[o, c, i, j]
 
 xp is x after padding, s the stride, d the dilation, and f(o) = (o // (O/groups)) * C/groups the
@@ -21,6 +25,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from torch.nn.grad import conv2d_weight
 
 __all__ = ["conv2d_bias_grad", "conv2d_input_grad", "conv2d_weight_grad"]
 
@@ -65,13 +70,14 @@ def conv2d_weight_grad(
         ValueError: Shapes or settings do not fit; the message says what would.
 
     Example:
-        >>> x = torch.arange(2 * 3 * 3.0).reshape(1, 2, 3, 3)      # two channels, 0 to 8 and 9 to 17
+        >>> x = torch.arange(2 * 3 * 3.0).reshape(1, 2, 3, 3)  # two channels, 0 to 8 and 9 to 17
         >>> grad_output = torch.zeros(1, 2, 2, 2)                  # two filters, of a 2 x 2 kernel
         >>> grad_output[0, 0, 0, 0], grad_output[0, 1] = 1, 1      # E = y[0, 0, 0] + sum of y[1]
-        >>> conv2d_weight_grad(x, grad_output, kernel_size=2)[0].flatten(1)   # the first window, channel by channel
+        >>> gradient = conv2d_weight_grad(x, grad_output, kernel_size=2)
+        >>> gradient[0].flatten(1)                             # the first window, by channel
         tensor([[ 0.,  1.,  3.,  4.],
                 [ 9., 10., 12., 13.]])
-        >>> conv2d_weight_grad(x, grad_output, kernel_size=2)[1].flatten(1)   # the sum of all four windows
+        >>> gradient[1].flatten(1)                             # the sum of all four windows
         tensor([[ 8., 12., 20., 24.],
                 [44., 48., 56., 60.]])
     """
@@ -88,7 +94,7 @@ def conv2d_weight_grad(
             (dilation, "dilation"),
         )
     )
-    out_size = _check_shapes(x.shape, grad_output, kernel, step, padding, spread, groups)
+    _check_shapes(x.shape, grad_output, kernel, step, padding, spread, groups)
     if padding_mode not in ("zeros", "reflect", "replicate", "circular"):
         raise ValueError(
             "padding_mode must be 'zeros', 'reflect', 'replicate' or 'circular', got "
@@ -98,20 +104,17 @@ def conv2d_weight_grad(
     x = F.pad(
         x, [left, right, top, bottom], mode="constant" if padding_mode == "zeros" else padding_mode
     )
-    x, grad_output = x.unflatten(1, (groups, -1)), grad_output.unflatten(1, (groups, -1))
-    width = (out_size[1] - 1) * step[1] + 1
-    rows = []
-    # row by row, as all windows at once take kh * kw times the input's memory
-    for i in range(kernel[0]):
-        lines = x[..., i * spread[0] : i * spread[0] + (out_size[0] - 1) * step[0] + 1 : step[0], :]
-        windows = lines.unfold(-1, width, spread[1])[..., : kernel[1], :: step[1]]
-        rows.append(torch.einsum("ngopq,ngcpjq->gocj", grad_output, windows))
-    return torch.stack(rows, dim=-2).flatten(0, 1)
+    weight_size = (grad_output.shape[1], x.shape[1] // groups, *kernel)  # (O, C/groups, kh, kw)
+    # x is padded already, in ways that the library's own padding does not know
+    return conv2d_weight(
+        x, weight_size, grad_output, stride=step, padding=0, dilation=spread, groups=groups
+    )
 
 
 def conv2d_bias_grad(grad_output: torch.Tensor) -> torch.Tensor:
-    """The gradient of a convolution's bias, `dE/db[o] = sum over n, p, q of grad_output[n, o, p,
-    q]`.
+    """The gradient of a convolution's bias.
+
+    `dE/db[o] = sum over n, p, q of grad_output[n, o, p, q]`.
 
     Args:
         grad_output: (N, O, P, Q).
@@ -166,7 +169,8 @@ def conv2d_input_grad(
         ValueError: Shapes or settings do not fit; the message says what would.
 
     Example:
-        >>> conv2d_input_grad(torch.ones(1, 1, 2, 2), torch.ones(1, 1, 2, 2), (3, 3))[0, 0]   # windows on each pixel
+        >>> ones = torch.ones(1, 1, 2, 2)
+        >>> conv2d_input_grad(ones, ones, (3, 3))[0, 0]        # windows on each pixel
         tensor([[1., 2., 1.],
                 [2., 4., 2.],
                 [1., 2., 1.]])

@@ -104,7 +104,8 @@ def check_model(
         >>> from timm_branches import create_branch_model
         >>> from timm_branches.task import BranchTask
         >>> model = create_branch_model('test_resnet', taps=[4, 5], num_classes=[2, 4], img_size=64)
-        >>> images, labels = torch.randn(4, 3, 64, 64), torch.tensor([[0, 1], [0, 0], [1, 2], [1, 3]])
+        >>> images = torch.randn(4, 3, 64, 64)
+        >>> labels = torch.tensor([[0, 1], [0, 0], [1, 2], [1, 3]])
         >>> check_model(BranchTask(model), (images, labels)).ok
         True
     """
@@ -282,10 +283,12 @@ def _backward_problems(found: Evaluated, module: nn.Module) -> list[str]:
 
 
 _ADVICE = {
-    "unused": "are not used by any loss: give their head a loss, use them in forward(), or remove them",
-    "detached": "get no gradient although the loss depends on them: take away the detach(), no_grad(), .data or "
-    ".item() on the way, or freeze them if they shall not learn",
-    "not finite": "get a gradient that is NaN or infinite: look for a square root, division or log of 0 behind them",
+    "unused": "are not used by any loss: give their head a loss, use them in forward(), "
+    "or remove them",
+    "detached": "get no gradient although the loss depends on them: take away the detach(), "
+    "no_grad(), .data or .item() on the way, or freeze them if they shall not learn",
+    "not finite": "get a gradient that is NaN or infinite: look for a square root, division "
+    "or log of 0 behind them",
 }
 
 

@@ -58,8 +58,9 @@ def plot_kernel_gradients(
 def kernel_gradients_figure(
     grad: torch.Tensor, title: str = "", max_filters: int = 8, max_channels: int = 8
 ) -> Figure:
-    """A row per filter and a column per channel, all on one symmetric scale, so equal pictures are
-    equal gradients.
+    """A row per filter and a column per channel, all on one symmetric scale.
+
+    Equal pictures are equal gradients.
 
     Over each kernel stands its norm. Of a layer with more than the picture holds, the filters and
     the channels of the largest norm are drawn, in their order, and a map beside them holds the
@@ -150,8 +151,7 @@ def plot_kernel_causes(file: str | os.PathLike) -> Path:
 
 
 def kernel_causes(seed: int = 0) -> dict[str, KernelDiagnosis]:
-    """One small convolution, healthy and with each cause of equal, missing or wrong kernel
-    gradients.
+    """A small convolution, healthy and with each cause of equal, missing or wrong gradients.
 
     Args:
         seed: Of the smooth random picture, the weights and the target.
@@ -200,8 +200,9 @@ def kernel_causes(seed: int = 0) -> dict[str, KernelDiagnosis]:
 
 
 def kernel_causes_figure(seed: int = 0) -> Figure:
-    """The gradients of :func:`kernel_causes` side by side, each case on its own symmetric scale,
-    with what was found.
+    """The gradients of :func:`kernel_causes` side by side, with what was found.
+
+    Each case stands on its own symmetric scale.
 
     Args:
         seed: See :func:`kernel_causes`.

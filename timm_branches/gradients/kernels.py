@@ -1,5 +1,4 @@
-"""Gradients of convolution kernels: collected, and the answer to "why are mine equal across
-channels?".
+"""Gradients of convolution kernels: collected, and why they are equal across channels.
 
 A filter's gradient in channel c is a cross-correlation of input channel c with the filter's own map
 of dE/dy (the equation is in :mod:`timm_branches.gradients.conv`). So equality has few causes, and
@@ -160,8 +159,9 @@ def diagnose_kernel_gradients(
     grad: torch.Tensor | None = None,
     rtol: float | None = None,
 ) -> KernelDiagnosis:
-    """Say why a convolution's kernel gradients are equal across channels or filters, zero, or
-    wrong.
+    """Say why a convolution's kernel gradients are equal across channels or filters.
+
+    Or why they are zero, or wrong.
 
     Give either dE/dy or what yields it. Everything is computed on a float64 copy; the layer stays
     as it is.

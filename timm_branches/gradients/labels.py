@@ -15,8 +15,9 @@ _MOST_LEVELS = 6  # of more the orders of the columns are not tried, there are t
 def label_problems(
     labels: torch.Tensor, names: Sequence[str], classes: Sequence[int], taxonomy: Taxonomy | None
 ) -> tuple[list[str], bool]:
-    """What is wrong with labels (B, L), in sentences, and whether a loss can be computed with them
-    at all.
+    """What is wrong with labels (B, L), in sentences.
+
+    And whether a loss can be computed with them at all.
 
     Args:
         labels: Class indices, -1 for unknown.

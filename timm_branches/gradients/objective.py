@@ -34,8 +34,9 @@ class Evaluated(NamedTuple):
 
 
 class Objective:
-    """A model with its losses on one batch; a call computes them, with random numbers from a fixed
-    seed.
+    """A model with its losses on one batch.
+
+    A call computes them, with random numbers from a fixed seed.
 
     Args:
         model: A timm training task (whose `forward(input, target)` gives `loss` and, by name,
@@ -156,8 +157,9 @@ class Objective:
 
     @contextmanager
     def undisturbed(self) -> Iterator[None]:
-        """Leave gradients, modes, buffers and random number generators as they were, whatever
-        happens inside.
+        """Leave gradients, modes, buffers and random number generators as they were.
+
+        Whatever happens inside.
 
         A task's DDP and compile wrappers are off inside: nothing here is to be reduced over
         processes or compiled.

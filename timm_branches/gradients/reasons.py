@@ -18,12 +18,12 @@ WHY = {
     "frozen": "frozen: requires_grad is False",
     "off": "off: only levels whose loss weight is 0 now need them",
     "unused": "unused: no loss depends on them",
-    "detached": "detached: the loss depends on them, but the graph is cut on the way (detach(), torch.no_grad(), "
-    ".data, .item() or numpy)",
+    "detached": "detached: the loss depends on them, but the graph is cut on the way "
+    "(detach(), torch.no_grad(), .data, .item() or numpy)",
     "tap": "detached, as Tap(detach=True) asks for",
     "dead": "dead: a ReLU on the way gives only zeros over the batch",
-    "zero": "exactly 0: something on the way multiplies by 0, as a norm layer does whose weight starts at 0 (then it "
-    "is over after the first step)",
+    "zero": "exactly 0: something on the way multiplies by 0, as a norm layer does whose weight "
+    "starts at 0 (then it is over after the first step)",
     "vanishing": "vanishing",
     "not finite": "not finite: NaN or infinity",
 }
@@ -138,8 +138,9 @@ class Reasons:
 
 @torch.no_grad()
 def depends(objective: Objective, found: Evaluated, parameters: list[nn.Parameter]) -> set[str]:
-    """Names of the losses whose values change when these parameters do, whether or not autograd
-    knows.
+    """Names of the losses whose values change when these parameters do.
+
+    Whether or not autograd knows.
     """
     again = objective().losses
     # where a pass repeats to the last bit (on the CPU it does), so does the smallest change count

@@ -3,12 +3,13 @@
 For losses L_k with weights w_k, g_k = dL_k/dθ over the parameters θ of one stage, and G = sum over
 k of w_k g_k, the gradient that the optimizer sees there::
 
-    norm        ‖g_k‖                             Euclidean, over all trainable parameters of the stage
-    relative    ‖g_k‖ / ‖θ‖                       a step of SGD with rate lr moves the stage by lr times that part of it
-    share       <w_k g_k, G> / ‖G‖²               what L_k adds to G; shares sum to 1, one below 0 works against the sum
-    cosine      <g_j, g_k> / (‖g_j‖ ‖g_k‖)        1 pulls the same way, below 0 the losses are in conflict
-                                                  (Yu et al. 2020, "Gradient Surgery", arXiv
-                                                  2001.06782)
+    norm      ‖g_k‖                       Euclidean, over all trainable parameters of the stage
+    relative  ‖g_k‖ / ‖θ‖                 a step of SGD with rate lr moves the stage by lr times
+                                          that part of it
+    share     <w_k g_k, G> / ‖G‖²         what L_k adds to G; shares sum to 1, one below 0 works
+                                          against the sum
+    cosine    <g_j, g_k> / (‖g_j‖ ‖g_k‖)  1 pulls the same way, below 0 the losses are in conflict
+                                          (Yu et al. 2020, "Gradient Surgery", arXiv 2001.06782)
 
 All of them come from the inner products of the g_k, stage by stage, so one backward pass for each
 loss is all it takes.
@@ -176,8 +177,7 @@ def gradient_report(
     weights: Mapping[str, float] | None = None,
     vanishing: float = 1e-6,
 ) -> GradientReport:
-    """Measure the gradient of each loss at each stage of a model, and say why some parameters get
-    none.
+    """Measure each loss' gradient at each stage, and say why some parameters get none.
 
     The model runs in the mode it is in (call `train()` first to see what training sees) and is
     left as it was: gradients, modes, buffers (BatchNorm's statistics among them) and random number
@@ -205,8 +205,10 @@ def gradient_report(
 
     Example:
         >>> from timm_branches import create_branch_model
-        >>> model = create_branch_model('test_resnet', taps=[3, 5], num_classes=[2, 4], names=['coarse', 'fine'])
-        >>> images, labels = torch.randn(4, 3, 64, 64), torch.tensor([[0, 1], [0, 0], [1, 2], [1, 3]])
+        >>> model = create_branch_model(
+        ...     'test_resnet', taps=[3, 5], num_classes=[2, 4], names=['coarse', 'fine'])
+        >>> images = torch.randn(4, 3, 64, 64)
+        >>> labels = torch.tensor([[0, 1], [0, 0], [1, 2], [1, 3]])
         >>> loss = torch.nn.functional.cross_entropy
         >>> report = gradient_report(model, (images, labels), {
         ...     'coarse': lambda output, y: loss(output['coarse'], y[:, 0]),

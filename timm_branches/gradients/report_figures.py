@@ -38,8 +38,9 @@ def plot_report(report: GradientReport, file: str | os.PathLike) -> Path:
 
 
 def report_figure(report: GradientReport) -> Figure:
-    """Heatmap of the losses' gradients by stage, and below it of the cosines between the losses, if
-    any meet.
+    """Heatmap of the losses' gradients by stage, and of the cosines between the losses below it.
+
+    The cosines stand there if any losses meet.
 
     Args:
         report: What :func:`gradient_report` returned.
@@ -184,8 +185,9 @@ def plot_conflicts(rows: Sequence[Mapping[str, Any]], file: str | os.PathLike) -
 
 
 def conflicts_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Cosines between the branches' gradients by epoch, and below, on the same axis, how the loss
-    was weighted.
+    """Cosines between the branches' gradients by epoch, and below them the losses' weights.
+
+    Both stand on the same axis.
 
     Args:
         rows: One mapping an epoch with `epoch`, `cosine_<a>_<b>` as :func:`branch_cosines`

@@ -106,7 +106,8 @@ def path_gradients(
 
     Example:
         >>> from timm_branches import create_branch_model
-        >>> model = create_branch_model('test_resnet', taps=[[2, 3, 5]], head='rednet', num_classes=3, img_size=32)
+        >>> model = create_branch_model(
+        ...     'test_resnet', taps=[[2, 3, 5]], head='rednet', num_classes=3, img_size=32)
         >>> noisy, clean = torch.rand(2, 3, 32, 32), torch.rand(2, 3, 32, 32)
         >>> path_gradients(model, (noisy, clean), torch.nn.functional.mse_loss).paths
         ['trunk (stage5)', 'skip (stage3)', 'skip (stage2)']
@@ -202,9 +203,7 @@ def _encoder_decoder(
 def _split(
     encode: Callable, decode: Callable, loss: Callable, objective: Objective
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], torch.Tensor]:
-    """The encoder's maps, the same as leaves, and the loss of what the decoder makes of these
-    leaves.
-    """
+    """The encoder's maps, the same as leaves, and the loss of what the decoder makes of these."""
     with reproducible(objective.device):
         found = encode(objective.input.clone())
         maps = (

@@ -66,7 +66,7 @@ def _pad_symbolic(x: torch.Tensor, dim: int, multiple: int) -> torch.Tensor:
 
 
 def crop_to(output: Any, size: Sequence[int]) -> Any:
-    """Maps (B, K, H', W'), or a dict of them, cut to the size (H, W) of the image that was padded."""
+    """Maps (B, K, H', W'), or a dict of them, cut to the size (H, W) before padding."""
     if isinstance(output, dict):
         return {name: crop_to(y, size) for name, y in output.items()}
     if _is_symbolic(*size):

@@ -99,8 +99,9 @@ class Upsample(nn.Module):
 
 
 class AttentionGate(nn.Module):
-    """Weighs each pixel of a skip by how it fits the decoder's map: (B, S, H, W), (B, G, H, W) ->
-    (B, S, H, W).
+    """Weighs each pixel of a skip by how it fits the decoder's map.
+
+    (B, S, H, W), (B, G, H, W) -> (B, S, H, W).
 
     `skip * sigmoid(psi(relu(W_x skip + W_g gate)))`, additive attention of Oktay et al. 2018
     (arXiv 1804.03999), equations 1 and 2, computed at the size of the skip.
@@ -144,8 +145,9 @@ class LinearBottleneck(nn.Module):
 
 
 class UNetStage(nn.Module):
-    """Upsample, concatenate the skip, twice (3x3 convolution, norm, activation), as U-Net does
-    (arXiv 1505.04597).
+    """Upsample, concatenate the skip, twice (3x3 convolution, norm, activation).
+
+    As U-Net does (arXiv 1505.04597).
     """
 
     def __init__(
@@ -177,8 +179,9 @@ class UNetStage(nn.Module):
 
 
 class RedNetStage(nn.Module):
-    """Upsample with a convolution, add the skip, norm, activation, as RED-Net does (arXiv
-    1603.09056).
+    """Upsample with a convolution, add the skip, norm, activation.
+
+    As RED-Net does (arXiv 1603.09056).
 
     The skip passes a 1x1 convolution only where its channels differ from the stage's.
     """

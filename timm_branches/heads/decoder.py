@@ -1,5 +1,6 @@
-"""Skip decoders: heads that read several maps and answer for every pixel. U-Net concatenates,
-RED-Net adds.
+"""Skip decoders: heads that read several maps and answer for every pixel.
+
+U-Net concatenates, RED-Net adds.
 
 The decoder starts from the deepest map and about doubles it, stage by stage, until it has the size
 of the image. Each further map enters as a skip at the stage that reaches its size. All sizes are
@@ -187,9 +188,7 @@ class _Step(NamedTuple):
 
 
 def _plan(strides: Sequence[float], input_skip: bool) -> list[_Step]:
-    """Stages from the deepest map (the first stride) through those of the skips to the size of
-    the image.
-    """
+    """Stages from the deepest map (the first stride) through the skips to the image's size."""
     ends: list[tuple[float, int | None, int | None]] = [
         (s, i, i) for i, s in enumerate(strides[1:])
     ]

@@ -296,7 +296,7 @@ class TemporalClassifier(BranchClassifier):
         return self.fc(self.hidden(self.drop(y)))
 
     def check_stream(self, name: str, batch_size: int, state: State | None = None) -> None:
-        """Refuse a head whose answer needs frames that are gone or not there yet, and a wrong state.
+        """Refuse a head whose answer needs frames that are gone or to come, and a wrong state.
 
         Raises:
             ValueError: The head is bidirectional or reads out all frames, or the state is not one

@@ -25,8 +25,9 @@ class FrozenPart(NamedTuple):
 
 
 def part_up_to(backbone: nn.Module, reader: TapReader, stage: int) -> FrozenPart:
-    """What the map of a stage depends on: its parameters by autograd's graph, its modules by being
-    run.
+    """What the map of a stage depends on.
+
+    Its parameters are found by autograd's graph, its modules by being run.
 
     A table of names would have to know every architecture; the graph of a dry run knows what
     changes the map.
@@ -58,8 +59,9 @@ def part_up_to(backbone: nn.Module, reader: TapReader, stage: int) -> FrozenPart
 
 
 class FreezableBackbone(nn.Module):
-    """The part of a branch model that freezes its `backbone`. Freezing is a matter of training:
-    files do not hold it.
+    """The part of a branch model that freezes its `backbone`.
+
+    Freezing is a matter of training: files do not hold it.
 
     A frozen part gets no gradients and keeps BatchNorm and dropout in eval through `train()`.
     Autograd saves nothing in it, because it begins at the input.
@@ -82,8 +84,9 @@ class FreezableBackbone(nn.Module):
         self._frozen_parameters: frozenset[str] = frozenset()  # those that would be trained else
 
     def freeze(self, stages: int | str | None = None) -> Self:
-        """Freeze the backbone, or its stages up to and including one. What is frozen already stays
-        so.
+        """Freeze the backbone, or its stages up to and including one.
+
+        What is frozen already stays so.
 
         Args:
             stages: The last frozen stage, by the number it has in taps. None freezes all of the
@@ -110,8 +113,9 @@ class FreezableBackbone(nn.Module):
         return self
 
     def unfreeze(self, stages: int | str | None = None) -> Self:
-        """Train the backbone again, or its stages from one on (to unfreeze it step by step from the
-        top).
+        """Train the backbone again, or its stages from one on.
+
+        So it is unfrozen step by step from the top.
 
         Args:
             stages: The first stage that trains again, those before it stay as they are. None frees

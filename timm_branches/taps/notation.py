@@ -1,5 +1,4 @@
-"""Taps: one notation for "the feature map at this depth" that means the same on every timm
-backbone.
+"""Taps: one notation for the feature map at a depth, the same on every timm backbone.
 
 Stage numbers count like conv1 to conv5 in the literature and the backbone's last stage is always 5,
 so on an ordinary pyramid stage k is the map at stride 2^k. Backbones without a pyramid (ViT, Mixer)

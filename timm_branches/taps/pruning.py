@@ -76,9 +76,7 @@ def dry_run(
 
 
 def unused_parameters(backbone: nn.Module, input_size: Sequence[int], run: Callable) -> set[str]:
-    """Names of the parameters from which no path of the autograd graph leads to the outputs of
-    `run`.
-    """
+    """Names of the parameters from which autograd's graph does not lead to the outputs of `run`."""
     parameters: dict[str, torch.Tensor] = {}
     outputs = dry_run(backbone, input_size, run, parameters)
     seen, found = set(), set()

@@ -43,8 +43,9 @@ class _LastTapReached(Exception):
 
 
 class _Capture:
-    """Forward hook that keeps a module's output while a pass is being read (a class, so that
-    deepcopy follows it).
+    """Forward hook that keeps a module's output while a pass is being read.
+
+    A class, so that deepcopy follows it.
     """
 
     def __init__(self, reader: TapReader, key: str):
@@ -123,8 +124,9 @@ class TapReader:
     def read(
         self, backbone: nn.Module, x: torch.Tensor, which: Sequence[int] | None = None
     ) -> list[torch.Tensor]:
-        """Maps (B, C, H, W) of the taps numbered `which` (all by default) for images x (B, C,
-        H, W).
+        """Maps (B, C, H, W) of the taps numbered `which` for images x (B, C, H, W).
+
+        All taps by default.
         """
         which = range(len(self.taps)) if which is None else which
         if self._hooks_only(which):
@@ -139,8 +141,9 @@ class TapReader:
         return [self._finish(self.taps[i], y) for i, y in zip(which, maps, strict=True)]
 
     def _hooks_only(self, which: Sequence[int]) -> bool:
-        """Whether the last of these taps is a module inside a stage, so that timm's loop does
-        not get to return.
+        """Whether the last of these taps is a module inside a stage.
+
+        timm's loop does not get to return then.
         """
         deepest = max((stage.index for i in which if (stage := self.taps[i].stage)), default=-1)
         return any(
@@ -166,8 +169,9 @@ class TapReader:
         ]
 
     def _run_hooks(self, backbone: nn.Module, x: torch.Tensor, which: Sequence[int]) -> list:
-        """The last tap is a module: the pass ends there, if hooks can give all that stands before
-        it.
+        """What the taps' hooks caught; the last tap is a module inside a stage.
+
+        The pass ends there, if hooks can give all that stands before it.
 
         Else (the map of a ViT's stage is not what any module returns) timm's loop runs to the end
         of that stage.

@@ -114,8 +114,9 @@ class HeadsTask(TrainingTask):
     # -- timm's task
 
     def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs: Any) -> HeadsTask:
-        """Wrap the model in DDP, which is told to look for parts without gradient if there can
-        be any.
+        """Wrap the model in DDP.
+
+        It is told to look for parts without gradient if there can be any.
         """
         from torch.nn.parallel import DistributedDataParallel
 

@@ -27,8 +27,9 @@ __all__ = ["BranchTask", "FlatTask", "two_classes"]
 
 
 class BranchTask(HeadsTask):
-    """Weighted sum of per-level cross-entropies, with weights that change by epoch (B-CNN's
-    training strategy).
+    """Weighted sum of per-level cross-entropies, with weights that change by epoch.
+
+    This is B-CNN's training strategy.
 
     L = sum over levels k of w_k(epoch) * CE_k, equation (1) of Zhu and Bain 2017 (arXiv
     1709.09890), plus the terms below where they are asked for. A level of weight 0 is off: its head
@@ -405,8 +406,9 @@ def _refuse_beside_loss(**settings: Any) -> None:
 
 
 class FlatTask(BranchTask):
-    """The baseline that every hierarchy must beat: one head of leaves, level answers by summing
-    upwards.
+    """The baseline that every hierarchy must beat: one head of leaves.
+
+    The levels' answers are its probabilities, summed upwards.
 
     Args:
         model: Branch model with a single head of `taxonomy.num_leaves` classes.
@@ -478,7 +480,8 @@ class FlatTask(BranchTask):
         if target.is_floating_point():
             if self.leaf_loss != "marginal":
                 raise ValueError(
-                    f"loss={self.leaf_loss!r} needs class indices: it does not go with mixup or CutMix."
+                    f"loss={self.leaf_loss!r} needs class indices: it does not go with mixup or "
+                    "CutMix."
                 )
             return level_cross_entropy(logits, level_target, share=share)
         if callable(self.leaf_loss):
@@ -511,8 +514,9 @@ class FlatTask(BranchTask):
 
 
 def two_classes(logits: torch.Tensor) -> torch.Tensor:
-    """A single logit z (..., 1) as the logits (0, z) of no and yes, whose cross-entropy is the
-    binary one.
+    """A single logit z (..., 1) as the logits (0, z) of no and yes.
+
+    Their cross-entropy is the binary one.
     """
     return torch.cat([torch.zeros_like(logits), logits], -1) if logits.shape[-1] == 1 else logits
 
@@ -586,8 +590,9 @@ class _LeafTranslation:
 
 
 class _Below(nn.Module):
-    """Labels of all levels as labels of the forest that ends at one level, for the marginal loss of
-    that level's head.
+    """Labels of all levels as labels of the forest that ends at one level.
+
+    The marginal loss of that level's head reads them.
 
     A leaf above that level has no class there, so its images are unknown to it.
     """

@@ -15,8 +15,9 @@ __all__ = ["DenseTask"]
 
 
 class DenseTask(HeadsTask):
-    """A decoder of a branch model with a dense loss; of a hierarchy of mask classes a weighted sum
-    over its levels.
+    """A decoder of a branch model with a dense loss.
+
+    Of a hierarchy of mask classes a weighted sum over its levels.
 
     With deep supervision each stage of a decoder adds its loss, too.
 
@@ -47,7 +48,8 @@ class DenseTask(HeadsTask):
         >>> from functools import partial
         >>> from timm_branches import create_branch_model
         >>> from timm_branches.dense import SegmentationEvaluator
-        >>> model = create_branch_model('test_resnet', taps=[2, 3, 4, 5], head='unet', num_classes=3)
+        >>> model = create_branch_model(
+        ...     'test_resnet', taps=[2, 3, 4, 5], head='unet', num_classes=3)
         >>> task = DenseTask(model, 'ce+dice', partial(SegmentationEvaluator, 3), ignore_index=255)
         >>> task(torch.randn(2, 3, 64, 64), torch.randint(3, (2, 64, 64)))['loss'].backward()
     """

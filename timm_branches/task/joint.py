@@ -17,8 +17,9 @@ __all__ = ["JointTask"]
 
 
 class JointTask(HeadsTask):
-    """The weighted sum of several tasks' losses, computed from one pass of the model that they
-    share.
+    """The weighted sum of several tasks' losses.
+
+    Computed from one pass of the model that they share.
 
     Targets are a dict with an entry for each task.
 

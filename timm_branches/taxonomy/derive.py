@@ -1,5 +1,4 @@
-"""Trees derived from data: from the classes that a model confuses, or from how near class
-embeddings lie.
+"""Trees derived from data: from a confusion matrix, or from class embeddings.
 
 Agglomerative clustering merges the two nearest groups of classes until one is left; stopping early
 at n groups gives a level of n classes. All levels are stops of one such run (a *linkage*, in

@@ -1,5 +1,6 @@
-"""The nodes of a label hierarchy, and every level's label of a sample: all lookups in precomputed
-tables.
+"""The nodes of a label hierarchy, and every level's label of a sample.
+
+All lookups are in precomputed tables.
 
 It knows nothing of networks or images, nor of where a hierarchy comes from: that is `taxonomy.py`.
 """
@@ -105,8 +106,9 @@ class Forest:
 
     @property
     def heights(self) -> tuple[torch.Tensor, ...]:
-        """For each level a LongTensor (num_classes[l],): each node's steps down to its deepest
-        leaf, 0 for a leaf.
+        """Each node's steps down to its deepest leaf, a LongTensor (num_classes[l],) a level.
+
+        They are 0 for a leaf.
 
         The root above all, which joins the trees of the forest, has height L.
         """
@@ -226,8 +228,9 @@ class Forest:
         return find(name, self._ends[kind], nodes)
 
     def translate(self, labels: torch.Tensor | Sequence[Any] | int, other: Forest) -> torch.Tensor:
-        """Leaf labels of this tree as leaf labels of another with leaves in common: pruned, merged
-        or reordered.
+        """Leaf labels of this tree as leaf labels of another with leaves in common.
+
+        The other may be pruned, merged or reordered.
 
         Args:
             labels: leaf indices of this tree, integers of any shape; -1 is "unknown".
@@ -310,8 +313,9 @@ class Forest:
         return valid
 
     def common_depth(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """On how many levels two label rows share their path: the depth of their lowest common
-        ancestor (LCA).
+        """On how many levels two label rows share their path.
+
+        This is the depth of their lowest common ancestor (LCA).
 
         Args:
             a: LongTensor (..., L) of label rows, as :meth:`expand` gives them.
@@ -330,8 +334,9 @@ class Forest:
         return ((a == b) & (a >= 0)).long().cumprod(-1).sum(-1)
 
     def lca_height(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """The height of the lowest common ancestor of two nodes, the hierarchical distance of
-        Bertinetto et al. 2020.
+        """The height of the lowest common ancestor of two nodes.
+
+        The hierarchical distance of Bertinetto et al. 2020.
 
         Args:
             a: LongTensor (..., L) of label rows, as :meth:`expand` gives them.
@@ -357,8 +362,9 @@ class Forest:
         return heights[torch.where(depth > 0, starts[depth] + above, 0)]
 
     def distances(self) -> torch.Tensor:
-        """The height of the lowest common ancestor of each two leaves, as :meth:`lca_height` has
-        it.
+        """The height of the lowest common ancestor of each two leaves.
+
+        As :meth:`lca_height` has it.
 
         Returns:
             LongTensor (num_leaves, num_leaves), symmetric, zero on the diagonal. It takes 8 bytes

@@ -125,7 +125,7 @@ def _renamed(given: Sequence[str], expected: Sequence[str]) -> str:
 
 
 def _plain(name: str) -> str:
-    """A name without what writing alone changes: case, the form of Unicode, spaces and their like."""
+    """A name without what writing alone changes: case, form of Unicode, spaces and their like."""
     text = unicodedata.normalize("NFKC", name).casefold()
     return " ".join(text.replace("_", " ").replace("-", " ").split())
 

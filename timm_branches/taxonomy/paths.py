@@ -1,5 +1,4 @@
-"""Paths of a forest's nodes: their written form, their shortest names, finding one by its name,
-drawing them.
+"""Paths of a forest's nodes: written, shortened, found by a name, drawn.
 
 A path holds the names from a root down to a node. What a :class:`Taxonomy` does with names rather
 than numbers is here.

@@ -1,5 +1,6 @@
-"""What the constructors of a :class:`Taxonomy` read: tables, nested JSON, class folders, maps from
-child to parent.
+"""What the constructors of a :class:`Taxonomy` read.
+
+Tables, nested JSON, class folders, maps from child to parent.
 
 Plain functions that return one path per leaf, in class order, and the level names or the order of
 inner nodes where the source has them. They are documented at `Taxonomy.from_csv` and its
@@ -155,8 +156,9 @@ def read_parents(
     names: Sequence[Sequence[str] | None] | None,
     levels: Sequence[str] | None,
 ) -> tuple[list[NodePath], list[list[NodePath]] | None]:
-    """The leaves of maps from child to parent, and the order of each level's nodes where there is a
-    map for each step.
+    """The leaves of maps from child to parent, and the order of each level's nodes.
+
+    The order is known where there is a map for each step.
 
     Args:
         classes: the leaves' names in class order.

@@ -1,5 +1,6 @@
-"""The label hierarchy: which class lies under which. Where one comes from, how it is changed and
-stored.
+"""The label hierarchy: which class lies under which.
+
+Where one comes from, how it is changed and stored.
 
 What a :class:`Taxonomy` answers about labels is in `forest.py`, which it extends.
 """
@@ -99,8 +100,9 @@ class Taxonomy(Forest):
 
     @classmethod
     def from_dataframe(cls, frame: Any, columns: Sequence[Any] | None = None) -> Taxonomy:
-        """From a pandas data frame with one row per leaf, or one per sample: equal rows are one
-        leaf.
+        """From a pandas data frame with one row per leaf, or one per sample.
+
+        Equal rows are one leaf.
 
         Args:
             frame: a column per level, a row per leaf or sample. A missing value (NaN, None, '')
@@ -163,8 +165,9 @@ class Taxonomy(Forest):
 
     @classmethod
     def from_folders(cls, root: str | Path, levels: Sequence[str] | None = None) -> Taxonomy:
-        """From nested class folders: a folder without sub-folders is a leaf. Sorted; hidden folders
-        are ignored.
+        """From nested class folders: a folder without sub-folders is a leaf.
+
+        They are sorted; hidden folders are ignored.
 
         Raises:
             ValueError: if `root` is not a folder, has no class folders, or a link makes a cycle.
@@ -238,8 +241,9 @@ class Taxonomy(Forest):
         num_classes: Sequence[int],
         levels: Sequence[str] | None = None,
     ) -> Taxonomy:
-        """From an agglomerative clustering of the classes, cut into levels. All leaves lie on the
-        last level.
+        """From an agglomerative clustering of the classes, cut into levels.
+
+        All leaves lie on the last level.
 
         Args:
             linkage: (K - 1, 4), from `linkage_from_confusion`, `linkage_from_embeddings` or SciPy;
@@ -430,8 +434,9 @@ class Taxonomy(Forest):
         return Taxonomy(leaves, self.levels[: len(order)], order)
 
     def merge(self, other: Taxonomy, same_names: bool = False) -> Taxonomy:
-        """The union of two trees. Leaves and classes of this one keep their indices, those of the
-        other follow.
+        """The union of two trees.
+
+        Leaves and classes of this one keep their indices, those of the other follow.
 
         A level's default name ('level2') gives way to a name of the other tree's.
 

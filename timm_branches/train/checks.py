@@ -8,8 +8,9 @@ __all__ = ["check_losses", "check_weights"]
 
 
 def check_losses(pending: list[tuple[int, dict[str, torch.Tensor]]], epoch: int) -> None:
-    """Raise a FloatingPointError that names level, epoch and batch if one of the losses is not
-    finite.
+    """Raise a FloatingPointError if one of the losses is not finite.
+
+    It names level, epoch and batch.
 
     Args:
         pending: Pairs of a batch's number and its losses by level.

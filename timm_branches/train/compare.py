@@ -1,5 +1,6 @@
-"""Is it worth it? Several seeds of several methods as one table, and a verdict that the numbers
-bear.
+"""Is it worth it? Several seeds of several methods as one table, and a verdict.
+
+The verdict is one that the numbers bear.
 """
 
 import math

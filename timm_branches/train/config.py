@@ -16,8 +16,9 @@ def _setting(default: Any, text: str, **kwargs: Any) -> Any:
 
 @dataclass
 class FitConfig:
-    """What `fit` needs to know beside task and data. Names and meanings are those of timm's
-    train.py.
+    """What `fit` needs to know beside task and data.
+
+    Names and meanings are those of timm's train.py.
 
     Raises:
         ValueError: A value outside its range, or settings that do not go together.

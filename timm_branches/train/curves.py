@@ -125,8 +125,9 @@ def plot_collapse(
 def collapse_figure(
     histories: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], levels: Sequence[str]
 ) -> Figure:
-    """Accuracy by epoch under several loss-weight schedules, a panel a level: what happens to heads
-    turned off.
+    """Accuracy by epoch under several loss-weight schedules, a panel a level.
+
+    It shows what happens to heads that are turned off.
 
     Args:
         histories: For each schedule the rows (`epoch`, `eval_<level>_top1` in percent,
@@ -243,8 +244,9 @@ def _draw_weights(
 
 
 def _apart(values: list[float], lower: float, upper: float) -> list[float]:
-    """Heights for labels at ascending `values`, moved as little as lets none cover its
-    neighbour.
+    """Heights for labels at ascending `values`.
+
+    They are moved as little as lets none cover its neighbour.
     """
     step = 0.075 * (upper - lower)
     # [centre, labels]: labels that would overlap move together, about their mean
@@ -283,8 +285,9 @@ def plot_confusion(
 
 
 def confusion_figure(matrix: Any, class_names: Sequence[str], title: str = "") -> Figure:
-    """Share of each true class that was predicted as each class; numbers in percent for up to 12
-    classes.
+    """Share of each true class that was predicted as each class.
+
+    Numbers are in percent, for up to 12 classes.
 
     Args:
         matrix: Counts (K, K), rows true, columns predicted: tensor, array or lists. A row without

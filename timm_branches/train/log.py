@@ -1,5 +1,6 @@
-"""Where the numbers of a run go: one CSV row an epoch, and optionally TensorBoard or Weights &
-Biases.
+"""Where the numbers of a run go: one CSV row an epoch, and optionally trackers.
+
+The trackers are TensorBoard and Weights & Biases.
 
 The CSV is the record that plots and comparisons read. A kill at any moment leaves it whole, a
 resumed run drops the epochs it repeats, and a column that turns up late is added to the header
@@ -142,8 +143,9 @@ def _at_least(text: str, epoch: int) -> bool:
 
 
 class Trackers:
-    """The optional sinks of a run; without any it does nothing. Closes itself when used with
-    `with`.
+    """The optional sinks of a run; without any it does nothing.
+
+    Closes itself when used with `with`.
 
     Args:
         tensorboard: A `SummaryWriter`, or None.

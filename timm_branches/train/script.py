@@ -21,8 +21,9 @@ __all__ = ["hardware", "new_output", "run_script", "setup_logging"]
 
 
 def new_output(output: str | os.PathLike, resume: str) -> Path:
-    """The folder of a script's runs, made where it is missing: beside older runs, which stay as
-    they are, a new one.
+    """The folder of a script's runs, made where it is missing.
+
+    Beside older runs, which stay as they are, a new one.
 
     Args:
         output: The folder that was asked for.
