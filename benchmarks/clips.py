@@ -1,5 +1,6 @@
-"""Clips against the hand-written loop: frames one by one through a CNN, its features one by one
-into an LSTM.
+"""Clips against the hand-written loop.
+
+Frames one by one through a CNN, its features one by one into an LSTM.
 
     OMP_NUM_THREADS=1 python benchmarks/clips.py
     python benchmarks/clips.py --model resnet50 --frames 16 -b 8 --img-size 224 --device cuda
@@ -73,7 +74,8 @@ class FrameLoop(nn.Module):
 def row(what: str, loop: float, ours: float, unit: str = "ms") -> None:
     scale = 1e3 if unit == "ms" else 2**-20
     print(
-        f"{what:44} {scale * loop:12.2f} {scale * ours:12.2f} {unit:4} {loop / max(ours, 1e-12):8.2f}",
+        f"{what:44} {scale * loop:12.2f} {scale * ours:12.2f} {unit:4} "
+        f"{loop / max(ours, 1e-12):8.2f}",
         flush=True,
     )
 
@@ -209,8 +211,8 @@ def main() -> None:
     device = torch.device(args.device)
     print_header(
         device,
-        f"{args.model}, batch {args.batch_size}, {args.frames} frames of {args.img_size} px, medians "
-        f"of {args.repeats}",
+        f"{args.model}, batch {args.batch_size}, {args.frames} frames of {args.img_size} px, "
+        f"medians of {args.repeats}",
     )
     torch.manual_seed(0)
     ours = create_branch_model(

@@ -1,5 +1,6 @@
-"""What caching a frozen backbone's features saves: an epoch of training the heads on images, and on
-cached features.
+"""What caching a frozen backbone's features saves.
+
+An epoch of training the heads on images, and on cached features.
 
     OMP_NUM_THREADS=1 python benchmarks/frozen_cache.py
     python benchmarks/frozen_cache.py --model vit_base_patch16_224 --images 2000 -b 64 --device cuda
@@ -38,7 +39,8 @@ def main() -> None:
     device = torch.device(args.device)
     print_header(
         device,
-        f"{args.images} images, {args.img_size} px, batch {args.batch_size}, median of {args.repeats}",
+        f"{args.images} images, {args.img_size} px, batch {args.batch_size}, median of "
+        f"{args.repeats}",
     )
 
     torch.manual_seed(0)

@@ -1,7 +1,9 @@
-"""What ``model(x, heads=[...])`` saves: the pass ends at the deepest tap that the heads asked for
-need.
+"""What `model(x, heads=[...])` saves.
 
-    python benchmarks/heads_depth.py python benchmarks/heads_depth.py --model resnet50
+The pass ends at the deepest tap that the heads asked for need.
+
+    python benchmarks/heads_depth.py
+    python benchmarks/heads_depth.py --model resnet50
     vit_base_patch16_224 --img-size 224 --batch-size 8 --device cuda
 
 For each backbone: all heads, each head alone, and as the baseline the usual way to get at maps: the
@@ -25,7 +27,7 @@ from timm_branches.taps import TapTable, list_taps
 def whole_model_with_hooks(
     name: str, model: BranchModel, table: TapTable
 ) -> Callable[[torch.Tensor], dict]:
-    """The plain timm model run to its classifier, with a hook where each tap of ``model`` is."""
+    """The plain timm model run to its classifier, with a hook where each tap of `model` is."""
     plain = timm.create_model(name).to(next(model.parameters()).device).eval()
     plain.load_state_dict(model.backbone.state_dict(), strict=False)
     maps: dict[str, torch.Tensor] = {}
@@ -61,8 +63,8 @@ def main() -> None:
     device = torch.device(args.device)
     print_header(
         device,
-        f"batch {args.batch_size}, {args.img_size} px, {'train' if args.train else 'eval'}, median of "
-        f"{args.repeats}",
+        f"batch {args.batch_size}, {args.img_size} px, {'train' if args.train else 'eval'}, median "
+        f"of {args.repeats}",
     )
     print(f"{'model':20} {'what runs':32} {'ms':>9} {'ratio':>7}")
     for name in args.model:

@@ -1,5 +1,6 @@
-"""What a label hierarchy costs beside the network: decoders, losses and tables, on a tree of 10,000
-leaves.
+"""What a label hierarchy costs beside the network.
+
+Decoders, losses and tables, on a tree of 10,000 leaves.
 
     python benchmarks/hierarchy.py
     python benchmarks/hierarchy.py --leaves 1000 --levels 4 -b 256 --device cuda
@@ -171,7 +172,8 @@ def main() -> None:
         seconds = {name: timed[name][1] * value for name, value in seconds.items()}
         first = next(iter(seconds.values()))
         print(
-            f"\n{kind}: {taxonomy.num_leaves} leaves, levels of {', '.join(map(str, taxonomy.num_classes))}"
+            f"\n{kind}: {taxonomy.num_leaves} leaves, levels of "
+            f"{', '.join(map(str, taxonomy.num_classes))}"
         )
         print(f"{'what':30} {'ms':>10} {'ratio':>9}")
         for name, value in seconds.items():

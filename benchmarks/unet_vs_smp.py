@@ -1,7 +1,9 @@
-"""Our U-Net head against ``segmentation_models_pytorch.Unet`` on the same encoder: time, memory,
-parameters.
+"""Our U-Net head against `segmentation_models_pytorch.Unet` on the same encoder.
 
-    python benchmarks/unet_vs_smp.py python benchmarks/unet_vs_smp.py --model resnet34 --img-size
+Time, memory and parameters.
+
+    python benchmarks/unet_vs_smp.py
+    python benchmarks/unet_vs_smp.py --model resnet34 --img-size
     512 --batch-size 16 --device cuda --amp
 
 Both have timm's encoder, the decoder widths 256, 128, 64, 32 and 16, and the same weights; their
@@ -63,8 +65,8 @@ def main() -> None:
     device = torch.device(args.device)
     print_header(
         device,
-        f"segmentation_models_pytorch {smp.__version__}, batch {args.batch_size}, {args.img_size} px, "
-        f"median of {args.repeats}",
+        f"segmentation_models_pytorch {smp.__version__}, batch {args.batch_size}, {args.img_size} "
+        f"px, median of {args.repeats}",
     )
     print(f"{'model':20} {'what':24} {'timm_branches':>14} {'smp':>14} {'ratio':>7}")
     layout = torch.channels_last if args.channels_last else torch.contiguous_format

@@ -13,9 +13,9 @@ classes. Classes in nested folders, or in several columns, are levels: each has 
 its own.
 
 Without arguments the clips are made of scikit-learn's digits, the backbone is conv2_24x48, and only
-the order tells the classes apart: handwritten 0, 1 and 2 count up or down on a ring (... 0 1 2 0 1 ... or ... 2 1 0 2 1 ...), 3
-to 6 frames, each frame another picture. No single frame tells: the last digit is drawn evenly, so
-each digit of the ring is equally likely at any place of a clip of either class, and pictures and
+the order tells the classes apart: handwritten 0, 1 and 2 count up or down on a ring
+(... 0 1 2 0 1 ... or ... 2 1 0 2 1 ...), 3 to 6 frames, each frame another picture. No single
+frame tells: the last digit is drawn evenly, so each digit of the ring is equally likely at any place of a clip of either class, and pictures and
 lengths are drawn without regard to the class. What is more, clips come in pairs, one up and one
 down, that share their length and their very last frame. Whoever sees only the last frame, and
 answers alike to the same picture, is right about exactly one of each pair: exactly 50 %, whatever
@@ -259,24 +259,39 @@ def without_effect(args: argparse.Namespace) -> str | None:
         switch = "--freeze-backbone" if args.freeze_backbone else "--no-freeze-backbone"
         return f"--freeze {args.freeze} and {switch} contradict each other"
     if frozen and args.grad_checkpointing:
-        return "--grad-checkpointing has no effect with --freeze all: no gradient goes through the backbone"
+        return (
+            "--grad-checkpointing has no effect with --freeze all: no gradient goes through the "
+            "backbone"
+        )
     if args.cache and not frozen:
-        return "--cache has no effect without --freeze all: features of a backbone that is trained change"
+        return (
+            "--cache has no effect without --freeze all: features of a backbone that is trained "
+            "change"
+        )
     if args.views != 1 and not args.cache:
         return "--views has no effect without --cache"
     if args.cache and args.views == 1 and args.augment not in (None, "none"):
-        return f"--augment {args.augment} with --cache needs --views: a single view is the same clip in every epoch"
+        return (
+            f"--augment {args.augment} with --cache needs --views: a single view is the same clip "
+            "in every epoch"
+        )
     if (
         args.hflip
         and (args.augment or ("none" if args.cache or args.data == "digits" else "auto")) == "none"
     ):
         return "--hflip has no effect with --augment none: choose another --augment"
     if args.rnn_output == "frame" and args.readout != "last":
-        return f"--readout {args.readout} has no effect with --rnn-output frame, which reads every frame"
+        return (
+            f"--readout {args.readout} has no effect with --rnn-output frame, which reads every "
+            "frame"
+        )
     if args.stream and (args.bidirectional or args.readout != "last"):
         return "--stream goes from frame to frame: leave out --bidirectional and --readout"
     if args.resume not in ("", "auto"):
-        return f"--resume {args.resume}: this recipe trains several models; give --output and --resume auto"
+        return (
+            f"--resume {args.resume}: this recipe trains several models; give --output and "
+            "--resume auto"
+        )
     return None
 
 
@@ -455,7 +470,8 @@ class Bench:
         if is_primary():
             parameters = sum(p.numel() for p in model.parameters()) / 1e6
             print(
-                f"\n{name}: {args.model}, {parameters:.2f} M parameters, {len(parts[0])} clips to train on, "
+                f"\n{name}: {args.model}, {parameters:.2f} M parameters, {len(parts[0])} clips to "
+                "train on, "
                 f"{len(parts[1])} to validate",
                 flush=True,
             )
@@ -518,7 +534,8 @@ def main(args: argparse.Namespace) -> None:
     }
     print(f"\n{comparison_table({name: [found] for name, found in results.items()}, columns)}\n")
     print(
-        f"Percent, on the {len(bench.test)} {bench.judged} clips, models of the best epoch on validation; chance "
+        f"Percent, on the {len(bench.test)} {bench.judged} clips, models of the best epoch on "
+        "validation; chance "
         f"is to name always the class that most clips have. Seed {args.seed}, {facts['hardware']}, "
         f"{time.monotonic() - began:.0f} s. Files: {bench.output}"
     )

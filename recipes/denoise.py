@@ -288,7 +288,8 @@ def folders(args: argparse.Namespace) -> dict[str, str]:
     root = Path(args.data)
     if not root.is_dir():
         raise ValueError(
-            f"{root} is no folder. Give one of images, or one that holds the folders train and test."
+            f"{root} is no folder. Give one of images, or one that holds the folders train and "
+            "test."
         )
     paths = {}
     for split in SPLITS:

@@ -129,7 +129,8 @@ def branches(output: Path) -> tuple[BranchTask, tuple[torch.Tensor, torch.Tensor
     """Are the losses of a B-CNN combined properly, and what do the epochs' weights do?"""
     heading(
         "1. A B-CNN: which loss trains which stage?",
-        "One backward pass of the weighted sum. Each level trains the stages up to its tap and its own head.",
+        "One backward pass of the weighted sum. Each level trains the stages up to its tap and its "
+        "own head.",
     )
     images, leaves = digits(24, 28)
     batch = images, TREE.expand(leaves)
@@ -162,7 +163,8 @@ def branches(output: Path) -> tuple[BranchTask, tuple[torch.Tensor, torch.Tensor
         print(f"cosine of {a} and {b} at the deepest stage that all levels share: {cosine:+.2f}")
     print(
         "Above 0 the levels help each other, below they are in conflict.\n\n"
-        "Share of the loss by the weights of the epoch (the losses are those of the untrained network):"
+        "Share of the loss by the weights of the epoch (the losses are those of the untrained "
+        "network):"
     )
     losses = torch.tensor([report.losses[level] for level in TREE.levels])
     for epoch in (0, 9, 19, 29):
@@ -177,7 +179,8 @@ def branches(output: Path) -> tuple[BranchTask, tuple[torch.Tensor, torch.Tensor
     report = gradient_report(task, batch)
     print("\nIn the last phase, [0, 0, 1]:", *report.findings, sep="\n  ")
     print(
-        "That is the paper's schedule and no bug; but the trunk moves on under the coarse heads, which go stale."
+        "That is the paper's schedule and no bug; but the trunk moves on under the coarse heads, "
+        "which go stale."
     )
     task.set_epoch(0)
     return task, batch
@@ -214,7 +217,8 @@ def recurrence(output: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """Does the clip's loss reach the CNN, and which of the frames does it see?"""
     heading(
         "2. A CNN+LSTM: which frames does the loss see?",
-        "30 frames of 24 x 48, one label a clip. The norm of the loss' gradient at each frame's features says how "
+        "30 frames of 24 x 48, one label a clip. The norm of the loss' gradient at each frame's "
+        "features says how "
         "much of it the loss sees.",
     )
     clips, labels = torch.rand(4, 30, 1, 24, 48), torch.tensor([0, 1, 1, 0])
@@ -263,7 +267,8 @@ def decoder(output: Path) -> None:
     """Does anything but the skips learn?"""
     heading(
         "3. A skip decoder: through which path does the encoder learn?",
-        "A RED-Net with a linear bottleneck removes noise from digits. The paths' gradients add up to the whole; "
+        "A RED-Net with a linear bottleneck removes noise from digits. The paths' gradients add up "
+        "to the whole; "
         "a trunk without a share is a network that only copies through its skips.",
     )
     clean = digits(8, 64)[0]
@@ -300,7 +305,8 @@ def kernels(output: Path) -> None:
     """Why are the gradients of my kernels equal?"""
     heading(
         "4. A convolution: why are my kernels' gradients equal?",
-        "Channel c of filter o's gradient is input channel c correlated with dE/dy of filter o: equal channels "
+        "Channel c of filter o's gradient is input channel c correlated with dE/dy of filter o: "
+        "equal channels "
         "have equal inputs, equal filters an equal dE/dy.",
     )
     for name, diagnosis in kernel_causes().items():
@@ -316,7 +322,8 @@ def doctor(
     """A check-up before a long training."""
     heading(
         "5. The doctor: what to run before a long training",
-        "First the B-CNN above, then a CNN+LSTM by hand with three mistakes: the state is lost, the CNN is run "
+        "First the B-CNN above, then a CNN+LSTM by hand with three mistakes: the state is lost, "
+        "the CNN is run "
         "under no_grad, and cross-entropy gets a softmax.",
     )
     print("B-CNN\n" + str(check_model(task, batch)))
@@ -389,7 +396,8 @@ def examine(model: BranchModel, args: argparse.Namespace, output: Path) -> None:
 
     heading(
         f"{args.model or args.checkpoint}: heads {', '.join(model.names)} on random input {shape}",
-        "Cross-entropy with random labels; the squared error to random numbers for a decoder or a single output.",
+        "Cross-entropy with random labels; the squared error to random numbers for a decoder or a "
+        "single output.",
     )
     model.train()
     diagnosis = check_model(model, x, lambda out: {name: loss(name, y) for name, y in out.items()})

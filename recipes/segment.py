@@ -252,7 +252,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         for name in _NOT_SMP:
             if getattr(args, name) != parser.get_default(name):
                 parser.error(
-                    f"--{name.replace('_', '-')} has no part in the comparison with --smp: leave one out"
+                    f"--{name.replace('_', '-')} has no part in the comparison with --smp: leave "
+                    "one out"
                 )
         if args.amp and args.amp_dtype != "bfloat16":
             parser.error(
@@ -270,7 +271,8 @@ def read_classes(args: argparse.Namespace) -> int | list[str] | Taxonomy:
     if args.classes is None:
         if tree is None:
             raise ValueError(
-                "--classes is missing: how many classes the masks have, or a file with a name a line."
+                "--classes is missing: how many classes the masks have, or a file with a name a "
+                "line."
             )
         return tree
     if not args.classes.isdigit():
@@ -321,8 +323,9 @@ def read_pair(
 
 
 def read_data(args: argparse.Namespace) -> tuple[Any, Any, Any, Any]:
-    """Training, validation and test data (None without), and a view of the training data as they
-    are.
+    """Training, validation and test data (None without).
+
+    And a view of the training data as they are.
     """
     if not (args.data or args.images):
         train, val, test = package_segmentation(args.repeats)
@@ -470,8 +473,9 @@ def make_task(
 def make_smp(
     args: argparse.Namespace, first: dict[str, torch.Tensor], num_classes: int
 ) -> torch.nn.Module:
-    """segmentation_models_pytorch's Unet, whose encoder starts from the weights `first` of the
-    backbone.
+    """segmentation_models_pytorch's Unet.
+
+    Its encoder starts from the weights `first` of the backbone.
     """
     try:
         import segmentation_models_pytorch as smp
@@ -688,7 +692,8 @@ def main(args: argparse.Namespace) -> None:
     for name, model in models.items():
         if is_primary():
             print(
-                f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(train)} crops an "
+                f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, "
+                f"{len(train)} crops an "
                 f"epoch of {len(plain)} images, {len(classes)} classes",
                 flush=True,
             )
@@ -739,8 +744,10 @@ def main(args: argparse.Namespace) -> None:
     print(f"\n{comparison_table(rows, {name: name for name in results})}\n")
     chosen = ", ".join(str(epoch + 1) for epoch in epochs.values())
     print(
-        f"Percent, on the pixels of the {len(judged)} {which} image{'s' * (len(judged) > 1)}; model of "
-        f"{'the last epoch' if last else f'the best epoch on validation ({chosen})'}. Baselines: logistic regression "
+        f"Percent, on the pixels of the {len(judged)} {which} image{'s' * (len(judged) > 1)}; "
+        "model of "
+        f"{'the last epoch' if last else f'the best epoch on validation ({chosen})'}. Baselines: "
+        "logistic regression "
         f"on single pixels. Seed {config.seed}, {facts['hardware']}; training: "
         f"{', '.join(f'{name} {value:.0f} s' for name, value in seconds.items())}; in all "
         f"{time.monotonic() - began:.0f} s. Files: {output}"

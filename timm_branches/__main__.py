@@ -1,4 +1,4 @@
-"""``python -m timm_branches``, the same as ``timm-branches``."""
+"""`python -m timm_branches`, the same as `timm-branches`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""``timm-branches``.
+"""`timm-branches`.
 
 Look at a backbone's taps or at a model's file, and let a model classify images.
 """
@@ -63,7 +63,8 @@ def _add_predict(commands: Any) -> None:
     parser = commands.add_parser(
         "predict",
         help="classify images on every level of a model's tree",
-        description="Classify images on every level of a model's tree. Images that cannot be read are named on stderr "
+        description="Classify images on every level of a model's tree. Images that cannot be read "
+        "are named on stderr "
         "and left out, and the exit status is 1.",
     )
     parser.add_argument(
@@ -187,7 +188,7 @@ def _readable(
 
 
 def _write_text(records: Iterator["Record"], found: "Predictions", file: TextIO) -> None:
-    """A line an image: ``a.jpg  animal 0.98 > pet 0.91 > cat 0.87``."""
+    """A line an image: `a.jpg  animal 0.98 > pet 0.91 > cat 0.87`."""
     for record in records:
         names: tuple[Any, ...] = record.path or tuple(
             f"{level} {label}" for level, label in zip(found.levels, record.labels, strict=False)

@@ -28,7 +28,8 @@ _REFUSED = {
     "features_only": "it is a branch model; model.forward_taps(x) gives the maps at the taps",
     "out_indices": "choose taps=",
     "feature_cls": "taps are read with forward_intermediates",
-    "global_pool": "the backbone's classifier is removed; choose the heads' pooling with PoolHead(pool_type=...)",
+    "global_pool": "the backbone's classifier is removed; choose the heads' pooling with "
+    "PoolHead(pool_type=...)",
     "out_map": "choose names=",
 }
 

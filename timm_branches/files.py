@@ -10,8 +10,9 @@ __all__ = ["atomic_write", "replace_file"]
 
 
 def replace_file(path: "str | os.PathLike", write: Callable[[str], Any]) -> None:
-    """Call ``write(temporary)``, then put that file in the place of ``path`` at once, with
-    ordinary permissions.
+    """Call `write(temporary)`, then put that file in the place of `path` at once.
+
+    The file has ordinary permissions.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

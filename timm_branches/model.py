@@ -188,13 +188,15 @@ class BranchModel(FreezableBackbone):
 
             >>> from timm_branches import create_branch_model
             >>> from timm_branches.inference import detach_state
-            >>> model = create_branch_model('test_resnet', head={'kind': 'lstm', 'output': 'frame'}, num_classes=3)
+            >>> head = {'kind': 'lstm', 'output': 'frame'}
+            >>> model = create_branch_model('test_resnet', head=head, num_classes=3)
             >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
             >>> video, labels = torch.randn(2, 6, 3, 32, 32), torch.randint(3, (2, 6))
             >>> state = None
             >>> for chunk, target in zip(video.split(3, dim=1), labels.split(3, dim=1)):
             ...     outputs, state = model.forward_stream(chunk, state)
-            ...     loss = torch.nn.functional.cross_entropy(outputs['stage5'].flatten(0, 1), target.flatten())
+            ...     logits = outputs['stage5'].flatten(0, 1)  # (B * T, K)
+            ...     loss = torch.nn.functional.cross_entropy(logits, target.flatten())
             ...     optimizer.zero_grad()
             ...     loss.backward()
             ...     optimizer.step()

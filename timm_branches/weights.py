@@ -1,5 +1,6 @@
-"""Model files: everything that rebuilds a branch model in one ``model.safetensors``, or in the
-Hub's layout.
+"""Model files: everything that rebuilds a branch model in one `model.safetensors`.
+
+Or in the Hub's layout, a folder.
 
 No pickle is ever read for weights. Writes are atomic: a kill at any moment leaves the old file or
 the new one.
@@ -49,8 +50,8 @@ def save_model(model: BranchModel, path: "str | os.PathLike", extra: dict | None
     """Write a model to one safetensors file with everything needed to rebuild it.
 
     Args:
-        model: Made by ``create_branch_model``.
-        path: File to write, by convention ``model.safetensors``.
+        model: Made by `create_branch_model`.
+        path: File to write, by convention `model.safetensors`.
         extra: JSON-safe facts to keep with it (results, the command that trained it).
 
     Returns:
@@ -83,10 +84,10 @@ def save_model(model: BranchModel, path: "str | os.PathLike", extra: dict | None
 def save_pretrained(
     model: BranchModel, folder: "str | os.PathLike", extra: dict | None = None
 ) -> Path:
-    """Write a folder in the Hugging Face Hub's layout: ``config.json`` and ``model.safetensors``.
+    """Write a folder in the Hugging Face Hub's layout: `config.json` and `model.safetensors`.
 
-    ``huggingface-cli upload user/name folder`` puts it on the Hub,
-    ``load_model('hf-hub:user/name')`` reads it there.
+    `huggingface-cli upload user/name folder` puts it on the Hub,
+    `load_model('hf-hub:user/name')` reads it there.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -166,7 +167,8 @@ def fill_model(
     if missing or unexpected or shapes:
         raise ValueError(
             f"{path} does not fit this model: {len(missing)} tensors missing {missing[:3]}, "
-            f"{len(unexpected)} unexpected {unexpected[:3]}, {len(shapes)} of another shape {shapes[:3]}."
+            f"{len(unexpected)} unexpected {unexpected[:3]}, {len(shapes)} of another shape "
+            f"{shapes[:3]}."
         )
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         # what was saved in bf16 comes back in bf16
@@ -188,8 +190,9 @@ def read_metadata(path: "str | os.PathLike") -> dict[str, str] | None:
 def _open(
     path: "str | os.PathLike", with_tensors: bool
 ) -> tuple[dict[str, str] | None, dict[str, torch.Tensor]]:
-    """Metadata and tensors of one and the same file, even if another is put in its place
-    meanwhile.
+    """Metadata and tensors of one and the same file.
+
+    Even if another is put in its place meanwhile.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: there is no such file.")
@@ -229,8 +232,9 @@ def _identity(path: "str | os.PathLike") -> tuple[int, int, int]:
 
 
 def _tensors(model: BranchModel) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Contiguous copies of all tensors, each shared one once, and which names are aliases of
-    which.
+    """Contiguous copies of all tensors, each shared one once.
+
+    And which names are aliases of which.
     """
     tensors: dict[str, torch.Tensor] = {}
     tied: dict[str, str] = {}
@@ -266,7 +270,8 @@ def read_weights(path: "str | os.PathLike") -> tuple[dict[str, str], dict[str, t
     metadata, tensors = _open(path, with_tensors=True)
     if metadata is None:
         raise ValueError(
-            f"{path} is a safetensors file but not one of timm_branches (it does not say how its model "
+            f"{path} is a safetensors file but not one of timm_branches (it does not say how its "
+            "model "
             "is built). Plain timm weights go into create_branch_model(..., checkpoint_path=)."
         )
     if digest_tensors(tensors, metadata) != metadata.get("sha256"):
@@ -288,7 +293,8 @@ def _config(model: BranchModel) -> dict:
             json.dumps(value)
         except TypeError:
             raise ValueError(
-                f"the model was made with {key}={value!r}, which a file cannot hold: use a name that timm "
+                f"the model was made with {key}={value!r}, which a file cannot hold: use a name "
+                "that timm "
                 "knows (a string or a number) instead."
             ) from None
     cfg = {k: model.pretrained_cfg[k] for k in _PREPROCESSING if k in model.pretrained_cfg}

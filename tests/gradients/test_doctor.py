@@ -26,7 +26,11 @@ def images():
 
 
 def mlp(*layers):
+    """The layers one after the other, their weights drawn anew: the same in every run."""
     torch.manual_seed(0)
+    for layer in layers:
+        if isinstance(layer, nn.Linear):
+            layer.reset_parameters()
     return nn.Sequential(*layers)
 
 

@@ -97,7 +97,7 @@ class TestOutsideClassifier(HeadTester):
 
 
 class RunningMean(nn.Module):
-    """A temporal head: the mean of all frames so far; its state is their sum and number, and the calls."""
+    """A temporal head: the mean of all frames so far; its state is sum, number and calls."""
 
     def __init__(self, channels, num_classes):
         super().__init__()

@@ -1,4 +1,4 @@
-"""A map knows where it lies on the image: at any size the answer is that of the hand-padded image."""
+"""A map knows where it lies on the image: at any size, the answer of the hand-padded image."""
 
 import pytest
 import torch

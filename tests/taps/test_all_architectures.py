@@ -15,7 +15,8 @@ from timm_branches import create_branch_model, list_taps
 
 # words that give away a variant's size, from small to large; numbers count as they are
 _WORDS = (
-    "test atto xxs xxtiny femto nano t0 s0 pico b0 a0 m0 xs tiny ti mini micro s small 6.5 m medium b base "
+    "test atto xxs xxtiny femto nano t0 s0 pico b0 a0 m0 xs tiny ti mini micro s small 6.5 m "
+    "medium b base "
     "l large xl xlarge h huge giant g gigantic so400m"
 ).split()
 # timm modules without padding in some layers, and how many pixels a map may lack for it

@@ -45,7 +45,8 @@ def write_wordnet(folder):
         for name, (lemmas, above) in NOUNS.items():
             words = " ".join(f"{lemma} 0" for lemma in lemmas)
             pointers = "".join(f" @ {offsets[key]:08d} n 0000" for key in above)
-            yield f"{offsets[name]:08d} 03 n {len(lemmas):02x} {words} {len(above):03d}{pointers} | {name}\n"
+            counted = f"{len(lemmas):02x} {words} {len(above):03d}{pointers}"
+            yield f"{offsets[name]:08d} 03 n {counted} | {name}\n"
 
     offsets, at = {}, 0
     for name, line in zip(NOUNS, lines(dict.fromkeys(NOUNS, 0)), strict=True):
@@ -62,7 +63,8 @@ def write_wordnet(folder):
     (folder / "data.noun").write_text("".join(lines(offsets)))
     (folder / "index.noun").write_text(
         "".join(
-            f"{lemma} n {len(found)} 1 @ {len(found)} 0 {' '.join(f'{offset:08d}' for offset in found)}\n"
+            f"{lemma} n {len(found)} 1 @ {len(found)} 0 "
+            f"{' '.join(f'{offset:08d}' for offset in found)}\n"
             for lemma, found in sorted(senses.items())
         )
     )

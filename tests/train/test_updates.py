@@ -13,7 +13,7 @@ from timm_branches.train import FitConfig, PiecewiseLR, fit
 from timm_branches.train.checkpoint import load_state
 
 # -- one update
-# ----------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["test_vit", "test_convnext"])

@@ -1,5 +1,6 @@
-"""The papers' own networks and others for small images; importing this package registers them with
-timm.
+"""The papers' own networks and others for small images.
+
+Importing this package registers them with timm.
 
 Example:
     >>> import timm, timm_branches.backbones

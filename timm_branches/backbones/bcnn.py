@@ -1,15 +1,16 @@
-"""The networks of B-CNN, as timm models: plain conv blocks, each convolution followed by ReLU and
-*then* BatchNorm.
+"""The networks of B-CNN, as timm models: plain conv blocks.
+
+Each convolution is followed by ReLU and *then* BatchNorm.
 
 Paper: `B-CNN: Branch Convolutional Neural Network for Hierarchical Classification` (Zhu & Bain
 2017), https://arxiv.org/abs/1709.09890. Architecture and defaults are those of the authors' Keras
 code, https://github.com/zhuxinqimac/B-CNN, which trains model B on CIFAR-10 and VGG16 (model C) on
-CIFAR-100. It has no model A (MNIST): ``bcnn_a`` is model B made smaller for 28 px digits, not a
+CIFAR-100. It has no model A (MNIST): `bcnn_a` is model B made smaller for 28 px digits, not a
 reproduction.
 
 The code leaves Keras' defaults alone, and they are not torch's: weights are Glorot-uniform and
-biases zero (its ``he_normal`` is imported, never used), BatchNorm has epsilon 1e-3 and keeps 0.99
-of its running statistics, which torch calls ``momentum=0.01``.
+biases zero (its `he_normal` is imported, never used), BatchNorm has epsilon 1e-3 and keeps 0.99
+of its running statistics, which torch calls `momentum=0.01`.
 
 A feature is a block's output *with* its pool, because that is where the branches sit; the last
 block of VGG16 has no pool. The classifier that comes with a model is the baseline of the paper, its
@@ -34,7 +35,7 @@ __all__ = ["BCNN", "BlockCfg"]
 class BlockCfg(NamedTuple):
     """One block.
 
-    ``convs`` 3x3 convolutions of ``width`` channels, then a 2x2 max-pool if ``pool``.
+    `convs` 3x3 convolutions of `width` channels, then a 2x2 max-pool if `pool`.
     """
 
     width: int
@@ -68,7 +69,8 @@ class BCNN(BlockNet):
         ValueError: The image is smaller than one pixel of the last map.
 
     Example:
-        >>> model = BCNN([BlockCfg(8, 2), BlockCfg(16, 1)], num_classes=5, img_size=12, hidden_size=7)
+        >>> blocks = [BlockCfg(8, 2), BlockCfg(16, 1)]
+        >>> model = BCNN(blocks, num_classes=5, img_size=12, hidden_size=7)
         >>> model(torch.rand(2, 3, 12, 12)).shape
         torch.Size([2, 5])
         >>> [info['module'] for info in model.feature_info]
@@ -107,8 +109,8 @@ class BCNN(BlockNet):
         self.img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
         if min(self.img_size) < stride:
             raise ValueError(
-                f"img_size {self.img_size} is too small: {len(blocks)} blocks with a total stride of "
-                f"{stride} need at least {stride}x{stride}."
+                f"img_size {self.img_size} is too small: {len(blocks)} blocks with a total stride "
+                f"of {stride} need at least {stride}x{stride}."
             )
         self.head = FlattenMlpHead(
             chans, num_classes, hidden_size, self._map_size(-1), global_pool, drop_rate, **dd
@@ -133,7 +135,7 @@ class BCNN(BlockNet):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Layer groups for layer decay.
 
-        A convolution with its norm, or a whole block if ``coarse``.
+        A convolution with its norm, or a whole block if `coarse`.
         """
         if coarse:
             return {"stem": r"^blocks\.0", "blocks": r"^blocks\.(\d+)"}
@@ -143,8 +145,9 @@ class BCNN(BlockNet):
         }
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Give the classifier other outputs; hidden layers stay unless they go (0 classes) or no
-        longer fit.
+        """Give the classifier other outputs.
+
+        Hidden layers stay unless they go (0 classes) or no longer fit.
 
         Args:
             num_classes: New number of outputs, 0 for pooled features.
@@ -251,8 +254,9 @@ def _create(
 
 @register_model
 def bcnn_a(pretrained: bool = False, **kwargs) -> BCNN:
-    """Model B with a block fewer and half its widths, for 28x28x1 digits: stages 3 to 5, up to
-    three levels.
+    """Model B with a block fewer and half its widths, for 28x28x1 digits.
+
+    It has stages 3 to 5, up to three levels.
 
     The paper's model A has no published code; do not report numbers of this network as that
     model's. BatchNorm's momentum is torch's, because runs on digits have few updates.
@@ -275,10 +279,11 @@ def bcnn_b(pretrained: bool = False, **kwargs) -> BCNN:
 
 @register_model
 def bcnn_vgg16(pretrained: bool = False, **kwargs) -> BCNN:
-    """VGG16 of B-CNN (CIFAR-100): stages 1 to 5, block 5 without a pool. The branches sit at 2 and
-    3, the end is 5.
+    """VGG16 of B-CNN (CIFAR-100): stages 1 to 5, block 5 without a pool.
 
-    ``pretrained`` fills the convolutions from torchvision's VGG16 (ImageNet), as the authors did
+    The branches sit at 2 and 3, the end is 5.
+
+    `pretrained` fills the convolutions from torchvision's VGG16 (ImageNet), as the authors did
     from Keras'.
     """
     blocks = [

@@ -1,5 +1,6 @@
-"""timm's ResNets with the stem that is usual for 32 px: one 3x3 convolution of stride 1 and no
-pool.
+"""timm's ResNets with the stem that is usual for 32 px.
+
+The stem is one 3x3 convolution of stride 1, without a pool.
 
 timm's own stem leaves a 32 px image 8x8 before the first block; every timm option that changes the
 stem keeps at least one stride. Source of the stem: He et al. 2016 (arXiv 1512.03385), section 4.2.

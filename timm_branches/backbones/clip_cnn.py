@@ -1,9 +1,10 @@
-"""A small CNN for short clips of small one-channel frames: two 5x5 convolutions, each with ReLU and
-a 2x2 max-pool.
+"""A small CNN for short clips of small one-channel frames.
+
+Two 5x5 convolutions, each with ReLU and a 2x2 max-pool.
 
 It is LeNet's feature extractor (LeCun et al. 1998) with 20 and 50 channels, as many CNN+LSTM
 tutorials use it: frames of 24x48 become maps of 50x3x9, which a temporal head flattens
-(``LSTMHead(pool_type='flatten', projection=20)``).
+(`LSTMHead(pool_type='flatten', projection=20)`).
 """
 
 from collections import OrderedDict
@@ -21,8 +22,9 @@ WIDTHS = (20, 50)
 
 
 class ClipCNN(BlockNet):
-    """Two blocks of 5x5 convolution without padding, ReLU and 2x2 max-pool; stages 4 and 5 of a
-    branch model.
+    """Two blocks of 5x5 convolution without padding, ReLU and 2x2 max-pool.
+
+    They are stages 4 and 5 of a branch model.
 
     Args:
         num_classes: Outputs; 0 for features without a classifier.

@@ -18,8 +18,9 @@ KERAS_MOMENTUM = 0.01  # Keras' momentum .99 is the share that stays, torch's th
 
 @register_notrace_module  # the check of the map's size is control flow, which fx cannot trace
 class FlattenMlpHead(nn.Module):
-    """Fine head of B-CNN: flatten, twice (Linear, ReLU, BatchNorm, Dropout), Linear. (B, C, H, W)
-    -> (B, classes).
+    """Fine head of B-CNN: flatten, twice (Linear, ReLU, BatchNorm, Dropout), Linear.
+
+    (B, C, H, W) -> (B, classes).
 
     Without classes there are no hidden layers either, only the pooling: a feature extractor should
         not carry
@@ -27,7 +28,7 @@ class FlattenMlpHead(nn.Module):
 
     Args:
         in_features: Channels C of the map.
-        num_classes: Outputs; 0 leaves pooled features (B, C), or the map itself where ``pool_type``
+        num_classes: Outputs; 0 leaves pooled features (B, C), or the map itself where `pool_type`
             is ''.
         hidden_size: Width of both hidden layers.
         map_size: Height and width of the map, which 'flatten' has to know.
@@ -38,7 +39,7 @@ class FlattenMlpHead(nn.Module):
         dtype: Of the parameters.
 
     Raises:
-        ValueError: ``num_classes`` is negative, or is not 0 without any pooling.
+        ValueError: `num_classes` is negative, or is not 0 without any pooling.
     """
 
     def __init__(
@@ -57,7 +58,8 @@ class FlattenMlpHead(nn.Module):
             raise ValueError(f"num_classes must be 0 (no classifier) or more, got {num_classes}.")
         if num_classes and not pool_type:
             raise ValueError(
-                f"global_pool='' leaves a map, which cannot be classified into num_classes={num_classes}. "
+                "global_pool='' leaves a map, which cannot be classified into "
+                f"num_classes={num_classes}. "
                 "Choose 'flatten' or 'avg', or num_classes=0."
             )
         dd = {"device": device, "dtype": dtype}
@@ -121,7 +123,7 @@ class FlattenMlpHead(nn.Module):
         return head.train(self.training)
 
     def forward(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        """(B, C, H, W) -> (B, classes), or what goes into the last Linear if ``pre_logits``."""
+        """(B, C, H, W) -> (B, classes), or what goes into the last Linear if `pre_logits`."""
         if self.flatten and (x.shape[2] != self.map_size[0] or x.shape[3] != self.map_size[1]):
             raise ValueError(
                 f"The classifier flattens maps of {self.map_size[0]}x{self.map_size[1]}, got "

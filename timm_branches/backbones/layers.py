@@ -15,8 +15,9 @@ __all__: list[str] = []
 
 
 class BlockNet(nn.Module):
-    """timm's interface for a network of blocks; a subclass makes blocks, head and the other
-    attributes.
+    """timm's interface for a network of blocks.
+
+    A subclass makes blocks, head and the other attributes.
 
     Attributes:
         blocks: `nn.Sequential`, run one after another.
@@ -88,10 +89,10 @@ class BlockNet(nn.Module):
             intermediates_only: Leave out the final features.
 
         Returns:
-            (last map, list of maps), or the list alone if ``intermediates_only``.
+            (last map, list of maps), or the list alone if `intermediates_only`.
 
         Raises:
-            ValueError: ``output_fmt`` is not 'NCHW'.
+            ValueError: `output_fmt` is not 'NCHW'.
         """
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}.")
@@ -140,8 +141,9 @@ class BlockNet(nn.Module):
         return self.blocks(x)
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        """The last block's map -> (B, num_classes), or what goes into the last Linear if
-        ``pre_logits``.
+        """The last block's map -> (B, num_classes).
+
+        With `pre_logits`, what goes into the last Linear.
         """
         return self.head(x, pre_logits=pre_logits)
 

@@ -1,5 +1,6 @@
-"""A small strided RED-Net encoder, as a timm model: three 3x3 convolutions of stride 2, each
-followed by LeakyReLU.
+"""A small strided RED-Net encoder, as a timm model.
+
+Three 3x3 convolutions of stride 2, each followed by LeakyReLU.
 
 RED-Net (Mao et al. 2016, arXiv 1603.09056) keeps the size of the image; small autoencoders after it
 halve the image at each convolution and end in a linear bottleneck. This is the encoder of such a
@@ -14,7 +15,8 @@ Example:
     >>> from timm_branches import create_branch_model
     >>> from timm_branches.heads import RedNetHead
     >>> head = RedNetHead(bottleneck=128, act='leaky_relu', out_act=('leaky_relu', 'sigmoid'))
-    >>> model = create_branch_model('rednet_small', taps=[3, 4, 5], head=head, num_classes=3, img_size=64)
+    >>> model = create_branch_model(
+    ...     'rednet_small', taps=[3, 4, 5], head=head, num_classes=3, img_size=64)
     >>> model(torch.rand(2, 3, 64, 64))['rednet'].shape
     torch.Size([2, 3, 64, 64])
 """
@@ -33,8 +35,9 @@ __all__ = ["RedNetEncoder", "rednet_small"]
 
 
 class RedNetEncoder(BlockNet):
-    """Strided convolutions, each with LeakyReLU (slope 0.01), then pooling and a Linear where there
-    are classes.
+    """Strided convolutions, each with LeakyReLU (slope 0.01).
+
+    Where there are classes, pooling and a Linear follow.
 
     Args:
         widths: Channels of each convolution.
@@ -52,7 +55,9 @@ class RedNetEncoder(BlockNet):
     Example:
         >>> import torch
         >>> model = RedNetEncoder([8, 16], num_classes=5)
-        >>> [tuple(y.shape) for y in model.forward_intermediates(torch.rand(1, 3, 33, 17), intermediates_only=True)]
+        >>> x = torch.rand(1, 3, 33, 17)
+        >>> maps = model.forward_intermediates(x, intermediates_only=True)
+        >>> [tuple(y.shape) for y in maps]
         [(1, 8, 17, 9), (1, 16, 9, 5)]
     """
 

@@ -22,10 +22,12 @@ _GROUPS = (
 ).split()
 # what tables of images hold beside labels
 _NO_LEVEL = frozenset(
-    "id image_id img_id uuid index idx row url uri link license licence author creator photographer "
+    "id image_id img_id uuid index idx row url uri link license licence author creator "
+    "photographer "
     "user user_id owner date time timestamp datetime year month day fold folds kfold cv_fold width "
     "height size area x y w h xmin xmax ymin ymax bbox latitude longitude lat lon lng location "
-    "count weight confidence score source md5 sha1 sha256 hash checksum caption description comment "
+    "count weight confidence score source md5 sha1 sha256 hash checksum caption description "
+    "comment "
     "comments notes note remark camera device patient patient_id subject subject_id session "
     "session_id sex age gender".split()
 )
@@ -77,8 +79,9 @@ def choose_columns(
     """Find the columns of path, levels, split and group, or take those that are asked for.
 
     Without `levels` a column is one if it nests: each of its values lies below one value of the
-    level before it. What has another value in each row, or a usual name of something else (an index,
-    `photographer`, `fold`, `url`), is none; the summary says what each column was taken for.
+    level before it. What has another value in each row, or a usual name of something else (an
+    index, `photographer`, `fold`, `url`), is none; the summary says what each column was taken
+    for.
 
     Args:
         table: The table.
@@ -177,7 +180,8 @@ def _detect_levels(table: Table, names: Sequence[str], result: Columns) -> None:
             candidates.append(name)
     if not candidates or not len(table):
         raise ValueError(
-            f"{table.source} has the columns {table.header} and {len(table)} rows, and none of them "
+            f"{table.source} has the columns {table.header} and {len(table)} rows, and none of "
+            "them "
             "is a level: needed are one column per level or one named 'label' (name them: levels=, "
             "--levels), and at least one row."
         )
@@ -185,8 +189,8 @@ def _detect_levels(table: Table, names: Sequence[str], result: Columns) -> None:
     backwards = _longest_chain(table, candidates[::-1])
     if len(chain) == 1 < len(candidates) and len(backwards) == len(candidates):
         raise ValueError(
-            f"The columns {candidates} of {table.source} stand from fine to coarse: give the levels "
-            f"from coarse to fine, levels={backwards} (--levels {' '.join(backwards)})."
+            f"The columns {candidates} of {table.source} stand from fine to coarse: give the "
+            f"levels from coarse to fine, levels={backwards} (--levels {' '.join(backwards)})."
         )
     if len(chain) == 1 < len(candidates):
         raise ValueError(
@@ -275,7 +279,7 @@ def resolve_paths(table: Table, column: str, folder: str) -> list[str]:
         row = missing[0]
         raise FileNotFoundError(
             f"{table.place(row)}: there is no file {table.columns[column][row]!r} in {folder} "
-            f"({len(missing)} of {len(table)} files are missing). Paths are relative to the table's "
-            "folder; correct them, or remove the rows."
+            f"({len(missing)} of {len(table)} files are missing). Paths are relative to the "
+            "table's folder; correct them, or remove the rows."
         )
     return paths

@@ -90,7 +90,8 @@ class HierarchicalDataset(SeededDataset):
         labels = torch.as_tensor(labels, dtype=torch.long)
         if labels.ndim != 2 or len(labels) != len(images):
             raise ValueError(
-                f"labels must be ({len(images)}, levels), one row per image, not {tuple(labels.shape)}; for leaf "
+                f"labels must be ({len(images)}, levels), one row per image, not "
+                f"{tuple(labels.shape)}; for leaf "
                 "indices use taxonomy.expand(labels)"
             )
         if taxonomy is not None and len(labels):
@@ -98,7 +99,8 @@ class HierarchicalDataset(SeededDataset):
             if labels.shape[1] != len(sizes) or (labels >= sizes).any() or (labels < -1).any():
                 raise ValueError(
                     f"labels with {labels.shape[1]} levels and the highest class indices "
-                    f"{labels.amax(0).tolist()} do not fit a taxonomy of {taxonomy.num_classes} classes"
+                    f"{labels.amax(0).tolist()} do not fit a taxonomy of {taxonomy.num_classes} "
+                    "classes"
                 )
         self.images = ArrayImages(images, in_chans)
         self.labels = labels
@@ -133,8 +135,9 @@ class HierarchicalDataset(SeededDataset):
         return tensor, self.labels[index]
 
     def limit(self, count: int, seed: int = 0) -> "Subset":
-        """A stratified part, for quick runs: every class keeps its share, as far as whole samples
-        allow.
+        """A stratified part, for quick runs.
+
+        Every class keeps its share, as far as whole samples allow.
 
         Args:
             count: Samples wanted; all if there are fewer.
@@ -185,7 +188,8 @@ def split_dataset(
     """Set a stratified part of the training data aside for validation.
 
     Settings are never chosen on the test set. A class keeps at least one training image. What
-    belongs together (`dataset.groups`: the images of a subject, the clips of a video) is not divided.
+    belongs together (`dataset.groups`: the images of a subject, the clips of a video) is not
+    divided.
 
     Args:
         dataset: The training data.
@@ -216,7 +220,8 @@ def split_dataset(
         held_out = keep_one_of_each(dataset.labels, drawn)
         if not len(held_out):
             _logger.warning(
-                "Every class has a single image: %d classes are validated without a training image.",
+                "Every class has a single image: %d classes are validated without a training "
+                "image.",
                 len(drawn),
             )
             held_out = drawn
@@ -255,7 +260,8 @@ def coarsen_labels(
             is kept or hidden.
 
     Example:
-        >>> data = HierarchicalDataset(np.zeros((4, 8, 8), np.uint8), [[0, 0], [0, 0], [1, 1], [1, 1]])
+        >>> labels = [[0, 0], [0, 0], [1, 1], [1, 1]]
+        >>> data = HierarchicalDataset(np.zeros((4, 8, 8), np.uint8), labels)
         >>> some, full = coarsen_labels(data, 0.5)
         >>> sorted(some.labels.tolist()), full.labels.tolist()
         ([[0, -1], [0, 0], [1, -1], [1, 1]], [[0, 0], [1, 1]])
@@ -473,7 +479,8 @@ def set_value_range(source: Source, value_range: tuple[float, float] | None, whe
     low, high = value_range
     if not low < high:
         raise ValueError(
-            f"value_range={tuple(value_range)}: give the values of black and white, as in (0, 4095)."
+            f"value_range={tuple(value_range)}: give the values of black and white, as in (0, "
+            "4095)."
         )
     if not hasattr(source.images, "value_range"):
         raise ValueError(f"value_range has no effect on {where}, whose images are no files.")

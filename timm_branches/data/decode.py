@@ -47,8 +47,9 @@ _warned_of_range = False
 
 
 def read_file(path: str) -> bytes:
-    """The bytes of a regular file; whatever else bears the name (a pipe would wait for ever) is
-    refused.
+    """The bytes of a regular file.
+
+    Whatever else bears the name (a pipe would wait for ever) is refused.
 
     Raises:
         OSError: There is no such file.
@@ -134,8 +135,8 @@ def scale_values(
     if unsigned and not given and own_range is None and 0 < top < high / 8 and not _warned_of_range:
         _warned_of_range = True
         _logger.warning(
-            "%s holds values up to %g of %g: if its range is smaller, as of 12 bits in 16, state it "
-            "(value_range=, --value-range 0 4095).",
+            "%s holds values up to %g of %g: if its range is smaller, as of 12 bits in 16, state "
+            "it (value_range=, --value-range 0 4095).",
             name,
             top,
             high,

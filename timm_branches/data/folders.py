@@ -145,8 +145,8 @@ def _split_folders(
         named = sorted(name for name, split in found.items() if split)
         raise ValueError(
             f"{where} holds folders of splits ({', '.join(named)}) beside others "
-            f"({listed(sorted(strange))}): whether these are classes cannot be told. Move them away, "
-            "or into the splits."
+            f"({listed(sorted(strange))}): whether these are classes cannot be told. Move them "
+            "away, or into the splits."
         )
     splits, kept = [], []
     for i, folder in enumerate(folders):

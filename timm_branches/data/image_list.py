@@ -27,8 +27,9 @@ _TAR = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 
 
 class ImageList:
-    """Images of all the kinds that :func:`timm_branches.inference.predict.predict` takes, as uint8
-    arrays (H, W, C).
+    """Images of all the kinds that `predict` takes, as uint8 arrays (H, W, C).
+
+    See :func:`timm_branches.inference.predict.predict`.
 
     Files are opened when their image is asked for.
 
@@ -67,7 +68,8 @@ class ImageList:
                 self._sources.append(image)
             else:
                 raise TypeError(
-                    f"an image is a file's name, a PIL image, an array or a tensor, not {type(image)}."
+                    "an image is a file's name, a PIL image, an array or a tensor, not "
+                    f"{type(image)}."
                 )
         if not self._sources:
             where = f" in {images}" if isinstance(images, (str, os.PathLike)) else ""

@@ -1,5 +1,6 @@
-"""Where images come from: decoded arrays, files, and members of a tar, all as sequences of HWC
-arrays.
+"""Where images come from: decoded arrays, files, and members of a tar.
+
+All are sequences of HWC arrays.
 
 Every sequence here can be forked or pickled into DataLoader workers and read there in any order:
 none keeps an open file position that two processes could move under each other's feet.
@@ -42,8 +43,9 @@ _MAX_PACKED_BYTES = 16 * 1024**3
 
 
 def is_image_name(path: str) -> bool:
-    """Whether a path names an image; hidden files and folders (`.ipynb_checkpoints`, macOS's
-    `._a.jpg`) do not.
+    """Whether a path names an image.
+
+    Hidden files and folders (`.ipynb_checkpoints`, macOS's `._a.jpg`) do not.
 
     The extensions are timm's, so `timm.data.readers.add_img_extensions('.jp2')` works here as well,
     plus what PIL reads besides.
@@ -379,7 +381,8 @@ def open_tar(path: str, in_chans: int = 3) -> tuple[list[str], PackedImages | Ta
                 if compressed:
                     if len(packed) + info.size > _MAX_PACKED_BYTES:
                         raise ValueError(
-                            f"{path} holds more than {_MAX_PACKED_BYTES >> 30} GiB of images; a compressed tar is kept "
+                            f"{path} holds more than {_MAX_PACKED_BYTES >> 30} GiB of images; a "
+                            "compressed tar is kept "
                             "in memory. Decompress it (gunzip): a plain .tar is read in place."
                         )
                     packed += tar.extractfile(info).read()  # type: ignore[union-attr]

@@ -224,7 +224,8 @@ def create_loader(
 
     Example:
         >>> from timm_branches.data import create_dataset
-        >>> loader = create_loader(create_dataset('digits', in_chans=1), batch_size=32, is_training=True)
+        >>> dataset = create_dataset('digits', in_chans=1)
+        >>> loader = create_loader(dataset, batch_size=32, is_training=True)
         >>> loader.set_epoch(0)
         >>> images, labels = next(iter(loader))
         >>> images.shape
@@ -247,8 +248,10 @@ def create_loader(
         raise ValueError("the dataset is empty")
     if drop_last and size < batch_size * world_size:
         raise ValueError(
-            f"{size} samples do not fill one batch of {batch_size} on each of {world_size} processes, and drop_last "
-            f"drops the rest: nothing would be left. Take batch_size <= {max(1, size // world_size)}, or "
+            f"{size} samples do not fill one batch of {batch_size} on each of {world_size} "
+            "processes, and drop_last "
+            "drops the rest: nothing would be left. Take batch_size <= "
+            f"{max(1, size // world_size)}, or "
             "drop_last=False"
         )
     if sampler is not None and not is_training:

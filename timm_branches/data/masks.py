@@ -28,7 +28,8 @@ __all__ = [
 Colour = tuple[int, ...]
 
 CITYSCAPES_CLASSES = tuple(
-    "road,sidewalk,building,wall,fence,pole,traffic light,traffic sign,vegetation,terrain,sky,person,"
+    "road,sidewalk,building,wall,fence,pole,traffic light,traffic "
+    "sign,vegetation,terrain,sky,person,"
     "rider,car,truck,bus,train,motorcycle,bicycle".split(",")
 )
 """The 19 classes that Cityscapes trains and evaluates, in the order of their train ids."""
@@ -73,7 +74,8 @@ class MaskColors:
         lengths = {len(colour) for colour in self.index}
         if len(lengths) != 1:
             raise ValueError(
-                f"The table of mask colours mixes grey values and colours, or is empty: {dict(table)}."
+                "The table of mask colours mixes grey values and colours, or is empty: "
+                f"{dict(table)}."
             )
         self.is_grey = lengths == {1}
 
@@ -99,8 +101,8 @@ class MaskColors:
                 y, x = divmod(at, pixels.shape[1])
                 colour = tuple(int(v) for v in rows[at])
                 raise ValueError(
-                    f"the mask {name} holds {colour if len(colour) > 1 else colour[0]} at x={x}, y={y}, "
-                    f"which the table of colours lacks; it has {listed(self.index, 10)}."
+                    f"the mask {name} holds {colour if len(colour) > 1 else colour[0]} at x={x}, "
+                    f"y={y}, which the table of colours lacks; it has {listed(self.index, 10)}."
                 )
             table[place] = index
         return table[inverse.reshape(-1)].reshape(pixels.shape[:2])
@@ -138,8 +140,8 @@ def _class_index(value: Any, classes: Sequence[str]) -> int:
     if isinstance(value, int | np.integer) and -1 <= value < len(classes):
         return int(value)
     raise ValueError(
-        f"{value!r} is no class of a mask: give an index below {len(classes)}, -1 for unlabelled, or "
-        f"one of {listed(classes, 10)}."
+        f"{value!r} is no class of a mask: give an index below {len(classes)}, -1 for unlabelled, "
+        f"or one of {listed(classes, 10)}."
     )
 
 
@@ -175,7 +177,8 @@ def read_mask_colors(path: str | os.PathLike) -> dict[Colour, str]:
             if number == 1:
                 continue  # the header
             raise ValueError(
-                f"{path}, line {number}: {text!r} is no class with its colour, as in '128 64 128 Road'."
+                f"{path}, line {number}: {text!r} is no class with its colour, as in '128 64 128 "
+                "Road'."
             )
         if colour in table:
             raise ValueError(f"{path}, line {number}: the colour {colour} occurs twice.")
@@ -189,8 +192,8 @@ def decode_mask(path: str) -> tuple[np.ndarray, Colour | None]:
     """The values of a mask's file as they are, upright, and its palette.
 
     Returns:
-        Integers (H, W), a palette's indices among them, or colours (H, W, 3); and the palette, three
-        numbers a colour, None without one.
+        Integers (H, W), a palette's indices among them, or colours (H, W, 3); and the palette,
+        three numbers a colour, None without one.
 
     Raises:
         ValueError: It is no whole image, was compressed with loss, or holds fractions.
@@ -205,8 +208,8 @@ def decode_mask(path: str) -> tuple[np.ndarray, Colour | None]:
         lossy = image.format in ("JPEG", "MPO") or (image.format == "WEBP" and b"VP8 " in data[:64])
         if lossy:
             raise ValueError(
-                f"a {image.format} changes values when it compresses, so that classes cannot be told "
-                "any more. Save masks as PNG, from what they were made of"
+                f"a {image.format} changes values when it compresses, so that classes cannot be "
+                "told any more. Save masks as PNG, from what they were made of"
             )
         image = ImageOps.exif_transpose(image)
         palette = image.getpalette() if image.mode == "P" else None
@@ -242,7 +245,8 @@ def as_grey(pixels: np.ndarray, name: str) -> np.ndarray:
         return pixels[:, :, 0]
     seen = np.unique(pixels.reshape(-1, 3), axis=0)[:6].tolist()
     raise ValueError(
-        f"the mask {name} holds colours, such as {', '.join(str(tuple(colour)) for colour in seen)}: "
+        f"the mask {name} holds colours, such as "
+        f"{', '.join(str(tuple(colour)) for colour in seen)}: "
         "say which class each stands for, mask_colors={(128, 0, 0): 'road', ...} or a file of them "
         "(--mask-colors)."
     )
@@ -289,7 +293,8 @@ def check_palettes(paths: Sequence[str]) -> None:
             colour = min(moved)
             raise ValueError(
                 f"the palettes of the masks {first[0]} and {path} have another order: the colour "
-                f"{colour} is number {first[1].index(colour)} in one and {colours.index(colour)} in "
+                f"{colour} is number {first[1].index(colour)} in one and {colours.index(colour)} "
+                "in "
                 "the other. Say which class each colour stands for: mask_colors= (--mask-colors)."
             )
 
@@ -302,8 +307,8 @@ def coco_masks(
 ) -> tuple[list[str], list[Callable[[], np.ndarray]], list[str]]:
     """Masks of a COCO file: polygons and run lengths, by pycocotools (extra `coco`).
 
-    Class 0 is 'background', the categories follow in the order of their ids. Where instances overlap
-    the smaller one wins, so that a cup on a table is seen. Crowds are unlabelled, -1.
+    Class 0 is 'background', the categories follow in the order of their ids. Where instances
+    overlap the smaller one wins, so that a cup on a table is seen. Crowds are unlabelled, -1.
 
     Args:
         annotations: The JSON file with `images`, `annotations` and `categories`.

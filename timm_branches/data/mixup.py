@@ -28,7 +28,8 @@ def split_levels(target: torch.Tensor, num_classes: Sequence[int]) -> list[torch
     sizes = [int(size) for size in num_classes]
     if target.shape[-1] != sum(sizes):
         raise ValueError(
-            f"the target has {target.shape[-1]} columns (shape {tuple(target.shape)}), but the levels {sizes} need "
+            f"the target has {target.shape[-1]} columns (shape {tuple(target.shape)}), but the "
+            f"levels {sizes} need "
             f"{sum(sizes)}"
         )
     return list(target.split(sizes, dim=-1))
@@ -65,7 +66,8 @@ class HierarchicalMixup(Mixup):
 
     Example:
         >>> mixup = HierarchicalMixup(num_classes=[2, 7], label_smoothing=0.0)
-        >>> images, target = mixup(torch.rand(4, 3, 32, 32), torch.tensor([[0, 3], [1, -1], [1, 5], [0, 0]]))
+        >>> labels = torch.tensor([[0, 3], [1, -1], [1, 5], [0, 0]])
+        >>> images, target = mixup(torch.rand(4, 3, 32, 32), labels)
         >>> target.shape
         torch.Size([4, 9])
     """
@@ -90,12 +92,14 @@ class HierarchicalMixup(Mixup):
             raise ValueError(f"mode must be 'batch', 'pair' or 'elem', not {mode!r}")
         if not (mixup_alpha > 0 or cutmix_alpha > 0 or cutmix_minmax is not None):
             raise ValueError(
-                f"nothing to mix: mixup_alpha={mixup_alpha} and cutmix_alpha={cutmix_alpha}; one must be above 0, or "
+                f"nothing to mix: mixup_alpha={mixup_alpha} and cutmix_alpha={cutmix_alpha}; one "
+                "must be above 0, or "
                 "cutmix_minmax given"
             )
         if isinstance(num_classes, int) or not len(num_classes):
             raise ValueError(
-                f"num_classes must hold the classes of each level, e.g. [2, 7, 10], not {num_classes!r}"
+                "num_classes must hold the classes of each level, e.g. [2, 7, 10], not "
+                f"{num_classes!r}"
             )
         if not 0.0 <= label_smoothing < 1.0:
             raise ValueError(f"label_smoothing must be in [0, 1), not {label_smoothing}")
@@ -128,8 +132,8 @@ class HierarchicalMixup(Mixup):
             labels = labels[:, None]
         if labels.ndim != 2 or labels.shape[1] != len(self.num_classes):
             raise ValueError(
-                f"labels must be (batch, {len(self.num_classes)}), one column for each of the levels "
-                f"{self.num_classes}, not {tuple(labels.shape)}"
+                f"labels must be (batch, {len(self.num_classes)}), one column for each of the "
+                f"levels {self.num_classes}, not {tuple(labels.shape)}"
             )
         labels = labels.long()
         parts = []
@@ -137,7 +141,8 @@ class HierarchicalMixup(Mixup):
             label = labels[:, level : level + 1]
             if labels.device.type == "cpu" and ((label >= size) | (label < -1)).any():
                 raise ValueError(
-                    f"level {level} has {size} classes, but its labels range from {int(label.min())} to "
+                    f"level {level} has {size} classes, but its labels range from "
+                    f"{int(label.min())} to "
                     f"{int(label.max())}; classes are 0 to {size - 1}, -1 is unknown"
                 )
             off = self.label_smoothing / size
@@ -164,7 +169,8 @@ class HierarchicalMixup(Mixup):
             raise ValueError(f"{len(x)} images but {len(target)} labels")
         if self.mode == "pair" and len(x) % 2:
             raise ValueError(
-                f"mode='pair' needs an even batch, not {len(x)} images: take an even batch size with drop_last=True, "
+                f"mode='pair' needs an even batch, not {len(x)} images: take an even batch size "
+                "with drop_last=True, "
                 "or mode='batch' or 'elem'"
             )
         # first: a wrong label must not leave the images half mixed

@@ -1,4 +1,4 @@
-"""What all pairs of images share: files that belong together, and images that count several times."""
+"""What all pairs of images share: matching files, and images that count several times."""
 
 import copy
 import logging

@@ -27,8 +27,9 @@ class SeededDataset(Dataset):
         self._set(0, seed)
 
     def set_epoch(self, epoch: int) -> None:
-        """Say which epoch begins, so that what is random in training differs from the epochs
-        before.
+        """Say which epoch begins.
+
+        What is random in training then differs from the epochs before.
         """
         self._set(1, epoch)
 

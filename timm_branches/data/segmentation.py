@@ -196,8 +196,8 @@ class SegmentationDataset(PairDataset):
         values = set(np.unique(mask[mask >= 0]).tolist())
         if wrong.tolist() == [255] and self.num_classes == 2 and values <= {0, 255}:
             return text + (
-                ". It seems to be black and white: mask_colors={0: 0, 255: 1} (--mask-colors) makes "
-                "255 class 1"
+                ". It seems to be black and white: mask_colors={0: 0, 255: 1} (--mask-colors) "
+                "makes 255 class 1"
             )
         if wrong.tolist() == [255]:
             return text + "; if 255 is unlabelled, write ignore_index=255 (--ignore-index 255)"

@@ -128,8 +128,8 @@ def node_labels(nodes: Sequence[Node], taxonomy: Taxonomy) -> torch.Tensor:
         LongTensor (N, L), -1 below an inner node, and everywhere for an unknown one.
 
     Raises:
-        ValueError: If names do not occur in the taxonomy, contradict it, or fit several classes; all
-            of them are listed.
+        ValueError: If names do not occur in the taxonomy, contradict it, or fit several classes;
+            all of them are listed.
 
     Example:
         >>> tree = Taxonomy(['animal/cat', 'animal/dog', 'transport/ship'])
@@ -316,7 +316,8 @@ def read_torchvision(
             if download:
                 raise
             raise FileNotFoundError(
-                f"{name} is not (completely) in {os.path.abspath(root)}: {error} Pass download=True to fetch it "
+                f"{name} is not (completely) in {os.path.abspath(root)}: {error} Pass "
+                "download=True to fetch it "
                 "there, or root=... if you have it elsewhere."
             ) from error
         parts.append(np.asarray(data.data))
@@ -385,7 +386,8 @@ def from_names(
             found = ", ".join(f"{count} {what}" for what, count in summary.left_out.items())
             left_out = f" What is there cannot be read: {found}."
         raise ValueError(
-            f"no images in {where}; they are expected in one folder per class, e.g. cat/1.jpg.{left_out}"
+            f"no images in {where}; they are expected in one folder per class, e.g. "
+            f"cat/1.jpg.{left_out}"
         )
     folders, splits, kept = read_folder_names(names, where, taxonomy, summary)
     if len(kept) < len(names):
@@ -409,9 +411,9 @@ def read_csv(
 ) -> Source:
     """A table with the image's path in each row, and one column a level, coarsest first.
 
-    Instead of the levels there may be one column of class names, such as `label`. Columns of splits
-    and of groups are optional. An empty cell is unknown on that level (-1). With a taxonomy, columns
-    named like its levels are read.
+    Instead of the levels there may be one column of class names, such as `label`. Columns of
+    splits and of groups are optional. An empty cell is unknown on that level (-1). With a
+    taxonomy, columns named like its levels are read.
 
     Args:
         path: The table: CSV, TSV, Parquet, or a data frame (see
@@ -570,7 +572,8 @@ def _warn_of_homonyms(tree: Taxonomy, summary: DataSummary) -> None:
         several = {name: above for name, above in parents.items() if len(above) > 1}
         for name, above in list(several.items())[:5]:
             summary.warnings.append(
-                f"{name!r} of level {level!r} lies below {len(above)} parents ({listed(above, 3)}): "
+                f"{name!r} of level {level!r} lies below {len(above)} parents "
+                f"({listed(above, 3)}): "
                 "each is a class of its own"
             )
 

@@ -33,7 +33,8 @@ def split_of(name: str) -> str | None:
     """The split that a name means, None if it means none.
 
     Example:
-        >>> [split_of(name) for name in ('Training', 'train_mini', 'val2017', 'hold-out', 'trainer')]
+        >>> names = ('Training', 'train_mini', 'val2017', 'hold-out', 'trainer')
+        >>> [split_of(name) for name in names]
         ['train', 'train', 'val', 'test', None]
     """
     plain = name.strip().lower()

@@ -87,8 +87,8 @@ def summarize(**splits: Any) -> DataSummary:
             left out.
 
     Returns:
-        The summary. Its warnings name classes without a training image, classes that only validation
-        or test have, equal files in two splits, and one image with two labels.
+        The summary. Its warnings name classes without a training image, classes that only
+        validation or test have, equal files in two splits, and one image with two labels.
 
     Example:
         >>> from timm_branches.data import create_splits

@@ -52,8 +52,9 @@ class SampleRandom:
 
 
 class SampleTransform:
-    """An uint8 image to a normalised tensor, by a geometry, an optional augmentation, and mean and
-    deviation.
+    """An uint8 image to a normalised tensor.
+
+    By a geometry, an optional augmentation, and mean and deviation.
 
     Random numbers are a function of the key (seed, epoch, sample) alone. So the augmentation of a
     sample does not depend on how many workers or ranks there are, differs between epochs, and
@@ -116,8 +117,8 @@ class SampleTransform:
         known = image.dtype in (np.uint8, np.float32)
         if not known or image.ndim != 3 or image.shape[2] != len(self.mean):
             raise ValueError(
-                f"expected an uint8 (or float32) image (H, W, {len(self.mean)}), not {image.dtype} of "
-                f"shape {image.shape}; set in_chans of the dataset and "
+                f"expected an uint8 (or float32) image (H, W, {len(self.mean)}), not {image.dtype} "
+                f"of shape {image.shape}; set in_chans of the dataset and "
                 "input_size=(channels, height, width) of the transform alike"
             )
         deep = image.dtype == np.float32
@@ -135,7 +136,8 @@ class SampleTransform:
             tensor = torch.from_numpy(np.ascontiguousarray(augmented.transpose(2, 0, 1)))
         if tuple(tensor.shape[-2:]) != self.size:
             raise ValueError(
-                f"the augmentation returned an image of {tuple(tensor.shape[-2:])} pixels, but the model takes "
+                f"the augmentation returned an image of {tuple(tensor.shape[-2:])} pixels, but the "
+                "model takes "
                 f"{self.size}; end it with a Resize or RandomCrop to that size"
             )
         if tensor.dtype == torch.uint8:
@@ -275,7 +277,8 @@ def load_compose(augment: Any) -> Any:
     kind = os.path.splitext(path)[1].lower()
     if kind not in (".json", ".yaml", ".yml"):
         raise ValueError(
-            f"no augmentation {augment!r}; it is one of {', '.join(AUGMENTS)}, an albumentations Compose, or a .json "
+            f"no augmentation {augment!r}; it is one of {', '.join(AUGMENTS)}, an albumentations "
+            "Compose, or a .json "
             "or .yaml file written by albumentations.save"
         )
     if not os.path.isfile(path):
@@ -301,8 +304,9 @@ def create_transform(
     vflip: float = 0.0,
     color_jitter: float = 0.4,
 ) -> SampleTransform:
-    """The transform for training or evaluation; arguments are named as timm's, and take
-    `resolve_data_config`'s dict.
+    """The transform for training or evaluation.
+
+    Arguments are named as timm's, and take `resolve_data_config`'s dict.
 
     Evaluation is timm's own transform: the shorter side is resized to input_size / crop_pct, and
     the centre cut out.
@@ -350,7 +354,8 @@ def create_transform(
     )
     if len(sides) not in (2, 3) or min(sides) < 1:
         raise ValueError(
-            f"input_size must be a side, (height, width) or (channels, height, width), not {input_size}"
+            "input_size must be a side, (height, width) or (channels, height, width), not "
+            f"{input_size}"
         )
     size = (sides[-2], sides[-1])
     channels = sides[0] if len(sides) == 3 else len(tuple(mean))

@@ -59,7 +59,8 @@ def pixel_cross_entropy(
 
     Example:
         >>> logits = torch.tensor([[[[0., 9.]], [[0., 1.]]]])  # two classes, 1x2 pixels
-        >>> round(float(pixel_cross_entropy(logits, torch.tensor([[[1, 255]]]), ignore_index=255)), 4)
+        >>> mask = torch.tensor([[[1, 255]]])
+        >>> round(float(pixel_cross_entropy(logits, mask, ignore_index=255)), 4)
         0.6931
     """
     labels = _labels(logits, target, ignore_index)
@@ -253,7 +254,8 @@ def median_frequency_weights(masks: Iterable[torch.Tensor], num_classes: int) ->
         (num_classes,), float32.
 
     Example:
-        >>> median_frequency_weights([torch.tensor([[0, 0, 0, 1]])], 3).tolist()  # 3/4, 1/4, never; the median is 1/4
+        >>> masks = [torch.tensor([[0, 0, 0, 1]])]  # shares 3/4, 1/4, never; the median is 1/4
+        >>> median_frequency_weights(masks, 3).tolist()
         [0.3333333432674408, 1.0, 0.0]
     """
     counts, seen = torch.zeros(num_classes), torch.zeros(num_classes)

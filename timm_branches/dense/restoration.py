@@ -154,7 +154,8 @@ def peak_signal_noise_ratio(
         ValueError: The shapes differ.
 
     Example:
-        >>> peak_signal_noise_ratio(torch.full((1, 1, 2, 2), 10.), torch.zeros(1, 1, 2, 2), data_range=100)
+        >>> output, target = torch.full((1, 1, 2, 2), 10.), torch.zeros(1, 1, 2, 2)
+        >>> peak_signal_noise_ratio(output, target, data_range=100)
         tensor([20.])
     """
     _check_images(output, target)

@@ -140,11 +140,15 @@ class KernelDiagnosis:
             lines.append(
                 f"Filters deviate from their mean by {self.filter_deviation:.2%} of the gradient."
             )
-        lines.append(
-            "Not compared with the closed form: the layer's forward is not a plain convolution."
-            if self.gradient_error is None
-            else f"The largest difference to the closed form is {self.gradient_error:.1e} of its largest value."
-        )
+        if self.gradient_error is None:
+            lines.append(
+                "Not compared with the closed form: the layer's forward is not a plain convolution."
+            )
+        else:
+            lines.append(
+                f"The largest difference to the closed form is {self.gradient_error:.1e} of its "
+                "largest value."
+            )
         return "\n".join(lines)
 
 
@@ -188,7 +192,8 @@ def diagnose_kernel_gradients(
 
     Example:
         >>> layer, grey = nn.Conv2d(3, 2, 5), torch.rand(1, 1, 16, 16)
-        >>> diagnosis = diagnose_kernel_gradients(layer, grey.expand(1, 3, 16, 16), loss=lambda y: y.square().mean())
+        >>> x = grey.expand(1, 3, 16, 16)
+        >>> diagnosis = diagnose_kernel_gradients(layer, x, loss=lambda y: y.square().mean())
         >>> diagnosis.findings['equal_inputs'].split(',')[0]
         'Input channels 0 to 2 are identical'
         >>> one = torch.rand(1, 1, 12, 12)      # for two filters
@@ -411,10 +416,9 @@ def _name_mistake(grad: torch.Tensor, true: torch.Tensor) -> str:
             1, keepdim=True
         ).expand_as(true),
         "the closed form summed over filters": true.sum(0, keepdim=True).expand_as(true),
-        "the closed form with rows and columns reversed (a convolution, not a cross-correlation)": true.flip(
-            -2, -1
-        ),
     }
+    reversed_name = "the closed form with rows and columns reversed (a convolution, not a "
+    usual[reversed_name + "cross-correlation)"] = true.flip(-2, -1)
     for name, wrong in usual.items():
         factor = (grad * wrong).sum() / wrong.square().sum()
         if (grad - factor * wrong).norm() < 1e-3 * grad.norm():

@@ -58,11 +58,13 @@ def label_problems(
             row = int(wrong.nonzero()[0])
             child, parent = int(columns[level][row]), int(columns[level - 1][row])
             right = int(taxonomy.parents[level][child])
+            remedy = (
+                hint or "Make the labels with taxonomy.expand(leaf), in the order of its leaves."
+            )
             return [
                 f"in {int(wrong.sum())} of {len(labels)} rows the label of {names[level]!r} does "
                 f"not lie under that of {names[level - 1]!r}: row {row} has {child} under "
-                f"{parent}, in the taxonomy its parent is {right}. "
-                f"{hint or 'Make the labels with taxonomy.expand(leaf), in the order of its leaves.'}"
+                f"{parent}, in the taxonomy its parent is {right}. {remedy}"
             ], True
     return [], True
 

@@ -201,7 +201,8 @@ def conflicts_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
         ValueError: No row has a cosine.
 
     Example:
-        >>> figure = conflicts_figure([{'epoch': 0, 'cosine_coarse_fine': 0.3, 'weight_coarse': 1.0}])
+        >>> epochs = [{'epoch': 0, 'cosine_coarse_fine': 0.3, 'weight_coarse': 1.0}]
+        >>> figure = conflicts_figure(epochs)
         >>> [axes.get_ylabel() for axes in figure.axes]
         ['cosine of gradients', 'loss weight']
     """

@@ -232,8 +232,8 @@ def format_class_report(rows: Sequence[dict[str, Any]]) -> str:
     """The rows that :meth:`HierarchyEvaluator.class_report` gives as a table.
 
     Args:
-        rows: dicts with ``level``, ``class``, ``precision``, ``recall`` and ``f1`` in percent, and
-            ``support``.
+        rows: dicts with `level`, `class`, `precision`, `recall` and `f1` in percent, and
+            `support`.
 
     Example:
         >>> row = {'level': 'fine', 'class': 'cat', 'precision': 50.0, 'recall': 100.0,

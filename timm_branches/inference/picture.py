@@ -1,5 +1,6 @@
-"""A picture of one prediction: the image beside its branch through the tree, with what else was
-likely.
+"""A picture of one prediction: the image beside its branch through the tree.
+
+It shows what else was likely, too.
 
 Matplotlib is imported when a picture is drawn.
 """
@@ -39,15 +40,16 @@ def plot_prediction(
 def prediction_figure(
     record: Record, image: Any, levels: Sequence[str], taxonomy: Taxonomy | None = None
 ) -> "Figure":
-    """The image, and a column for each level with its most probable classes, joined as they are in
-    the tree.
+    """The image, and a column for each level with its most probable classes.
+
+    They are joined as they are in the tree.
 
     The chosen branch is blue; where it breaks the tree (decoder 'independent') the joint is dashed.
     Bars and the numbers in them are what each level says by itself; above them stands the decoder's
     answer, which weighs all levels.
 
     Args:
-        record: Made with ``predict(..., top=5)``; five candidates a level are drawn, and the chosen
+        record: Made with `predict(..., top=5)`; five candidates a level are drawn, and the chosen
             one.
         image: uint8 array (H, W, C), C 1 or 3.
         levels: Names of the levels.

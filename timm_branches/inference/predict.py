@@ -97,8 +97,8 @@ def predict(
     Raises:
         FileNotFoundError: A path given does not exist.
         ValueError: There are no images, the model's file is damaged, or a tree is missing, does not
-            fit, or has other classes than the model's own; while iterating: an image cannot be read, or the model's outputs
-            are not finite.
+            fit, or has other classes than the model's own; while iterating: an image cannot
+            be read, or the model's outputs are not finite.
 
     Example:
         >>> records = predict('model.safetensors', ['photos/', 'a.jpg'])  # doctest: +SKIP

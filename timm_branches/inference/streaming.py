@@ -19,8 +19,9 @@ __all__ = ["StreamingClassifier", "StreamingStep", "detach_state"]
 
 
 def detach_state(state: dict[str, State]) -> dict[str, State]:
-    """The state's values without their history, so that backpropagation ends here (truncated
-    BPTT).
+    """The state's values without their history.
+
+    Backpropagation ends here then (truncated BPTT).
     """
     return {name: tuple(tensor.detach() for tensor in tensors) for name, tensors in state.items()}
 
@@ -32,7 +33,7 @@ class StreamingClassifier:
         model: Model with a temporal head that can go on from a state. It runs in eval mode and
             without autograd here, and is left in the mode it was in.
         transform: Makes a tensor (C, H, W) of an uint8 frame (H, W, C); by default what the model's
-            ``pretrained_cfg`` says, as in validation. Frames that are tensors are taken as they
+            `pretrained_cfg` says, as in validation. Frames that are tensors are taken as they
             are.
         probabilities: Give softmax (sigmoid for a head of one class) instead of logits.
         heads: Names of the heads to compute, all by default.
@@ -41,7 +42,7 @@ class StreamingClassifier:
         ValueError: The model has no temporal head, or one that cannot stream.
 
     Attributes:
-        state: The state after the last frame, as ``model.forward_stream`` takes it; None before the
+        state: The state after the last frame, as `model.forward_stream` takes it; None before the
             first.
 
     Example:
@@ -79,7 +80,7 @@ class StreamingClassifier:
                 (B, H, W, C) or (B, C, H, W), always the same number of them until :meth:`reset`.
 
         Returns:
-            ``{head: (K,)}``, of several streams ``{head: (B, K)}``.
+            `{head: (K,)}`, of several streams `{head: (B, K)}`.
 
         Raises:
             ValueError: Not a frame, or another number of streams than before.
@@ -93,8 +94,9 @@ class StreamingClassifier:
     def run(
         self, frames: "Iterable[np.ndarray | torch.Tensor]"
     ) -> Iterator[dict[str, torch.Tensor]]:
-        """Answers for the frames of anything that gives one after the other (a camera, a
-        decoder), as they come.
+        """Answers for frames as they come.
+
+        From anything that gives one after the other (a camera, a decoder).
         """
         for frame in frames:
             yield self(frame)
@@ -102,8 +104,9 @@ class StreamingClassifier:
     def _prepare(self, frame: Any) -> torch.Tensor:
         if not isinstance(frame, np.ndarray | torch.Tensor) or frame.ndim not in (3, 4):
             raise ValueError(
-                "a frame is an uint8 array (H, W, C) or a float tensor (C, H, W), of several streams "
-                f"(B, H, W, C) or (B, C, H, W); got {getattr(frame, 'shape', type(frame).__name__)}."
+                "a frame is an uint8 array (H, W, C) or a float tensor (C, H, W), of several "
+                "streams (B, H, W, C) or (B, C, H, W); got "
+                f"{getattr(frame, 'shape', type(frame).__name__)}."
             )
         several = frame if frame.ndim == 4 else frame[None]
         if isinstance(several, np.ndarray):
@@ -114,8 +117,8 @@ class StreamingClassifier:
             x = torch.stack([self.transform(image) for image in several])
         elif not several.is_floating_point():
             raise ValueError(
-                f"a frame that is a tensor must be prepared (float), got {several.dtype}: give uint8 "
-                "frames as numpy arrays (H, W, C)."
+                f"a frame that is a tensor must be prepared (float), got {several.dtype}: give "
+                "uint8 frames as numpy arrays (H, W, C)."
             )
         else:
             x = several
@@ -130,8 +133,9 @@ class StreamingClassifier:
 
 
 class StreamingStep(nn.Module):
-    """One step of a stream with its state as plain inputs and outputs, for ``torch.export`` and
-    ONNX.
+    """One step of a stream with its state as plain inputs and outputs.
+
+    It is made for `torch.export` and ONNX.
 
     Args:
         model: Model with a temporal head that can go on from a state.
@@ -142,14 +146,14 @@ class StreamingStep(nn.Module):
 
     Attributes:
         state_names: Names of the states, in the order in which they are given and returned.
-        input_names: Names of all inputs for ONNX: ``frame``, then the states.
-        output_names: Names of all outputs: the heads with ``logits_`` before them, then the states
-            with ``new_``.
+        input_names: Names of all inputs for ONNX: `frame`, then the states.
+        output_names: Names of all outputs: the heads with `logits_` before them, then the states
+            with `new_`.
 
     Example:
         >>> from timm_branches import create_branch_model
-        >>> model = create_branch_model('test_resnet', head='lstm', num_classes=3, img_size=32).eval()
-        >>> step = StreamingStep(model)
+        >>> model = create_branch_model('test_resnet', head='lstm', num_classes=3, img_size=32)
+        >>> step = StreamingStep(model.eval())
         >>> step.input_names, step.output_names
         (['frame', 'stage5_h', 'stage5_c'], ['logits_stage5', 'new_stage5_h', 'new_stage5_c'])
         >>> frame = torch.randn(1, 3, 32, 32)
@@ -176,19 +180,21 @@ class StreamingStep(nn.Module):
         ]
 
     def initial_state(self, batch_size: int = 1) -> State:
-        """The states before the first frame of ``batch_size`` streams."""
+        """The states before the first frame of `batch_size` streams."""
         return tuple(tensor for state in self._zeros(batch_size).values() for tensor in state)
 
     def _zeros(self, batch_size: int) -> dict[str, State]:
         return {name: self.model.head(name).zero_state(batch_size) for name in self.temporal}  # type: ignore[operator]
 
     def forward(self, frame: torch.Tensor, *state: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Frames (B, C, H, W) of B streams and their states -> logits (B, K) of each head, then
-        the new states.
+        """Frames (B, C, H, W) of B streams and their states -> logits (B, K) of each head.
+
+        The new states follow.
         """
         if len(state) != len(self.state_names):
             raise ValueError(
-                f"{len(state)} states for {self.state_names}: initial_state() makes those of the start."
+                f"{len(state)} states for {self.state_names}: initial_state() makes those of the "
+                "start."
             )
         rest = iter(state)
         states = {name: tuple(next(rest) for _ in zeros) for name, zeros in self._zeros(1).items()}

@@ -38,8 +38,9 @@ class JointTask(HeadsTask):
         >>> from timm_branches.dense import SegmentationEvaluator
         >>> from timm_branches.task import BranchTask, DenseTask
         >>> tree = Taxonomy(['animal/cat', 'animal/dog', 'thing/car'], levels=['coarse', 'fine'])
-        >>> model = create_branch_model('test_resnet', taps=[4, 5, (2, 3, 4, 5)], head=['pool', 'pool', 'unet'],
-        ...                             taxonomy=tree, num_classes=[None, None, 2])
+        >>> model = create_branch_model(
+        ...     'test_resnet', taps=[4, 5, (2, 3, 4, 5)], head=['pool', 'pool', 'unet'],
+        ...     taxonomy=tree, num_classes=[None, None, 2])
         >>> mask = DenseTask(model, 'ce', partial(SegmentationEvaluator, 2))
         >>> task = JointTask({'labels': BranchTask(model), 'mask': mask}, weights={'mask': 0.5})
         >>> targets = {'labels': tree.expand([0, 2]), 'mask': torch.randint(2, (2, 64, 64))}

@@ -80,7 +80,8 @@ def open_images_paths(
             give them; labels without one keep their own.
 
     Example:
-        >>> tree = {'LabelName': '/m/0', 'Subcategory': [{'LabelName': '/m/1'}, {'LabelName': '/m/2'}]}
+        >>> children = [{'LabelName': '/m/1'}, {'LabelName': '/m/2'}]
+        >>> tree = {'LabelName': '/m/0', 'Subcategory': children}
         >>> open_images_paths(tree, {'/m/1': 'Dog'})
         [('Dog',), ('/m/2',)]
     """

@@ -186,7 +186,8 @@ class Forest:
 
         Example:
             >>> from timm_branches import Taxonomy
-            >>> Taxonomy(['animal/cat', 'animal/dog', 'transport/ship']).encode(['ship', 'animal/cat'])
+            >>> tree = Taxonomy(['animal/cat', 'animal/dog', 'transport/ship'])
+            >>> tree.encode(['ship', 'animal/cat'])
             tensor([2, 0])
         """
         single = isinstance(names, str)
@@ -209,7 +210,8 @@ class Forest:
 
         Example:
             >>> from timm_branches import Taxonomy
-            >>> Taxonomy(['animal/cat', 'animal/dog', 'transport/ship']).encode_partial(['animal', 'ship']).tolist()
+            >>> tree = Taxonomy(['animal/cat', 'animal/dog', 'transport/ship'])
+            >>> tree.encode_partial(['animal', 'ship']).tolist()
             [[0, -1], [1, 2]]
         """
         found = [self._find(name, "nodes") for name in paths]

@@ -62,7 +62,8 @@ class Taxonomy(Forest):
             exactly a level's nodes.
 
     Example:
-        >>> tree = Taxonomy(['animal/pet/cat', 'animal/pet/dog', 'transport/ship'], levels=['coarse', 'middle', 'fine'])
+        >>> leaves = ['animal/pet/cat', 'animal/pet/dog', 'transport/ship']
+        >>> tree = Taxonomy(leaves, levels=['coarse', 'middle', 'fine'])
         >>> tree.num_classes
         (2, 2, 2)
         >>> tree.expand([1, 2]).tolist()
@@ -117,7 +118,8 @@ class Taxonomy(Forest):
                 encode_partial encodes them).
 
         Example:
-            >>> frame = pandas.DataFrame({'kind': ['a', 'p', 'a'], 'name': ['cat', None, 'cat']})  # doctest: +SKIP
+            >>> columns = {'kind': ['a', 'p', 'a'], 'name': ['cat', None, 'cat']}
+            >>> frame = pandas.DataFrame(columns)  # doctest: +SKIP
             >>> Taxonomy.from_dataframe(frame).leaves  # doctest: +SKIP
             (('a', 'cat'), ('p',))
         """
@@ -202,7 +204,8 @@ class Taxonomy(Forest):
                 unused, or names go round in a cycle.
 
         Example:
-            >>> tree = Taxonomy.from_parents(['cat', 'ship', 'dog'], [[1, 0, 1]], names=[['transport', 'animal']])
+            >>> tree = Taxonomy.from_parents(
+            ...     ['cat', 'ship', 'dog'], [[1, 0, 1]], names=[['transport', 'animal']])
             >>> tree.classes[0], tree.expand([0, 1]).tolist()
             (('transport', 'animal'), [[1, 0], [0, 1]])
         """
@@ -451,7 +454,8 @@ class Taxonomy(Forest):
                 differ, or a leaf name stands at different paths and `same_names` is not set.
 
         Example:
-            >>> Taxonomy(['animal/cat', 'transport/ship']).merge(Taxonomy(['animal/dog', 'animal/cat'])).leaves
+            >>> other = Taxonomy(['animal/dog', 'animal/cat'])
+            >>> Taxonomy(['animal/cat', 'transport/ship']).merge(other).leaves
             (('animal', 'cat'), ('transport', 'ship'), ('animal', 'dog'))
         """
         return Taxonomy(*merge_forests(self, other, same_names))

@@ -144,14 +144,16 @@ class ClipDataset(HierarchicalDataset):
 
     @property
     def errors(self) -> int:
-        """How many of these clips could not be read so far, each counted once, in all worker
-        processes together.
+        """How many of these clips could not be read so far.
+
+        Each is counted once, in all worker processes together.
         """
         return int(self._failed[self.sample_ids].sum())
 
     def limit(self, count: int, seed: int = 0) -> "ClipSubset":
-        """A stratified part, for quick runs: every class keeps its share, as far as whole clips
-        allow.
+        """A stratified part, for quick runs.
+
+        Every class keeps its share, as far as whole clips allow.
 
         Args:
             count: Clips wanted; all if there are fewer.
@@ -189,8 +191,9 @@ class ClipSubset(ClipDataset, Subset):
 def split_clips(
     dataset: ClipDataset, fraction: float = 0.1, seed: int = 0
 ) -> tuple[ClipSubset, ClipSubset]:
-    """Set a stratified part of the training clips aside for validation, as `split_dataset` does
-    with images.
+    """Set a stratified part of the training clips aside for validation.
+
+    It does what `split_dataset` does with images.
 
     Args:
         dataset: The training data.
@@ -310,8 +313,8 @@ def create_clip_dataset(
             settings do not fit.
 
     Example:
-        >>> data = create_clip_dataset('ucf101/', num_frames=16, is_training=True)      # doctest: +SKIP
-        >>> data[0][0].shape                                                            # doctest: +SKIP
+        >>> data = create_clip_dataset('ucf101/', num_frames=16, is_training=True)  # doctest: +SKIP
+        >>> data[0][0].shape  # doctest: +SKIP
         torch.Size([16, 3, 240, 320])
     """
     wanted_splits(split)
@@ -356,11 +359,12 @@ def create_clip_splits(
         ValueError: As `create_clip_dataset`, or if a part would be empty.
 
     Example:
-        >>> train, val, test = create_clip_splits('ucf101/', num_frames=16)             # doctest: +SKIP
+        >>> train, val, test = create_clip_splits('ucf101/', num_frames=16)  # doctest: +SKIP
     """
     for name in {"split", "is_training"} & set(kwargs):
         raise ValueError(
-            f"{name} has no effect here: all splits are made, and only 'train' draws frames at random"
+            f"{name} has no effect here: all splits are made, and only 'train' draws frames at "
+            "random"
         )
     strict = kwargs.pop("strict", False)
     names = ("levels", "path_column", "split_column", "group_column")

@@ -41,7 +41,8 @@ def collate_clips(
         ValueError: If frames of two clips differ in size.
 
     Example:
-        >>> (clips, lengths), labels = collate_clips([(torch.ones(t, 1, 2, 2), torch.tensor(0)) for t in (3, 5)])
+        >>> samples = [(torch.ones(t, 1, 2, 2), torch.tensor(0)) for t in (3, 5)]
+        >>> (clips, lengths), labels = collate_clips(samples)
         >>> clips.shape, lengths.tolist()
         (torch.Size([2, 5, 1, 2, 2]), [3, 5])
     """
@@ -49,7 +50,8 @@ def collate_clips(
     shapes = sorted({tuple(clip.shape[1:]) for clip in frames})
     if len(shapes) > 1:
         raise ValueError(
-            f"frames of different clips in a batch have the shapes {shapes}; a transform makes them equal"
+            f"frames of different clips in a batch have the shapes {shapes}; a transform makes "
+            "them equal"
         )
     lengths = torch.tensor([len(clip) for clip in frames])
     return ClipBatch(pad_sequence(list(frames), batch_first=True), lengths), default_collate(
@@ -60,8 +62,9 @@ def collate_clips(
 def create_clip_loader(
     dataset: ClipDataset, batch_size: int, is_training: bool = False, **kwargs: Any
 ) -> Loader:
-    """A loader of clips that repeats exactly, whatever the number of workers and ranks:
-    `create_loader` for clips.
+    """A loader of clips that repeats exactly, whatever the number of workers and ranks.
+
+    It is `create_loader` for clips.
 
     Args:
         dataset: The clips.
@@ -84,7 +87,8 @@ def create_clip_loader(
     """
     if dataset.sampler.is_training and not is_training:
         warnings.warn(
-            "evaluation of a dataset that draws frames at random; make it with is_training=False, or set its sampler",
+            "evaluation of a dataset that draws frames at random; make it with is_training=False, "
+            "or set its sampler",
             stacklevel=2,
         )
     return create_loader(

@@ -49,7 +49,8 @@ class FrameSampler:
             raise ValueError(f"no sampling {self.sampling!r}; it is one of {', '.join(SAMPLINGS)}")
         if (self.num_frames is None) != (self.sampling == "all"):
             raise ValueError(
-                f"sampling={self.sampling!r} does not go with num_frames={self.num_frames}; 'all' takes every frame, "
+                f"sampling={self.sampling!r} does not go with num_frames={self.num_frames}; 'all' "
+                "takes every frame, "
                 "the others need to know how many"
             )
         if self.num_frames is not None and self.num_frames < 1:
@@ -58,7 +59,8 @@ class FrameSampler:
             raise ValueError(f"stride must be at least 1, not {self.stride}")
         if self.stride > 1 and self.sampling != "dense":
             raise ValueError(
-                f"stride={self.stride} has no effect with sampling={self.sampling!r}, only with 'dense'"
+                f"stride={self.stride} has no effect with sampling={self.sampling!r}, only with "
+                "'dense'"
             )
 
     def __call__(self, count: int, key: Sequence[int] = (0, 0, 0)) -> np.ndarray:

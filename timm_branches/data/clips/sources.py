@@ -53,7 +53,8 @@ class ArrayClips:
         ValueError: If a clip is no such array, or has no frame.
 
     Example:
-        >>> ArrayClips(np.zeros((2, 30, 24, 48), np.uint8)).read(0, lambda count: [0, count - 1]).shape
+        >>> clips = ArrayClips(np.zeros((2, 30, 24, 48), np.uint8))
+        >>> clips.read(0, lambda count: [0, count - 1]).shape
         (2, 24, 48, 1)
     """
 
@@ -71,7 +72,8 @@ class ArrayClips:
                     else type(clip).__name__
                 )
                 raise ValueError(
-                    f"clips must be uint8 arrays (T, H, W) or (T, H, W, C) with at least one frame, but clip {number} "
+                    "clips must be uint8 arrays (T, H, W) or (T, H, W, C) with at least one "
+                    f"frame, but clip {number} "
                     f"is {what}"
                 )
         self.clips = clips
@@ -105,8 +107,9 @@ class ArrayClips:
 
 
 class FileClips:
-    """Clips in video files and in folders of frames (images, in natural order: frame2 before
-    frame10).
+    """Clips in video files and in folders of frames.
+
+    Frames are images in natural order: frame2 before frame10.
 
     Args:
         paths: For each clip a video or a folder.
@@ -187,7 +190,8 @@ class FileClips:
             end = len(names) if end < 0 else end
             if not start < end <= len(names):
                 raise ClipError(
-                    f"cannot read the frames {start} to {end} of {path}: it holds {len(names)} images"
+                    f"cannot read the frames {start} to {end} of {path}: it holds {len(names)} "
+                    "images"
                 )
             chosen = [names[start + int(number)] for number in choose(end - start)]
             images = [self._decode(os.path.join(path, name)) for name in chosen]
@@ -221,7 +225,8 @@ def _stack(images: list[np.ndarray], names: list[str], path: str) -> np.ndarray:
         if image.shape != images[0].shape:
             (height, width), (other_height, other_width) = images[0].shape[:2], image.shape[:2]
             raise ClipError(
-                f"frames of the clip {path} differ in size: {names[0]} is {width} x {height} pixels, {name} is "
+                f"frames of the clip {path} differ in size: {names[0]} is {width} x {height} "
+                f"pixels, {name} is "
                 f"{other_width} x {other_height}"
             )
     return np.stack(images)
@@ -287,8 +292,8 @@ def _refuse_frames_in_class_folders(names: Sequence[str], root: str) -> None:
         if classes_above > 0 or is_video_name(name):
             return
     raise ValueError(
-        f"the folders in {root} ({listed(names, 3)}) hold images directly: whether a folder is a class "
-        "or a clip cannot be told. Frames lie one folder deeper, one folder for each clip: "
+        f"the folders in {root} ({listed(names, 3)}) hold images directly: whether a folder is a "
+        "class or a clip cannot be told. Frames lie one folder deeper, one folder for each clip: "
         "class/clip/frame.jpg. To classify the single images, use an image data set."
     )
 
@@ -315,8 +320,8 @@ def read_clip_csv(
         **columns: As in :func:`timm_branches.data.sources.read_csv`.
 
     Returns:
-        The clips in the order of the rows. Clips of one file belong together: they are never divided
-        between two splits, unless the table says so.
+        The clips in the order of the rows. Clips of one file belong together: they are never
+        divided between two splits, unless the table says so.
 
     Raises:
         FileNotFoundError: Clips are missing; the line is named.

@@ -78,7 +78,8 @@ def _open_video(path: str) -> Iterator[tuple[Any, Any]]:
         stream = container.streams.best("video")
         if stream is None:
             raise ClipError(
-                f"{path} has no pictures, only {', '.join(s.type for s in container.streams) or 'nothing'}"
+                f"{path} has no pictures, only "
+                f"{', '.join(s.type for s in container.streams) or 'nothing'}"
             )
         # loaders have worker processes for what runs in parallel
         stream.codec_context.thread_count = 1
@@ -100,8 +101,9 @@ def _decode(path: str, container: Any, stream: Any) -> Iterator[Any]:
 
 
 def count_frames(path: str) -> int:
-    """The number of frames of a video: what the header says, or all of them decoded if it does not
-    (mkv, webm).
+    """The number of frames of a video.
+
+    It is what the header says, or all of them are decoded if it does not (mkv, webm).
 
     Args:
         path: The video.
@@ -127,7 +129,8 @@ def count_frames(path: str) -> int:
         # no error: the last frame may be meant to stand for long
         if end + end / max(1, count - 1) < 0.9 * duration:
             warnings.warn(
-                f"the last of {count} frames of {path} stands at {end:.2f} s, but its header says that it lasts "
+                f"the last of {count} frames of {path} stands at {end:.2f} s, but its header says "
+                "that it lasts "
                 f"{duration:.2f} s; is the file complete?",
                 stacklevel=2,
             )
@@ -173,9 +176,9 @@ def as_displayed(image: np.ndarray, matrix: tuple[int, int, int, int] | None) ->
 def read_frames(path: str, indices: Sequence[int], in_chans: int = 3) -> list[np.ndarray]:
     """Frames of a video by their position in presentation order, also where the frame rate varies.
 
-    Everything up to the last one is decoded, because compressed frames build on each other and few
-    formats tell which one a seek arrives at; only the wanted ones are converted to RGB. Rotation and
-    mirroring that the file asks for (upright phones, front cameras) are applied.
+    Everything up to the last one is decoded, because compressed frames build on each other and
+    few formats tell which one a seek arrives at; only the wanted ones are converted to RGB.
+    Rotation and mirroring that the file asks for (upright phones, front cameras) are applied.
 
     Args:
         path: The video.
