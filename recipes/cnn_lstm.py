@@ -13,14 +13,13 @@ classes. Classes in nested folders, or in several columns, are levels: each has 
 its own.
 
 Without arguments the clips are made of scikit-learn's digits, the backbone is conv2_24x48, and only
-the order tells the classes apart: handwritten 0, 1 and 2 count up or down on a ring
-(... 0 1 2 0 1 ... or ... 2 1 0 2 1 ...), 3 to 6 frames, each frame another picture. No single
-frame tells: the last digit is drawn evenly, so each digit of the ring is equally likely at any place of a clip of either class, and pictures and
-lengths are drawn without regard to the class. What is more, clips come in pairs, one up and one
-down, that share their length and their very last frame. Whoever sees only the last frame, and
-answers alike to the same picture, is right about exactly one of each pair: exactly 50 %, whatever
-was learned.
-"""
+the order tells the classes apart: handwritten 0, 1 and 2 count up or down on a ring (... 0 1 2 0 1
+... or ... 2 1 0 2 1 ...), 3 to 6 frames, each frame another picture. No single frame tells: the
+last digit is drawn evenly, so each digit of the ring is equally likely at any place of a clip of
+either class, and pictures and lengths are drawn without regard to the class. What is more, clips
+come in pairs, one up and one down, that share their length and their very last frame. Whoever sees
+only the last frame, and answers alike to the same picture, is right about exactly one of each pair:
+exactly 50 %, whatever was learned. """
 
 import argparse
 import json
