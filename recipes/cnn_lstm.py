@@ -19,7 +19,8 @@ last digit is drawn evenly, so each digit of the ring is equally likely at any p
 either class, and pictures and lengths are drawn without regard to the class. What is more, clips
 come in pairs, one up and one down, that share their length and their very last frame. Whoever sees
 only the last frame, and answers alike to the same picture, is right about exactly one of each pair:
-exactly 50 %, whatever was learned. """
+exactly 50 %, whatever was learned.
+"""
 
 import argparse
 import json
