@@ -24,7 +24,19 @@ LOSSY = [
     ("webm", "libvpx-vp9"),
     ("gif", "gif"),
 ]
-FORMATS = [("mkv", "ffv1"), ("avi", "ffv1"), *LOSSY]
+# what cameras, discs and broadcasters write
+CAMERAS = [
+    ("m4v", "mpeg4"),
+    ("mpg", "mpeg2video"),
+    ("mpeg", "mpeg2video"),
+    ("wmv", "wmv2"),
+    ("ts", "mpeg2video"),
+    ("mts", "mpeg2video"),
+    ("m2ts", "mpeg2video"),
+    ("flv", "flv"),
+    ("3gp", "mpeg4"),
+]
+FORMATS = [("mkv", "ffv1"), ("avi", "ffv1"), *LOSSY, *CAMERAS]
 
 
 def grey(number):

@@ -22,6 +22,7 @@ __all__ = [
 VIDEO_EXTENSIONS = tuple(
     ".mp4 .m4v .avi .mov .mkv .webm .mpg .mpeg .wmv .ts .mts .m2ts .flv .3gp .ogv .gif".split()
 )
+_TRANSPORT_STREAMS = (".ts", ".mts", ".m2ts")
 
 
 class ClipError(ValueError):
@@ -66,12 +67,23 @@ def is_video_name(path: str) -> bool:
     return not hidden and os.path.splitext(path)[1].lower() in VIDEO_EXTENSIONS
 
 
+def _open_container(av: Any, path: str) -> Any:
+    """A file's container, found by its contents."""
+    try:
+        return av.open(path, metadata_errors="ignore")
+    except av.EOFError:
+        # a transport stream of a few packets is too short to be recognised
+        if not path.lower().endswith(_TRANSPORT_STREAMS):
+            raise
+        return av.open(path, format="mpegts", metadata_errors="ignore")
+
+
 @contextlib.contextmanager
 def _open_video(path: str) -> Iterator[tuple[Any, Any]]:
     """A video's container and its (main) video stream; errors of PyAV become a ClipError."""
     av = _import_av()
     try:
-        container = av.open(path, metadata_errors="ignore")
+        container = _open_container(av, path)
     except (av.FFmpegError, OSError) as error:  # e.g. no such file
         raise ClipError(f"cannot open the video {path}: {error.strerror or error}") from error
     with container:
