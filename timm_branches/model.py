@@ -36,8 +36,7 @@ class BranchModel(FreezableBackbone):
         taxonomy: The label hierarchy of the heads, if there is one.
 
     Shapes: images (B, C, H, W) -> `{name: (B, K)}` in tap order. Clips (B, T, C, H, W) -> what
-        temporal heads say,
-    (B, K) or (B, T, K), and (B, T, K) for the others.
+        temporal heads say, (B, K) or (B, T, K), and (B, T, K) for the others.
 
     Attributes:
         names: Names of the heads in tap order.
@@ -168,8 +167,7 @@ class BranchModel(FreezableBackbone):
         """Logits of the heads for the next frames of a video, and the state to go on from.
 
         Frame by frame, in chunks or at once: the results are the same up to rounding. Answers of
-            `output='clip'` are
-        those for all frames so far.
+        `output='clip'` are those for all frames so far.
 
         Args:
             clips: The next frames (B, T, C, H, W).
@@ -280,9 +278,9 @@ class BranchModel(FreezableBackbone):
         return found
 
     def forward_taps(self, x: torch.Tensor) -> dict[str, torch.Tensor | list[torch.Tensor]]:
-        """Feature maps `{name.
+        """Feature maps at the taps, `{name: (B, C, H, W)}`.
 
-        (B, C, H, W)}` at the taps; a list of maps for a head that reads several taps.
+        A head that reads several taps has a list of maps.
         """
         maps = self._head_maps(x, range(len(self.names)))
         return {
@@ -366,6 +364,9 @@ class BranchModel(FreezableBackbone):
             )
             if reason is None:
                 raise
+            multiple = math.lcm(*self._multiples)
+            if multiple > 1 and all(side % multiple == 0 for side in x.shape[2:]):
+                reason += f" (For a decoder, sizes are padded to multiples of {multiple}.)"
             raise ValueError(reason) from error
 
     def _read(self, x: torch.Tensor, which: Sequence[int]) -> list[torch.Tensor]:

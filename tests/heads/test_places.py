@@ -131,6 +131,14 @@ def test_other_heads_are_not_changed():
     torch.testing.assert_close(together["mask"], padded, rtol=1e-4, atol=1e-5)
 
 
+def test_a_size_that_cannot_be_read_names_the_padding():
+    """The size in the message is not that of the image; it says why."""
+    name = "vit_tiny_patch16_224"
+    model = create_branch_model(name, taps=[(4, 5)], head="unet", num_classes=2, img_size=64).eval()
+    with pytest.raises(ValueError, match=r"3x80x80.*padded to multiples of 16"):
+        model(torch.zeros(1, 3, 70, 70))
+
+
 def test_clips():
     model = make("test_convnext", UNetHead())
     x = images(61, 45, 4)

@@ -49,3 +49,42 @@ class TestNames:
     def test_wrong_partial_name(self):
         with pytest.raises(ValueError, match="ambiguous"):
             self.tree.encode_partial(["x"])
+
+
+class TestTwins:
+    """Names that a person would take for one are two classes, and whoever reads a tree is told."""
+
+    pairs = [("Robin", "robin"), ("caf\u00e9", "cafe\u0301"), ("a b", "a  b")]
+
+    @pytest.fixture(params=["csv", "json", "folders", "dataframe"])
+    def read(self, request, tmp_path):
+        def write_and_read(leaves):
+            if request.param == "csv":
+                rows = "".join(f"{a},{b}\n" for a, b in leaves)
+                (tmp_path / "tree.csv").write_text("kind,name\n" + rows, encoding="utf-8")
+                return Taxonomy.from_csv(tmp_path / "tree.csv")
+            if request.param == "json":
+                tree: dict[str, list[str]] = {}
+                for a, b in leaves:
+                    tree.setdefault(a, []).append(b)
+                return Taxonomy.from_json(tree)
+            if request.param == "dataframe":
+                pandas = pytest.importorskip("pandas")
+                return Taxonomy.from_dataframe(pandas.DataFrame(leaves, columns=["kind", "name"]))
+            for a, b in leaves:
+                (tmp_path / "tree" / a / b).mkdir(parents=True)
+            return Taxonomy.from_folders(tmp_path / "tree")
+
+        return write_and_read
+
+    @pytest.mark.parametrize("pair", pairs)
+    def test_they_are_said(self, read, pair):
+        with pytest.warns(UserWarning, match="two classes") as caught:
+            tree = read([("bird", pair[0]), ("bird", pair[1]), ("cat", "tom")])
+        assert tree.num_leaves == 3
+        assert len(caught) == 1
+        assert all(repr(name) in str(caught[0].message) for name in pair)
+
+    @pytest.mark.filterwarnings("error")
+    def test_others_are_not(self, read):
+        assert read([("bird", "robin"), ("bird", "robins"), ("cat", "7"), ("cat", "07")])

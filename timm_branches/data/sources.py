@@ -21,7 +21,7 @@ from timm_branches.data.splits import SPLIT_NAMES, split_of
 from timm_branches.data.stratify import stratified_indices
 from timm_branches.data.summary import DataSummary, listed
 from timm_branches.taxonomy.field_files import category_paths, is_categories
-from timm_branches.taxonomy.order import path_order, twins
+from timm_branches.taxonomy.order import path_order, warnings_of_twins
 from timm_branches.taxonomy.table_files import Table, read_table
 from timm_branches.taxonomy.taxonomy import Taxonomy
 from timm_branches.taxonomy.trees import get_taxonomy
@@ -234,11 +234,7 @@ def derive_tree(
     if not leaves:
         raise ValueError("no class is named at all, so no taxonomy can be derived")
     if summary is not None:
-        for a, b in twins(sorted({name for leaf in leaves for name in leaf})):
-            summary.warnings.append(
-                f"{a!r} and {b!r} differ by case, spaces or the form of Unicode alone; they are "
-                "two classes"
-            )
+        summary.warnings += warnings_of_twins(leaves)
     depth = max(map(len, leaves))
     return Taxonomy(leaves, levels[:depth] if levels else None)
 

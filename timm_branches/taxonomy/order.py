@@ -4,7 +4,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 
-__all__ = ["natural_order", "path_order", "twins"]
+__all__ = ["natural_order", "path_order", "twins", "warnings_of_twins"]
 
 _NUMBER = re.compile(r"([0-9]+)")
 Key = tuple[tuple[int | str, ...], str]
@@ -49,3 +49,12 @@ def twins(names: Iterable[str]) -> list[tuple[str, str]]:
         if other != name:
             pairs.append((other, name))
     return pairs
+
+
+def warnings_of_twins(leaves: Iterable[Sequence[str]]) -> list[str]:
+    """A sentence for each pair of names in these class paths that a person would take for one."""
+    names = sorted({name for leaf in leaves for name in leaf})
+    return [
+        f"{a!r} and {b!r} differ by case, spaces or the form of Unicode alone; they are two classes"
+        for a, b in twins(names)
+    ]

@@ -8,6 +8,7 @@ What a :class:`Taxonomy` answers about labels is in `forest.py`, which it extend
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from timm_branches.taxonomy.field_files import (
     open_images_paths,
 )
 from timm_branches.taxonomy.forest import Forest
+from timm_branches.taxonomy.order import warnings_of_twins
+from timm_branches.taxonomy.paths import NodePath
 from timm_branches.taxonomy.tables import as_labels
 from timm_branches.taxonomy.wordnet import read_wordnet
 
@@ -85,6 +88,19 @@ class Taxonomy(Forest):
         return cls(paths, levels)
 
     @classmethod
+    def _read(
+        cls,
+        leaves: Sequence[NodePath],
+        levels: Sequence[str] | None,
+        order: Sequence[Sequence[str | Sequence[str]] | None] | None = None,
+    ) -> Taxonomy:
+        """The tree that a reader found; names that a person would take for one are said."""
+        tree = cls(leaves, levels, order)
+        for text in warnings_of_twins(tree.leaves):
+            warnings.warn(f"{text}.", stacklevel=3)
+        return tree
+
+    @classmethod
     def from_csv(cls, file: str | Path, columns: Sequence[str] | None = None) -> Taxonomy:
         """From a CSV file with one row per leaf, in class order.
 
@@ -97,7 +113,7 @@ class Taxonomy(Forest):
             ValueError: if a column is missing or doubled, or a row has a gap or more cells than the
                 header.
         """
-        return cls(*readers.read_csv(file, columns))
+        return cls._read(*readers.read_csv(file, columns))
 
     @classmethod
     def from_dataframe(cls, frame: Any, columns: Sequence[Any] | None = None) -> Taxonomy:
@@ -123,7 +139,7 @@ class Taxonomy(Forest):
             >>> Taxonomy.from_dataframe(frame).leaves  # doctest: +SKIP
             (('a', 'cat'), ('p',))
         """
-        return cls(*readers.read_dataframe(frame, columns))
+        return cls._read(*readers.read_dataframe(frame, columns))
 
     @classmethod
     def from_json(
@@ -157,13 +173,13 @@ class Taxonomy(Forest):
             return cls.from_dict(source)
         content: Any = source
         if is_open_images(content):
-            return cls(open_images_paths(content, readers.read_names(names)), levels)
+            return cls._read(open_images_paths(content, readers.read_names(names)), levels)
         if names is not None:
             raise ValueError("names= belongs to Open Images' hierarchy, and has no effect here.")
         if is_categories(content):
             paths, own_levels = category_paths(content)
-            return cls(list(paths.values()), levels or own_levels)
-        return cls(readers.read_json(source), levels)
+            return cls._read(list(paths.values()), levels or own_levels)
+        return cls._read(readers.read_json(source), levels)
 
     @classmethod
     def from_folders(cls, root: str | Path, levels: Sequence[str] | None = None) -> Taxonomy:
@@ -174,7 +190,7 @@ class Taxonomy(Forest):
         Raises:
             ValueError: if `root` is not a folder, has no class folders, or a link makes a cycle.
         """
-        return cls(readers.read_folders(root), levels)
+        return cls._read(readers.read_folders(root), levels)
 
     @classmethod
     def from_parents(
@@ -210,7 +226,7 @@ class Taxonomy(Forest):
             (('transport', 'animal'), [[1, 0], [0, 1]])
         """
         leaves, order = readers.read_parents(classes, maps, names, levels)
-        return cls(leaves, levels, order)
+        return cls._read(leaves, levels, order)
 
     @classmethod
     def from_wordnet(cls, classes: Iterable[Any], levels: Sequence[str] | None = None) -> Taxonomy:
