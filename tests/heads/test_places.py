@@ -195,6 +195,16 @@ def test_exported_graph_takes_any_size(name, kind):
         torch.testing.assert_close(answer(program, x), answer(model, x), rtol=1e-3, atol=1e-4)
 
 
+def test_exported_graph_of_layer_norms_takes_any_size():
+    """ConvNeXt with a U-Net: torch cannot prove a guard for named dimensions, DYNAMIC ones do."""
+    model = make("test_convnext", HEADS["unet"])
+    sides = {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
+    program = torch.export.export(model, (images(70, 95),), dynamic_shapes=(sides,)).module()
+    for size in ((70, 95), (64, 64), (33, 97), (128, 61), (96, 65)):
+        x = images(*size)
+        torch.testing.assert_close(answer(program, x), answer(model, x), rtol=1e-3, atol=1e-4)
+
+
 def test_bottleneck_at_a_nominal_size_that_does_not_fit():
     model = make("test_convnext", UNetHead(bottleneck=4), img_size=45)
     check_padded(model, 45, 45)
