@@ -14,6 +14,7 @@ hand call the same functions of timm_branches.gradients: they take any module, a
 
 import argparse
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from torch import nn
 from timm_branches import BranchModel, Taxonomy, create_branch_model, list_taps, load_model
 from timm_branches.figures import COLOURS, INK, new_figure, restrain, save_figure
 from timm_branches.gradients import (
+    GradientReport,
     branch_cosines,
     check_model,
     frame_gradients,
@@ -38,8 +40,6 @@ from timm_branches.heads import (
     FlattenHead,
     LSTMHead,
     RedNetHead,
-    SkipDecoder,
-    TemporalClassifier,
 )
 from timm_branches.task import BranchTask
 from timm_branches.train.script import run_script
@@ -92,21 +92,32 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--output", default="output/gradients", help="folder of the pictures; an older one is kept"
     )
     args = parser.parse_args(argv)
-    idle = [] if args.model else ["taps", "head", "num_classes", "img_size"]
-    idle += [] if args.model or args.checkpoint else ["frames", "batch_size"]
+    flag = idle_flag(args)
+    if flag is not None:
+        reason = ": the checkpoint says itself how it is built" if args.checkpoint else ""
+        parser.error(f"{flag} has no effect without --model{reason}")
+    return args
+
+
+def idle_flag(args: argparse.Namespace) -> str | None:
+    """The first flag that was given and has no effect."""
+    idle = []
+    if not args.model:
+        idle += ["taps", "head", "num_classes", "img_size"]
+    if not args.model and not args.checkpoint:
+        idle += ["frames", "batch_size"]
     for name in idle:
         if getattr(args, name) is not None:
-            parser.error(
-                f"--{name.replace('_', '-')} has no effect without --model"
-                + (": the checkpoint says itself how it is built" if args.checkpoint else "")
-            )
-    return args
+            return "--" + name.replace("_", "-")
+    return None
 
 
 def main(args: argparse.Namespace) -> None:
     """The story, or one model."""
     torch.manual_seed(args.seed)
-    model = own_model(args) if args.model or args.checkpoint else None
+    model = None
+    if args.model or args.checkpoint:
+        model = make_model(args)  # before the folder: a mistake leaves nothing behind
     output = Path(args.output)
     if any(output.glob("*.png")):  # an earlier run's
         output = Path(get_outdir(str(output.parent), output.name, inc=True))
@@ -118,7 +129,7 @@ def main(args: argparse.Namespace) -> None:
         kernels(output)
         doctor(*wired, clips)
     else:
-        examine(model, args, output)
+        report_on(model, args, output)
     print(f"\nPictures: {output}")
 
 
@@ -126,7 +137,11 @@ def main(args: argparse.Namespace) -> None:
 
 
 def branches(output: Path) -> tuple[BranchTask, tuple[torch.Tensor, torch.Tensor]]:
-    """Are the losses of a B-CNN combined properly, and what do the epochs' weights do?"""
+    """Are the losses of a B-CNN combined properly, and what do the epochs' weights do?
+
+    Returns:
+        The task and the batch, for the check-up at the end.
+    """
     heading(
         "1. A B-CNN: which loss trains which stage?",
         "One backward pass of the weighted sum. Each level trains the stages up to its tap and its "
@@ -146,34 +161,16 @@ def branches(output: Path) -> tuple[BranchTask, tuple[torch.Tensor, torch.Tensor
     task.set_epoch(0)
     report = gradient_report(task, batch)
     print(report)
-    figure = report_figure(replace(report, cosines={}))  # those are printed
-    figure.set_size_inches(8.4, 5.4)
-    figure.axes[0].set_title(
-        "B-CNN in epoch 0, loss weights [.98 .01 .01]: gradient relative to the weights",
-        fontsize=10,
-        color=INK,
-        loc="left",
-    )
-    save_figure(figure, output / "branches.png")
-    deep, shallow = (report.cell("total", stage).relative or 0.0 for stage in ("stage5", "stage3"))
+    draw_branches(report, output / "branches.png")
+    deep = report.cell("total", "stage5").relative or 0.0
+    shallow = report.cell("total", "stage3").relative or 0.0
     print(
         f"In epoch 0 the weights leave stage5 {deep / shallow:.1%} of stage3's relative gradient.\n"
     )
     for (a, b), cosine in branch_cosines(task, batch).items():
         print(f"cosine of {a} and {b} at the deepest stage that all levels share: {cosine:+.2f}")
-    print(
-        "Above 0 the levels help each other, below they are in conflict.\n\n"
-        "Share of the loss by the weights of the epoch (the losses are those of the untrained "
-        "network):"
-    )
-    losses = torch.tensor([report.losses[level] for level in TREE.levels])
-    for epoch in (0, 9, 19, 29):
-        weights = task.schedule(epoch)
-        parts = torch.tensor(weights) * losses
-        text = ", ".join(
-            f"{n} {p:.0%}" for n, p in zip(TREE.levels, (parts / parts.sum()).tolist(), strict=True)
-        )
-        print(f"  from epoch {epoch:2}, weights {list(weights)}: {text}")
+    print("Above 0 the levels help each other, below they are in conflict.\n")
+    print_loss_shares(task, report.losses)
 
     task.set_epoch(29)
     report = gradient_report(task, batch)
@@ -184,6 +181,35 @@ def branches(output: Path) -> tuple[BranchTask, tuple[torch.Tensor, torch.Tensor
     )
     task.set_epoch(0)
     return task, batch
+
+
+def draw_branches(report: GradientReport, path: Path) -> None:
+    """The picture of a B-CNN's report, without the cosines, which are printed."""
+    figure = report_figure(replace(report, cosines={}))
+    figure.set_size_inches(8.4, 5.4)
+    figure.axes[0].set_title(
+        "B-CNN in epoch 0, loss weights [.98 .01 .01]: gradient relative to the weights",
+        fontsize=10,
+        color=INK,
+        loc="left",
+    )
+    save_figure(figure, path)
+
+
+def print_loss_shares(task: BranchTask, level_losses: dict[str, float]) -> None:
+    """What each level's loss is of the whole, where the schedule's weights change."""
+    print(
+        "Share of the loss by the weights of the epoch (the losses are those of the untrained "
+        "network):"
+    )
+    losses = torch.tensor([level_losses[level] for level in TREE.levels])
+    for epoch in (0, 9, 19, 29):
+        weights = task.schedule(epoch)
+        weighted = torch.tensor(weights) * losses
+        shares = (weighted / weighted.sum()).tolist()
+        named_shares = zip(TREE.levels, shares, strict=True)
+        text = ", ".join(f"{level} {share:.0%}" for level, share in named_shares)
+        print(f"  from epoch {epoch:2}, weights {list(weights)}: {text}")
 
 
 class ByHand(nn.Module):
@@ -200,58 +226,58 @@ class ByHand(nn.Module):
             nn.Flatten(),
             nn.Linear(64, 20),
         )
-        self.lstm, self.fc = nn.LSTM(20, 50, batch_first=True), nn.Linear(50, 2)
-        self.keep_state, self.detach = keep_state, detach
+        self.lstm = nn.LSTM(20, 50, batch_first=True)
+        self.fc = nn.Linear(50, 2)
+        self.keep_state = keep_state
+        self.detach = detach
 
     def forward(self, clips_BTCHW: torch.Tensor) -> torch.Tensor:
         """Clips (B, T, C, H, W) -> logits (B, K), frame after frame."""
         state = None
-        for frame in clips_BTCHW.unbind(1):
+        for frame in clips_BTCHW.unbind(1):  # (B, C, H, W)
             with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detach):
-                features = self.cnn(frame)
-            out, state = self.lstm(features[:, None], state if self.keep_state else None)
+                features = self.cnn(frame)  # (B, 20)
+            if not self.keep_state:
+                state = None
+            out, state = self.lstm(features[:, None], state)  # (B, 1, 50)
         return self.fc(out[:, -1])
 
 
 def recurrence(output: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """Does the clip's loss reach the CNN, and which of the frames does it see?"""
+    """Does the clip's loss reach the CNN, and which of the frames does it see?
+
+    Returns:
+        The clips (4, 30, 1, 24, 48) and their labels, for the check-up at the end.
+    """
     heading(
         "2. A CNN+LSTM: which frames does the loss see?",
         "30 frames of 24 x 48, one label a clip. The norm of the loss' gradient at each frame's "
-        "features says how "
-        "much of it the loss sees.",
+        "features says how much of it the loss sees.",
     )
-    clips, labels = torch.rand(4, 30, 1, 24, 48), torch.tensor([0, 1, 1, 0])
-    ours = {
-        readout: create_branch_model(
-            "conv2_24x48",
-            num_classes=2,
-            head=LSTMHead(hidden_size=50, pool_type="flatten", projection=20, readout=readout),
-        )
-        for readout in ("last", "mean")
-    }
+    clips = torch.rand(4, 30, 1, 24, 48)
+    labels = torch.tensor([0, 1, 1, 0])
+    last = make_clip_model(readout="last")
+    mean = make_clip_model(readout="mean")
+    stateless = ByHand(keep_state=False, detach=False)
+    detached = ByHand(keep_state=True, detach=True)
+    # name, model, the module whose output are a frame's features (None: the model says), colour
     cases: list[tuple[str, nn.Module, str | None, str]] = [
-        ("one LSTM over all frames, read at the last", ours["last"], None, COLOURS[0]),
-        ("the same, the mean of all outputs read", ours["mean"], None, COLOURS[0]),
-        (
-            "by hand, the state lost between frames",
-            ByHand(keep_state=False, detach=False),
-            "cnn",
-            COLOURS[1],
-        ),
-        ("by hand, the CNN under no_grad", ByHand(keep_state=True, detach=True), "cnn", COLOURS[1]),
+        ("one LSTM over all frames, read at the last", last, None, COLOURS[0]),
+        ("the same, the mean of all outputs read", mean, None, COLOURS[0]),
+        ("by hand, the state lost between frames", stateless, "cnn", COLOURS[1]),
+        ("by hand, the CNN under no_grad", detached, "cnn", COLOURS[1]),
     ]
     figure = new_figure(6.2, 5.4)
     panels = figure.subplots(len(cases), 1, sharex=True, sharey=True)
     for panel, (name, model, features, colour) in zip(panels, cases, strict=True):
-        found = frame_gradients(model, (clips, labels), F.cross_entropy, features=features)
-        assert found.norms is not None
-        cut = any("without autograd" in line for line in found.findings)
-        seen = f"{len(found.seen)} of 30 frames seen" + (
-            ", but nothing reaches the CNN" if cut else ""
-        )
-        print(f"{name}: {seen}.", *(found.findings or ["Nothing wrong found."]), sep="\n  ")
-        panel.bar(range(30), found.norms, color=colour, width=0.8, log=True)
+        gradients = frame_gradients(model, (clips, labels), F.cross_entropy, features=features)
+        assert gradients.norms is not None
+        seen = f"{len(gradients.seen)} of 30 frames seen"
+        if any("without autograd" in line for line in gradients.findings):
+            seen += ", but nothing reaches the CNN"
+        findings = gradients.findings or ["Nothing wrong found."]
+        print(f"{name}: {seen}.", *findings, sep="\n  ")
+        panel.bar(range(30), gradients.norms, color=colour, width=0.8, log=True)
         panel.set_title(name, fontsize=9.5, color=INK, loc="left")
         panel.text(0.01, 0.93, seen, transform=panel.transAxes, fontsize=8.5, color=INK, va="top")
         restrain(panel)
@@ -263,15 +289,20 @@ def recurrence(output: Path) -> tuple[torch.Tensor, torch.Tensor]:
     return clips, labels
 
 
+def make_clip_model(readout: str) -> BranchModel:
+    """The small CNN+LSTM; `readout` says which of the LSTM's outputs is classified."""
+    head = LSTMHead(hidden_size=50, pool_type="flatten", projection=20, readout=readout)
+    return create_branch_model("conv2_24x48", num_classes=2, head=head)
+
+
 def decoder(output: Path) -> None:
     """Does anything but the skips learn?"""
     heading(
         "3. A skip decoder: through which path does the encoder learn?",
         "A RED-Net with a linear bottleneck removes noise from digits. The paths' gradients add up "
-        "to the whole; "
-        "a trunk without a share is a network that only copies through its skips.",
+        "to the whole; a trunk without a share is a network that only copies through its skips.",
     )
-    clean = digits(8, 64)[0]
+    clean, _ = digits(8, 64)
     model = create_branch_model(
         "rednet_small",
         taps=[3, 4, 5],
@@ -280,22 +311,24 @@ def decoder(output: Path) -> None:
         img_size=64,
         head=RedNetHead(bottleneck=128, act="leaky_relu", out_act=("leaky_relu", "sigmoid")),
     )
-    found = path_gradients(model, (clean + 0.2 * torch.randn_like(clean), clean), F.mse_loss)
-    print(found)
-    rows = [
-        (stage, path) for stage in found.stages for path in found.paths if found.norms[path][stage]
-    ][::-1]
+    noisy = clean + 0.2 * torch.randn_like(clean)
+    gradients = path_gradients(model, (noisy, clean), F.mse_loss)
+    print(gradients)
+
+    # a bar for each stage and path, the first at the top
+    names, norms, shares, colours = [], [], [], []
+    for stage in reversed(gradients.stages):
+        for number, path in reversed(list(enumerate(gradients.paths))):
+            norm = gradients.norms[path][stage]
+            if norm:
+                names.append(f"{stage}, {path}")
+                norms.append(norm)
+                shares.append(f" {gradients.shares[path][stage]:.1%}")
+                colours.append(COLOURS[number])
     figure = new_figure(7, 3)
     axes = figure.subplots()
-    bars = axes.barh(
-        [f"{stage}, {path}" for stage, path in rows],
-        [found.norms[path][stage] for stage, path in rows],
-        color=[COLOURS[found.paths.index(path)] for _, path in rows],
-        log=True,
-    )
-    axes.bar_label(
-        bars, [f" {found.shares[path][stage]:.1%}" for stage, path in rows], fontsize=8, color=INK
-    )
+    bars = axes.barh(names, norms, color=colours, log=True)
+    axes.bar_label(bars, shares, fontsize=8, color=INK)
     axes.set_xlabel("gradient norm of a stage through a path, and its share of the whole")
     restrain(axes)
     save_figure(figure, output / "paths.png")
@@ -306,11 +339,11 @@ def kernels(output: Path) -> None:
     heading(
         "4. A convolution: why are my kernels' gradients equal?",
         "Channel c of filter o's gradient is input channel c correlated with dE/dy of filter o: "
-        "equal channels "
-        "have equal inputs, equal filters an equal dE/dy.",
+        "equal channels have equal inputs, equal filters an equal dE/dy.",
     )
     for name, diagnosis in kernel_causes().items():
-        print(f"{name}:", *(diagnosis.findings.values() or ["Nothing found."]), sep="\n  ")
+        findings = diagnosis.findings.values() or ["Nothing found."]
+        print(f"{name}:", *findings, sep="\n  ")
     plot_kernel_causes(output / "kernels.png")
 
 
@@ -323,22 +356,23 @@ def doctor(
     heading(
         "5. The doctor: what to run before a long training",
         "First the B-CNN above, then a CNN+LSTM by hand with three mistakes: the state is lost, "
-        "the CNN is run "
-        "under no_grad, and cross-entropy gets a softmax.",
+        "the CNN is run under no_grad, and cross-entropy gets a softmax.",
     )
-    print("B-CNN\n" + str(check_model(task, batch)))
-    x, y = clips
+    print("B-CNN", check_model(task, batch), sep="\n")
+
+    def wrong_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(output.softmax(1), target)
+
+    images, labels = clips
     broken = ByHand(keep_state=False, detach=True)
-    print(
-        "CNN+LSTM by hand\n"
-        + str(check_model(broken, (x[:, :6], y), lambda out, y: F.cross_entropy(out.softmax(1), y)))
-    )
+    diagnosis = check_model(broken, (images[:, :6], labels), wrong_loss)
+    print("CNN+LSTM by hand", diagnosis, sep="\n")
 
 
 # -- one model
 
 
-def own_model(args: argparse.Namespace) -> BranchModel:
+def make_model(args: argparse.Namespace) -> BranchModel:
     """The model that was asked for.
 
     The checkpoint as it is, or one that is built and then filled.
@@ -358,60 +392,54 @@ def own_model(args: argparse.Namespace) -> BranchModel:
             load_weights(model, args.checkpoint)
     else:
         model = load_model(args.checkpoint)
-    if args.frames and not temporal_heads(model):
+    if args.frames and not model.temporal_heads:
         raise ValueError(
             f"--frames has no effect: none of the heads {list(model.names)} takes clips."
         )
     return model
 
 
-def examine(model: BranchModel, args: argparse.Namespace, output: Path) -> None:
+def report_on(model: BranchModel, args: argparse.Namespace, output: Path) -> None:
     """Report and check-up of one model.
 
     Random input, random labels, a random picture for a decoder.
     """
-    temporal, dense = (
-        temporal_heads(model),
-        [n for n in model.names if isinstance(model.head(n), SkipDecoder)],
-    )
-    shape = (
-        args.batch_size or 4,
-        *([args.frames or 8] if temporal else []),
-        *model.pretrained_cfg["input_size"],
-    )
+    shape = [args.batch_size or 4, *model.pretrained_cfg["input_size"]]
+    if model.temporal_heads:
+        shape.insert(1, args.frames or 8)  # (B, T, C, H, W)
     x = torch.randn(shape)
-    targets: dict[str, torch.Tensor] = {}
+    targets: dict[str, torch.Tensor] = {}  # by head, drawn when its output is first seen
 
-    def loss(name: str, y: torch.Tensor) -> torch.Tensor:
-        number = name in dense or y.shape[-1] == 1
-        if name not in targets:
-            targets[name] = (
-                torch.rand(y.shape) if number else torch.randint(y.shape[-1], y.shape[:-1])
-            )
-        return (
-            F.mse_loss(y, targets[name])
-            if number
-            else F.cross_entropy(y.flatten(0, -2), targets[name].flatten())
-        )
+    def loss(name: str, output: torch.Tensor) -> torch.Tensor:
+        is_regression = name in model.dense_heads or output.shape[-1] == 1
+        if name not in targets and is_regression:
+            targets[name] = torch.rand(output.shape)
+        elif name not in targets:
+            targets[name] = torch.randint(output.shape[-1], output.shape[:-1])
+        if is_regression:
+            return F.mse_loss(output, targets[name])
+        return F.cross_entropy(output.flatten(0, -2), targets[name].flatten())
+
+    def losses(outputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: loss(name, output) for name, output in outputs.items()}
 
     heading(
-        f"{args.model or args.checkpoint}: heads {', '.join(model.names)} on random input {shape}",
+        f"{args.model or args.checkpoint}: heads {', '.join(model.names)} on random input "
+        f"{tuple(shape)}",
         "Cross-entropy with random labels; the squared error to random numbers for a decoder or a "
         "single output.",
     )
     model.train()
-    diagnosis = check_model(model, x, lambda out: {name: loss(name, y) for name, y in out.items()})
+    diagnosis = check_model(model, x, losses)
     if diagnosis.report is not None:
         print(diagnosis.report, end="\n\n")
         save_figure(report_figure(diagnosis.report), output / "report.png")
-    for name in temporal + dense:
-        measure: Any = frame_gradients if name in temporal else path_gradients
-        print(
-            f"{name}:",
-            measure(model, x, lambda y, name=name: loss(name, y), head=name),
-            sep="\n",
-            end="\n\n",
-        )
+    for name in model.temporal_heads:
+        frames = frame_gradients(model, x, partial(loss, name), head=name)
+        print(f"{name}:", frames, sep="\n", end="\n\n")
+    for name in model.dense_heads:
+        paths = path_gradients(model, x, partial(loss, name), head=name)
+        print(f"{name}:", paths, sep="\n", end="\n\n")
     print(diagnosis)
 
 
@@ -426,8 +454,9 @@ def digits(count: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     from sklearn.datasets import load_digits
 
     data = load_digits()
-    images = torch.tensor(data.images[:count], dtype=torch.float32)[:, None] / 16
-    return F.interpolate(images, (size, size), mode="bilinear"), torch.tensor(data.target[:count])
+    small = torch.tensor(data.images[:count], dtype=torch.float32)[:, None] / 16  # (N, 1, 8, 8)
+    images = F.interpolate(small, (size, size), mode="bilinear")
+    return images, torch.tensor(data.target[:count])
 
 
 def heading(title: str, sentence: str) -> None:
@@ -437,21 +466,18 @@ def heading(title: str, sentence: str) -> None:
 
 def count(text: str) -> int:
     """A whole number above 0, of a flag."""
-    if (number := int(text)) < 1:
+    number = int(text)
+    if number < 1:
         raise argparse.ArgumentTypeError(f"must be above 0, got {number}")
     return number
-
-
-def temporal_heads(model: BranchModel) -> list[str]:
-    """Names of the heads that read clips."""
-    return [name for name in model.names if isinstance(model.head(name), TemporalClassifier)]
 
 
 def overview(frames: Path, output: Path) -> None:
     """The B-CNN beside the frames, in one picture."""
     from PIL import Image
 
-    left, right = (Image.open(file).convert("RGB") for file in (output / "branches.png", frames))
+    left = Image.open(output / "branches.png").convert("RGB")
+    right = Image.open(frames).convert("RGB")
     whole = Image.new("RGB", (left.width + right.width, right.height), "white")
     whole.paste(left, (0, 0))
     whole.paste(right, (left.width, 0))
