@@ -97,6 +97,33 @@ RING = 3  # digits to count with
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Arguments; what has no effect is refused."""
+    parser = make_parser()
+    if parser.parse_known_args(argv)[0].data == "digits":
+        parser.set_defaults(**DIGITS)
+    args = parser.parse_args(argv)
+    complaint = without_effect(args)
+    if complaint:
+        parser.error(complaint)
+    if args.freeze_backbone:
+        args.freeze = "all"
+    args.freeze_backbone = args.freeze == "all"
+    args.augment = resolved_augment(args)
+    if args.frames is None and args.data != "digits" and args.sampling != "all":
+        args.frames = 16
+    return args
+
+
+def resolved_augment(args: argparse.Namespace) -> str:
+    """The augmentation that was asked for, or what suits the data."""
+    if args.augment is not None:
+        return args.augment
+    if args.data == "digits" or args.cache:
+        return "none"
+    return "auto"
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """All flags, in groups."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -106,7 +133,25 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default="digits",
         help="digits (default), a folder of class folders with videos or frame folders, or a CSV",
     )
-    group = parser.add_argument_group("data")
+    add_data_arguments(parser.add_argument_group("data"))
+    add_network_arguments(parser.add_argument_group("model"))
+    add_head_arguments(parser.add_argument_group("temporal head"))
+    add_job_arguments(parser.add_argument_group("what is done"))
+    add_fit_arguments(parser)
+    parser.set_defaults(
+        output="output/cnn_lstm",
+        opt="adamw",
+        lr=1e-3,
+        weight_decay=1e-4,
+        warmup_epochs=1,
+        clip_grad=1.0,
+        freeze_backbone=None,
+    )
+    return parser
+
+
+def add_data_arguments(group: argparse._ArgumentGroup) -> None:
+    """Which clips, which of their frames, and what is done with their pixels."""
     group.add_argument(
         "--taxonomy", help="tree of the class names (default: as folders or columns say)"
     )
@@ -145,7 +190,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     group.add_argument("--std", type=float, nargs="+", help="standard deviation of each channel")
     add_table_arguments(group)
-    group = parser.add_argument_group("model")
+
+
+def add_network_arguments(group: argparse._ArgumentGroup) -> None:
+    """Which backbone, where it is tapped, how much of it is trained."""
     add_model_arguments(group, "resnet18")
     group.add_argument(
         "--in-chans", type=int, choices=(1, 3), default=3, help="3 for RGB (default), 1 for grey"
@@ -171,7 +219,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--views", type=int, default=1, help="augmented views of each clip in the cache"
     )
-    group = parser.add_argument_group("temporal head")
+
+
+def add_head_arguments(group: argparse._ArgumentGroup) -> None:
+    """What is attached."""
     group.add_argument("--head", choices=("lstm", "gru"), default="lstm")
     group.add_argument(
         "--hidden-size", type=int, default=256, help="width of the recurrence (digits: 64)"
@@ -203,7 +254,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--hidden", type=int, nargs="+", default=[], help="widths of layers before the classifier"
     )
-    group = parser.add_argument_group("what is done")
+
+
+def add_job_arguments(group: argparse._ArgumentGroup) -> None:
+    """What is done beside training."""
     group.add_argument(
         "--baseline",
         action=argparse.BooleanOptionalAction,
@@ -215,55 +269,60 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="at the end, show a clip's class after each of its frames",
     )
-    add_fit_arguments(parser)
-    parser.set_defaults(
-        output="output/cnn_lstm",
-        opt="adamw",
-        lr=1e-3,
-        weight_decay=1e-4,
-        warmup_epochs=1,
-        clip_grad=1.0,
-        freeze_backbone=None,
-    )
-    if parser.parse_known_args(argv)[0].data == "digits":
-        parser.set_defaults(**DIGITS)
-    args = parser.parse_args(argv)
-    if why := without_effect(args):
-        parser.error(why)
-    if args.freeze_backbone:
-        args.freeze = "all"
-    args.freeze_backbone = args.freeze == "all"
-    if args.augment is None:
-        args.augment = "none" if args.data == "digits" or args.cache else "auto"
-    if args.frames is None and args.data != "digits" and args.sampling != "all":
-        args.frames = 16
-    return args
 
 
 def without_effect(args: argparse.Namespace) -> str | None:
     """What was asked for in vain, or contradicts something else, in words."""
-    frozen = args.freeze == "all" or bool(args.freeze_backbone)
-    if args.data == "digits":
-        for name in ("taxonomy", "val_fraction", "strict"):
-            if getattr(args, name):
-                return (
-                    f"--{name.replace('_', '-')} has no effect on the digits: give data of your own"
-                )
-        if args.in_chans == 3:
-            return "--in-chans 3 has no effect on the digits, which are grey"
-    if (
-        args.freeze_backbone is not None
-        and args.freeze
-        and args.freeze_backbone != (args.freeze == "all")
-    ):
+    checks = (
+        digits_complaint,
+        freeze_complaint,
+        cache_complaint,
+        augment_complaint,
+        head_complaint,
+        resume_complaint,
+    )
+    for check in checks:
+        complaint = check(args)
+        if complaint:
+            return complaint
+    return None
+
+
+def digits_complaint(args: argparse.Namespace) -> str | None:
+    """What the embedded digits do not take."""
+    if args.data != "digits":
+        return None
+    for name in ("taxonomy", "val_fraction", "strict"):
+        if getattr(args, name):
+            flag = "--" + name.replace("_", "-")
+            return f"{flag} has no effect on the digits: give data of your own"
+    if args.in_chans == 3:
+        return "--in-chans 3 has no effect on the digits, which are grey"
+    return None
+
+
+def is_frozen(args: argparse.Namespace) -> bool:
+    """Whether nothing of the backbone is trained."""
+    return args.freeze == "all" or bool(args.freeze_backbone)
+
+
+def freeze_complaint(args: argparse.Namespace) -> str | None:
+    """What contradicts the freezing that was asked for."""
+    both_given = args.freeze_backbone is not None and args.freeze
+    if both_given and args.freeze_backbone != (args.freeze == "all"):
         switch = "--freeze-backbone" if args.freeze_backbone else "--no-freeze-backbone"
         return f"--freeze {args.freeze} and {switch} contradict each other"
-    if frozen and args.grad_checkpointing:
+    if is_frozen(args) and args.grad_checkpointing:
         return (
             "--grad-checkpointing has no effect with --freeze all: no gradient goes through the "
             "backbone"
         )
-    if args.cache and not frozen:
+    return None
+
+
+def cache_complaint(args: argparse.Namespace) -> str | None:
+    """What does not go with cached features, or needs them."""
+    if args.cache and not is_frozen(args):
         return (
             "--cache has no effect without --freeze all: features of a backbone that is trained "
             "change"
@@ -275,11 +334,18 @@ def without_effect(args: argparse.Namespace) -> str | None:
             f"--augment {args.augment} with --cache needs --views: a single view is the same clip "
             "in every epoch"
         )
-    if (
-        args.hflip
-        and (args.augment or ("none" if args.cache or args.data == "digits" else "auto")) == "none"
-    ):
+    return None
+
+
+def augment_complaint(args: argparse.Namespace) -> str | None:
+    """What has no effect where nothing is augmented."""
+    if args.hflip and resolved_augment(args) == "none":
         return "--hflip has no effect with --augment none: choose another --augment"
+    return None
+
+
+def head_complaint(args: argparse.Namespace) -> str | None:
+    """What the temporal head cannot do together."""
     if args.rnn_output == "frame" and args.readout != "last":
         return (
             f"--readout {args.readout} has no effect with --rnn-output frame, which reads every "
@@ -287,6 +353,11 @@ def without_effect(args: argparse.Namespace) -> str | None:
         )
     if args.stream and (args.bidirectional or args.readout != "last"):
         return "--stream goes from frame to frame: leave out --bidirectional and --readout"
+    return None
+
+
+def resume_complaint(args: argparse.Namespace) -> str | None:
+    """Why a run cannot go on from there."""
     if args.resume not in ("", "auto"):
         return (
             f"--resume {args.resume}: this recipe trains several models; give --output and "
@@ -304,64 +375,25 @@ class LastFrame(FrameSampler):
         return super().__call__(count, key)[-1:]
 
 
-class Bench:
+class Experiment:
     """Data and settings that all trainings of one call share."""
 
     def __init__(self, args: argparse.Namespace):
+        check_sizes(args)
         self.args = args
         self.config = FitConfig.from_args(args)
         self.device = setup_device(args.device)
         self.config.device = str(self.device)
-        for name in ("mean", "std"):
-            if (values := getattr(args, name)) and len(values) not in (1, args.in_chans):
-                raise ValueError(
-                    f"--{name} has {len(values)} values, but frames have {args.in_chans} channels."
-                )
-        if args.img_size and len(args.img_size) > 2:
-            raise ValueError(
-                f"--img-size takes a side, or height and width, got {len(args.img_size)} numbers."
-            )
-        if args.limit is not None and args.limit < 1:
-            raise ValueError(
-                f"--limit must be above 0, got {args.limit}: leave it out to train on all clips."
-            )
-        self.temporal = {"lstm": LSTMHead, "gru": GRUHead}[args.head](
-            hidden_size=args.hidden_size,
-            num_layers=args.layers,
-            bidirectional=args.bidirectional,
-            pool_type=args.pool,
-            projection=args.projection,
-            activation=args.activation,
-            output=args.rnn_output,
-            readout=args.readout,
-            hidden=args.hidden,
-        )
-        frames: dict[str, Any] = {
-            "num_frames": args.frames,
-            "sampling": args.sampling,
-            "stride": args.stride,
-        }
-        if args.data == "digits":
-            self.train, self.val, self.test = counting_digits(**frames)
-        else:
-            fraction = 0.1 if args.val_fraction is None else args.val_fraction
-            self.train, self.val, test = create_clip_splits(
-                args.data,
-                fraction,
-                taxonomy=args.taxonomy,
-                in_chans=args.in_chans,
-                strict=args.strict,
-                **frames,
-                **table_options(args),
-                **image_options(args),
-            )
-            self.test = self.val if test is None else test
+        self.temporal_head = make_temporal_head(args)
+        self.train, self.val, self.test = make_data(args)
         if args.limit is not None:
             self.train = self.train.limit(args.limit, seed=args.seed)
         if args.cache and args.views == 1:  # the same frames in every epoch: those of evaluation
             self.train.sampler = replace(self.train.sampler, is_training=False)
         self.summary = say_what_was_understood(train=self.train, val=self.val, test=self.test)
-        self.judged = "validation (there is no test split)" if self.test is self.val else "test"
+        self.evaluated_on = "test"
+        if self.test is self.val:
+            self.evaluated_on = "validation (there is no test split)"
         assert self.train.taxonomy is not None
         self.tree: Taxonomy = self.train.taxonomy
         self.balance = balance_options(args, self.tree)
@@ -372,18 +404,20 @@ class Bench:
                 f"--taps {' '.join(self.taps)}: the classes have {self.tree.num_levels} levels "
                 f"{list(self.tree.levels)}; give one tap each."
             )
-        for part in (self.train, self.val, self.test):
+        for split in (self.train, self.val, self.test):
             try:
-                part[0]
+                split[0]
             except RuntimeError as error:  # no clip at all can be read
                 raise ValueError(str(error)) from error
         self.output = new_output(args.output, args.resume)
 
-    def make_model(self, head: LSTMHead | PoolHead) -> BranchModel:
+    def make_model(self, head: LSTMHead | GRUHead | PoolHead) -> BranchModel:
         """A network, the same for the same seed, frozen as far as was asked for."""
         args = self.args
         torch.manual_seed(args.seed)
-        size = tuple(args.img_size) * (3 - len(args.img_size)) if args.img_size else None
+        size = None
+        if args.img_size:
+            size = tuple(args.img_size) * (3 - len(args.img_size))  # one side stands for both
         model = create_branch_model(
             args.model,
             taps=self.taps,
@@ -396,156 +430,233 @@ class Bench:
             drop_rate=args.drop,
         )
         model.frames_per_pass = args.frames_per_pass
-        if args.freeze:
-            model.freeze(
-                None
-                if args.freeze == "all"
-                else int(args.freeze)
-                if args.freeze.isdigit()
-                else args.freeze
-            )
+        if args.freeze == "all":
+            model.freeze()
+        elif args.freeze:
+            stage = int(args.freeze) if args.freeze.isdigit() else args.freeze
+            model.freeze(stage)
         return model
 
-    def fit(
-        self, name: str, head: LSTMHead | PoolHead, last_frame: bool = False
-    ) -> tuple[dict[str, Any], FitResult]:
-        """Train, and judge the model of the best epoch on validation: its metrics."""
+    def prepare(self, model: BranchModel, splits: Sequence[ClipDataset]) -> None:
+        """Give the splits the model's transforms; the model's file will say what they were."""
         args = self.args
-        parts = [
-            with_last_frame(part) if last_frame else part
-            for part in (self.train, self.val, self.test)
-        ]
-        model = self.make_model(head)
-        cfg = resolve_model_data_config(
-            model, {k: v for k in ("mean", "std") if (v := getattr(args, k))}
-        )
-        look = {k: cfg[k] for k in ("input_size", "mean", "std", "interpolation")}
+        given = {name: getattr(args, name) for name in ("mean", "std") if getattr(args, name)}
+        data_config = resolve_model_data_config(model, given)
+        names = ("input_size", "mean", "std", "interpolation")
+        pixels = {name: data_config[name] for name in names}
+        is_small = max(data_config["input_size"][-2:]) <= 64
         crop: dict[str, Any] = {
-            "crop_pct": 1.0 if max(cfg["input_size"][-2:]) <= 64 else cfg["crop_pct"],
+            "crop_pct": 1.0 if is_small else data_config["crop_pct"],  # small frames stay whole
             "crop_mode": "center",
         }
-        augmented = args.augment != "none"
-        parts[0].transform = (
-            create_transform(**look, is_training=True, augment=args.augment, hflip=args.hflip)
-            if augmented
-            else create_transform(**look, **crop)
-        )
-        parts[1].transform = parts[2].transform = create_transform(**look, **crop)
-        model.pretrained_cfg.update(mean=tuple(look["mean"]), std=tuple(look["std"]), **crop)
+        train, val, test = splits
+        val.transform = test.transform = create_transform(**pixels, **crop)
+        if args.augment == "none":
+            train.transform = create_transform(**pixels, **crop)
+        else:
+            train.transform = create_transform(
+                **pixels, is_training=True, augment=args.augment, hflip=args.hflip
+            )
+        model.pretrained_cfg.update(mean=tuple(pixels["mean"]), std=tuple(pixels["std"]), **crop)
         model.pretrained_cfg.update(image_options(args))
         model.data_summary = self.summary.to_dict()
-        loading = {"num_workers": args.workers}
+
+    def clip_loaders(self, train: ClipDataset, val: ClipDataset) -> tuple[Any, Any]:
+        """Loaders of clips for training and validation."""
+        args = self.args
+        loading = {"num_workers": args.workers, "pin_memory": self.device.type == "cuda"}
+        train_loader = create_clip_loader(
+            train, args.batch_size, is_training=True, seed=args.seed, **self.balance, **loading
+        )
+        return train_loader, create_clip_loader(val, args.batch_size, **loading)
+
+    def feature_loaders(
+        self, model: BranchModel, name: str, train: ClipDataset, val: ClipDataset
+    ) -> tuple[Any, Any]:
+        """The same of the frozen backbone's features, which are computed once and kept."""
+        args = self.args
+        folder = Path(args.cache) / slug(name)
+        loading = {"batch_size": args.batch_size, "num_workers": args.workers}
+        train_features = cache_features(model, train, folder / "train", views=args.views, **loading)
+        val_features = cache_features(model, val, folder / "val", views=1, **loading)
+        options = {"seed": args.seed, "collate_fn": collate_clips, **loading}
+        train_loader = create_loader(train_features, is_training=True, **self.balance, **options)
+        return train_loader, create_loader(val_features, is_training=False, **options)
+
+    def fit(
+        self, name: str, head: LSTMHead | GRUHead | PoolHead, last_frame: bool = False
+    ) -> tuple[dict[str, Any], FitResult]:
+        """Train, and evaluate the model of the epoch that was best on validation.
+
+        Args:
+            name: What the method is called in the table; its files lie in a folder of that name.
+            head: What is attached at each tap.
+            last_frame: Read the last frame of each clip alone.
+
+        Returns:
+            Its metrics, and what `fit` returned.
+        """
+        args = self.args
+        splits = [self.train, self.val, self.test]
+        if last_frame:
+            splits = [with_last_frame(split) for split in splits]
+        train, val, test = splits
+        model = self.make_model(head)
+        self.prepare(model, splits)
+        trained: Any = model
         if args.cache:
-            places = [Path(args.cache) / slug(name) / what for what in ("train", "val")]
-            features = [
-                cache_features(
-                    model, part, place, views=views, batch_size=args.batch_size, **loading
-                )
-                for part, place, views in zip(parts[:2], places, (args.views, 1), strict=True)
-            ]
-            train, val = (
-                create_loader(
-                    part,
-                    args.batch_size,
-                    is_training=first,
-                    seed=args.seed,
-                    collate_fn=collate_clips,
-                    **(self.balance if first else {}),
-                    **loading,
-                )
-                for part, first in zip(features, (True, False), strict=True)
-            )
-            model = HeadsOnly(model)
+            train_loader, val_loader = self.feature_loaders(model, name, train, val)
+            trained = HeadsOnly(model)
         else:
-            loading["pin_memory"] = self.device.type == "cuda"
-            train = create_clip_loader(
-                parts[0],
-                args.batch_size,
-                is_training=True,
-                seed=args.seed,
-                **self.balance,
-                **loading,
-            )
-            val = create_clip_loader(parts[1], args.batch_size, **loading)
+            train_loader, val_loader = self.clip_loaders(train, val)
         if is_primary():
-            parameters = sum(p.numel() for p in model.parameters()) / 1e6
+            parameters = sum(p.numel() for p in trained.parameters()) / 1e6
             print(
-                f"\n{name}: {args.model}, {parameters:.2f} M parameters, {len(parts[0])} clips to "
-                "train on, "
-                f"{len(parts[1])} to validate",
+                f"\n{name}: {args.model}, {parameters:.2f} M parameters, {len(train)} clips to "
+                f"train on, {len(val)} to validate",
                 flush=True,
             )
         run = fit(
-            BranchTask(model, class_weights=self.class_weights),
-            train,
-            val,
+            BranchTask(trained, class_weights=self.class_weights),
+            train_loader,
+            val_loader,
             replace(self.config, output=str(self.output / slug(name))),
             facts={"data": str(args.data), "seed": args.seed},
         )
         best = load_model(run.model_path).to(self.device)
         best.frames_per_pass = args.frames_per_pass
-        found = evaluate(
-            BranchTask(best),
-            create_clip_loader(parts[2], args.batch_size, num_workers=args.workers),
+        test_loader = create_clip_loader(test, args.batch_size, num_workers=args.workers)
+        evaluation = evaluate(BranchTask(best), test_loader)
+        metrics: dict[str, Any] = dict(evaluation.metrics)
+        metrics["best_epoch"] = run.best_epoch
+        metrics["seconds"] = round(run.seconds, 1)
+        return metrics, run
+
+
+def check_sizes(args: argparse.Namespace) -> None:
+    """Refuse numbers that fit neither frames nor clips.
+
+    Raises:
+        ValueError: As many values as there are no channels or sides, or a limit below 1.
+    """
+    for name in ("mean", "std"):
+        values = getattr(args, name)
+        if values and len(values) not in (1, args.in_chans):
+            raise ValueError(
+                f"--{name} has {len(values)} values, but frames have {args.in_chans} channels."
+            )
+    if args.img_size and len(args.img_size) > 2:
+        raise ValueError(
+            f"--img-size takes a side, or height and width, got {len(args.img_size)} numbers."
         )
-        return {
-            **found.metrics,
-            "best_epoch": run.best_epoch,
-            "seconds": round(run.seconds, 1),
-        }, run
+    if args.limit is not None and args.limit < 1:
+        raise ValueError(
+            f"--limit must be above 0, got {args.limit}: leave it out to train on all clips."
+        )
+
+
+def make_temporal_head(args: argparse.Namespace) -> LSTMHead | GRUHead:
+    """The head that the flags describe."""
+    kind = {"lstm": LSTMHead, "gru": GRUHead}[args.head]
+    return kind(
+        hidden_size=args.hidden_size,
+        num_layers=args.layers,
+        bidirectional=args.bidirectional,
+        pool_type=args.pool,
+        projection=args.projection,
+        activation=args.activation,
+        output=args.rnn_output,
+        readout=args.readout,
+        hidden=args.hidden,
+    )
+
+
+def make_data(args: argparse.Namespace) -> tuple[ClipDataset, ClipDataset, ClipDataset]:
+    """Training, validation and test data; without a test split the validation data stand in."""
+    frames: dict[str, Any] = {
+        "num_frames": args.frames,
+        "sampling": args.sampling,
+        "stride": args.stride,
+    }
+    if args.data == "digits":
+        return counting_digits(**frames)
+    train, val, test = create_clip_splits(
+        args.data,
+        0.1 if args.val_fraction is None else args.val_fraction,
+        taxonomy=args.taxonomy,
+        in_chans=args.in_chans,
+        strict=args.strict,
+        **frames,
+        **table_options(args),
+        **image_options(args),
+    )
+    return train, val, val if test is None else test
 
 
 def main(args: argparse.Namespace) -> None:
     """Both networks, their table and files."""
     began = time.monotonic()
-    bench = Bench(args)
+    experiment = Experiment(args)
     name = f"CNN+{args.head.upper()}"
-    found, run = bench.fit(name, bench.temporal)
-    results = {name: found}
+    metrics, run = experiment.fit(name, experiment.temporal_head)
+    results = {name: metrics}
     if args.baseline:
+        # a single frame is pooled as the clips' are, where a plain head can
         pool = args.pool if args.pool in ("avg", "max", "avgmax", "catavgmax") else "avg"
-        results["last frame alone"], _ = bench.fit(
-            "last frame alone", PoolHead(tuple(args.hidden), pool), True
-        )
-    unreadable = count_unreadable((bench.train, bench.val, bench.test))
+        head = PoolHead(tuple(args.hidden), pool)
+        results["last frame alone"], _ = experiment.fit("last frame alone", head, last_frame=True)
+    unreadable = count_unreadable((experiment.train, experiment.val, experiment.test))
     if not is_primary():
         return
-    results["chance"] = chance(bench.test, bench.tree)
-    # JSON knows no NaN: what could not be measured is null
-    plain = {
-        name: {k: None if v != v else v for k, v in found.items()}
-        for name, found in results.items()
-    }
+    results["chance"] = chance(experiment.test, experiment.tree)
+    write_results(experiment, results, unreadable)
+    print_table(experiment, results, seconds=time.monotonic() - began)
+    if args.data != "digits":
+        others = "; others took their places." if unreadable else "."
+        print(f"{unreadable} clips could not be read{others}")
+    if args.stream:
+        best = load_model(run.model_path).to(experiment.device)
+        stream(best, experiment.test, experiment.tree)
+
+
+def write_results(
+    experiment: Experiment, results: dict[str, dict[str, Any]], unreadable: int
+) -> None:
+    """All metrics with what is needed to repeat them, as `results.json`."""
     facts = {
         "command": shlex.join(["python", *sys.argv]),
-        "seed": args.seed,
-        "epochs": args.epochs,
-        "hardware": hardware(bench.device),
-        "train_clips": len(bench.train),
-        "clips": len(bench.test),
-        "judged": bench.judged,
+        "seed": experiment.args.seed,
+        "epochs": experiment.args.epochs,
+        "hardware": hardware(experiment.device),
+        "train_clips": len(experiment.train),
+        "clips": len(experiment.test),
+        "judged": experiment.evaluated_on,
         "unreadable": unreadable,
     }
+    plain = {name: nan_to_null(metrics) for name, metrics in results.items()}
     text = json.dumps({**facts, "results": plain}, indent=2) + "\n"
-    replace_file(bench.output / "results.json", lambda path: Path(path).write_text(text))
-    columns = {
-        f"{level}_top1": f"{level} ({k})"
-        for level, k in zip(bench.tree.levels, bench.tree.num_classes, strict=True)
-    }
-    print(f"\n{comparison_table({name: [found] for name, found in results.items()}, columns)}\n")
+    replace_file(experiment.output / "results.json", lambda path: Path(path).write_text(text))
+
+
+def nan_to_null(metrics: dict[str, Any]) -> dict[str, Any]:
+    """The metrics as JSON knows them: what could not be measured is null."""
+    return {name: None if value != value else value for name, value in metrics.items()}
+
+
+def print_table(experiment: Experiment, results: dict[str, dict[str, Any]], seconds: float) -> None:
+    """The methods' accuracy on each level, and what the numbers are."""
+    tree = experiment.tree
+    columns = {}
+    for level, num_classes in zip(tree.levels, tree.num_classes, strict=True):
+        columns[f"{level}_top1"] = f"{level} ({num_classes})"
+    rows = {name: [metrics] for name, metrics in results.items()}
+    print(f"\n{comparison_table(rows, columns)}\n")
     print(
-        f"Percent, on the {len(bench.test)} {bench.judged} clips, models of the best epoch on "
-        "validation; chance "
-        f"is to name always the class that most clips have. Seed {args.seed}, {facts['hardware']}, "
-        f"{time.monotonic() - began:.0f} s. Files: {bench.output}"
+        f"Percent, on the {len(experiment.test)} {experiment.evaluated_on} clips, models of the "
+        "best epoch on validation; chance is to name always the class that most clips have. "
+        f"Seed {experiment.args.seed}, {hardware(experiment.device)}, {seconds:.0f} s. "
+        f"Files: {experiment.output}"
     )
-    if args.data != "digits":
-        print(
-            f"{unreadable} clips could not be read"
-            + ("; others took their places." if unreadable else ".")
-        )
-    if args.stream:
-        stream(load_model(run.model_path).to(bench.device), bench.test, bench.tree)
 
 
 def counting_digits(seed: int = 0, **frames: Any) -> tuple[ClipDataset, ClipDataset, ClipDataset]:
@@ -561,66 +672,71 @@ def counting_digits(seed: int = 0, **frames: Any) -> tuple[ClipDataset, ClipData
     tree = Taxonomy([("up",), ("down",)], ["order"])
     sampler = FrameSampler(**frames)
     by_digit = [rng.permutation(np.flatnonzero(digits.target == digit)) for digit in range(RING)]
-    parts: list[ClipDataset] = []
+    splits: list[ClipDataset] = []
     for pairs, start, end in ((500, 0.0, 0.6), (100, 0.6, 0.75), (300, 0.75, 1.0)):
-        pool = [own[int(start * len(own)) : int(end * len(own))] for own in by_digit]
+        pool = [ids[int(start * len(ids)) : int(end * len(ids))] for ids in by_digit]
         clips, labels = [], []
         for _ in range(pairs):
-            count, last = rng.integers(3, 7), rng.integers(RING)
-            shared = rng.choice(pool[last])
+            count = rng.integers(3, 7)
+            last = rng.integers(RING)
+            shared = rng.choice(pool[last])  # both clips of the pair end with this picture
             for label, step in enumerate((1, -1)):
-                before = [
-                    rng.choice(pool[(last - step * back) % RING])
-                    for back in range(count - 1, 0, -1)
-                ]
-                clips.append(pictures[[*before, shared]])
+                ids = []
+                for back in range(count - 1, 0, -1):
+                    ids.append(rng.choice(pool[(last - step * back) % RING]))
+                clips.append(pictures[[*ids, shared]])
                 labels.append([label])
-        training = sampler if parts else replace(sampler, is_training=True)
-        parts.append(ClipDataset(clips, labels, tree, in_chans=1, sampler=training))
-    return parts[0], parts[1], parts[2]
+        is_training = not splits
+        data_sampler = replace(sampler, is_training=True) if is_training else sampler
+        splits.append(ClipDataset(clips, labels, tree, in_chans=1, sampler=data_sampler))
+    train, val, test = splits
+    return train, val, test
 
 
 def with_last_frame(data: ClipDataset) -> ClipSubset:
     """The same clips, of which only the last frame is read."""
-    part = ClipSubset(data, range(len(data)))
-    part.sampler = LastFrame(
-        **{f.name: getattr(data.sampler, f.name) for f in fields(FrameSampler)}
-    )
-    return part
+    same = ClipSubset(data, range(len(data)))
+    settings = {field.name: getattr(data.sampler, field.name) for field in fields(FrameSampler)}
+    same.sampler = LastFrame(**settings)
+    return same
 
 
 def chance(data: ClipDataset, tree: Taxonomy) -> dict[str, float]:
     """Accuracy on each level of always naming the class that most clips have."""
-    found = {}
-    for name, labels in zip(tree.levels, data.labels.T, strict=True):
+    accuracy = {}
+    for level, labels in zip(tree.levels, data.labels.T, strict=True):
         known = labels[labels >= 0]
-        found[f"{name}_top1"] = (
-            100 * float(known.bincount().max()) / len(known) if len(known) else float("nan")
-        )
-    return found
+        accuracy[f"{level}_top1"] = float("nan")
+        if len(known):
+            accuracy[f"{level}_top1"] = 100 * float(known.bincount().max()) / len(known)
+    return accuracy
 
 
-def count_unreadable(parts: Sequence[ClipDataset]) -> int:
-    """Clips that could not be read, of all parts.
+def count_unreadable(splits: Sequence[ClipDataset]) -> int:
+    """Clips that could not be read, of all splits.
 
     Of several processes the one that met most of them says it.
     """
-    found: list[Any] = [sum(part.errors for part in set(parts))]
-    if dist.is_initialized():
-        mine, found = found[0], [None] * dist.get_world_size()
-        dist.all_gather_object(found, mine)
-    return max(found)
+    errors = sum(split.errors for split in set(splits))
+    if not dist.is_initialized():
+        return errors
+    of_all_ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(of_all_ranks, errors)
+    return max(of_all_ranks)
 
 
 def stream(model: BranchModel, data: ClipDataset, tree: Taxonomy) -> None:
     """Print what a model says of a clip after each of its frames."""
     clip, labels = data[0]
-    classes, level = tree.classes[-1], tree.num_levels - 1
-    truth = classes[int(labels[level])] if labels[level] >= 0 else "unknown"
-    print(f"\nThe answer after each frame of a clip whose {tree.levels[level]} is {truth}:")
-    for number, answer in enumerate(StreamingClassifier(model, probabilities=True).run(clip), 1):
-        share, best = answer[tree.levels[level]].max(-1)
-        print(f"  frame {number}: {classes[int(best)]} {100 * float(share):.0f} %")
+    classes = tree.classes[-1]
+    level = tree.levels[-1]
+    label = int(labels[-1])
+    truth = classes[label] if label >= 0 else "unknown"
+    print(f"\nThe answer after each frame of a clip whose {level} is {truth}:")
+    classifier = StreamingClassifier(model, probabilities=True)
+    for number, probabilities in enumerate(classifier.run(clip), 1):
+        probability, best = probabilities[level].max(-1)
+        print(f"  frame {number}: {classes[int(best)]} {100 * float(probability):.0f} %")
 
 
 def slug(name: str) -> str:
