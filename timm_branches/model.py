@@ -1,4 +1,14 @@
-"""The branch model: one timm backbone, several heads at its taps."""
+"""The branch model: one timm backbone, several heads at its taps.
+
+The way of images or clips through `BranchModel`:
+
+1. `forward`, `forward_stream`: which heads are wanted.
+2. `_compute`: clips become frames, images for decoders are padded (`align`).
+3. `_head_maps`: which taps these heads read; long clips in several passes.
+4. `_maps`: the shape is checked, and what the backbone refuses is explained.
+5. `TapReader.read`: the backbone runs as deep as the deepest of these taps.
+6. `_compute` again: each head answers, padding is cut off, `_by_name` names the answers.
+"""
 
 import math
 import re
