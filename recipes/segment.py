@@ -693,8 +693,7 @@ def main(args: argparse.Namespace) -> None:
         if is_primary():
             print(
                 f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, "
-                f"{len(train)} crops an "
-                f"epoch of {len(plain)} images, {len(classes)} classes",
+                f"{len(train)} crops an epoch of {len(plain)} images, {len(classes)} classes",
                 flush=True,
             )
         own_output = (
@@ -745,10 +744,9 @@ def main(args: argparse.Namespace) -> None:
     chosen = ", ".join(str(epoch + 1) for epoch in epochs.values())
     print(
         f"Percent, on the pixels of the {len(judged)} {which} image{'s' * (len(judged) > 1)}; "
-        "model of "
-        f"{'the last epoch' if last else f'the best epoch on validation ({chosen})'}. Baselines: "
-        "logistic regression "
-        f"on single pixels. Seed {config.seed}, {facts['hardware']}; training: "
+        f"model of {'the last epoch' if last else f'the best epoch on validation ({chosen})'}. "
+        f"Baselines: logistic regression on single pixels. Seed {config.seed}, "
+        f"{facts['hardware']}; training: "
         f"{', '.join(f'{name} {value:.0f} s' for name, value in seconds.items())}; in all "
         f"{time.monotonic() - began:.0f} s. Files: {output}"
     )

@@ -64,8 +64,7 @@ def _add_predict(commands: Any) -> None:
         "predict",
         help="classify images on every level of a model's tree",
         description="Classify images on every level of a model's tree. Images that cannot be read "
-        "are named on stderr "
-        "and left out, and the exit status is 1.",
+        "are named on stderr and left out, and the exit status is 1.",
     )
     parser.add_argument(
         "model", help="model.safetensors, a folder in the Hub's layout, or hf-hub:user/name"

@@ -294,8 +294,7 @@ def _config(model: BranchModel) -> dict:
         except TypeError:
             raise ValueError(
                 f"the model was made with {key}={value!r}, which a file cannot hold: use a name "
-                "that timm "
-                "knows (a string or a number) instead."
+                "that timm knows (a string or a number) instead."
             ) from None
     cfg = {k: model.pretrained_cfg[k] for k in _PREPROCESSING if k in model.pretrained_cfg}
     return {"model": arguments, "pretrained_cfg": cfg}

@@ -23,12 +23,11 @@ _GROUPS = (
 # what tables of images hold beside labels
 _NO_LEVEL = frozenset(
     "id image_id img_id uuid index idx row url uri link license licence author creator "
-    "photographer "
-    "user user_id owner date time timestamp datetime year month day fold folds kfold cv_fold width "
-    "height size area x y w h xmin xmax ymin ymax bbox latitude longitude lat lon lng location "
-    "count weight confidence score source md5 sha1 sha256 hash checksum caption description "
-    "comment "
-    "comments notes note remark camera device patient patient_id subject subject_id session "
+    "photographer user user_id owner date time timestamp datetime year month day fold folds kfold "
+    "cv_fold width height size area x y w h xmin xmax ymin ymax bbox latitude longitude lat lon "
+    "lng location count weight confidence score source md5 sha1 sha256 hash checksum caption "
+    "description comment comments notes note remark camera device patient patient_id subject "
+    "subject_id session "
     "session_id sex age gender".split()
 )
 _FEW = 10  # rows below which a column with another value in each may still be a level
@@ -181,9 +180,8 @@ def _detect_levels(table: Table, names: Sequence[str], result: Columns) -> None:
     if not candidates or not len(table):
         raise ValueError(
             f"{table.source} has the columns {table.header} and {len(table)} rows, and none of "
-            "them "
-            "is a level: needed are one column per level or one named 'label' (name them: levels=, "
-            "--levels), and at least one row."
+            "them is a level: needed are one column per level or one named 'label' (name them: "
+            "levels=, --levels), and at least one row."
         )
     chain = _longest_chain(table, candidates)
     backwards = _longest_chain(table, candidates[::-1])

@@ -29,8 +29,7 @@ def split_levels(target: torch.Tensor, num_classes: Sequence[int]) -> list[torch
     if target.shape[-1] != sum(sizes):
         raise ValueError(
             f"the target has {target.shape[-1]} columns (shape {tuple(target.shape)}), but the "
-            f"levels {sizes} need "
-            f"{sum(sizes)}"
+            f"levels {sizes} need {sum(sizes)}"
         )
     return list(target.split(sizes, dim=-1))
 
@@ -93,8 +92,7 @@ class HierarchicalMixup(Mixup):
         if not (mixup_alpha > 0 or cutmix_alpha > 0 or cutmix_minmax is not None):
             raise ValueError(
                 f"nothing to mix: mixup_alpha={mixup_alpha} and cutmix_alpha={cutmix_alpha}; one "
-                "must be above 0, or "
-                "cutmix_minmax given"
+                "must be above 0, or cutmix_minmax given"
             )
         if isinstance(num_classes, int) or not len(num_classes):
             raise ValueError(
@@ -170,8 +168,7 @@ class HierarchicalMixup(Mixup):
         if self.mode == "pair" and len(x) % 2:
             raise ValueError(
                 f"mode='pair' needs an even batch, not {len(x)} images: take an even batch size "
-                "with drop_last=True, "
-                "or mode='batch' or 'elem'"
+                "with drop_last=True, or mode='batch' or 'elem'"
             )
         # first: a wrong label must not leave the images half mixed
         clean = self.soft_labels(target)

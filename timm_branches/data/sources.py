@@ -569,8 +569,7 @@ def _warn_of_homonyms(tree: Taxonomy, summary: DataSummary) -> None:
         for name, above in list(several.items())[:5]:
             summary.warnings.append(
                 f"{name!r} of level {level!r} lies below {len(above)} parents "
-                f"({listed(above, 3)}): "
-                "each is a class of its own"
+                f"({listed(above, 3)}): each is a class of its own"
             )
 
 

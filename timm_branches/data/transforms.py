@@ -137,8 +137,7 @@ class SampleTransform:
         if tuple(tensor.shape[-2:]) != self.size:
             raise ValueError(
                 f"the augmentation returned an image of {tuple(tensor.shape[-2:])} pixels, but the "
-                "model takes "
-                f"{self.size}; end it with a Resize or RandomCrop to that size"
+                f"model takes {self.size}; end it with a Resize or RandomCrop to that size"
             )
         if tensor.dtype == torch.uint8:
             # In timm's order of operations, so that values agree to the last bit
@@ -278,8 +277,7 @@ def load_compose(augment: Any) -> Any:
     if kind not in (".json", ".yaml", ".yml"):
         raise ValueError(
             f"no augmentation {augment!r}; it is one of {', '.join(AUGMENTS)}, an albumentations "
-            "Compose, or a .json "
-            "or .yaml file written by albumentations.save"
+            "Compose, or a .json or .yaml file written by albumentations.save"
         )
     if not os.path.isfile(path):
         raise ValueError(

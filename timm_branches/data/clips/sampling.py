@@ -50,8 +50,7 @@ class FrameSampler:
         if (self.num_frames is None) != (self.sampling == "all"):
             raise ValueError(
                 f"sampling={self.sampling!r} does not go with num_frames={self.num_frames}; 'all' "
-                "takes every frame, "
-                "the others need to know how many"
+                "takes every frame, the others need to know how many"
             )
         if self.num_frames is not None and self.num_frames < 1:
             raise ValueError(f"num_frames must be at least 1, not {self.num_frames}")

@@ -226,8 +226,7 @@ def _stack(images: list[np.ndarray], names: list[str], path: str) -> np.ndarray:
             (height, width), (other_height, other_width) = images[0].shape[:2], image.shape[:2]
             raise ClipError(
                 f"frames of the clip {path} differ in size: {names[0]} is {width} x {height} "
-                f"pixels, {name} is "
-                f"{other_width} x {other_height}"
+                f"pixels, {name} is {other_width} x {other_height}"
             )
     return np.stack(images)
 

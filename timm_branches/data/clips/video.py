@@ -142,8 +142,7 @@ def count_frames(path: str) -> int:
         if end + end / max(1, count - 1) < 0.9 * duration:
             warnings.warn(
                 f"the last of {count} frames of {path} stands at {end:.2f} s, but its header says "
-                "that it lasts "
-                f"{duration:.2f} s; is the file complete?",
+                f"that it lasts {duration:.2f} s; is the file complete?",
                 stacklevel=2,
             )
         return count
