@@ -18,8 +18,6 @@ help.
 
 import argparse
 import json
-import math
-import re
 import shlex
 import sys
 import time
@@ -76,7 +74,7 @@ from timm_branches.train.arguments import (
     weights_of_classes,
 )
 from timm_branches.train.compare import comparison_table, verdict
-from timm_branches.train.script import hardware, new_output, run_script
+from timm_branches.train.script import hardware, nan_to_null, new_output, run_script, slug
 
 HEADS = {"pool": PoolHead, "flatten": FlattenHead}
 
@@ -988,14 +986,6 @@ def main(args: argparse.Namespace) -> None:
     )
 
 
-def nan_to_null(metrics: Mapping[str, float]) -> dict[str, float | None]:
-    """Metrics for JSON, which knows no NaN: the severity of no mistakes is null."""
-    values = {}
-    for name, value in metrics.items():
-        values[name] = None if math.isnan(value) else value
-    return values
-
-
 def columns(tree: Taxonomy) -> dict[str, str]:
     """Which metrics the table shows, and their titles."""
     titles = {}
@@ -1008,11 +998,6 @@ def columns(tree: Taxonomy) -> dict[str, str]:
         "distance": "distance",
         "severity": "severity",
     }
-
-
-def slug(name: str) -> str:
-    """A folder's name of a method's."""
-    return "_".join(re.findall(r"\w+", name.lower()))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,6 @@ exactly 50 %, whatever was learned.
 
 import argparse
 import json
-import re
 import shlex
 import sys
 import time
@@ -80,7 +79,7 @@ from timm_branches.train.arguments import (
     weights_of_classes,
 )
 from timm_branches.train.compare import comparison_table
-from timm_branches.train.script import hardware, new_output, run_script
+from timm_branches.train.script import hardware, nan_to_null, new_output, run_script, slug
 
 # the job without arguments: a network of two convolutions on digits of 16 pixels
 DIGITS = {
@@ -638,11 +637,6 @@ def write_results(
     replace_file(experiment.output / "results.json", lambda path: Path(path).write_text(text))
 
 
-def nan_to_null(metrics: dict[str, Any]) -> dict[str, Any]:
-    """The metrics as JSON knows them: what could not be measured is null."""
-    return {name: None if value != value else value for name, value in metrics.items()}
-
-
 def print_table(experiment: Experiment, results: dict[str, dict[str, Any]], seconds: float) -> None:
     """The methods' accuracy on each level, and what the numbers are."""
     tree = experiment.tree
@@ -737,11 +731,6 @@ def stream(model: BranchModel, data: ClipDataset, tree: Taxonomy) -> None:
     for number, probabilities in enumerate(classifier.run(clip), 1):
         probability, best = probabilities[level].max(-1)
         print(f"  frame {number}: {classes[int(best)]} {100 * float(probability):.0f} %")
-
-
-def slug(name: str) -> str:
-    """A folder's name of a method's."""
-    return "_".join(re.findall(r"\w+", name.lower()))
 
 
 if __name__ == "__main__":

@@ -410,15 +410,17 @@ def _sentence(clauses: list[str]) -> str:
 
 def _name_mistake(grad: torch.Tensor, true: torch.Tensor) -> str:
     """The usual mistakes of a handwritten backward pass, up to a factor."""
+    convolution = (
+        "the closed form with rows and columns reversed (a convolution, not a cross-correlation)"
+    )
     usual = {
         "the closed form": true,
         "the closed form summed over the channels of each filter": true.sum(
             1, keepdim=True
         ).expand_as(true),
         "the closed form summed over filters": true.sum(0, keepdim=True).expand_as(true),
+        convolution: true.flip(-2, -1),
     }
-    reversed_name = "the closed form with rows and columns reversed (a convolution, not a "
-    usual[reversed_name + "cross-correlation)"] = true.flip(-2, -1)
     for name, wrong in usual.items():
         factor = (grad * wrong).sum() / wrong.square().sum()
         if (grad - factor * wrong).norm() < 1e-3 * grad.norm():

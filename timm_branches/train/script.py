@@ -4,11 +4,14 @@ Find a folder, say what it ran on, tell a person's mistakes on one line.
 """
 
 import logging
+import math
 import os
 import platform
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,7 +20,7 @@ from tqdm import tqdm
 
 from timm_branches.train.process import is_primary
 
-__all__ = ["hardware", "new_output", "run_script", "setup_logging"]
+__all__ = ["hardware", "nan_to_null", "new_output", "run_script", "setup_logging", "slug"]
 
 
 def new_output(output: str | os.PathLike, resume: str) -> Path:
@@ -90,3 +93,27 @@ def run_script(main: Callable[[], None]) -> None:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def nan_to_null(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Metrics as JSON knows them: what could not be measured is null.
+
+    Example:
+        >>> nan_to_null({'top1': 50.0, 'severity': float('nan')})
+        {'top1': 50.0, 'severity': None}
+    """
+    values = dict(metrics)
+    for name, value in metrics.items():
+        if isinstance(value, float) and math.isnan(value):
+            values[name] = None
+    return values
+
+
+def slug(name: str) -> str:
+    """A folder's name of a method's.
+
+    Example:
+        >>> slug('B-CNN, best path')
+        'b_cnn_best_path'
+    """
+    return "_".join(re.findall(r"\w+", name.lower()))
