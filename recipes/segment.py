@@ -22,6 +22,7 @@ itself.
 
 import argparse
 import json
+import math
 import shlex
 import sys
 import time
@@ -29,7 +30,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -77,11 +78,11 @@ from timm_branches.train.arguments import (
 from timm_branches.train.compare import comparison_table
 from timm_branches.train.lr import create_scheduler
 from timm_branches.train.process import seed_everything
-from timm_branches.train.script import hardware, new_output, run_script
+from timm_branches.train.script import hardware, new_output, run_script, slug
 
 # what the comparison with segmentation_models_pytorch leaves out: it has no such thing, or its loop
 # here has not
-_NOT_SMP = (
+NOT_IN_SMP = (
     "attention",
     "deep_supervision",
     "input_skip",
@@ -97,60 +98,75 @@ _NOT_SMP = (
 )
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Arguments; without data those of the small job."""
+# -- arguments
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The arguments, with the defaults of own data."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "data",
         nargs="?",
-        help="folder with train/, trainannot/, val/, valannot/ (default: the "
-        "motorcycle scene inside scikit-image)",
+        help="folder with train/, trainannot/, val/, valannot/ (default: the motorcycle scene "
+        "inside scikit-image)",
     )
-    group = parser.add_argument_group("data")
-    group.add_argument("--images", help="a folder of images, instead of a data folder")
-    group.add_argument(
+    data = parser.add_argument_group("data")
+    add_mask_arguments(data)
+    add_image_arguments(data)
+    add_loading_arguments(data)
+    add_network_arguments(parser.add_argument_group("model"))
+    add_fit_arguments(parser)
+    parser.set_defaults(
+        output="output/segment", opt="adamw", lr=1e-3, weight_decay=1e-2, epochs=40, warmup_epochs=1
+    )
+    return parser
+
+
+def add_mask_arguments(group: argparse._ArgumentGroup) -> None:
+    """Where images and masks lie, and what the masks' values mean."""
+    add = group.add_argument
+    add("--images", help="a folder of images, instead of a data folder")
+    add(
         "--masks",
         help="the folder of their masks: palette or grey, values are class indices, or what "
         "--mask-colors says",
     )
-    group.add_argument(
-        "--val-fraction", type=float, help="of --images set aside and judged (default: 0.2)"
-    )
-    group.add_argument("--classes", help="how many there are, or a text file with a name a line")
-    group.add_argument(
-        "--ignore-index", type=int, help="the masks' value for unlabelled pixels, such as 255"
-    )
-    group.add_argument(
+    add("--val-fraction", type=float, help="of --images set aside and judged (default: 0.2)")
+    add("--classes", help="how many there are, or a text file with a name a line")
+    add("--ignore-index", type=int, help="the masks' value for unlabelled pixels, such as 255")
+    add(
         "--mask-colors",
         metavar="FILE",
         help="colours or values of the classes, a line each: '128 64 128 road', '255 object'",
     )
-    group.add_argument("--mask-suffix", default="", help="what the masks' names end with: _mask")
-    group.add_argument("--image-suffix", default="", help="what the images' names end with")
-    group.add_argument(
-        "--reduce-zero-label", action="store_true", help="0 is unlabelled, as in ADE20K"
-    )
-    add_image_arguments(group)
-    group.add_argument(
+    add("--mask-suffix", default="", help="what the masks' names end with: _mask")
+    add("--image-suffix", default="", help="what the images' names end with")
+    add("--reduce-zero-label", action="store_true", help="0 is unlabelled, as in ADE20K")
+    add(
         "--taxonomy",
         help="a tree of the classes (.csv, .json): its coarser levels are reported, too",
     )
-    group.add_argument(
+
+
+def add_loading_arguments(group: argparse._ArgumentGroup) -> None:
+    """Sizes, augmentation and batches."""
+    add = group.add_argument
+    add(
         "--resize",
         type=int,
         nargs=2,
         metavar=("H", "W"),
         help="bring images and masks to this size",
     )
-    group.add_argument(
+    add(
         "--crop",
         type=int,
         nargs="+",
         help="side, or height and width, of training crops (default: 256, without data 224 128)",
     )
-    group.add_argument(
+    add(
         "--scale",
         type=float,
         nargs=2,
@@ -158,111 +174,165 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         metavar=("LOW", "HIGH"),
         help="range of a random factor before the crop (default: 0.75 1.5)",
     )
-    group.add_argument("--hflip", type=float, default=0.5, help="chance of a flip")
-    group.add_argument(
+    add("--hflip", type=float, default=0.5, help="chance of a flip")
+    add(
         "--color-jitter",
         type=float,
         default=0.0,
-        help="strength of changes in brightness, contrast "
-        "and saturation (default: 0, without data 0.4)",
+        help="strength of changes in brightness, contrast and saturation (default: 0, without "
+        "data 0.4)",
     )
-    group.add_argument(
-        "--repeats", type=int, help="crops of each image an epoch (default: 1, without data 32)"
-    )
-    group.add_argument(
+    add("--repeats", type=int, help="crops of each image an epoch (default: 1, without data 32)")
+    add(
         "-b",
         "--batch-size",
         type=int,
         default=8,
         help="batch size of one process (default: 8, without data 4)",
     )
-    group.add_argument(
-        "-j", "--workers", type=int, default=0, help="worker processes that load data"
-    )
-    group = parser.add_argument_group("model")
+    add("-j", "--workers", type=int, default=0, help="worker processes that load data")
+
+
+def add_network_arguments(group: argparse._ArgumentGroup) -> None:
+    """The network, its loss, and how it is evaluated."""
     add_model_arguments(group, "resnet18")
-    group.add_argument(
+    add = group.add_argument
+    add(
         "--taps",
         nargs="+",
         help="maps that the decoder reads (default: all stages; 2 to 5 of a ViT)",
     )
-    group.add_argument("--head", choices=("unet", "rednet"), default="unet")
-    group.add_argument(
-        "--channels", type=int, nargs="+", help="width of each decoder stage from the deepest on"
-    )
-    group.add_argument(
-        "--attention", action="store_true", help="attention gates on the skips (Oktay et al. 2018)"
-    )
-    group.add_argument(
-        "--input-skip", action="store_true", help="one more skip, from the image itself"
-    )
-    group.add_argument(
-        "--deep-supervision", action="store_true", help="a loss at each stage (Lee et al. 2014)"
-    )
-    group.add_argument("--loss", choices=("ce", "dice", "ce+dice"), default="ce")
-    group.add_argument(
+    add("--head", choices=("unet", "rednet"), default="unet")
+    add("--channels", type=int, nargs="+", help="width of each decoder stage from the deepest on")
+    add("--attention", action="store_true", help="attention gates on the skips (Oktay et al. 2018)")
+    add("--input-skip", action="store_true", help="one more skip, from the image itself")
+    add("--deep-supervision", action="store_true", help="a loss at each stage (Lee et al. 2014)")
+    add("--loss", choices=("ce", "dice", "ce+dice"), default="ce")
+    add(
         "--class-weights",
         nargs="+",
-        help="of cross-entropy: a number a class, or 'auto' for median "
-        "frequency balancing (Eigen and Fergus 2015)",
+        help="of cross-entropy: a number a class, or 'auto' for median frequency balancing "
+        "(Eigen and Fergus 2015)",
     )
-    group.add_argument(
-        "--tile", type=int, help="judge in overlapping tiles of this side: for large images"
-    )
-    group.add_argument(
+    add("--tile", type=int, help="judge in overlapping tiles of this side: for large images")
+    add(
         "--smp",
         action="store_true",
-        help="also train segmentation_models_pytorch's Unet: same "
-        "encoder and its first weights, data, schedule and seed",
+        help="also train segmentation_models_pytorch's Unet: same encoder and its first weights, "
+        "data, schedule and seed",
     )
-    add_fit_arguments(parser)
-    parser.set_defaults(
-        output="output/segment", opt="adamw", lr=1e-3, weight_decay=1e-2, epochs=40, warmup_epochs=1
-    )
-    own = parser.parse_known_args(argv)[0]
-    small = not (own.data or own.images or own.masks)
-    if small:  # the job without data
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Arguments; without data those of the small job."""
+    parser = make_parser()
+    given = parser.parse_known_args(argv)[0]
+    small = not (given.data or given.images or given.masks)
+    if small:
         parser.set_defaults(model="resnet10t", epochs=6, repeats=32, batch_size=4, color_jitter=0.4)
     args = parser.parse_args(argv)
-    args.repeats = 1 if args.repeats is None else args.repeats
-    args.crop = args.crop or ([224, 128] if small else [256])
-    if (
-        small
-        and args.model == "resnet10t"
-        and args.head == "unet"
-        and not (args.taps or args.channels)
-    ):
+    if args.repeats is None:
+        args.repeats = 1
+    if args.crop is None:
+        args.crop = [224, 128] if small else [256]
+    own_network = args.model != "resnet10t" or args.head != "unet" or args.taps
+    if small and args.channels is None and not own_network:
         args.channels = [64, 48, 32, 24, 16]  # quick, and enough for one scene
-    if bool(args.images) != bool(args.masks) or (args.data and args.images):
-        parser.error("give a data folder, or --images and --masks together")
-    if args.val_fraction is not None and not args.images:
-        parser.error("--val-fraction has no effect without --images: other data have their splits")
-    for name in ("classes", "ignore_index", "taxonomy", "resize") if small else ():
-        if getattr(args, name) is not None:
-            parser.error(f"--{name.replace('_', '-')} has no effect without own data")
-    if len(args.crop) > 2:
-        parser.error("--crop takes one side, or height and width")
-    if args.class_weights and args.loss == "dice":
-        parser.error(
-            "--class-weights has no effect with --loss dice, which counts all classes alike"
-        )
-    if args.smp:
-        if args.head != "unet":
-            parser.error("--smp compares U-Nets: leave out --head rednet")
-        for name in _NOT_SMP:
-            if getattr(args, name) != parser.get_default(name):
-                parser.error(
-                    f"--{name.replace('_', '-')} has no part in the comparison with --smp: leave "
-                    "one out"
-                )
-        if args.amp and args.amp_dtype != "bfloat16":
-            parser.error(
-                "--amp-dtype float16 has no part in the comparison with --smp: leave one out"
-            )
+    complaint = args_complaint(args, small)
+    if args.smp and complaint is None:
+        complaint = smp_complaint(args, parser)
+    if complaint:
+        parser.error(complaint)
     return args
 
 
+def args_complaint(args: argparse.Namespace, small: bool) -> str | None:
+    """What does not go together, or None."""
+    if bool(args.images) != bool(args.masks) or (args.data and args.images):
+        return "give a data folder, or --images and --masks together"
+    if args.val_fraction is not None and not args.images:
+        return "--val-fraction has no effect without --images: other data have their splits"
+    if small:
+        for name in ("classes", "ignore_index", "taxonomy", "resize"):
+            if getattr(args, name) is not None:
+                return f"{flag(name)} has no effect without own data"
+    if len(args.crop) > 2:
+        return "--crop takes one side, or height and width"
+    if args.class_weights and args.loss == "dice":
+        return "--class-weights has no effect with --loss dice, which counts all classes alike"
+    return None
+
+
+def smp_complaint(args: argparse.Namespace, parser: argparse.ArgumentParser) -> str | None:
+    """What the comparison with segmentation_models_pytorch cannot have, or None."""
+    if args.head != "unet":
+        return "--smp compares U-Nets: leave out --head rednet"
+    for name in NOT_IN_SMP:
+        if getattr(args, name) != parser.get_default(name):
+            return f"{flag(name)} has no part in the comparison with --smp: leave one out"
+    if args.amp and args.amp_dtype != "bfloat16":
+        return "--amp-dtype float16 has no part in the comparison with --smp: leave one out"
+    return None
+
+
+def flag(name: str) -> str:
+    """An argument as it is written on the command line."""
+    return f"--{name.replace('_', '-')}"
+
+
 # -- data
+
+
+class Splits(NamedTuple):
+    """The data sets of one job; there may be no test split."""
+
+    train: Any
+    val: Any
+    test: Any
+    # the training images as they are: whole, each once
+    plain: Any
+
+    @property
+    def evaluated(self) -> list[Any]:
+        """Those that are evaluated."""
+        return [data for data in (self.val, self.test) if data is not None]
+
+
+def read_data(args: argparse.Namespace) -> Splits:
+    """Training, validation and test data."""
+    if args.images:
+        return read_one_folder(args)
+    if not args.data:
+        plain, *_ = package_segmentation()
+        return Splits(*package_segmentation(args.repeats), plain)
+    root = Path(args.data)
+    classes = read_classes(args)
+    plain = read_pairs(args, root / "train", root / "trainannot", classes)
+    val = read_pairs(args, root / "val", root / "valannot", classes)
+    test: SegmentationDataset | None = None
+    if (root / "test").is_dir():
+        test = read_pairs(args, root / "test", root / "testannot", classes)
+    return Splits(plain.repeated(args.repeats), val, test, plain)
+
+
+def read_one_folder(args: argparse.Namespace) -> Splits:
+    """The images of --images, of which a share is set aside."""
+    data = read_pairs(args, Path(args.images), Path(args.masks), read_classes(args))
+    fraction = 0.2 if args.val_fraction is None else args.val_fraction
+    count = round(fraction * len(data))
+    if not 0 < count < len(data):
+        raise ValueError(
+            f"--val-fraction {fraction} of {len(data)} images leaves nothing on one side."
+        )
+    # the same images whatever the seed of the training
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0)).tolist()
+    val_indices, train_indices = sorted(order[:count]), sorted(order[count:])
+    repeated_indices: list[int] = []
+    for index in train_indices:
+        first = index * args.repeats
+        repeated_indices += range(first, first + args.repeats)
+    train = Subset(data.repeated(args.repeats), repeated_indices)
+    return Splits(train, Subset(data, val_indices), None, Subset(data, train_indices))
 
 
 def read_classes(args: argparse.Namespace) -> int | list[str] | Taxonomy:
@@ -276,9 +346,8 @@ def read_classes(args: argparse.Namespace) -> int | list[str] | Taxonomy:
             )
         return tree
     if not args.classes.isdigit():
-        names = [
-            line.strip() for line in Path(args.classes).read_text().splitlines() if line.strip()
-        ]
+        lines = Path(args.classes).read_text().splitlines()
+        names = [line.strip() for line in lines if line.strip()]
         return names if tree is None else tree.reorder(names)
     if tree is None:
         return int(args.classes)
@@ -289,19 +358,18 @@ def read_classes(args: argparse.Namespace) -> int | list[str] | Taxonomy:
     return tree
 
 
-def read_pair(
-    args: argparse.Namespace, images: Path, masks: Path, classes: Any, repeats: int = 1
+def read_pairs(
+    args: argparse.Namespace, images: Path, masks: Path, classes: Any
 ) -> SegmentationDataset:
     """Images and masks of two folders; with --resize, made smaller one after the other."""
     for folder in (images, masks):
         if not folder.is_dir():
-            raise ValueError(f"no folder {folder}")
+            raise ValueError(f"There is no folder {folder}.")
     data = SegmentationDataset(
         str(images),
         str(masks),
         classes,
         args.ignore_index,
-        repeats=repeats,
         mask_colors=args.mask_colors,
         mask_suffix=args.mask_suffix,
         image_suffix=args.image_suffix,
@@ -312,55 +380,20 @@ def read_pair(
         return data
     import cv2
 
-    size = (args.resize[1], args.resize[0])
-    smaller, labels = [], []
-    for index in range(len(data) // repeats):
+    height, width = args.resize
+    small_images, small_masks = [], []
+    for index in range(len(data)):
         image, mask = data.pixels(index)  # only one photograph is in memory at its full size
-        smaller.append(cv2.resize(image, size, interpolation=cv2.INTER_AREA))
-        nearest = cv2.resize(mask.astype(np.int16), size, interpolation=cv2.INTER_NEAREST_EXACT)
-        labels.append(nearest)
-    return SegmentationDataset(smaller, labels, classes, repeats=repeats)
-
-
-def read_data(args: argparse.Namespace) -> tuple[Any, Any, Any, Any]:
-    """Training, validation and test data (None without).
-
-    And a view of the training data as they are.
-    """
-    if not (args.data or args.images):
-        train, val, test = package_segmentation(args.repeats)
-        return train, val, test, package_segmentation()[0]
-    classes = read_classes(args)
-    if args.images:
-        plain = read_pair(args, Path(args.images), Path(args.masks), classes)
-        train = plain.repeated(args.repeats)
-        fraction = 0.2 if args.val_fraction is None else args.val_fraction
-        count = round(fraction * len(plain))
-        if not 0 < count < len(plain):
-            raise ValueError(
-                f"--val-fraction {fraction} of {len(plain)} images leaves nothing on one side."
+        small_images.append(cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA))
+        small_masks.append(
+            cv2.resize(
+                mask.astype(np.int16), (width, height), interpolation=cv2.INTER_NEAREST_EXACT
             )
-        order = torch.randperm(len(plain), generator=torch.Generator().manual_seed(0)).tolist()
-        kept = [i * args.repeats + k for i in sorted(order[count:]) for k in range(args.repeats)]
-        return (
-            Subset(train, kept),
-            Subset(plain, sorted(order[:count])),
-            None,
-            Subset(plain, sorted(order[count:])),
         )
-    root = Path(args.data)
-    plain = read_pair(args, root / "train", root / "trainannot", classes)
-    train = plain.repeated(args.repeats)
-    val = read_pair(args, root / "val", root / "valannot", classes)
-    held = (
-        read_pair(args, root / "test", root / "testannot", classes)
-        if (root / "test").is_dir()
-        else None
-    )
-    return train, val, held, plain
+    return SegmentationDataset(small_images, small_masks, classes)
 
 
-def source(data: Any) -> SegmentationDataset:
+def dataset_of(data: Any) -> SegmentationDataset:
     """The data set behind a subset, or itself."""
     return getattr(data, "dataset", data)
 
@@ -375,17 +408,7 @@ def class_weights(
     if args.class_weights is None:
         return {}
     if args.class_weights == ["auto"]:
-        masks = [data[i][1] for i in range(len(data))]
-        found = {"mask": median_frequency_weights(masks, num_classes)}
-        if tree is not None:
-            labels = [tree.expand(mask) for mask in masks]
-            found |= {
-                level: median_frequency_weights(
-                    (label[..., i] for label in labels), tree.num_classes[i]
-                )
-                for i, level in enumerate(tree.levels)
-            }
-        return found
+        return frequency_weights(data, num_classes, tree)
     if tree is not None:
         raise ValueError(
             "--class-weights with --taxonomy: write auto, which weighs the classes of every level."
@@ -401,7 +424,21 @@ def class_weights(
     return {"mask": weights}
 
 
-# -- what is compared
+def frequency_weights(
+    data: Any, num_classes: int, tree: Taxonomy | None
+) -> dict[str, torch.Tensor]:
+    """Median frequency balancing of the classes, and of those of each level."""
+    masks = [data[i][1] for i in range(len(data))]  # (H, W) each
+    weights = {"mask": median_frequency_weights(masks, num_classes)}
+    if tree is not None:
+        labels = [tree.expand(mask) for mask in masks]  # (H, W, levels) each
+        for i, level in enumerate(tree.levels):
+            of_level = [label[..., i] for label in labels]
+            weights[level] = median_frequency_weights(of_level, tree.num_classes[i])
+    return weights
+
+
+# -- model and task
 
 
 def make_model(args: argparse.Namespace, num_classes: int, tree: Taxonomy | None) -> BranchModel:
@@ -410,19 +447,16 @@ def make_model(args: argparse.Namespace, num_classes: int, tree: Taxonomy | None
     With a tree it gives all levels.
     """
     torch.manual_seed(args.seed)
-    kind = {"unet": UNetHead, "rednet": RedNetHead}[args.head]
-    head = kind(
+    head_class = UNetHead if args.head == "unet" else RedNetHead
+    head = head_class(
         channels=args.channels,
         attention=args.attention,
         input_skip=args.input_skip,
         deep_supervision=args.deep_supervision,
     )
-    rows = list(list_taps(args.model))
-    pyramid = len({row.stride for row in rows}) > 1
-    taps = args.taps or [row.stage for row in rows if pyramid or row.stage > 1]
     return create_branch_model(
         args.model,
-        taps=[tuple(taps)],
+        taps=[tuple(args.taps or default_taps(args.model))],
         head=[head],
         names=["mask"],
         taxonomy=tree,
@@ -433,11 +467,12 @@ def make_model(args: argparse.Namespace, num_classes: int, tree: Taxonomy | None
     )
 
 
-def in_tiles(answer: Callable, tile: int | None) -> Callable:
-    """The same answer, put together from overlapping tiles where a side is given."""
-    return (
-        answer if tile is None else partial(tiled_inference, answer, tile=tile, overlap=tile // 4)
-    )
+def default_taps(model_name: str) -> list[int]:
+    """All stages; of a backbone whose maps have one size all but the first."""
+    rows = list(list_taps(model_name))
+    one_size = len({row.stride for row in rows}) == 1
+    first = 2 if one_size else 1
+    return [row.stage for row in rows if row.stage >= first]
 
 
 class SegmentTask(DenseTask):
@@ -450,24 +485,14 @@ class SegmentTask(DenseTask):
         return in_tiles(model, self.tile)(input)
 
 
-def make_task(
-    args: argparse.Namespace,
-    model: BranchModel,
-    evaluator: Callable,
-    weights: dict[str, torch.Tensor],
-    device: torch.device,
-) -> SegmentTask:
-    """The losses of the model's mask, or of its masks of all levels."""
-    settings: dict[str, Any] = {}
-    if weights and model.taxonomy:
-        settings["class_weights"] = {
-            level: weights[level].to(device) for level in model.taxonomy.levels
-        }
-    elif weights:
-        settings["class_weights"] = weights["mask"].to(device)
-    task = SegmentTask(model, args.loss, evaluator, device=device, **settings)
-    task.tile = args.tile
-    return task
+def in_tiles(predict: Callable, tile: int | None) -> Callable:
+    """The same function of images, put together from overlapping tiles where a side is given."""
+    if tile is None:
+        return predict
+    return partial(tiled_inference, predict, tile=tile, overlap=tile // 4)
+
+
+# -- segmentation_models_pytorch
 
 
 def make_smp(
@@ -486,9 +511,10 @@ def make_smp(
     torch.manual_seed(args.seed)
     widths = {"decoder_channels": tuple(args.channels)} if args.channels else {}
     unet = smp.Unet(f"tu-{args.model}", encoder_weights=None, classes=num_classes, **widths)
-    if lacking := unet.encoder.model.load_state_dict(first, strict=False).missing_keys:
+    missing = unet.encoder.model.load_state_dict(first, strict=False).missing_keys
+    if missing:
         raise ValueError(
-            f"--smp: its encoder has tensors that the tapped backbone lacks, such as {lacking[0]}."
+            f"--smp: its encoder has tensors that the tapped backbone lacks, such as {missing[0]}."
         )
     return unet
 
@@ -498,9 +524,10 @@ def train_smp(unet: torch.nn.Module, config: FitConfig, loader: Any, loss_fn: Ca
 
     The seconds that it took.
     """
-    began, device = time.monotonic(), torch.device(config.device)
-    look: dict[str, Any] = {"memory_format": torch.channels_last} if config.channels_last else {}
-    unet.to(device, **look)
+    began = time.monotonic()
+    device = torch.device(config.device)
+    layout = torch.channels_last if config.channels_last else torch.preserve_format
+    unet.to(device).to(memory_format=layout)
     optimizer = create_optimizer_v2(
         unet,
         opt=config.opt,
@@ -517,8 +544,9 @@ def train_smp(unet: torch.nn.Module, config: FitConfig, loader: Any, loss_fn: Ca
         unet.train()
         total = 0.0
         for index, (images, masks) in enumerate(loader, start=1):
+            images = images.to(device, memory_format=layout)
             with torch.autocast(device.type, torch.bfloat16, enabled=config.amp):
-                loss = loss_fn(unet(images.to(device, **look)), masks.to(device))
+                loss = loss_fn(unet(images), masks.to(device))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -526,9 +554,8 @@ def train_smp(unet: torch.nn.Module, config: FitConfig, loader: Any, loss_fn: Ca
             if scheduler:
                 scheduler.step_update(epoch * len(loader) + index)
         if config.progress:
-            print(
-                f"smp epoch {epoch + 1}/{config.epochs}  loss {total / len(loader):.4f}", flush=True
-            )
+            mean = total / len(loader)
+            print(f"smp epoch {epoch + 1}/{config.epochs}  loss {mean:.4f}", flush=True)
     unet.eval()
     return time.monotonic() - began
 
@@ -536,80 +563,257 @@ def train_smp(unet: torch.nn.Module, config: FitConfig, loader: Any, loss_fn: Ca
 def smp_answer(unet: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
     """Its logits; it takes multiples of 32 only, so images are continued and the answer is cut."""
     height, width = images.shape[2:]
-    return unet(F.pad(images, (0, -width % 32, 0, -height % 32), mode="replicate"))[
-        ..., :height, :width
-    ]
+    padded = F.pad(images, (0, -width % 32, 0, -height % 32), mode="replicate")
+    return unet(padded)[..., :height, :width]
 
 
-# -- judging
+# -- the job
 
 
-@torch.no_grad()
-def judge(
-    answer: Callable, task: DenseTask, data: Any, batch_size: int, workers: int
-) -> dict[str, float]:
-    """Metrics of the answers of all processes, by the name of their row in the table."""
-    loader = create_loader(data, batch_size, num_workers=workers)
-    evaluator: SegmentationEvaluator = task.evaluator(
-        device=task.device, max_samples=evaluation_sample_limit(loader)
-    )
-    for images, masks in loader:
-        evaluator.update(answer(images.to(task.device)), masks.to(task.device))
-    metrics = evaluator.compute(distributed=dist.is_initialized())
+class Experiment:
+    """Data, networks and baselines of one job, checked before anything is trained.
+
+    Raises:
+        ValueError: The data cannot be read, or the network cannot be evaluated on them.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.config = FitConfig.from_args(args)
+        self.device = setup_device(args.device)
+        self.config.device = str(self.device)
+        if args.smp and dist.is_initialized():
+            raise ValueError("--smp trains in one process: leave torchrun out.")
+        if args.tile is not None and args.tile < 32:
+            raise ValueError(
+                f"--tile must be at least 32, backbones' usual stride, got {args.tile}."
+            )
+        self.data = read_data(args)
+        self.classes = dataset_of(self.data.plain).classes
+        self.tree = dataset_of(self.data.plain).taxonomy
+        self.models = self.make_models()
+        self.set_transforms()
+        self.describe_data()
+        self.tasks = self.make_tasks()
+        # before the training, so that what cannot work fails at once
+        self.baselines = {
+            "colour alone": PixelBaseline(self.data.plain, len(self.classes), height=False),
+            "colour and height": PixelBaseline(self.data.plain, len(self.classes), height=True),
+        }
+        for data in self.data.evaluated:
+            for task in self.tasks.values():
+                try_evaluation(task, create_loader(data, 1))
+        self.unet: torch.nn.Module | None = None
+        if args.smp:
+            first = self.flat_model.backbone.state_dict()
+            self.unet = make_smp(args, first, len(self.classes))
+        # images of different sizes do not stack
+        self.eval_batch = args.batch_size if args.resize else 1
+        # without a test split no epoch is chosen; smp's Unet has none to choose from
+        self.last_epoch = self.data.test is None or args.smp
+        self.output = new_output(args.output, args.resume)
+        # by the name of a method
+        self.seconds: dict[str, float] = {}
+        self.epochs: dict[str, int] = {}
+        self.methods: dict[str, Callable] = {}
+
+    def make_models(self) -> dict[str, BranchModel]:
+        """The network; on a tree of several levels also the same network on the leaves alone.
+
+        A hierarchy is worth having only where it beats the flat network, summed upwards.
+        """
+        kind = "U-Net" if self.args.head == "unet" else "RED-Net"
+        title = f"{kind}, {self.args.model}"
+        flat = make_model(self.args, len(self.classes), None)
+        if self.tree is None or self.tree.num_levels < 2:
+            return {title: flat}
+        hierarchical = make_model(self.args, len(self.classes), self.tree)
+        return {f"{title}, all levels": hierarchical, f"{title}, flat": flat}
+
+    @property
+    def flat_model(self) -> BranchModel:
+        """The network of the leaves alone."""
+        return list(self.models.values())[-1]
+
+    @property
+    def flat_task(self) -> SegmentTask:
+        """Its task."""
+        return list(self.tasks.values())[-1]
+
+    def set_transforms(self) -> None:
+        """Crops and changes for training, whole images for the rest."""
+        args = self.args
+        cfg = resolve_model_data_config(self.flat_model)
+        statistics = {"mean": cfg["mean"], "std": cfg["std"]}
+        for data in (self.data.plain, *self.data.evaluated):
+            dataset_of(data).transform = PairTransform(**statistics)
+        crop = (args.crop[0], args.crop[-1])
+        dataset_of(self.data.train).transform = PairTransform(
+            crop, tuple(args.scale), args.hflip, args.color_jitter, **statistics
+        )
+
+    def describe_data(self) -> None:
+        """Say how the data were understood, and keep it in the models' files."""
+        data = self.data
+        summary = say_what_was_understood(train=data.train, val=data.val, test=data.test)
+        plain = dataset_of(data.plain)
+        absent = plain.absent_classes(plain.count_pixels())
+        if absent:
+            summary.warnings.append(absent)
+            say(f"warning: {absent}")
+        for model in self.models.values():
+            model.data_summary = summary.to_dict()
+            model.pretrained_cfg.update(image_options(self.args))
+
+    def make_tasks(self) -> dict[str, SegmentTask]:
+        """The loss of each model's mask, or of its masks of all levels."""
+        weights = class_weights(self.args, self.data.plain, len(self.classes), self.tree)
+        evaluator = partial(SegmentationEvaluator, self.classes, taxonomy=self.tree)
+        tasks = {}
+        for name, model in self.models.items():
+            settings: dict[str, Any] = {}
+            if weights and model.taxonomy:
+                settings["class_weights"] = {
+                    level: weights[level].to(self.device) for level in model.taxonomy.levels
+                }
+            elif weights:
+                settings["class_weights"] = weights["mask"].to(self.device)
+            task = SegmentTask(model, self.args.loss, evaluator, device=self.device, **settings)
+            task.tile = self.args.tile
+            tasks[name] = task
+        return tasks
+
+    def train_loader(self) -> Any:
+        """Batches of crops; the same again each time."""
+        return create_loader(
+            self.data.train,
+            self.args.batch_size,
+            is_training=True,
+            num_workers=self.args.workers,
+            seed=self.config.seed,
+            pin_memory=self.device.type == "cuda",
+        )
+
+    def val_loader(self) -> Any:
+        """Validation images by which an epoch is chosen, if one is."""
+        if self.last_epoch:
+            return None
+        return create_loader(self.data.val, self.eval_batch, num_workers=self.args.workers)
+
+    def train(self) -> None:
+        """Train the networks, one after the other."""
+        for name, model in self.models.items():
+            say(
+                f"{name}: {count_parameters(model):.2f} M parameters, {len(self.data.train)} crops "
+                f"an epoch of {len(self.data.plain)} images, {len(self.classes)} classes"
+            )
+            output = self.output
+            if len(self.models) > 1:
+                output = output / slug(name.rpartition(", ")[2])
+            source = self.args.data or self.args.images or "motorcycle"
+            run = fit(
+                self.tasks[name],
+                self.train_loader(),
+                self.val_loader(),
+                replace(self.config, output=str(output)),
+                facts={"data": str(source), "classes": list(self.classes)},
+            )
+            best = load_model(run.model_path).to(self.device).eval()
+            self.seconds[name] = run.seconds
+            self.epochs[name] = run.best_epoch
+            self.methods[name] = partial(self.tasks[name].answer, best)
+        if self.unet is not None:
+            say(f"smp Unet: {count_parameters(self.unet):.2f} M parameters")
+            loss_fn = self.flat_task.losses["mask"]
+            self.seconds["smp Unet"] = train_smp(
+                self.unet, self.config, self.train_loader(), loss_fn
+            )
+            predict = partial(smp_answer, self.unet)
+            self.methods["smp Unet"] = in_tiles(predict, self.args.tile)
+        self.methods |= self.baselines
+
+    @torch.no_grad()
+    def evaluate(self, predict: Callable, data: Any) -> dict[str, float]:
+        """Metrics over the images of all processes, by the name of their row in the table."""
+        loader = create_loader(data, self.eval_batch, num_workers=self.args.workers)
+        evaluator: SegmentationEvaluator = self.flat_task.evaluator(
+            device=self.device, max_samples=evaluation_sample_limit(loader)
+        )
+        for images, masks in loader:
+            evaluator.update(predict(images.to(self.device)), masks.to(self.device))
+        return table_rows(evaluator, distributed=dist.is_initialized())
+
+
+def table_rows(evaluator: SegmentationEvaluator, distributed: bool) -> dict[str, float]:
+    """What the table shows of an evaluator's metrics."""
+    metrics = evaluator.compute(distributed=distributed)
     if evaluator.taxonomy is None:
         rows = {"mIoU": metrics["miou"], "pixel accuracy": metrics["pixel_accuracy"]}
     else:
         rows = {f"{level} mIoU": metrics[f"{level}_miou"] for level in evaluator.levels}
-        rows |= {f"{level} pixel accuracy": metrics[f"{level}_top1"] for level in evaluator.levels}
-        rows |= {"full path": metrics["full_path"], "consistency": metrics["consistency"]}
+        for level in evaluator.levels:
+            rows[f"{level} pixel accuracy"] = metrics[f"{level}_top1"]
+        rows["full path"] = metrics["full_path"]
+        rows["consistency"] = metrics["consistency"]
     for level, ious in evaluator.class_iou().items():
-        rows |= {
-            f"IoU {name}" if evaluator.taxonomy is None else f"{level} IoU {name}": x
-            for name, x in ious.items()
-        }
+        prefix = "" if evaluator.taxonomy is None else f"{level} "
+        for name, iou in ious.items():
+            rows[f"{prefix}IoU {name}"] = iou
     # a class that is nowhere has no IoU
-    return {name: value for name, value in rows.items() if value == value}
+    return {name: value for name, value in rows.items() if not math.isnan(value)}
+
+
+def say(text: str) -> None:
+    """Print a line, of the first process alone."""
+    if is_primary():
+        print(text, flush=True)
+
+
+def count_parameters(model: torch.nn.Module) -> float:
+    """In millions."""
+    return sum(parameter.numel() for parameter in model.parameters()) / 1e6
 
 
 @torch.no_grad()
 def draw(
-    path: Path, answer: Callable, data: Any, classes: Sequence[str], device: torch.device
+    path: Path, predict: Callable, data: Any, classes: Sequence[str], device: torch.device
 ) -> None:
-    """Up to three images beside their labels and answers, as PNG."""
+    """Up to three images beside their labels and the prediction, as PNG."""
     from matplotlib import colormaps
     from matplotlib.patches import Patch
 
     count = min(3, len(data))
-    colours = np.array(colormaps["tab20" if len(classes) > 10 else "tab10"].colors)  # type: ignore[attr-defined]
-    colours = colours[np.arange(len(classes)) % len(colours)]
-    picked = [data[i * (len(data) - 1) // max(1, count - 1)] for i in range(count)]
-    height, width = picked[0][0].shape[1:]
-    inches = min(3, 5 * width / height)  # of a panel's width
-    figure = new_figure(max(5, 3 * inches), 0.9 + count * inches * height / width)
+    last = max(1, count - 1)
+    samples = [data[i * (len(data) - 1) // last] for i in range(count)]
+    height, width = samples[0][0].shape[1:]
+    palette = colormaps["tab20" if len(classes) > 10 else "tab10"]
+    colours = np.array(palette.colors)  # type: ignore[attr-defined]
+    colours = colours[np.arange(len(classes)) % len(colours)]  # (classes, 3)
+
+    panel_width = min(3, 5 * width / height)  # in inches
+    panel_height = panel_width * height / width
+    figure = new_figure(max(5, 3 * panel_width), 0.9 + count * panel_height)
     axes = figure.subplots(count, 3, squeeze=False)
-    look: Any = source(data).transform
-    std, mean = (torch.tensor(values).view(-1, 1, 1) for values in (look.std, look.mean))
     for ax, title in zip(axes[0], ("image", "labels (white: none)", "prediction"), strict=True):
         ax.set_title(title, fontsize=10)
-    for row, (image, mask) in zip(axes, picked, strict=True):
-        logits = answer(image[None].to(device))
-        # of the finest level
-        logits = list(logits.values())[-1] if isinstance(logits, dict) else logits
-        said = logits[0].argmax(0).cpu()
-        shown = [
-            (image * std + mean).clamp(0, 1).movedim(0, -1).numpy(),
-            *(
-                np.where((labels >= 0)[..., None], colours[labels.clamp(min=0)], 1)
-                for labels in (mask, said)
-            ),
-        ]
-        for ax, pixels in zip(row, shown, strict=True):
+    transform: Any = dataset_of(data).transform
+    mean = torch.tensor(transform.mean).view(-1, 1, 1)
+    std = torch.tensor(transform.std).view(-1, 1, 1)
+    for row, (image, mask) in zip(axes, samples, strict=True):
+        logits = predict(image[None].to(device))
+        if isinstance(logits, dict):
+            logits = list(logits.values())[-1]  # of the finest level
+        prediction = logits[0].argmax(0).cpu()  # (H, W)
+        photograph = (image * std + mean).clamp(0, 1).movedim(0, -1).numpy()
+        panels = [photograph, painted(mask, colours), painted(prediction, colours)]
+        for ax, pixels in zip(row, panels, strict=True):
             ax.imshow(pixels, interpolation="nearest")
             ax.set_axis_off()
+    handles = []
+    for colour, name in zip(colours, classes, strict=True):
+        handles.append(Patch(color=colour, label=name))
     figure.legend(
-        handles=[
-            Patch(color=colour, label=name) for colour, name in zip(colours, classes, strict=True)
-        ],
+        handles=handles,
         loc="outside lower center",
         ncols=min(6, len(classes)),
         frameon=False,
@@ -618,140 +822,72 @@ def draw(
     save_figure(figure, path)
 
 
-def main(args: argparse.Namespace) -> None:
-    """Train, judge beside the baselines, print, write and draw."""
-    began = time.monotonic()
-    config = FitConfig.from_args(args)
-    device = setup_device(args.device)
-    config.device = str(device)
-    if args.smp and dist.is_initialized():
-        raise ValueError("--smp trains in one process: leave torchrun out.")
-    if args.tile is not None and args.tile < 32:
-        raise ValueError(f"--tile must be at least 32, backbones' usual stride, got {args.tile}.")
-    train, val, test, plain = read_data(args)
-    classes, tree = source(plain).classes, source(plain).taxonomy
-    title = f"{'U-Net' if args.head == 'unet' else 'RED-Net'}, {args.model}"
-    # a hierarchy is worth having only where it beats the same network on the leaves alone, summed
-    # upwards
-    models = (
-        {title: make_model(args, len(classes), None)}
-        if tree is None or tree.num_levels < 2
-        else {
-            f"{title}, all levels": make_model(args, len(classes), tree),
-            f"{title}, flat": make_model(args, len(classes), None),
-        }
-    )
-    cfg = resolve_model_data_config(next(iter(models.values())))
-    look = {"mean": cfg["mean"], "std": cfg["std"]}
-    for data in (plain, val, test):
-        if data is not None:
-            source(data).transform = PairTransform(**look)
-    source(train).transform = PairTransform(
-        (args.crop[0], args.crop[-1]), tuple(args.scale), args.hflip, args.color_jitter, **look
-    )
-    summary = say_what_was_understood(train=train, val=val, test=test)
-    absent = source(plain).absent_classes(source(plain).count_pixels())
-    if absent:
-        summary.warnings.append(absent)
-        if is_primary():
-            print(f"warning: {absent}", flush=True)
-    for model in models.values():
-        model.data_summary = summary.to_dict()
-        model.pretrained_cfg.update(image_options(args))
-    weights = class_weights(args, plain, len(classes), tree)
-    evaluator = partial(SegmentationEvaluator, classes, taxonomy=tree)
-    tasks = {
-        name: make_task(args, model, evaluator, weights, device) for name, model in models.items()
-    }
-    *_, (model, task) = zip(models.values(), tasks.values(), strict=True)  # of the leaves alone
-    # before the training, so that what cannot work fails at once
-    baselines = {
-        "colour alone": PixelBaseline(plain, len(classes), height=False),
-        "colour and height": PixelBaseline(plain, len(classes), height=True),
-    }
-    for data in (val, test):
-        if data is not None:
-            try_evaluation(task, create_loader(data, 1))
-    unet = make_smp(args, model.backbone.state_dict(), len(classes)) if args.smp else None
+def painted(labels: torch.Tensor, colours: np.ndarray) -> np.ndarray:
+    """Labels (H, W) in the colours (H, W, 3) of their classes, white where there is none."""
+    labelled = (labels >= 0)[..., None]
+    return np.where(labelled, colours[labels.clamp(min=0)], 1)
 
-    output = new_output(args.output, args.resume)
-    make_loader = partial(
-        create_loader,
-        train,
-        args.batch_size,
-        is_training=True,
-        num_workers=args.workers,
-        seed=config.seed,
-        pin_memory=device.type == "cuda",
-    )
-    batch = args.batch_size if args.resize else 1  # images of different sizes do not stack
-    last = test is None or args.smp  # no epoch is chosen; smp's Unet has none to choose from
-    seconds: dict[str, float] = {}
-    answers: dict[str, Callable] = {}
-    epochs: dict[str, int] = {}
-    for name, model in models.items():
-        if is_primary():
-            print(
-                f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, "
-                f"{len(train)} crops an epoch of {len(plain)} images, {len(classes)} classes",
-                flush=True,
-            )
-        own_output = (
-            output if len(models) == 1 else output / name.rpartition(", ")[2].replace(" ", "_")
-        )
-        run = fit(
-            tasks[name],
-            make_loader(),
-            None if last else create_loader(val, batch, num_workers=args.workers),
-            replace(config, output=str(own_output)),
-            facts={"data": str(args.data or args.images or "motorcycle"), "classes": list(classes)},
-        )
-        best = load_model(run.model_path).to(device).eval()
-        seconds[name], epochs[name] = run.seconds, run.best_epoch
-        answers[name] = partial(tasks[name].answer, best)
-    if unet is not None:
-        print(
-            f"smp Unet: {sum(p.numel() for p in unet.parameters()) / 1e6:.2f} M parameters",
-            flush=True,
-        )
-        seconds["smp Unet"] = train_smp(unet, config, make_loader(), task.losses["mask"])
-        answers["smp Unet"] = in_tiles(partial(smp_answer, unet), args.tile)
-    answers |= baselines
-    judged, which = (val, "validation") if test is None else (test, "test")
-    results = {
-        name: judge(answer, task, judged, batch, args.workers) for name, answer in answers.items()
-    }
+
+def main(args: argparse.Namespace) -> None:
+    """Train, evaluate beside the baselines, print, write and draw."""
+    began = time.monotonic()
+    experiment = Experiment(args)
+    experiment.train()
+    data, split = experiment.data.test, "test"
+    if data is None:
+        data, split = experiment.data.val, "validation"
+    results = {}
+    for name, predict in experiment.methods.items():
+        results[name] = experiment.evaluate(predict, data)
     if not is_primary():
         return
+    write_results(experiment, results, split, len(data))
+    print_table(experiment, results, f"{len(data)} {split} image{'s' * (len(data) > 1)}")
+    print(f"In all {time.monotonic() - began:.0f} s. Files: {experiment.output}")
+    if args.plots:
+        first = next(iter(experiment.methods.values()))
+        path = experiment.output / "pictures.png"
+        draw(path, first, data, experiment.classes, experiment.device)
+
+
+def write_results(
+    experiment: Experiment, results: dict[str, dict[str, float]], split: str, count: int
+) -> None:
+    """Write results.json: the metrics and how they came about."""
     facts = {
         "command": shlex.join(["python", *sys.argv]),
-        "seed": config.seed,
-        "epochs": config.epochs,
-        "epoch": epochs,
-        "train_images": len(plain),
-        "images": len(judged),
-        "judged": which,
-        "hardware": hardware(device),
-        "seconds": {name: round(value, 1) for name, value in seconds.items()},
+        "seed": experiment.config.seed,
+        "epochs": experiment.config.epochs,
+        "epoch": experiment.epochs,
+        "train_images": len(experiment.data.plain),
+        "images": count,
+        "judged": split,
+        "hardware": hardware(experiment.device),
+        "seconds": {name: round(value, 1) for name, value in experiment.seconds.items()},
+        "results": results,
     }
-    text = json.dumps({**facts, "results": results}, indent=2) + "\n"
-    replace_file(output / "results.json", lambda path: Path(path).write_text(text))
-    rows = {
-        row: [{name: found[row] for name, found in results.items() if row in found}]
-        for row in dict.fromkeys(row for found in results.values() for row in found)
-    }
-    print(f"\n{comparison_table(rows, {name: name for name in results})}\n")
-    chosen = ", ".join(str(epoch + 1) for epoch in epochs.values())
+    text = json.dumps(facts, indent=2) + "\n"
+    replace_file(experiment.output / "results.json", lambda path: Path(path).write_text(text))
+
+
+def print_table(experiment: Experiment, results: dict[str, dict[str, float]], images: str) -> None:
+    """A column for each method, a row for each metric that any has."""
+    rows: dict[str, list[dict[str, float]]] = {}
+    for method, metrics in results.items():
+        for row, value in metrics.items():
+            rows.setdefault(row, [{}])[0][method] = value
+    columns = {name: name for name in results}
+    print(f"\n{comparison_table(rows, columns)}\n")
+    chosen = "the last epoch"
+    if not experiment.last_epoch:
+        epochs = ", ".join(str(epoch + 1) for epoch in experiment.epochs.values())
+        chosen = f"the best epoch on validation ({epochs})"
+    seconds = ", ".join(f"{name} {value:.0f} s" for name, value in experiment.seconds.items())
     print(
-        f"Percent, on the pixels of the {len(judged)} {which} image{'s' * (len(judged) > 1)}; "
-        f"model of {'the last epoch' if last else f'the best epoch on validation ({chosen})'}. "
-        f"Baselines: logistic regression on single pixels. Seed {config.seed}, "
-        f"{facts['hardware']}; training: "
-        f"{', '.join(f'{name} {value:.0f} s' for name, value in seconds.items())}; in all "
-        f"{time.monotonic() - began:.0f} s. Files: {output}"
+        f"Percent, on the pixels of the {images}; model of {chosen}. "
+        "Baselines: logistic regression on single pixels. "
+        f"Seed {experiment.config.seed}, {hardware(experiment.device)}; training: {seconds}."
     )
-    if args.plots:
-        draw(output / "pictures.png", next(iter(answers.values())), judged, classes, device)
 
 
 if __name__ == "__main__":
