@@ -93,48 +93,31 @@ def create_branch_model(
     for key, why in _REFUSED.items():
         if kwargs.get(key) is not None and kwargs[key] is not False:
             raise ValueError(f"create_branch_model does not take {key}=: {why}.")
-    groups = _parse_taps(taps)
-    given: Any = list(head) if isinstance(head, (list, tuple)) else head
-    if (
-        not isinstance(given, list)
-        and parse_head(given).multi_tap
-        and all(len(g) == 1 for g in groups)
-    ):
-        groups = [[tap for group in groups for tap in group]]  # the only head reads all taps
-    heads = [parse_head(spec) for spec in _one_per_head(given, len(groups), "head")]
-    for spec, group in zip(heads, groups, strict=True):
-        if len(group) > 1 and not spec.multi_tap:
-            raise ValueError(
-                f"head {spec.kind!r} reads one tap, got {[tap.name for tap in group]}: give it one."
-            )
+    groups, heads = _heads_at_taps(taps, head)
     head_names = _names(names, taxonomy, groups, heads)
 
     size = (img_size, img_size) if isinstance(img_size, int) else img_size
     backbone = _create_backbone(model_name, pretrained, in_chans, size, drop_rate, kwargs)
-    classes = _classes(
-        num_classes, taxonomy, backbone, head_names, answers_all_levels(heads, taxonomy)
-    )
+    shared = answers_all_levels(heads, taxonomy)
+    classes = _classes(num_classes, taxonomy, backbone, head_names, shared)
     nominal = _input_size(backbone, size, in_chans)
+    # before the model, which prunes the backbone: a checkpoint has all of it
     ours = _is_ours(checkpoint_path)
-    loaded = (
-        _load_backbone(backbone, os.fspath(checkpoint_path))
-        if checkpoint_path and not ours
-        else None
-    )
+    loaded: set[str] | None = None
+    if checkpoint_path and not ours:
+        loaded = _load_backbone(backbone, os.fspath(checkpoint_path))
     model = BranchModel(backbone, groups, heads, classes, head_names, nominal, drop_rate, taxonomy)
-    missing = [] if loaded is None else [key for key in backbone.state_dict() if key not in loaded]
-    if missing:  # of what the taps need; a checkpoint of a branch model has no more
-        raise ValueError(
-            f"{checkpoint_path} does not fit {type(backbone).__name__}: {len(missing)} tensors "
-            f"missing {missing[:3]}."
-        )
+    if loaded is not None:
+        _check_complete(backbone, loaded, checkpoint_path)
+
     model_name, kwargs = _without_source(model_name, kwargs)
-    size = kwargs.pop("img_size", None) if size is None else size
+    if size is None:
+        size = kwargs.pop("img_size", None)
     model.config = dict(
         model_name=model_name,
         taps=[_group_to_dict(group) for group in groups],
         num_classes=list(classes),
-        head=[head_to_dict(h) for h in heads],
+        head=[head_to_dict(spec) for spec in heads],
         names=list(head_names),
         taxonomy=taxonomy,
         in_chans=nominal[0],
@@ -147,13 +130,30 @@ def create_branch_model(
     return model
 
 
+def _heads_at_taps(taps: Any, head: Any) -> tuple[list[list[Tap]], list[Head]]:
+    """For each head its taps, and the heads."""
+    groups = _parse_taps(taps)
+    if not isinstance(head, (list, tuple)):
+        single_taps = all(len(group) == 1 for group in groups)
+        if parse_head(head).multi_tap and single_taps:
+            # the only head reads all taps
+            groups = [[tap for group in groups for tap in group]]
+    heads = [parse_head(spec) for spec in _one_per_head(head, len(groups), "head")]
+    for spec, group in zip(heads, groups, strict=True):
+        if len(group) > 1 and not spec.multi_tap:
+            tap_names = [tap.name for tap in group]
+            raise ValueError(f"head {spec.kind!r} reads one tap, got {tap_names}: give it one.")
+    return groups, heads
+
+
 def _parse_taps(taps: Any) -> list[list[Tap]]:
     """For each head its taps."""
     single = (int, str, Tap, dict)
-    groups = [
-        [Tap.parse(entry)] if isinstance(entry, single) else [Tap.parse(tap) for tap in entry]
-        for entry in ([taps] if isinstance(taps, single) else taps)
-    ]
+    entries = [taps] if isinstance(taps, single) else taps
+    groups = []
+    for entry in entries:
+        group = [entry] if isinstance(entry, single) else entry
+        groups.append([Tap.parse(tap) for tap in group])
     if not groups or not all(groups):
         raise ValueError("taps= is empty: name at least one, such as taps=[3, 4, 5].")
     return groups
@@ -164,7 +164,9 @@ def _group_to_dict(group: Sequence[Tap]) -> Any:
 
     Always a list when there are several.
     """
-    return group[0].to_dict() if len(group) == 1 else [tap.to_dict() for tap in group]
+    if len(group) == 1:
+        return group[0].to_dict()
+    return [tap.to_dict() for tap in group]
 
 
 def _one_per_head(value: Any, count: int, what: str) -> list:
@@ -182,21 +184,26 @@ def _names(
     groups: Sequence[Sequence[Tap]],
     heads: Sequence[Head],
 ) -> list[str]:
+    """The heads' names: those given, else the taxonomy's levels, else those of taps and kinds."""
     shared = answers_all_levels(heads, taxonomy)
-    if taxonomy is not None and len(taxonomy.levels) > len(groups) and not shared:
+    levels: list[str] = []
+    if taxonomy is not None and not shared:
+        levels = list(taxonomy.levels)
+    if len(levels) > len(groups):
         raise ValueError(
-            f"the taxonomy has {len(taxonomy.levels)} levels {list(taxonomy.levels)} for "
-            f"{len(groups)} taps: give one tap per level, from coarse to fine."
+            f"the taxonomy has {len(levels)} levels {levels} for {len(groups)} taps: give one tap "
+            "per level, from coarse to fine."
         )
-    own = [
-        head.kind if head.multi_tap else group[0].name
-        for head, group in zip(heads, groups, strict=True)
-    ]
-    levels = list(taxonomy.levels) if taxonomy and not shared else []
-    result = list(names) if names is not None else levels + own[len(levels) :]
+    if names is not None:
+        result = list(names)
+    else:
+        result = levels
+        for head, group in list(zip(heads, groups, strict=True))[len(levels) :]:
+            result.append(head.kind if head.multi_tap else group[0].name)
     if len(result) != len(groups):
         raise ValueError(f"{len(result)} names {result} for {len(groups)} taps.")
-    if len({module_key(n) for n in result}) != len(result) or not all(result):
+    keys = {module_key(name) for name in result}
+    if len(keys) != len(result) or not all(result):
         raise ValueError(
             f"the heads' names must differ and not be empty, got {result}: give names=[...]."
         )
@@ -210,34 +217,44 @@ def _classes(
     names: Sequence[str],
     shared: bool,
 ) -> list[int]:
+    """Classes of each head; those of the taxonomy's levels must be the taxonomy's."""
     of_levels = list(taxonomy.num_classes) if taxonomy is not None else []
-    of_levels = [sum(of_levels)] if shared else of_levels
-    free = names[len(of_levels) :]
+    if shared:
+        of_levels = [sum(of_levels)]
     if num_classes is None:
-        if taxonomy is not None and free:
-            raise ValueError(
-                f"the taxonomy names the classes of {len(of_levels)} heads, but not of "
-                f"{list(free)}: give num_classes={[None] * len(of_levels) + ['...'] * len(free)} "
-                "with theirs."
-            )
-        own = int(getattr(backbone, "pretrained_cfg", {}).get("num_classes") or 0)
-        if free and own < 1:
-            raise ValueError(
-                "this backbone has no classes of its own (it was trained for features): "
-                "give num_classes=."
-            )
-        return of_levels or [own] * len(names)
+        return _default_classes(of_levels, backbone, names)
     classes = _one_per_head(num_classes, len(names), "num_classes")
-    classes = [
-        level if given is None else given for given, level in zip(classes, of_levels, strict=False)
-    ] + classes[len(of_levels) :]
-    if any(isinstance(c, bool) or not isinstance(c, int) or c < 0 for c in classes):
-        raise ValueError(f"num_classes= takes whole numbers from 0, got {num_classes!r}.")
+    for position, level_classes in enumerate(of_levels):
+        if classes[position] is None:
+            classes[position] = level_classes
+    for count in classes:
+        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+            raise ValueError(f"num_classes= takes whole numbers from 0, got {num_classes!r}.")
     if classes[: len(of_levels)] != of_levels:
         raise ValueError(
             f"num_classes={classes} does not fit the taxonomy's {of_levels}: leave num_classes out."
         )
     return classes
+
+
+def _default_classes(of_levels: list[int], backbone: nn.Module, names: Sequence[str]) -> list[int]:
+    """The taxonomy's classes, without a taxonomy the backbone's own for every head."""
+    if of_levels:
+        free = list(names[len(of_levels) :])
+        if free:
+            example = [None] * len(of_levels) + ["..."] * len(free)
+            raise ValueError(
+                f"the taxonomy names the classes of {len(of_levels)} heads, but not of {free}: "
+                f"give num_classes={example} with theirs."
+            )
+        return of_levels
+    own = int(getattr(backbone, "pretrained_cfg", {}).get("num_classes") or 0)
+    if own < 1:
+        raise ValueError(
+            "this backbone has no classes of its own (it was trained for features): "
+            "give num_classes=."
+        )
+    return [own] * len(names)
 
 
 def _create_backbone(
@@ -314,29 +331,44 @@ def _load_backbone(backbone: nn.Module, path: str) -> set[str]:
         backbone.load_pretrained(path)  # type: ignore[operator]
         return set(own)
     try:
-        state = load_state_dict(path)
+        read = load_state_dict(path)
     except Exception as error:
         raise ValueError(
             f"checkpoint_path={path!r} cannot be read as a checkpoint: {error}"
         ) from error
-    state = {
-        key.removeprefix("backbone."): value
-        for key, value in state.items()
-        if not key.startswith("heads.")
-    }
-    classifier = (getattr(backbone, "pretrained_cfg", None) or {}).get("classifier") or ()
-    classifier = (classifier,) if isinstance(classifier, str) else tuple(classifier)
-    state = {
-        key: value
-        for key, value in state.items()
-        if not key.startswith(tuple(f"{c}." for c in classifier))
-    }
-    unexpected = [key for key in state if key not in own]
-    shapes = [
-        f"{key} {tuple(state[key].shape)} for {tuple(own[key].shape)}"
-        for key in state
-        if key in own and state[key].shape != own[key].shape
-    ]
+    classifier = _classifier_prefixes(backbone)
+    state = {}
+    for key, value in read.items():
+        name = key.removeprefix("backbone.")
+        if not key.startswith("heads.") and not name.startswith(classifier):
+            state[name] = value
+    _check_tensors(backbone, state, own, path)
+    with torch.no_grad():
+        backbone.load_state_dict(state, strict=False)
+    # older checkpoints lack these counters, which no result depends on
+    counters = {key for key in own if key.endswith("num_batches_tracked")}
+    return set(state) | counters
+
+
+def _classifier_prefixes(backbone: nn.Module) -> tuple[str, ...]:
+    """How the names of the tensors of a backbone's own classifier begin."""
+    config = getattr(backbone, "pretrained_cfg", None) or {}
+    classifier = config.get("classifier") or ()
+    layers = (classifier,) if isinstance(classifier, str) else tuple(classifier)
+    return tuple(f"{layer}." for layer in layers)
+
+
+def _check_tensors(
+    backbone: nn.Module, state: dict[str, torch.Tensor], own: dict[str, torch.Tensor], path: str
+) -> None:
+    """Refuse a checkpoint with tensors that the backbone does not have, or in other shapes."""
+    unexpected = []
+    shapes = []
+    for key, value in state.items():
+        if key not in own:
+            unexpected.append(key)
+        elif value.shape != own[key].shape:
+            shapes.append(f"{key} {tuple(value.shape)} for {tuple(own[key].shape)}")
     if unexpected or shapes:
         missing = [key for key in own if key not in state]
         raise ValueError(
@@ -344,9 +376,16 @@ def _load_backbone(backbone: nn.Module, path: str) -> set[str]:
             f"{missing[:3]}, {len(unexpected)} unexpected {unexpected[:3]}, {len(shapes)} of "
             f"another shape {shapes[:3]}."
         )
-    with torch.no_grad():
-        backbone.load_state_dict(state, strict=False)
-    return {*state, *(key for key in own if key.endswith("num_batches_tracked"))}
+
+
+def _check_complete(backbone: nn.Module, loaded: set[str], path: str | os.PathLike) -> None:
+    """Refuse a checkpoint that lacks tensors of what the taps need of a backbone."""
+    missing = [key for key in backbone.state_dict() if key not in loaded]
+    if missing:
+        raise ValueError(
+            f"{path} does not fit {type(backbone).__name__}: {len(missing)} tensors missing "
+            f"{missing[:3]}."
+        )
 
 
 def load_model(path: str | os.PathLike, map_location: str | torch.device = "cpu") -> BranchModel:

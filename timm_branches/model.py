@@ -233,40 +233,47 @@ class BranchModel(FreezableBackbone):
         state: dict[str, State] | None = None,
     ) -> tuple[dict[str, torch.Tensor], dict[str, State]]:
         """Outputs of these heads for images or clips, and the new states of the temporal ones."""
-        clips = read_clips(
-            x,
-            lengths,
-            self.input_size[0],
-            {self.names[i] for i in which} & set(self.temporal_heads),
-        )
-        frames = x if clips is None else clips.fold(x)
+        chosen = [self.names[i] for i in which]
+        temporal = set(chosen) & set(self.temporal_heads)
+        clips = read_clips(x, lengths, self.input_size[0], temporal)
+        frames = x if clips is None else clips.fold(x)  # (N, C, H, W)
         per_pass = None if clips is None else self.frames_per_pass
         aligned = self.align(frames, which)  # what decoders read
-        if aligned is frames:
-            read = self._head_maps(frames, which, per_pass)
-        else:  # the padding must not change what the other heads say
-            dense = [i for i in which if self.names[i] in self.dense_heads]
-            others = [i for i in which if i not in dense]
-            read = self._head_maps(aligned, dense, per_pass)
-            if others:
-                read |= self._head_maps(frames, others, per_pass)
+        maps_of = self._maps_for_heads(frames, aligned, which, per_pass)
         outputs: dict[str, torch.Tensor] = {}
         states: dict[str, State] = {}
-        for name in (self.names[i] for i in which):
-            maps, head = read[name], self.head(name)
+        for name in chosen:
+            head, maps = self.head(name), maps_of[name]
             if name in self.temporal_heads:
                 outputs[name], states[name] = head(*maps, clips, state and state[name])
+                continue
+            if name in self.dense_heads:
+                y = head(*maps, image=aligned)
+                if aligned is not frames:
+                    y = crop_to(y, frames.shape[2:])
             else:
-                if name in self.dense_heads:
-                    y = head(*maps, image=aligned)
-                    y = y if aligned is frames else crop_to(y, frames.shape[2:])
-                else:
-                    y = head(*maps)
-                several = self._by_name(name, y)
-                outputs |= (
-                    several if clips is None else {k: clips.unfold(v) for k, v in several.items()}
-                )
+                y = head(*maps)
+            for key, value in self._by_name(name, y).items():
+                outputs[key] = value if clips is None else clips.unfold(value)
         return outputs, states
+
+    def _maps_for_heads(
+        self,
+        frames: torch.Tensor,
+        aligned: torch.Tensor,
+        which: Sequence[int],
+        per_pass: int | None,
+    ) -> dict[str, list[torch.Tensor]]:
+        """The maps of each of these heads, of padded images for decoders alone."""
+        if aligned is frames:
+            return self._head_maps(frames, which, per_pass)
+        # the padding must not change what the other heads say
+        dense = [i for i in which if self.names[i] in self.dense_heads]
+        others = [i for i in which if i not in dense]
+        maps_of = self._head_maps(aligned, dense, per_pass)
+        if others:
+            maps_of |= self._head_maps(frames, others, per_pass)
+        return maps_of
 
     def _by_name(
         self, head: str, y: torch.Tensor | dict[str, torch.Tensor]
@@ -275,28 +282,28 @@ class BranchModel(FreezableBackbone):
 
         One a level where a decoder speaks for all, several with deep supervision.
         """
-        found: dict[str, torch.Tensor] = {}
-        for key, maps in (y if isinstance(y, dict) else {"main": y}).items():
-            levels = {head: maps}
+        outputs: dict[str, torch.Tensor] = {}
+        stages = y if isinstance(y, dict) else {"main": y}
+        for stage, maps in stages.items():
+            suffix = "" if stage == "main" else f"_{stage}"
             if self._shared and self.taxonomy is not None:
-                levels = dict(
-                    zip(self.taxonomy.levels, maps.split(self.taxonomy.num_classes, 1), strict=True)
-                )
-            found |= {
-                name if key == "main" else f"{name}_{key}": part for name, part in levels.items()
-            }
-        return found
+                levels = maps.split(self.taxonomy.num_classes, 1)  # (B, K, H, W) each
+                for level, level_maps in zip(self.taxonomy.levels, levels, strict=True):
+                    outputs[f"{level}{suffix}"] = level_maps
+            else:
+                outputs[f"{head}{suffix}"] = maps
+        return outputs
 
     def forward_taps(self, x: torch.Tensor) -> dict[str, torch.Tensor | list[torch.Tensor]]:
-        """Feature maps at the taps, `{name: (B, C, H, W)}`.
+        """Feature maps `{name: (B, C, H, W)}` at the taps.
 
-        A head that reads several taps has a list of maps.
+        A list of maps for a head that reads several taps.
         """
-        maps = self._head_maps(x, range(len(self.names)))
-        return {
-            name: ys if self.head_specs[i].multi_tap else ys[0]
-            for i, (name, ys) in enumerate(maps.items())
-        }
+        result: dict[str, torch.Tensor | list[torch.Tensor]] = {}
+        maps_of = self._head_maps(x, range(len(self.names)))
+        for head, (name, maps) in zip(self.head_specs, maps_of.items(), strict=True):
+            result[name] = maps if head.multi_tap else maps[0]
+        return result
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """The map (B, C, H, W) at the deepest tap.
@@ -346,19 +353,24 @@ class BranchModel(FreezableBackbone):
         """
         taps = [tap for i in which for tap in self.head_taps[i]]
         if per_pass is None or len(x) <= per_pass:
-            maps = iter(self._maps(x, taps))
+            maps = self._maps(x, taps)
         else:
             warn_of_batch_statistics(self.backbone)
-            maps = map(
-                torch.cat, zip(*(self._maps(part, taps) for part in x.split(per_pass)), strict=True)
-            )
-        return {self.names[i]: [next(maps) for _ in self.head_taps[i]] for i in which}
+            passes = [self._maps(images, taps) for images in x.split(per_pass)]
+            maps = [torch.cat(parts) for parts in zip(*passes, strict=True)]
+        result: dict[str, list[torch.Tensor]] = {}
+        start = 0
+        for i in which:
+            end = start + len(self.head_taps[i])
+            result[self.names[i]] = maps[start:end]
+            start = end
+        return result
 
     def _maps(self, x: torch.Tensor, which: Sequence[int]) -> list[torch.Tensor]:
         if x.ndim != 4 or x.shape[1] != self.input_size[0]:
+            hint = f"; in_chans={x.shape[1]} makes a model for these." if x.ndim == 4 else "."
             raise ValueError(
-                f"expected images (B, {self.input_size[0]}, H, W), got {tuple(x.shape)}"
-                + (f"; in_chans={x.shape[1]} makes a model for these." if x.ndim == 4 else ".")
+                f"expected images (B, {self.input_size[0]}, H, W), got {tuple(x.shape)}{hint}"
             )
         if torch.compiler.is_compiling():
             return self._read(x, which)
@@ -366,12 +378,10 @@ class BranchModel(FreezableBackbone):
             return self._read(x, which)
         except (RuntimeError, AssertionError, ValueError) as error:
             self.reader.captured = None
+            if isinstance(error, torch.cuda.OutOfMemoryError):
+                raise
             # only a failed pass pays for finding out whether it was the size of the images
-            reason = (
-                None
-                if isinstance(error, torch.cuda.OutOfMemoryError)
-                else self.reader.explain(self.backbone, tuple(x.shape[1:]))
-            )
+            reason = self.reader.explain(self.backbone, tuple(x.shape[1:]))
             if reason is None:
                 raise
             multiple = math.lcm(*self._multiples)
@@ -469,36 +479,27 @@ class BranchModel(FreezableBackbone):
             raise ValueError(
                 "global_pool= has no effect on a branch model: choose PoolHead(pool_type=...)."
             )
+        chosen = set(self.names)
         if isinstance(num_classes, dict):
             self._select(list(num_classes))
-            new = {**self.num_classes, **num_classes}
-            classes = [new[name] for name in self.names]
+            chosen = set(num_classes)
+            classes = [num_classes.get(name, old) for name, old in self.num_classes.items()]
+        elif isinstance(num_classes, int):
+            classes = [num_classes] * len(self.names)
         else:
-            classes = (
-                [num_classes] * len(self.names)
-                if isinstance(num_classes, int)
-                else list(num_classes)
-            )
+            classes = list(num_classes)
         if len(classes) != len(self.names):
             raise ValueError(
                 f"{len(classes)} class counts for {len(self.names)} heads {list(self.names)}."
             )
         shared = answers_all_levels(self.head_specs, taxonomy)
-        if taxonomy is not None and tuple(classes[: taxonomy.num_levels]) != (
-            (sum(taxonomy.num_classes),) if shared else taxonomy.num_classes
-        ):
-            raise ValueError(
-                f"classes {classes} do not fit the taxonomy's {list(taxonomy.num_classes)}"
-                f"{', of which the decoder gives the sum' if shared else ''}."
-            )
+        if taxonomy is not None:
+            _check_classes(classes, taxonomy, shared)
         for name, count in zip(self.names, classes, strict=True):
-            if (
-                count != self.num_classes[name]
-                or not isinstance(num_classes, dict)
-                or name in num_classes
-            ):
+            if name in chosen or count != self.num_classes[name]:
                 self.head(name).reset_classifier(count)  # type: ignore[operator]
-        self.taxonomy, self._shared = taxonomy, shared
+        self.taxonomy = taxonomy
+        self._shared = shared
         self.config = {**self.config, "num_classes": classes, "taxonomy": taxonomy}
         self.pretrained_cfg = self._prefixed_cfg()
 
@@ -563,6 +564,19 @@ class BranchModel(FreezableBackbone):
         cfg["classifier"] = tuple(f"heads.{key}.fc" for key in self._keys.values())
         cfg["num_classes"] = next(iter(self.num_classes.values()))
         return cfg
+
+
+def _check_classes(classes: Sequence[int], taxonomy: Taxonomy, shared: bool) -> None:
+    """Refuse classes of heads that are not those of a taxonomy's levels."""
+    expected = taxonomy.num_classes
+    note = ""
+    if shared:
+        expected = (sum(taxonomy.num_classes),)
+        note = ", of which the decoder gives the sum"
+    if tuple(classes[: taxonomy.num_levels]) != expected:
+        raise ValueError(
+            f"classes {classes} do not fit the taxonomy's {list(taxonomy.num_classes)}{note}."
+        )
 
 
 def answers_all_levels(heads: Sequence[Head], taxonomy: Taxonomy | None) -> bool:

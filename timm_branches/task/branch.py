@@ -85,15 +85,7 @@ class BranchTask(HeadsTask):
         dtype: torch.dtype | None = None,
         verbose: bool = True,
     ):
-        names = (
-            model.names[: model.taxonomy.num_levels]
-            if model.taxonomy
-            else [
-                name
-                for name, head in zip(model.names, model.head_specs, strict=True)
-                if not head.dense
-            ]
-        )
+        names = _classifying_heads(model)
         if not names:
             raise ValueError(
                 f"the heads {list(model.names)} are decoders, without classes of whole images: a "
@@ -105,30 +97,28 @@ class BranchTask(HeadsTask):
         # without a tree one logit says yes or no; a tree's level of one class has one answer
         smallest = 2 if self.taxonomy is None else 1
         self.level_classes = tuple(max(smallest, model.num_classes[name]) for name in names)
-        count = len(names)
-        smoothing = (
-            [label_smoothing] * count
-            if isinstance(label_smoothing, (int, float))
-            else list(label_smoothing)
-        )
-        if len(smoothing) != count or not all(0 <= s < 1 for s in smoothing):
+        if isinstance(label_smoothing, (int, float)):
+            smoothing = [label_smoothing] * len(names)
+        else:
+            smoothing = list(label_smoothing)
+        if len(smoothing) != len(names) or not all(0 <= s < 1 for s in smoothing):
             raise ValueError(
                 "label_smoothing must be in [0, 1), one number or one for each of "
                 f"{list(self.names)}, got {label_smoothing}."
             )
         self.label_smoothing = dict(zip(self.names, smoothing, strict=True))
+        self.extras: dict[str, float] = {}
         for name, value in (("consistency", consistency), ("tree_path", tree_path)):
             if not 0 <= value < float("inf"):
                 raise ValueError(f"{name} must be a finite weight from 0 upwards, got {value}.")
-        self.extras = {
-            name: value
-            for name, value in (("consistency", consistency), ("tree_path", tree_path))
-            if value
-        }
-        if (self.extras or marginal) and self.taxonomy is None:
+            if value:
+                self.extras[name] = value
+        need_taxonomy = list(self.extras)
+        if marginal:
+            need_taxonomy.append("marginal")
+        if need_taxonomy and self.taxonomy is None:
             raise ValueError(
-                f"{', '.join([*self.extras, *(['marginal'] if marginal else [])])} needs a "
-                "taxonomy: make the model with taxonomy=."
+                f"{', '.join(need_taxonomy)} needs a taxonomy: make the model with taxonomy=."
             )
         self.loss = loss
         if loss is not None:
@@ -140,11 +130,9 @@ class BranchTask(HeadsTask):
             )
         self._weigh_classes(class_weights or {}, model)
         self.marginal = marginal
-        self.below = nn.ModuleList(
-            [_Below(model.taxonomy, level) for level in range(count)]
-            if marginal and model.taxonomy
-            else []
-        )
+        self.below = nn.ModuleList()
+        if marginal and self.taxonomy is not None:
+            self.below.extend(_Below(self.taxonomy, level) for level in range(len(names)))
         if uncertainty and schedule is not None:
             raise ValueError(
                 "a schedule has no effect beside learned weights: give schedule= or "
@@ -159,11 +147,8 @@ class BranchTask(HeadsTask):
     def _weigh_classes(self, class_weights: Mapping[str, Any], model: BranchModel) -> None:
         for name, given in class_weights.items():
             weights = torch.as_tensor(given, dtype=torch.float32)
-            if (
-                name not in self.names
-                or weights.shape != (model.num_classes[name],)
-                or not (weights >= 0).all()
-            ):
+            fits = name in self.names and weights.shape == (model.num_classes[name],)
+            if not fits or not (weights >= 0).all():
                 raise ValueError(
                     f"class_weights[{name!r}] of shape {tuple(weights.shape)}: give one weight "
                     f"from 0 upwards for each class of one of the heads {model.num_classes}."
@@ -175,9 +160,8 @@ class BranchTask(HeadsTask):
     def end_epoch(self, metrics: Mapping[str, float], epoch: int) -> None:
         """Tell the schedule the levels' accuracies."""
         if len(self.level_names) == self.schedule.num_levels:
-            self.schedule.update(
-                [metrics[f"{name}_top1"] / 100 for name in self.level_names], epoch
-            )
+            accuracies = [metrics[f"{name}_top1"] / 100 for name in self.level_names]
+            self.schedule.update(accuracies, epoch)
 
     def parameters_of_loss(self) -> list[nn.Parameter]:
         """The learned uncertainties."""
@@ -185,8 +169,10 @@ class BranchTask(HeadsTask):
 
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
         """The schedule, the epoch and what the loss has learned, for checkpoints."""
-        learned = {"uncertainty": self.uncertainty.state_dict()} if self.uncertainty else {}
-        return {**super().get_task_state(module, ema), **learned}
+        state = super().get_task_state(module, ema)
+        if self.uncertainty:
+            state["uncertainty"] = self.uncertainty.state_dict()
+        return state
 
     def load_task_state(
         self,
@@ -280,9 +266,11 @@ class BranchTask(HeadsTask):
 
     def _known(self, targets: dict[str, torch.Tensor], share: bool) -> dict[str, torch.Tensor]:
         """Of each level, whether any process has a label for it."""
-        known = torch.stack(
-            [(y > 0 if y.is_floating_point() else y >= 0).any() for y in targets.values()]
-        )
+        flags = []
+        for y in targets.values():
+            labelled = y > 0 if y.is_floating_point() else y >= 0
+            flags.append(labelled.any())
+        known = torch.stack(flags)  # (levels,)
         if share:
             known = known.int()
             dist.all_reduce(known, op=dist.ReduceOp.MAX)
@@ -330,9 +318,8 @@ class BranchTask(HeadsTask):
                     f"soft labels must be (B, {sum(self.level_classes)}), the levels' classes "
                     f"{list(self.level_classes)} side by side, got {tuple(target.shape)}."
                 )
-            return dict(
-                zip(self.level_names, target.split(list(self.level_classes), dim=1), strict=True)
-            )
+            columns = target.split(list(self.level_classes), dim=1)  # (B, K) each
+            return dict(zip(self.level_names, columns, strict=True))
         if target.ndim not in (2, 3) or target.shape[-1] != len(self.level_names):
             raise ValueError(
                 f"labels must be (B, {len(self.level_names)}), one column per level "
@@ -386,17 +373,25 @@ class BranchTask(HeadsTask):
         self, evaluator: HierarchyEvaluator
     ) -> list[tuple[str, torch.Tensor, list[str]]]:
         """A matrix for each level of at most 1,000 classes."""
-        names = (
-            self.taxonomy.classes
-            if self.taxonomy
-            else [map(str, range(k)) for k in self.level_classes]
-        )
-        matrices = zip(self.level_names, evaluator.confusion_matrices(), names, strict=True)
-        return [
-            (level, matrix, list(classes))
-            for level, matrix, classes in matrices
-            if matrix is not None
-        ]
+        names: Sequence[Sequence[str]]
+        if self.taxonomy is not None:
+            names = self.taxonomy.classes
+        else:
+            names = [[str(k) for k in range(count)] for count in self.level_classes]
+        result = []
+        matrices = evaluator.confusion_matrices()
+        for level, matrix, classes in zip(self.level_names, matrices, names, strict=True):
+            if matrix is not None:
+                result.append((level, matrix, list(classes)))
+        return result
+
+
+def _classifying_heads(model: BranchModel) -> list[str]:
+    """The heads of the taxonomy's levels; without a taxonomy all that are no decoders."""
+    if model.taxonomy is not None:
+        return list(model.names[: model.taxonomy.num_levels])
+    heads = zip(model.names, model.head_specs, strict=True)
+    return [name for name, head in heads if not head.dense]
 
 
 def _refuse_beside_loss(**settings: Any) -> None:
