@@ -11,7 +11,7 @@ PACKAGE = ROOT / "timm_branches"
 # from the ground up: a unit (a folder or a file of the package) imports only from lower floors
 FLOORS = [
     {"files", "schedules", "taps", "backbones"},
-    {"figures", "heads", "taxonomy"},
+    {"figures", "heads", "taxonomy", "tensor_files"},
     {"data", "hierarchy", "model"},
     {"dense", "weights"},
     {"factory", "features", "task"},

@@ -6,14 +6,11 @@ No pickle is ever read for weights. Writes are atomic: a kill at any moment leav
 the new one.
 """
 
-import hashlib
 import json
 import os
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from timm_branches.files import replace_file
@@ -21,6 +18,7 @@ from timm_branches.heads import check_registered
 from timm_branches.model import BranchModel
 from timm_branches.taxonomy import Taxonomy
 from timm_branches.taxonomy.matching import match_taxonomies
+from timm_branches.tensor_files import digest_tensors, parse_json, read_tensors, save_tensors
 
 __all__ = [
     "digest_tensors",
@@ -67,7 +65,6 @@ def save_model(model: BranchModel, path: "str | os.PathLike", extra: dict | None
     path = Path(path)
     tensors, tied = _tensors(model)
     metadata = {
-        "format": "pt",  # what other readers of safetensors look for
         "producer": _FORMAT,
         "version": str(_VERSION),
         "config": json.dumps(_config(model)),
@@ -76,8 +73,7 @@ def save_model(model: BranchModel, path: "str | os.PathLike", extra: dict | None
     }
     if model.data_summary is not None:
         metadata["data_summary"] = json.dumps(model.data_summary)
-    metadata["sha256"] = digest_tensors(tensors, metadata)
-    replace_file(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+    save_tensors(path, tensors, metadata)
     return path
 
 
@@ -182,53 +178,10 @@ def read_metadata(path: "str | os.PathLike") -> dict[str, str] | None:
 
     Raises:
         FileNotFoundError: No such file.
-        ValueError: Not a whole safetensors file, or one of a later version of timm_branches.
+        ValueError: Not a whole safetensors file, one that does not hold what was saved, or one of a
+            later version of timm_branches.
     """
-    return _open(path, with_tensors=False)[0]
-
-
-def _open(
-    path: "str | os.PathLike", with_tensors: bool
-) -> tuple[dict[str, str] | None, dict[str, torch.Tensor]]:
-    """Metadata and tensors of one and the same file.
-
-    Even if another is put in its place meanwhile.
-    """
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: there is no such file.")
-    # safetensors opens a file twice, by name: read again if it was replaced in between
-    for _ in range(100):
-        before, failure = _identity(path), None
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = (
-                    {name: file.get_tensor(name) for name in file.keys()} if with_tensors else {}
-                )
-        except (SafetensorError, OSError, RuntimeError) as error:
-            failure = error
-        if before == _identity(path):
-            break
-    if failure is not None:
-        raise ValueError(
-            f"{path} is not a whole safetensors file: it was cut, or is something else ({failure})."
-        )
-    if metadata.get("producer") != _FORMAT:
-        return None, tensors
-    version = metadata.get("version", "")
-    if not version.isdecimal():
-        raise ValueError(f"{path} is damaged: it gives {version!r} for the version of its format.")
-    if int(version) > _VERSION:
-        raise ValueError(
-            f"{path} was written by a later timm_branches (format {version}, "
-            f"this one reads {_VERSION}): please upgrade."
-        )
-    return metadata, tensors
-
-
-def _identity(path: "str | os.PathLike") -> tuple[int, int, int]:
-    stat = os.stat(path)
-    return stat.st_ino, stat.st_mtime_ns, stat.st_size
+    return read_tensors(path, _FORMAT, _VERSION)[0]
 
 
 def _tensors(model: BranchModel) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -253,33 +206,29 @@ def _tensors(model: BranchModel) -> tuple[dict[str, torch.Tensor], dict[str, str
     return tensors, tied
 
 
-def digest_tensors(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> str:
-    """Checksum of everything in a file: what it says of itself and the bits of its tensors."""
-    digest = hashlib.sha256(
-        json.dumps(sorted((k, v) for k, v in metadata.items() if k != "sha256")).encode()
-    )
-    for name in sorted(tensors):
-        tensor = tensors[name].contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
 def read_weights(path: "str | os.PathLike") -> tuple[dict[str, str], dict[str, torch.Tensor]]:
     """Metadata and tensors, aliases included, of a file whose checksum is right."""
-    metadata, tensors = _open(path, with_tensors=True)
+    metadata, tensors = read_tensors(path, _FORMAT, _VERSION)
     if metadata is None:
         raise ValueError(
             f"{path} is a safetensors file but not one of timm_branches (it does not say how its "
-            "model "
-            "is built). Plain timm weights go into create_branch_model(..., checkpoint_path=)."
+            "model is built). Plain timm weights go into create_branch_model(..., "
+            "checkpoint_path=)."
         )
-    if digest_tensors(tensors, metadata) != metadata.get("sha256"):
+    return metadata, tensors | _aliases(metadata, tensors, path)
+
+
+def _aliases(
+    metadata: dict[str, str], tensors: dict[str, torch.Tensor], path: "str | os.PathLike"
+) -> dict[str, torch.Tensor]:
+    """Tensors that are in the file under another name."""
+    try:
+        tied = parse_json(metadata["tied"])
+        return {alias: tensors[name] for alias, name in tied.items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{path} is damaged: it does not hold what was saved (the checksum differs)."
-        )
-    tensors |= {alias: tensors[name] for alias, name in json.loads(metadata["tied"]).items()}
-    return metadata, tensors
+            f"{path} says wrongly which of its tensors have several names: {error!r}"
+        ) from error
 
 
 def _config(model: BranchModel) -> dict:

@@ -12,7 +12,7 @@ from timm_branches.data.datasets import HierarchicalDataset
 from timm_branches.data.transforms import SampleTransform
 from timm_branches.features.heads_only import feature_layout
 from timm_branches.model import BranchModel
-from timm_branches.weights import digest_tensors
+from timm_branches.tensor_files import digest_tensors
 
 __all__ = ["differences", "fingerprint", "may_augment"]
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from timm_branches.files import replace_file
+from timm_branches.tensor_files import open_tensors
 
 __all__ = ["INDEX", "ShardWriter", "check_shards", "damaged", "read_index", "read_shard"]
 
@@ -138,10 +138,9 @@ def read_shard(
     path = place / shard["file"]
     _check_size(path, shard["bytes"])
     try:
-        with safe_open(path, framework="pt") as file:
-            rows = file.get_tensor("features")
-            lengths = file.get_tensor("lengths") if "lengths" in file.keys() else None
-    except (SafetensorError, OSError, RuntimeError) as error:
+        _, tensors = open_tensors(path)
+        rows, lengths = tensors["features"], tensors.get("lengths")
+    except (KeyError, OSError, ValueError) as error:
         raise damaged(path, str(error)) from error
     ends = None if lengths is None else np.cumsum([0, *lengths.tolist()])
     count = shard["items"] if ends is None else ends[-1]

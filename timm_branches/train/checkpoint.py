@@ -8,14 +8,14 @@ import os
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from timm_branches.files import replace_file
+from timm_branches.tensor_files import damaged, open_tensors, read_tensors, save_tensors
 
 __all__ = ["load_state", "save_state"]
 
 _PRODUCER = "timm_branches.checkpoint"
+_VERSION = 2
+_FIRST_KEYS = {"producer", "state"}
 
 
 def save_state(path: str | os.PathLike, state: dict) -> None:
@@ -28,8 +28,12 @@ def save_state(path: str | os.PathLike, state: dict) -> None:
     """
     tensors: dict[str, torch.Tensor] = {}
     skeleton = _encode(state, tensors)
-    metadata = {"producer": _PRODUCER, "state": json.dumps(skeleton)}
-    replace_file(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+    metadata = {
+        "producer": _PRODUCER,
+        "version": str(_VERSION),
+        "state": json.dumps(skeleton),
+    }
+    save_tensors(path, tensors, metadata)
 
 
 def load_state(path: str | os.PathLike) -> dict:
@@ -41,19 +45,22 @@ def load_state(path: str | os.PathLike) -> dict:
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: there is no such checkpoint.")
+    metadata, tensors = open_tensors(path, with_tensors=False)
+    if metadata.keys() == _FIRST_KEYS and metadata["producer"] == _PRODUCER:
+        # the first version had no checksum
+        metadata, tensors = open_tensors(path)
+    else:
+        checked, tensors = read_tensors(path, _PRODUCER, _VERSION)
+        if checked is None:
+            raise ValueError(
+                f"{path} is not a training checkpoint of timm_branches. (To start from a model's "
+                "weights, give it as the checkpoint of a new run.)"
+            )
+        metadata = checked
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("producer") != _PRODUCER:
-                raise ValueError(
-                    f"{path} is not a training checkpoint of timm_branches. (To start from a "
-                    "model's weights, give it as the checkpoint of a new run.)"
-                )
-            return _decode(json.loads(metadata["state"]), file)
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path} is damaged: it was cut, or is something else ({error})."
-        ) from None
+        return _decode(json.loads(metadata["state"]), tensors)
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+        raise damaged(path, f"its state cannot be read ({error!r})") from error
 
 
 def _encode(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
@@ -76,11 +83,11 @@ def _encode(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
     raise TypeError(f"a checkpoint cannot hold {type(value).__name__}: {value!r}")
 
 
-def _decode(value: Any, file: Any) -> Any:
+def _decode(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
     if isinstance(value, dict):
         if "tensor" in value:
-            return file.get_tensor(value["tensor"])
-        return {k: _decode(v, file) for k, v in value["dict"]}
+            return tensors[value["tensor"]]
+        return {k: _decode(v, tensors) for k, v in value["dict"]}
     if isinstance(value, list):
-        return [_decode(v, file) for v in value]
+        return [_decode(v, tensors) for v in value]
     return value
