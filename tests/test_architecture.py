@@ -12,7 +12,7 @@ PACKAGE = ROOT / "timm_branches"
 FLOORS = [
     {"files", "schedules", "taps", "backbones"},
     {"figures", "heads", "taxonomy", "tensor_files"},
-    {"data", "hierarchy", "model"},
+    {"data", "description", "hierarchy", "model"},
     {"dense", "weights"},
     {"factory", "features", "task"},
     {"gradients", "inference"},
@@ -20,7 +20,7 @@ FLOORS = [
     {"cli"},
     {"__main__"},
 ]
-CORE = {"taps", "heads", "model", "weights", "factory"}
+CORE = {"taps", "heads", "model", "description", "weights", "factory"}
 WALLS = [
     (CORE, {"data", "task", "train", "hierarchy", "schedules", "features", "dense", "gradients"}),
     ({"taxonomy", "hierarchy", "schedules"}, CORE | {"backbones"}),

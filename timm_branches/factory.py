@@ -3,7 +3,6 @@
 The one call that makes a branch model, in the manner of `timm.create_model`.
 """
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,14 @@ from timm.models._hub import load_model_config_from_path
 from torch import nn
 
 import timm_branches.backbones  # noqa: F401  (registers the papers' networks)
+from timm_branches.description import (
+    check_arguments,
+    check_computed_size,
+    check_preprocessing,
+    check_tensors,
+    limited,
+    read_object,
+)
 from timm_branches.heads import HEADS, Head, head_to_dict, parse_head
 from timm_branches.model import BranchModel, answers_all_levels, module_key
 from timm_branches.taps.notation import Tap, check_name
@@ -303,13 +310,13 @@ def _without_source(name: str, kwargs: dict) -> tuple[str, dict]:
 
     They bring their own weights.
     """
-    kwargs = {k: v for k, v in kwargs.items() if k != "cache_dir"}
-    overlay = kwargs.get("pretrained_cfg_overlay")
-    if isinstance(overlay, dict):
-        overlay = {k: v for k, v in overlay.items() if k not in _SOURCES}
-        kwargs = {k: v for k, v in kwargs.items() if k != "pretrained_cfg_overlay"}
-        # what else it changed still holds
-        kwargs |= {"pretrained_cfg_overlay": overlay} if overlay else {}
+    kwargs = {k: v for k, v in kwargs.items() if k not in ("cache_dir", "device", "dtype")}
+    for key in ("pretrained_cfg", "pretrained_cfg_overlay"):
+        if isinstance(kwargs.get(key), dict):
+            # what else it changed still holds
+            config = {k: v for k, v in kwargs.pop(key).items() if k not in _SOURCES}
+            if config:
+                kwargs[key] = config
     source, place = parse_model_name(name)
     if source is None:
         return name, kwargs
@@ -408,29 +415,42 @@ def load_model(path: str | os.PathLike, map_location: str | torch.device = "cpu"
     if path.is_dir():
         path, config_file = path / "model.safetensors", path / "config.json"
     metadata, tensors = read_weights(path)
-    source = config_file if config_file and config_file.exists() else path
+    source, text = path, metadata.get("config")
+    if config_file is not None and config_file.exists():
+        source = config_file
     try:
-        config = json.loads(
-            metadata["config"] if source == path else source.read_text(encoding="utf-8")
-        )
-        arguments, pretrained_cfg = dict(config["model"]), dict(config["pretrained_cfg"])
-        unknown = _unregistered(arguments.get("head"))
-        if unknown is None:
-            if arguments.get("taxonomy") is not None:
-                arguments["taxonomy"] = Taxonomy.from_dict(arguments["taxonomy"])
-            model = create_branch_model(**arguments)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{source} does not say how its model is built, or says it wrongly: {error!r}"
-        ) from error
+        if source is config_file:
+            text = source.read_text(encoding="utf-8")
+        config = read_object(text, "the description")
+        arguments = check_arguments(config.get("model"))
+        summary = read_object(metadata.get("data_summary", "{}"), "the summary of the data")
+    except ValueError as error:
+        raise _wrong_description(source, error) from error
+    unknown = _unregistered(arguments["head"])
     if unknown is not None:
         raise ValueError(f"{source} cannot be loaded yet. {unknown}")
-    model.pretrained_cfg.update(
-        {k: tuple(v) if isinstance(v, list) else v for k, v in pretrained_cfg.items()}
-    )
+    try:
+        if arguments.get("taxonomy") is not None:
+            arguments["taxonomy"] = Taxonomy.from_dict(arguments["taxonomy"])
+        with limited(len(tensors)):
+            draft = create_branch_model(**arguments)
+        preprocessing = check_preprocessing(config.get("pretrained_cfg"), draft.in_chans)
+    except Exception as error:  # the description of a stranger can end anywhere in timm's code
+        raise _wrong_description(source, error) from error
+    check_tensors(draft, tensors, path)
+    check_computed_size(draft, tensors, path)
+    model = create_branch_model(**arguments)
+    model.pretrained_cfg.update(preprocessing)
     fill_model(model, tensors, path)
-    model.data_summary = json.loads(metadata.get("data_summary", "null"))
+    model.data_summary = summary or None
     return model.to(map_location).eval()
+
+
+def _wrong_description(source: Path, error: Exception) -> ValueError:
+    return ValueError(
+        f"{source} does not say how its model is built, or says it wrongly: "
+        f"{error if isinstance(error, ValueError) else repr(error)}"
+    )
 
 
 def _unregistered(heads: Any) -> ValueError | None:

@@ -149,7 +149,7 @@ def read_tensors(
         return None, tensors
     found = metadata.get("version", "")
     if not re.fullmatch("[0-9]{1,9}", found):
-        raise damaged(path, f"it gives {found!r} for the version of its format")
+        raise damaged(path, f"it gives {found[:20]!r} for the version of its format")
     if int(found) > version:
         raise ValueError(
             f"{path} was written by a later timm_branches (format {found}, this one reads "

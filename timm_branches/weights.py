@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from timm_branches.description import check_arguments, check_tensors, read_object
 from timm_branches.files import replace_file
 from timm_branches.heads import check_registered
 from timm_branches.model import BranchModel
@@ -118,10 +119,16 @@ def _in_order_of(
     path: "str | os.PathLike",
 ) -> dict[str, torch.Tensor]:
     """A file's tensors with the rows of the last layers in the order of the model's classes."""
-    described = json.loads(metadata["config"])["model"].get("taxonomy")
-    if described is None or model.taxonomy is None:
-        return tensors
-    saved = Taxonomy.from_dict(described)
+    try:
+        config = read_object(metadata.get("config"), "the description")
+        described = check_arguments(config.get("model")).get("taxonomy")
+        if described is None or model.taxonomy is None:
+            return tensors
+        saved = Taxonomy.from_dict(described)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} does not say how its model is built, or says it wrongly: {error}"
+        ) from error
     translation = match_taxonomies(
         saved,
         model.taxonomy,
@@ -153,19 +160,7 @@ def fill_model(
     model: BranchModel, tensors: dict[str, torch.Tensor], path: "str | os.PathLike"
 ) -> None:
     """Put tensors into a model, in their own floating-point types, if all of them fit."""
-    own = model.state_dict()
-    missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
-    shapes = [
-        f"{k}: {tuple(tensors[k].shape)} in the file, {tuple(own[k].shape)} in the model"
-        for k in own.keys() & tensors.keys()
-        if tensors[k].shape != own[k].shape
-    ]
-    if missing or unexpected or shapes:
-        raise ValueError(
-            f"{path} does not fit this model: {len(missing)} tensors missing {missing[:3]}, "
-            f"{len(unexpected)} unexpected {unexpected[:3]}, {len(shapes)} of another shape "
-            f"{shapes[:3]}."
-        )
+    check_tensors(model, tensors, path)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         # what was saved in bf16 comes back in bf16
         if name in tensors and tensors[name].dtype != tensor.dtype:
