@@ -235,7 +235,7 @@ def test_how_often_the_loss_is_checked(tmp_path, monkeypatch, every, expected):
         type = "elsewhere"
 
     device, run.device = run.device, Accelerator()
-    monkeypatch.setattr(loop, "_to", lambda images, *_: images)
+    monkeypatch.setattr(loop, "images_to", lambda images, *_: images)
     run.loader = [(images, Labels(labels)) for images, labels in run.loader]
     run._train(0)
     assert sizes == expected

@@ -89,6 +89,9 @@ def test_command_line_round_trip():
         "clip_grad": 1.5,
         "model_ema_decay": 0.5,
         "log_interval": 7,
+        "checkpoint_minutes": 1.5,
+        "keep": 2,
+        "max_skipped_steps": 3,
     }
     switched = {f.name: not f.default for f in fields(FitConfig) if isinstance(f.default, bool)}
     other = {**text, **numbers, **switched}

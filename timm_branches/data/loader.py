@@ -1,5 +1,8 @@
 """DataLoaders whose batches and augmentations do not depend on the number of workers and ranks."""
 
+import os
+import signal
+import threading
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -8,7 +11,7 @@ import torch
 from timm.data.distributed_sampler import OrderedDistributedSampler
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-__all__ = ["BalancedSampler", "EpochSampler", "Loader", "create_loader"]
+__all__ = ["BalancedSampler", "EpochSampler", "Loader", "create_loader", "sample_name"]
 
 
 def _datasets(dataset: Any) -> Iterator[Any]:
@@ -18,6 +21,38 @@ def _datasets(dataset: Any) -> Iterator[Any]:
     for part in inner:
         if part is not None:
             yield from _datasets(part)
+
+
+def _data_of(dataset: Any) -> Iterator[Any]:
+    """The data sets at the bottom, which torch's wrappers hold."""
+    for part in _datasets(dataset):
+        if not hasattr(part, "dataset") and not hasattr(part, "datasets"):
+            yield part
+
+
+def sample_name(dataset: Any, index: int) -> str | None:
+    """What a sample of a data set is called: its path, or its name in an archive.
+
+    Args:
+        dataset: One of ours, or torch's `Subset` or `ConcatDataset` of such.
+        index: The sample.
+
+    Returns:
+        None where it has no name.
+    """
+    if hasattr(dataset, "datasets"):
+        for part in dataset.datasets:
+            if index < len(part):
+                return sample_name(part, index)
+            index -= len(part)
+    if hasattr(dataset, "dataset") and hasattr(dataset, "indices"):
+        return sample_name(dataset.dataset, int(dataset.indices[index]))
+    ids = getattr(dataset, "sample_ids", None)
+    if ids is not None:
+        index = int(ids[index])
+    images = getattr(dataset, "images", None)
+    names = getattr(images, "paths", getattr(images, "names", getattr(dataset, "names", None)))
+    return None if names is None else str(names[index % len(names)])
 
 
 class EpochSampler(Sampler):
@@ -51,6 +86,7 @@ class EpochSampler(Sampler):
         self.rank = rank
         self.world_size = world_size
         self._epoch = 0
+        self._skip = 0
         self.size = len(dataset)  # type: ignore[arg-type]
         if drop_last:
             self.num_samples = self.size // (batch_size * world_size) * batch_size
@@ -60,7 +96,17 @@ class EpochSampler(Sampler):
     def __iter__(self) -> Iterator[int]:
         order = self._order(self._generator()).tolist()
         stop = self.num_samples * self.world_size
-        return iter([order[i % self.size] for i in range(self.rank, stop, self.world_size)])
+        start = self.rank + self._skip * self.world_size
+        self._skip = 0
+        return iter([order[i % self.size] for i in range(start, stop, self.world_size)])
+
+    def skip(self, count: int) -> None:
+        """Leave out the first samples, the next time only: an interrupted epoch goes on.
+
+        Args:
+            count: How many, on this rank.
+        """
+        self._skip = count
 
     def _generator(self) -> torch.Generator:
         """The generator of this epoch: one for each pair of numbers.
@@ -144,6 +190,35 @@ class Loader(DataLoader):
         if hasattr(self.sampler, "set_epoch"):
             self.sampler.set_epoch(epoch)
 
+    def skip_batches(self, count: int) -> bool:
+        """Begin the next epoch behind its first batches, without reading them.
+
+        Args:
+            count: How many.
+
+        Returns:
+            Whether that is possible: what is random must be a function of epoch and sample, not of
+            what was drawn before.
+        """
+        repeatable = all(hasattr(part, "set_epoch") for part in _data_of(self.dataset))
+        if not repeatable or not isinstance(self.sampler, EpochSampler):
+            return False
+        assert self.batch_size is not None
+        self.sampler.skip(count * self.batch_size)
+        return True
+
+    def name_of_sample(self, batch: int, place: int) -> str | None:
+        """What the image at a place of a batch of this epoch is called; None if it has no name.
+
+        Args:
+            batch: Number of the batch, from 0.
+            place: Place in it, from 0.
+        """
+        assert self.batch_size is not None
+        order = list(self.sampler)
+        at = batch * self.batch_size + place
+        return sample_name(self.dataset, order[at]) if at < len(order) else None
+
     def __iter__(self) -> Any:
         if isinstance(self.sampler, EpochSampler):
             epoch = self.sampler.epoch
@@ -157,10 +232,30 @@ class Loader(DataLoader):
         return super().__iter__()
 
 
+def _leave_signals_to_parent() -> None:
+    """Go on when Ctrl-C or a cluster's notice reaches the whole group of processes.
+
+    The main process finishes its batch with the workers' help, and ends them itself.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if not hasattr(signal, "sigwaitinfo"):
+        return
+    parent = os.getppid()
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+            pass
+        os._exit(128 + signal.SIGTERM)
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def _init_worker(worker: int) -> None:
     import cv2
 
     cv2.setNumThreads(0)  # the workers share the cores already
+    _leave_signals_to_parent()
 
 
 def _labels_to_balance(dataset: Any, sampler: str, level: int) -> torch.Tensor:

@@ -14,7 +14,7 @@ from timm_branches.features.heads_only import feature_layout
 from timm_branches.model import BranchModel
 from timm_branches.tensor_files import digest_tensors
 
-__all__ = ["differences", "fingerprint", "may_augment"]
+__all__ = ["describe_preprocessing", "differences", "fingerprint", "may_augment"]
 
 _FORMAT = 1  # of the files; another one makes what was written before stale
 # taps are told apart by what is read
@@ -48,7 +48,7 @@ def fingerprint(
         "structure": hashlib.sha256(_ADDRESS.sub("", repr(model.backbone)).encode()).hexdigest(),
         "weights": digest_tensors(tensors, {}),
         "taps": {key: feature.shape for key, feature in features.items()},
-        "preprocessing": _preprocessing(dataset),
+        "preprocessing": describe_preprocessing(dataset),
         "data": dataset.images.identity(ids.tolist()),
         "samples": [len(ids), hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest()],
         "seed": dataset.seed,
@@ -80,7 +80,12 @@ def may_augment(dataset: HierarchicalDataset) -> bool:
     return draws or (transform is not None and getattr(transform, "compose", transform) is not None)
 
 
-def _preprocessing(dataset: HierarchicalDataset) -> dict[str, Any]:
+def describe_preprocessing(dataset: HierarchicalDataset) -> dict[str, Any]:
+    """What a data set does with an image before the network reads it.
+
+    Raises:
+        ValueError: A transform that does not say what it does.
+    """
     transform: Any = dataset.transform
     facts: dict[str, Any] = {
         "frames": repr(getattr(dataset, "sampler", None)),

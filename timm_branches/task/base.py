@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,13 +16,14 @@ from timm.task import TrainingTask
 from timm.utils import unwrap_model
 from torch import nn
 
+from timm_branches.data.loader import sample_name
 from timm_branches.model import BranchModel
 from timm_branches.schedules import ConstantSchedule, LossWeightSchedule, get_schedule
 from timm_branches.task.evaluator import Evaluator
 from timm_branches.taxonomy import Taxonomy
 from timm_branches.taxonomy.matching import match_classes, match_taxonomies
 
-__all__ = ["HeadsTask", "Schedule", "base_model"]
+__all__ = ["HeadsTask", "Schedule", "base_model", "name_of_function", "name_of_labels"]
 
 Schedule = LossWeightSchedule | str | dict | Sequence[float] | None
 
@@ -86,6 +88,21 @@ class HeadsTask(TrainingTask):
     def describe_schedule(self) -> str:
         """The loss weights as a person would write them."""
         return str(self.schedule)
+
+    def describe_settings(self) -> dict[str, Any]:
+        """What the loss is made of beside the schedule, JSON-safe, as a checkpoint keeps it."""
+        return {"task": type(self).__name__}
+
+    def check_targets(self, target: Any, loader: Any = None) -> None:
+        """Refuse targets that are no classes; they are on the CPU, as a loader gives them.
+
+        Args:
+            target: The targets of a batch.
+            loader: Where they come from, whose data set may know what its samples are called.
+
+        Raises:
+            ValueError: A target is outside its classes; level and value are named.
+        """
 
     def parameters_of_loss(self) -> list[nn.Parameter]:
         """Parameters of the loss itself, for the optimizer, without weight decay."""
@@ -279,6 +296,30 @@ def _check_same(key: str, theirs: Any, ours: Any, source: str) -> None:
             raise ValueError("The classes are the same, in another order.")
     elif match_classes(theirs, ours, subset=False, **names) is not None:
         raise ValueError("The classes are the same, in another order.")
+
+
+def name_of_function(function: Any) -> str:
+    """What a function or a module of the user's is called, with what was bound to it."""
+    if isinstance(function, partial):
+        bound = [repr(value) for value in function.args if not callable(value)]
+        bound += [name_of_function(value) for value in function.args if callable(value)]
+        bound += [f"{key}={value!r}" for key, value in function.keywords.items()]
+        return f"{name_of_function(function.func)}({', '.join(bound)})"
+    name = getattr(function, "__qualname__", None)
+    return type(function).__qualname__ if name is None else name
+
+
+def name_of_labels(loader: Any, level: int, value: int) -> str:
+    """Which sample of a loader's data set has a label, as ` of photos/a.jpg`; empty if unknown."""
+    dataset = getattr(loader, "dataset", None)
+    labels = getattr(dataset, "labels", None)
+    if not isinstance(labels, torch.Tensor) or labels.ndim != 2:
+        return ""
+    rows = (labels[:, level] == value).nonzero()
+    if not len(rows):
+        return ""
+    name = sample_name(dataset, int(rows[0]))
+    return f" of sample {int(rows[0])}" if name is None else f" of {name}"
 
 
 def _mean_over_processes(gradient: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,7 @@ from timm_branches.hierarchy.losses import (
     tree_path_kl,
 )
 from timm_branches.model import BranchModel
-from timm_branches.task.base import HeadsTask, Schedule
+from timm_branches.task.base import HeadsTask, Schedule, name_of_function, name_of_labels
 from timm_branches.task.uncertainty import UncertaintyWeighting
 from timm_branches.taxonomy import Taxonomy
 from timm_branches.taxonomy.matching import match_classes, match_taxonomies
@@ -167,6 +167,42 @@ class BranchTask(HeadsTask):
         """The learned uncertainties."""
         return list(self.uncertainty.parameters()) if self.uncertainty else []
 
+    def describe_settings(self) -> dict[str, Any]:
+        """What the loss is made of beside the schedule."""
+        class_weights = {}
+        for index, name in enumerate(self.names):
+            weights = getattr(self, f"class_weights_{index}", None)
+            if weights is not None:
+                class_weights[name] = weights.tolist()
+        return {
+            **super().describe_settings(),
+            "label smoothing": list(self.label_smoothing.values()),
+            "class weights": class_weights,
+            "loss": None if self.loss is None else name_of_function(self.loss),
+            "marginal": self.marginal,
+            "consistency": self.extras.get("consistency", 0.0),
+            "tree path": self.extras.get("tree_path", 0.0),
+            "uncertainty": self.uncertainty is not None,
+        }
+
+    def check_targets(self, target: Any, loader: Any = None) -> None:
+        """Refuse labels (..., L) outside the classes of their level; -1 is unknown."""
+        if not isinstance(target, torch.Tensor) or target.is_floating_point():
+            return
+        if target.ndim < 2 or target.shape[-1] != len(self.level_classes):
+            return  # the loss says what is wrong with their shape
+        for level, count in enumerate(self.level_classes):
+            column = target[..., level]
+            bad = ((column < -1) | (column >= count)).nonzero()
+            if not len(bad):
+                continue
+            place = tuple(bad[0].tolist())
+            where = name_of_labels(loader, level, int(column[place]))
+            raise ValueError(
+                f"label {int(column[place])} of level {self.level_names[level]!r}{where} is "
+                f"outside its {count} classes: labels are -1 for unknown, or 0 to {count - 1}."
+            )
+
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
         """The schedule, the epoch and what the loss has learned, for checkpoints."""
         state = super().get_task_state(module, ema)
@@ -312,6 +348,8 @@ class BranchTask(HeadsTask):
         return tree_path_kl(logits, target, self.taxonomy, share)
 
     def _targets(self, target: torch.Tensor) -> dict[str, torch.Tensor]:
+        if target.device.type == "cpu":  # elsewhere it would have to be waited for
+            self.check_targets(target)
         if target.is_floating_point():
             if target.ndim != 2 or target.shape[1] != sum(self.level_classes):
                 raise ValueError(
@@ -462,6 +500,13 @@ class FlatTask(BranchTask):
         )
         self.to(next(model.parameters()).device if device is None else device)
 
+    def describe_settings(self) -> dict[str, Any]:
+        """What the loss is made of."""
+        loss = (
+            self.leaf_loss if isinstance(self.leaf_loss, str) else name_of_function(self.leaf_loss)
+        )
+        return {**super().describe_settings(), "loss": loss, "strength": self.strength}
+
     def _level_loss(
         self,
         name: str,
@@ -573,6 +618,12 @@ class _LeafTranslation:
             if self.table is None:
                 assert self.error is not None
                 raise self.error
+            bad = (target < -1) | (target >= len(self.table))
+            if target.device.type == "cpu" and bad.any():
+                raise ValueError(
+                    f"label {int(target[bad][0])} is outside the {len(self.table)} classes of the "
+                    f"data set: labels are -1 for unknown, or 0 to {len(self.table) - 1}."
+                )
             table = torch.cat([self.table, torch.tensor([-1])]).to(target.device)
             return self.taxonomy.expand(table[target])
         if self.table is not None and not self.in_order:

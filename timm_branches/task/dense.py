@@ -7,7 +7,7 @@ import torch
 
 from timm_branches.dense.losses import get_dense_loss
 from timm_branches.model import BranchModel, answers_all_levels
-from timm_branches.task.base import HeadsTask, Schedule
+from timm_branches.task.base import HeadsTask, Schedule, base_model, name_of_function
 from timm_branches.taxonomy import Taxonomy
 from timm_branches.taxonomy.matching import match_classes
 
@@ -94,6 +94,10 @@ class DenseTask(HeadsTask):
             )
         super().__init__(model, names, schedule, device, verbose=verbose)
         self.shares = isinstance(loss, str)
+        self.settings = {
+            "loss": loss if isinstance(loss, str) else name_of_function(loss),
+            **{name: _plain(value) for name, value in settings.items()},
+        }
         self.ignore_index = int(settings.get("ignore_index", -1))
         self.losses = _losses(loss, list(self.sources), settings, by_level=bool(self.levels))
         self.taxonomy = model.taxonomy if self.levels else None
@@ -148,6 +152,28 @@ class DenseTask(HeadsTask):
         weights = dict(zip(self.names, self.weights, strict=True))
         return torch.stack([weights[name] * losses[name] for name in names]).sum(), losses
 
+    def describe_settings(self) -> dict[str, Any]:
+        """The loss and what it was given."""
+        return {**super().describe_settings(), **self.settings}
+
+    def check_targets(self, target: Any, loader: Any = None) -> None:
+        """Refuse masks (B, H, W) with values that are no class and not the one to ignore."""
+        if not isinstance(target, torch.Tensor) or target.is_floating_point() or target.ndim != 3:
+            return
+        if self.taxonomy is not None:
+            count = self.taxonomy.num_leaves
+        else:
+            head = next(iter(self.sources.values()))
+            count = max(2, base_model(self).num_classes[head])  # one logit says yes or no
+        bad = (target != self.ignore_index) & ((target < 0) | (target >= count))
+        if bad.any():
+            image, row, column = bad.nonzero()[0].tolist()
+            raise ValueError(
+                f"value {int(target[image, row, column])} in mask {image} of a batch, row {row}, "
+                f"column {column} (counted from 0) is outside the {count} classes: masks hold 0 to "
+                f"{count - 1}, and {self.ignore_index} for unlabelled."
+            )
+
     def match_labels(self, names: Any) -> Callable[[Any], Any] | None:
         """As in :class:`HeadsTask`; targets are masks of class indices, -1 for no class."""
         own = self._class_names()
@@ -162,11 +188,17 @@ class DenseTask(HeadsTask):
         table = match_classes(names, own)
         if table is None:
             return None
+        last = len(table)
         table = torch.cat([table, torch.tensor([-1])])
         ignored = self.ignore_index
 
         def translate(masks: torch.Tensor) -> torch.Tensor:
             known = torch.where(masks == ignored, -1, masks)
+            if masks.device.type == "cpu" and not bool(((known >= -1) & (known < last)).all()):
+                worst = known[(known < -1) | (known >= last)][0]
+                raise ValueError(
+                    f"value {int(worst)} in a mask is none of the {last} classes of the data set."
+                )
             translated = table.to(masks.device)[known]
             return torch.where(known < 0, ignored, translated)
 
@@ -209,6 +241,15 @@ class DenseTask(HeadsTask):
                 ious.items(), evaluator.confusion_matrices(), strict=True
             )
         ]
+
+
+def _plain(value: Any) -> Any:
+    """A setting as JSON knows it."""
+    if isinstance(value, torch.Tensor):
+        return value.tolist()
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return value
 
 
 def _only_numbers(names: Sequence[str]) -> bool:

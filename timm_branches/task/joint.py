@@ -109,6 +109,20 @@ class JointTask(HeadsTask):
         """Each task's, by name."""
         return "; ".join(f"{name}: {task.describe_schedule()}" for name, task in self.tasks.items())
 
+    def describe_settings(self) -> dict[str, Any]:
+        """Each task's, and their weights."""
+        settings: dict[str, Any] = {"task": type(self).__name__}
+        for name, task in self.tasks.items():
+            settings[name] = {**task.describe_settings(), "weight": self.task_weights[name]}
+        return settings
+
+    def check_targets(self, target: Any, loader: Any = None) -> None:
+        """Task by task."""
+        if isinstance(target, Mapping):
+            for name, task in self.tasks.items():
+                if name in target:
+                    task.check_targets(target[name], loader)
+
     def parameters_of_loss(self) -> list[nn.Parameter]:
         """Those of all tasks."""
         return [

@@ -1,7 +1,8 @@
 """Training: the loop, its settings, checkpoints, logs and plots."""
 
 from timm_branches.train.config import FitConfig, add_fit_arguments
-from timm_branches.train.loop import FitResult, evaluate, fit, try_evaluation
+from timm_branches.train.evaluation import evaluate, try_evaluation
+from timm_branches.train.loop import FitResult, fit
 from timm_branches.train.lr import PiecewiseLR
 from timm_branches.train.process import is_primary, setup_device
 

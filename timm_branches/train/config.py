@@ -36,6 +36,16 @@ class FitConfig:
         "", "checkpoint to continue from, or 'auto' for the output folder's if there is one"
     )
 
+    checkpoint_minutes: float = _setting(
+        0.0, "minutes between checkpoints inside an epoch; 0 writes one after each epoch"
+    )
+    keep: int = _setting(
+        0, "checkpoints of earlier epochs to keep; a good one is taken if the newest is damaged"
+    )
+    max_skipped_steps: int = _setting(
+        0, "updates that may be skipped because a loss or gradient is not finite"
+    )
+
     opt: str = _setting("sgd", "timm optimizer")
     lr: float = _setting(0.05, "learning rate")
     weight_decay: float = _setting(2e-5, "weight decay")
@@ -92,7 +102,16 @@ class FitConfig:
         for name in positive:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{_flag(name)} must be above 0, got {getattr(self, name)!r}.")
-        for name in ("weight_decay", "min_lr", "warmup_epochs", "conflicts"):
+        not_negative = (
+            "weight_decay",
+            "min_lr",
+            "warmup_epochs",
+            "conflicts",
+            "checkpoint_minutes",
+            "keep",
+            "max_skipped_steps",
+        )
+        for name in not_negative:
             if not getattr(self, name) >= 0:
                 raise ValueError(
                     f"{_flag(name)} must not be negative, got {getattr(self, name)!r}."

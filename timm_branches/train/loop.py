@@ -1,40 +1,58 @@
-"""`fit`: our training loop, made of timm's parts; and `evaluate`."""
+"""`fit`: our training loop, made of timm's parts."""
 
 import logging
 import math
+import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from timm.optim import create_optimizer_v2
-from timm.task import evaluation_sample_limit
 from timm.utils import NativeScaler, dispatch_clip_grad, distribute_bn
 from tqdm import tqdm
 
-from timm_branches.data import HierarchicalDataset, label_names
-from timm_branches.data.images import one_of_each_size
-from timm_branches.files import replace_file
-from timm_branches.model import BranchModel
+from timm_branches.data import label_names
+from timm_branches.files import remove_abandoned, replace_file
 from timm_branches.task import HeadsTask, base_model
-from timm_branches.train.checkpoint import load_state, save_state
-from timm_branches.train.checks import check_losses, check_weights
+from timm_branches.train.checkpoint import Checkpoints
+from timm_branches.train.checks import bad_gradients, bad_pixel, check_losses, check_weights
 from timm_branches.train.config import FitConfig
+from timm_branches.train.evaluation import (
+    evaluate,
+    images_to,
+    note_raw_inputs,
+    targets_to,
+    try_evaluation,
+)
 from timm_branches.train.log import CsvLog, open_trackers
 from timm_branches.train.lr import create_scheduler
-from timm_branches.train.process import current_device, is_distributed, is_primary, seed_everything
+from timm_branches.train.process import (
+    current_device,
+    is_distributed,
+    is_primary,
+    random_state,
+    seed_everything,
+    set_random_state,
+)
+from timm_branches.train.resume import compare_runs, describe_run
+from timm_branches.train.signals import StopSignals
 from timm_branches.weights import save_model
 
 _logger = logging.getLogger(__name__)
 
-__all__ = ["FitResult", "evaluate", "fit", "try_evaluation"]
+__all__ = ["FitResult", "fit"]
+
+# what an optimizer's groups take from the settings; the rest is its memory
+_SETTINGS_OF_GROUPS = ("lr", "initial_lr", "lr_scale", "weight_decay", "momentum")
 
 
 @dataclass
@@ -48,6 +66,7 @@ class FitResult:
         best_epoch: 0-based epoch of `model.safetensors`.
         best: Its metrics; None where nothing could be measured (the severity of no mistakes).
         seconds: Time spent in this call.
+        skipped_steps: Updates that were left out in this call because a number was not finite.
     """
 
     output: Path
@@ -55,125 +74,12 @@ class FitResult:
     best_epoch: int = -1
     best: dict[str, float | None] = field(default_factory=dict)
     seconds: float = 0.0
+    skipped_steps: int = 0
 
     @property
     def model_path(self) -> Path:
         """The best model's file."""
         return self.output / "model.safetensors"
-
-
-@torch.no_grad()
-def evaluate(
-    task: HeadsTask,
-    loader: Iterable,
-    ema: bool = False,
-    amp: Any = nullcontext,
-    own_transform: bool = True,
-    **options: Any,
-) -> Any:
-    """Run a task's evaluator over a loader of (images, labels (N, L)), exactly, over all processes.
-
-    Args:
-        task: The task.
-        loader: Batches, as for :func:`fit`.
-        ema: Evaluate the moving average of the weights.
-        amp: Makes the context of the forward pass.
-        own_transform: Give a data set of images that has no transform the model's own, as
-            :func:`timm_branches.inference.model_transform` makes it; a model that was trained on
-            normalised images would else be shown others.
-        **options: What the evaluator takes, such as `decoder`.
-
-    Raises:
-        ValueError: The data set's labels mean other classes than the model's.
-
-    Returns:
-        The evaluator; `compute()` has been called with the processes joined, see
-        `evaluator.metrics`.
-    """
-    model: Any = task.get_eval_model(ema=ema)
-    was_training = model.training
-    model.eval()
-    evaluator = task.create_evaluator(max_samples=evaluation_sample_limit(loader), **options)
-    translate = task.match_labels(label_names(loader))
-    if own_transform:
-        _use_own_transform(loader, base_model(task))
-    for images, labels in loader:
-        with amp():
-            output = task.answer(model, _to(images, task.device, None))
-        if translate is not None:
-            labels = translate(labels)
-        evaluator.update(output, _move(labels, task.device))
-    model.train(was_training)
-    evaluator.metrics = evaluator.compute(distributed=is_distributed())
-    return evaluator
-
-
-def _without_transform(loader: Any) -> list[Any]:
-    """Our data sets below a loader that have no transform."""
-    found = []
-    waiting = [getattr(loader, "dataset", None)]
-    while waiting:
-        data = waiting.pop()
-        if isinstance(data, HierarchicalDataset) and data.transform is None:
-            found.append(data)
-        inner = getattr(data, "datasets", None) or [getattr(data, "dataset", None)]
-        waiting += [part for part in inner if part is not None]
-    return found
-
-
-def _use_own_transform(loader: Any, model: BranchModel) -> None:
-    """Give data sets without a transform the model's own, unless it was trained without one."""
-    from timm_branches.inference import model_transform
-
-    if model.pretrained_cfg.get("raw_inputs"):
-        return
-    for data in _without_transform(loader):
-        data.transform = model_transform(model)
-        _logger.info("The data set has no transform: the model's own is used: %s", data.transform)
-
-
-def _note_raw_inputs(loader: Any, model: BranchModel) -> None:
-    """Keep with a model that it was trained on images in [0, 1] as they are."""
-    if _without_transform(loader):
-        zeros, ones = (0.0,) * model.in_chans, (1.0,) * model.in_chans
-        model.pretrained_cfg.update(mean=zeros, std=ones, crop_pct=1.0, raw_inputs=True)
-
-
-@torch.no_grad()
-def try_evaluation(task: HeadsTask, loader: Any, amp: Any = nullcontext) -> None:
-    """Evaluate one image of each size, before anything is trained; `fit` does it by itself.
-
-    What a model cannot answer for (an odd size for a ViT) would otherwise show after an epoch, or
-    after all of them. Nothing is changed by it: neither weights nor statistics nor the state of
-    random numbers.
-
-    Args:
-        task: The task.
-        loader: A DataLoader of evaluation data; anything else, and None, is passed over.
-        amp: Makes the context of the forward pass.
-
-    Raises:
-        ValueError: The model cannot take an image.
-    """
-    data = getattr(loader, "dataset", None)
-    collate = getattr(loader, "collate_fn", None)
-    if data is None or collate is None or not hasattr(data, "__getitem__"):
-        return
-    translate = task.match_labels(label_names(loader))
-    state = torch.get_rng_state()
-    model: Any = task.get_eval_model()
-    was_training = model.training
-    model.eval()
-    evaluator = task.create_evaluator()
-    for index in one_of_each_size(data):
-        images, labels = collate([data[index]])
-        if translate is not None:
-            labels = translate(labels)
-        with amp():
-            output = task.answer(model, _to(images, task.device, None))
-        evaluator.update(output, _move(labels, task.device))
-    model.train(was_training)
-    torch.set_rng_state(state)
 
 
 def fit(
@@ -185,6 +91,9 @@ def fit(
     facts: dict | None = None,
 ) -> FitResult:
     """Train a task.
+
+    On SIGINT (Ctrl-C) and SIGTERM the current batch is finished and everything is saved inside the
+    epoch; with `resume='auto'` the run goes on from there, on a CPU bit for bit.
 
     Args:
         task: A task of `timm_branches.task` on the CPU or on its device.
@@ -200,9 +109,12 @@ def fit(
         A :class:`FitResult`. The folder `config.output` holds the files.
 
     Raises:
-        FloatingPointError: A level's loss became NaN or infinite; the message names level, epoch
-            and batch. The checkpoint of the last good epoch stays.
-        ValueError: A setting that cannot be honoured.
+        FloatingPointError: More than `config.max_skipped_steps` updates had a loss or a gradient
+            that is not finite; the message names level or layer, epoch and batch, and the pixel
+            where the images were at fault. The checkpoint of the last good epoch stays.
+        ValueError: A setting that cannot be honoured, or a checkpoint of another run.
+        KeyboardInterrupt: After SIGINT, when everything is saved.
+        SystemExit: After SIGTERM, with status 143, when everything is saved.
     """
     config = config or FitConfig()
     began = time.monotonic()
@@ -211,13 +123,44 @@ def fit(
         if config.check:
             run.check()
         try_evaluation(task, eval_loader, run.amp)
-        for epoch in range(run.start_epoch, config.epochs):
-            run.epoch(epoch)
+        with StopSignals() as run.signals:
+            for epoch in range(run.start_epoch, config.epochs):
+                run.epoch(epoch)
     finally:
         run.close()
     run.finish()
     run.result.seconds = time.monotonic() - began
     return run.result
+
+
+@dataclass
+class _Progress:
+    """How far an epoch has come.
+
+    Attributes:
+        batch: Batches that are behind us.
+        counted: Those among them whose losses were finite.
+        images: Samples in these.
+        sums: Their losses by name, summed.
+        cosines: Cosines between the branches' gradients, by pair.
+        seconds: Time spent before this call.
+        rate: The learning rate that the epoch began with; None before it began.
+    """
+
+    batch: int = 0
+    counted: int = 0
+    images: int = 0
+    sums: dict[str, torch.Tensor] = field(default_factory=dict)
+    cosines: dict[str, list[float]] = field(default_factory=dict)
+    seconds: float = 0.0
+    rate: float | None = None
+
+    def add(self, losses: dict[str, torch.Tensor], images: int) -> None:
+        """Count a batch with finite losses."""
+        for name, value in losses.items():
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+        self.images += images
+        self.counted += 1
 
 
 class _Run:
@@ -232,11 +175,16 @@ class _Run:
         mixup: Callable | None,
         facts: dict,
     ):
-        self.task, self.loader, self.eval_loader = task, train_loader, eval_loader
-        self.config, self.mixup, self.facts = config, mixup, facts
+        self.task = task
+        self.loader = train_loader
+        self.eval_loader = eval_loader
+        self.config = config
+        self.mixup = mixup
+        self.facts = facts
         self.primary = is_primary()
         self.device = current_device(config.device)
         self.rank = dist.get_rank() if is_distributed() else 0
+        self.processes = dist.get_world_size() if is_distributed() else 1
         if len(train_loader) == 0:
             raise ValueError(
                 "the training loader has no batch: the data set is smaller than a batch."
@@ -245,53 +193,73 @@ class _Run:
         self.translate = task.match_labels(label_names(train_loader))
         if eval_loader is not None:
             task.match_labels(label_names(eval_loader))
-        _note_raw_inputs(train_loader, base_model(task))
+        note_raw_inputs(train_loader, base_model(task))
         self.memory_format = torch.channels_last if config.channels_last else None
         self._prepare()
         self.updates_per_epoch = math.ceil(len(train_loader) / config.grad_accum_steps)
         self.scheduler = create_scheduler(self.optimizer, config, self.updates_per_epoch)
-        self.metric = config.eval_metric or task.default_metric
-        evaluator = task.create_evaluator()
+        self._choose_metric()
+        if config.conflicts and len(task.names) < 2:
+            raise ValueError(f"--conflicts has no effect: {list(task.names)} is a single loss.")
+        self.result = FitResult(Path(config.output))
+        self.checkpoints = Checkpoints(self.result.output, config.keep)
+        self.start_epoch = 0
+        self._epoch = 0
+        self.updates = 0
+        self.signals = StopSignals()
+        self.progress = _Progress()
+        self._random: dict[str, Any] = {}
+        self._saved_at = time.monotonic()
+        self._begin()
+        self._open_logs()
+
+    def _choose_metric(self) -> None:
+        """What the best epoch is chosen by."""
+        config = self.config
+        evaluator = self.task.create_evaluator()
+        self.metric = config.eval_metric or self.task.default_metric
         if self.metric not in evaluator.metric_names:
             raise ValueError(
                 f"--eval-metric {self.metric!r}: choose one of {', '.join(evaluator.metric_names)}."
             )
         self.lower_is_better = evaluator.lower_is_better(self.metric)
-        if config.conflicts and len(task.names) < 2:
-            raise ValueError(f"--conflicts has no effect: {list(task.names)} is a single loss.")
-        if config.eval_metric and eval_loader is None:
+        if config.eval_metric and self.eval_loader is None:
             raise ValueError("--eval-metric has no effect without evaluation data.")
-        self.result = FitResult(Path(config.output))
-        self.start_epoch, self.updates = 0, 0
-        taken = self.checkpoint.exists() or self.result.model_path.exists()
-        if taken and config.resume != "auto" and not _same_file(config.resume, self.checkpoint):
+
+    def _begin(self) -> None:
+        """Look at the output folder, go on from a checkpoint, and join the other processes."""
+        resume = self.config.resume
+        if self.primary and self.result.output.is_dir():
+            remove_abandoned(self.result.output)
+        taken = self.checkpoints.last.exists() or self.result.model_path.exists()
+        if taken and resume != "auto" and not self.checkpoints.has(resume):
             raise ValueError(
-                f"{config.output} holds an earlier run: continue it with resume='auto' (--resume "
-                "auto), or choose another output folder."
+                f"{self.config.output} holds an earlier run: continue it with resume='auto' "
+                "(--resume auto), or choose another output folder."
             )
+        self.description = describe_run(
+            self.task, self.loader, self.eval_loader, self.config, self.mixup, self.processes
+        )
         self._resume()
         # after a resume, which may bring a schedule that turns levels off
-        if is_distributed() and not task.distributed:
-            task.prepare_distributed(
-                device_ids=[self.device] if self.device.type == "cuda" else None
-            )
-        self.log = (
-            CsvLog(self.result.output / "log.csv", keep_until_epoch=self.start_epoch)
-            if self.primary
-            else None
-        )
-        self.result.history = self.log.read() if self.log else []
-        self.trackers = (
-            open_trackers(
+        if is_distributed() and not self.task.distributed:
+            devices = [self.device] if self.device.type == "cuda" else None
+            self.task.prepare_distributed(device_ids=devices)
+
+    def _open_logs(self) -> None:
+        config = self.config
+        self.log: CsvLog | None = None
+        self.trackers: Any = None
+        if self.primary:
+            self.log = CsvLog(self.result.output / "log.csv", keep_until_epoch=self.start_epoch)
+            self.result.history = self.log.read()
+            self.trackers = open_trackers(
                 config.tensorboard, config.wandb or None, str(self.result.output), asdict(config)
             )
-            if self.primary
-            else None
-        )
         # in a file or a pipe, the line that each epoch prints is enough
         self.bar = tqdm(
-            total=config.epochs * len(train_loader),
-            initial=self.start_epoch * len(train_loader),
+            total=config.epochs * len(self.loader),
+            initial=self.start_epoch * len(self.loader) + self.progress.batch,
             unit="batch",
             dynamic_ncols=True,
             disable=not (config.progress and self.primary and sys.stderr.isatty()),
@@ -325,17 +293,21 @@ class _Run:
             momentum=config.momentum,
             layer_decay=config.layer_decay,
         )
-        if own := list(task.parameters_of_loss()):
-            self.optimizer.add_param_group({"params": own, "weight_decay": 0.0})
-        self.scaler = (
-            NativeScaler(device=self.device.type)
-            if config.amp and config.amp_dtype == "float16"
-            else None
-        )
+        parameters_of_loss = list(task.parameters_of_loss())
+        if parameters_of_loss:
+            self.optimizer.add_param_group({"params": parameters_of_loss, "weight_decay": 0.0})
+        self.scaler: NativeScaler | None = None
+        if config.amp and config.amp_dtype == "float16":
+            self.scaler = NativeScaler(device=self.device.type)
         if config.model_ema:
             task.setup_ema(decay=config.model_ema_decay, use_warmup=config.model_ema_warmup)
         if config.torchcompile:
             task.compile()
+
+    @property
+    def checks_each_step(self) -> bool:
+        """Whether each update is looked at; an accelerator is waited for only every so often."""
+        return self.device.type == "cpu" or self.config.max_skipped_steps > 0
 
     def amp(self):
         """Autocast, or nothing."""
@@ -345,32 +317,68 @@ class _Run:
 
     # -- checkpoints
 
-    @property
-    def checkpoint(self) -> Path:
-        return self.result.output / "last.safetensors"
-
     def _resume(self) -> None:
-        path = self.config.resume
-        if path == "auto":
-            path = str(self.checkpoint) if self.checkpoint.exists() else ""
-        if not path:
+        found = self.checkpoints.find(self.config.resume)
+        if found is None:
             return
-        state = load_state(path)
+        path, state = found
+        source = f"--resume {path}"
+        inside = state.get("inside")
+        self._check_state(state, source)
+        lines = compare_runs(
+            state.get("run", {"settings": state.get("config", {})}),
+            self.description,
+            source,
+            inside_epoch=inside is not None,
+        )
         asked = self.task.describe_schedule()
-        missing = [key for key in ("state_dict", "optimizer", "epoch") if key not in state]
-        if missing or (self.config.model_ema and "state_dict_ema" not in state):
-            raise ValueError(
-                f"--resume {path}: the checkpoint lacks "
-                f"{', '.join(missing or ['the moving average'])}."
+        self._load(state, path)
+        if self.primary and self.task.describe_schedule() != asked:
+            _logger.warning(
+                "The checkpoint's loss-weight schedule is used, not the one asked for:\n%s\n"
+                "(asked: %s)",
+                self.task.describe_schedule(),
+                asked,
             )
-        self.task.check_labels_of(state.get("labels", {}), f"--resume {path}")
+        for line in lines:
+            if self.primary:
+                _logger.warning("%s: %s", source, line)
+        self.start_epoch = state["epoch"] + 1
+        self.updates = state["updates"]
+        self.result.best_epoch = state["best_epoch"]
+        self.result.best = dict(state["best"])
+        self._epoch = self.start_epoch
+        if inside is not None:
+            self._take_up(inside, source)
+        self._set_rates()
+        if Path(path).resolve().parent != self.result.output.resolve():
+            self._bring(Path(path).parent)
+        if self.start_epoch >= self.config.epochs and self.config.resume != "auto":
+            raise ValueError(
+                f"{source} is of epoch {state['epoch']} (0-based): nothing is left of "
+                f"--epochs {self.config.epochs}."
+            )
+
+    def _check_state(self, state: dict[str, Any], source: str) -> None:
+        """Refuse a checkpoint that lacks something, or is of other labels or another optimizer."""
+        missing = [key for key in ("state_dict", "optimizer", "epoch") if key not in state]
+        if not missing and self.config.model_ema and "state_dict_ema" not in state:
+            missing = ["the moving average"]
+        if missing:
+            raise ValueError(f"{source}: the checkpoint lacks {', '.join(missing)}.")
+        self.task.check_labels_of(state.get("labels", {}), source)
         trained_with = state.get("config", {}).get("opt", self.config.opt)
         # torch itself would take the state of another optimizer as it is
         if trained_with != self.config.opt:
             raise ValueError(
-                f"--resume {path} is of another optimizer: it was trained with --opt "
-                f"{trained_with}, not {self.config.opt}."
+                f"{source} is of another optimizer: it was trained with --opt {trained_with}, not "
+                f"{self.config.opt}."
             )
+
+    def _load(self, state: dict[str, Any], path: str) -> None:
+        """Weights and memories; what the settings say of the optimizer stays as it is asked for."""
+        groups = self.optimizer.param_groups
+        asked = [{key: group.get(key) for key in _SETTINGS_OF_GROUPS} for group in groups]
         try:
             self.task.load_checkpoint_state(state["state_dict"], state.get("task_state"))
             if self.config.model_ema:
@@ -380,32 +388,50 @@ class _Run:
             raise ValueError(
                 f"--resume {path} is of another model or optimizer: {error}"
             ) from error
-        if self.task.describe_schedule() != asked and self.primary:
-            _logger.warning(
-                "The checkpoint's loss-weight schedule is used, not the one asked for:\n%s",
-                self.task.describe_schedule(),
-            )
+        for group, settings in zip(self.optimizer.param_groups, asked, strict=True):
+            group.update({key: value for key, value in settings.items() if value is not None})
         if self.scaler and "scaler" in state:
             self.scaler.load_state_dict(state["scaler"])
-        self.start_epoch, self.updates = state["epoch"] + 1, state["updates"]
-        self.result.best_epoch, self.result.best = state["best_epoch"], dict(state["best"])
-        if not _same_file(path, self.checkpoint):
-            self._bring(Path(path).parent)
-        if self.start_epoch >= self.config.epochs and self.config.resume != "auto":
+
+    def _set_rates(self) -> None:
+        """The learning rates of the place that the run has come to."""
+        if self.scheduler is None:
+            return
+        if self.progress.batch:
+            self.scheduler.step(self.start_epoch)
+        self.scheduler.step_update(self._position())
+
+    def _position(self) -> int:
+        """Updates behind us as the rate counts them: a share of the epoch.
+
+        So a run with another batch size or accumulation than before goes on at the same rate.
+        """
+        within = math.ceil(self.progress.batch / self.config.grad_accum_steps)
+        return self._epoch * self.updates_per_epoch + within
+
+    def _take_up(self, inside: dict[str, Any], source: str) -> None:
+        """Go on inside an epoch."""
+        position = inside["processes"][self.rank]
+        if position["batch"] > len(self.loader):
             raise ValueError(
-                f"--resume {path} is of epoch {state['epoch']} (0-based): nothing is left of "
-                f"--epochs {self.config.epochs}."
+                f"{source} was written after batch {position['batch']} of an epoch; the training "
+                f"loader has {len(self.loader)}."
             )
+        self._random = position.pop("random")
+        sums = {name: value.to(self.device) for name, value in position.pop("sums").items()}
+        self.progress = _Progress(sums=sums, **position)
 
     def _bring(self, folder: Path) -> None:
         """Take over the best model and the log of a run in another folder."""
         if not (folder / "model.safetensors").exists():
-            self.result.best_epoch, self.result.best = -1, {}
+            self.result.best_epoch = -1
+            self.result.best = {}
         for name in ("model.safetensors", "log.csv"):
             if self.primary and (folder / name).exists():
                 replace_file(self.result.output / name, partial(shutil.copyfile, folder / name))
 
-    def _save(self, epoch: int) -> None:
+    def _save(self, epoch: int, inside: dict[str, Any] | None = None) -> None:
+        """Write the checkpoint; `epoch` is the last one that is complete."""
         state = {
             "epoch": epoch,
             "updates": self.updates,
@@ -414,13 +440,28 @@ class _Run:
             "best": dict(self.result.best),
             "config": asdict(self.config),
             "labels": self.task.describe_labels(),
+            "run": self.description,
+            "inside": inside,
             **self.task.get_checkpoint_state(),
         }
         if self.task.has_ema():
             state.update(self.task.get_checkpoint_state(ema=True))
         if self.scaler:
             state["scaler"] = self.scaler.state_dict()
-        save_state(self.checkpoint, state)
+        self.checkpoints.save(state)
+        self._saved_at = time.monotonic()
+
+    def _save_inside(self, epoch: int) -> None:
+        """Write a checkpoint inside an epoch, with the place of every process in it."""
+        position = asdict(self.progress)
+        position["seconds"] += time.monotonic() - self._began
+        position["random"] = random_state(self.device)
+        positions: list[Any] = [position]
+        if is_distributed():
+            positions = [None] * self.processes
+            dist.all_gather_object(positions, position)
+        if self.primary:
+            self._save(epoch - 1, {"processes": positions})
 
     # -- one epoch
 
@@ -435,9 +476,8 @@ class _Run:
         images, labels = next(iter(self.loader))
         if self.translate is not None:
             labels = self.translate(labels)
-        diagnosis = check_model(
-            self.task, (_to(images, self.device, None), _move(labels, self.device))
-        )
+        batch = (images_to(images, self.device, None), targets_to(labels, self.device))
+        diagnosis = check_model(self.task, batch)
         if not diagnosis.ok:
             raise ValueError("--check found: " + " ".join(diagnosis.problems))
         if self.primary:
@@ -445,58 +485,77 @@ class _Run:
 
     def epoch(self, epoch: int) -> None:
         """Train, evaluate, log and save one epoch."""
-        began = time.monotonic()
+        self._began = time.monotonic()
         # everything random in this epoch follows from (seed, epoch, rank): a resumed run needs no
-        # generator's state
+        # generator's state, but inside an epoch
         seed_everything(self.config.seed, epoch, self.rank)
         self.task.set_epoch(epoch)
-        # torch's DataLoader leaves it to its sampler
-        shuffles: Any = (
-            self.loader
-            if hasattr(self.loader, "set_epoch")
-            else getattr(self.loader, "sampler", None)
-        )
-        if hasattr(shuffles, "set_epoch"):
-            shuffles.set_epoch(epoch)
+        self._set_loader_epoch(epoch)
         if self.scheduler:
             self.scheduler.step(epoch)
-        rate = max(group["lr"] for group in self.optimizer.param_groups)
+        if self.progress.rate is None:
+            self.progress.rate = max(group["lr"] for group in self.optimizer.param_groups)
+        rate = self.progress.rate
         losses, count = self._train(epoch)
-        seconds = time.monotonic() - began
+        seconds = self.progress.seconds + time.monotonic() - self._began
         check_weights(self.task, epoch)
-        row: dict[str, Any] = {"epoch": epoch, "lr": rate, **losses}
         if is_distributed():
             for ema in (False, True) if self.task.has_ema() else (False,):
-                distribute_bn(
-                    self.task.get_trainable_module(ema=ema), dist.get_world_size(), reduce=True
-                )
-        metrics: dict[str, float | None] = {}
-        if self.eval_loader is not None:
-            # as the training data are: the two transforms are the caller's
-            self.evaluator = evaluate(
-                self.task,
-                self.eval_loader,
-                ema=self.task.has_ema(),
-                amp=self.amp,
-                own_transform=False,
-            )
-            # a metric without a sample (severity without a mistake) is None in logs and files: JSON
-            # knows no NaN
-            metrics = {k: None if math.isnan(v) else v for k, v in self.evaluator.metrics.items()}
-            self.task.end_epoch(self.evaluator.metrics, epoch)
+                module = self.task.get_trainable_module(ema=ema)
+                distribute_bn(module, dist.get_world_size(), reduce=True)
+        metrics = self._evaluate(epoch)
+        row: dict[str, Any] = {"epoch": epoch, "lr": rate, **losses}
         row |= {f"eval_{key}": value for key, value in metrics.items()}
-        row |= {
-            f"weight_{name}": w for name, w in zip(self.task.names, self.task.weights, strict=True)
-        }
+        for name, weight in zip(self.task.names, self.task.weights, strict=True):
+            row[f"weight_{name}"] = weight
         row |= {"seconds": round(seconds, 3), "images_per_second": round(count / seconds, 1)}
         if self.config.conflicts:
             row |= self._conflicts
+        self.progress = _Progress()
+        self._finish_epoch(epoch, row, metrics)
+        if self._agree(self.signals.received is not None) and epoch + 1 < self.config.epochs:
+            self._stop(f"after epoch {epoch}")
+
+    def _set_loader_epoch(self, epoch: int) -> None:
+        # torch's DataLoader leaves it to its sampler
+        shuffles: Any = self.loader
+        if not hasattr(self.loader, "set_epoch"):
+            shuffles = getattr(self.loader, "sampler", None)
+        if hasattr(shuffles, "set_epoch"):
+            shuffles.set_epoch(epoch)
+
+    def _evaluate(self, epoch: int) -> dict[str, float | None]:
+        """Metrics on the validation data; a signal is heeded there, too."""
+        if self.eval_loader is None:
+            return {}
+        # as the training data are: the two transforms are the caller's
+        self.evaluator = evaluate(
+            self.task,
+            self.eval_loader,
+            ema=self.task.has_ema(),
+            amp=self.amp,
+            own_transform=False,
+            each_batch=partial(self._stop_before_evaluation, epoch),
+        )
+        self.task.end_epoch(self.evaluator.metrics, epoch)
+        metrics: dict[str, float | None] = dict(self.evaluator.metrics)
+        for name, value in self.evaluator.metrics.items():
+            # a metric without a sample (severity without a mistake) is None in logs and files: JSON
+            # knows no NaN
+            if math.isnan(value):
+                metrics[name] = None
+        return metrics
+
+    def _finish_epoch(
+        self, epoch: int, row: dict[str, Any], metrics: dict[str, float | None]
+    ) -> None:
+        """Note the epoch's row, and save the model if it is the best."""
         better = not metrics or self._is_better(metrics[self.metric])
         if better:
-            self.result.best_epoch, self.result.best = epoch, metrics
+            self.result.best_epoch = epoch
+            self.result.best = metrics
         if self.primary:
             assert self.log is not None
-            assert self.trackers is not None
             if better:
                 save_model(
                     base_model(self.task, ema=self.task.has_ema()),
@@ -518,69 +577,101 @@ class _Run:
         return value < best if self.lower_is_better else value > best
 
     def _train(self, epoch: int) -> tuple[dict[str, float], int]:
-        config, task = self.config, self.task
+        """Train one epoch, or what is left of it: the mean losses and the number of samples."""
+        config, task, progress = self.config, self.task, self.progress
+        self._epoch = epoch
         task.train()
         batches = len(self.loader)
-        accumulate = config.grad_accum_steps
-        check_every = 1 if self.device.type == "cpu" else config.log_interval
-        cosines: dict[str, list[float]] = {}
-        every = max(1, batches // config.conflicts) if config.conflicts else 0
-        sums: dict[str, torch.Tensor] = {}
+        check_every = 1 if self.checks_each_step else config.log_interval
         pending: list[tuple[int, dict[str, torch.Tensor]]] = []
-        count = 0
+        self._problem: str | None = None
         self.optimizer.zero_grad()
         self.bar.set_description(f"epoch {epoch + 1}/{config.epochs}")
-        for index, (images, labels) in enumerate(self.loader):
-            images = _to(images, self.device, self.memory_format)
-            if self.translate is not None:
-                labels = self.translate(labels)
-            labels = _move(labels, self.device)
-            count += len(images[0] if isinstance(images, tuple) else images)
-            if self.mixup is not None:
-                if isinstance(images, tuple):
-                    raise ValueError("mixup and CutMix mix images, not clips: leave them out.")
-                images, labels = self.mixup(images, labels)
-            if every and index % every == 0:
-                from timm_branches.gradients import branch_cosines
-
-                with self.amp():
-                    for (a, b), value in branch_cosines(task, (images, labels)).items():
-                        cosines.setdefault(f"cosine_{a}_{b}", []).append(value)
-            last_of_group = (index + 1) % accumulate == 0 or index + 1 == batches
-            group = accumulate if index < batches - batches % accumulate else batches % accumulate
+        for index, (images, labels) in self._batches(progress.batch):
+            images, labels = self._to_device(images, labels)
+            if self.config.conflicts:
+                self._note_cosines(index, images, labels)
+            if index % config.grad_accum_steps == 0:
+                self._remember_buffers()
+            last_of_group, group = self._group(index, batches)
             with nullcontext() if last_of_group else task.no_sync():
                 with self.amp():
                     result = task(images, labels)
-                values = {name: loss.detach() for name, loss in result["losses"].items()}
-                pending.append((index, values))
+                losses = {name: loss.detach() for name, loss in result["losses"].items()}
+                pending.append((index, losses))
                 if len(pending) >= check_every or index + 1 == batches:
-                    check_losses(pending, epoch)
+                    self._check(pending, images)
                     pending.clear()
                 self._backward(result["loss"] / group, last_of_group)
-            for name, value in {
-                "train_loss": result["loss"].detach(),
-                **{f"train_loss_{k}": v for k, v in values.items()},
-            }.items():
-                sums[name] = sums[name] + value if name in sums else value
-            if last_of_group:
-                self.optimizer.zero_grad()
-                self.updates += 1
-                task.update_ema(step=self.updates)
-                if self.scheduler:
-                    self.scheduler.step_update(self.updates)
+            named = {f"train_loss_{name}": loss for name, loss in losses.items()}
+            count = len(images[0] if isinstance(images, tuple) else images)
+            progress.batch += 1
+            if self._problem is None:
+                progress.add({"train_loss": result["loss"].detach(), **named}, count)
             self.bar.update()
-        self._conflicts = {name: sum(values) / len(values) for name, values in cosines.items()}
-        totals = {name: total.double() / batches for name, total in sums.items()}
-        world = dist.get_world_size() if is_distributed() else 1
+            if last_of_group:
+                self._finish_update(pending)
+        self._conflicts = {}
+        for name, values in progress.cosines.items():
+            self._conflicts[name] = sum(values) / len(values)
+        counted = max(1, progress.counted)
+        totals = {name: total.double() / counted for name, total in progress.sums.items()}
         if is_distributed():
             for total in totals.values():
                 dist.all_reduce(total)
-        return {name: float(total) / world for name, total in totals.items()}, count * world
+        means = {name: float(total) / self.processes for name, total in totals.items()}
+        return means, progress.images * self.processes
+
+    def _batches(self, start: int) -> Iterator[tuple[int, Any]]:
+        """Number and content of the epoch's batches, from `start` on."""
+        batches: Any = self.loader
+        if start:
+            skip = getattr(self.loader, "skip_batches", None)
+            skipped = skip is not None and skip(start)
+            batches = iter(self.loader)
+            if not skipped:  # the same batches are drawn again, and left out
+                for _ in islice(batches, start):
+                    pass
+            # from here on everything random goes on where it stood
+            set_random_state(self._random, self.device)
+        yield from enumerate(batches, start=start)
+
+    def _group(self, index: int, batches: int) -> tuple[bool, int]:
+        """Whether a batch is the last before an update, and how many batches that update has."""
+        steps = self.config.grad_accum_steps
+        rest = batches % steps
+        last_of_group = (index + 1) % steps == 0 or index + 1 == batches
+        return last_of_group, steps if index < batches - rest else rest
+
+    def _to_device(self, images: Any, labels: Any) -> tuple[Any, Any]:
+        """A batch as the task takes it: labels translated, on the device, mixed."""
+        if self.translate is not None:
+            labels = self.translate(labels)
+        self.task.check_targets(labels, self.loader)
+        images = images_to(images, self.device, self.memory_format)
+        labels = targets_to(labels, self.device)
+        if self.mixup is None:
+            return images, labels
+        if isinstance(images, tuple):
+            raise ValueError("mixup and CutMix mix images, not clips: leave them out.")
+        return self.mixup(images, labels)
+
+    def _note_cosines(self, index: int, images: Any, labels: Any) -> None:
+        """The angles between the branches' gradients, at some batches of an epoch."""
+        if index % max(1, len(self.loader) // self.config.conflicts):
+            return
+        from timm_branches.gradients import branch_cosines
+
+        with self.amp():
+            for (a, b), value in branch_cosines(self.task, (images, labels)).items():
+                self.progress.cosines.setdefault(f"cosine_{a}_{b}", []).append(value)
 
     def _backward(self, loss: torch.Tensor, step: bool) -> None:
+        """Gradients, and with the last batch of a group the update."""
         config = self.config
         parameters = list(self.task.get_clip_parameters(exclude_head=config.clip_mode == "agc"))
         if self.scaler:
+            # it leaves out updates whose gradients overflowed, and lowers its scale
             self.scaler(
                 loss,
                 self.optimizer,
@@ -591,10 +682,131 @@ class _Run:
             )
             return
         loss.backward()
-        if step:
-            if config.clip_grad is not None:
-                dispatch_clip_grad(parameters, config.clip_grad, mode=config.clip_mode)
-            self.optimizer.step()
+        if not step or self._must_skip():
+            return
+        if config.clip_grad is not None:
+            dispatch_clip_grad(parameters, config.clip_grad, mode=config.clip_mode)
+        self.optimizer.step()
+
+    def _finish_update(self, pending: list) -> None:
+        """After the last batch of a group: averages, rates, and signals."""
+        self.optimizer.zero_grad()
+        if self._problem is None:
+            self.updates += 1
+            self.task.update_ema(step=self.updates)
+        else:
+            self._restore_buffers()
+            self._problem = None
+        if self.scheduler:
+            self.scheduler.step_update(self._position())
+        stop = self._agree(self.signals.received is not None)
+        minutes = self.config.checkpoint_minutes
+        due = minutes > 0 and time.monotonic() - self._saved_at >= 60 * minutes
+        if not stop and not self._agree(due):
+            return
+        if pending:
+            check_losses(pending, self._epoch)
+            pending.clear()
+        check_weights(self.task, self._epoch)
+        self._save_inside(self._epoch)
+        self._saved_at = time.monotonic()
+        if stop:
+            done = f"{self.progress.batch} of {len(self.loader)} batches"
+            self._stop(f"after {done} of epoch {self._epoch}")
+
+    # -- what must not get into the weights
+
+    def _remember_buffers(self) -> None:
+        """Statistics before a forward pass that may spoil them."""
+        self._buffers = []
+        if self.checks_each_step:
+            for buffer in base_model(self.task).buffers():
+                self._buffers.append((buffer, buffer.clone()))
+
+    def _restore_buffers(self) -> None:
+        for buffer, value in self._buffers:
+            buffer.copy_(value)
+
+    def _check(self, pending: list, images: Any) -> None:
+        """Look at the losses; one that is not finite stops the run, or makes the update be skipped.
+
+        Raises:
+            FloatingPointError: The limit is reached.
+        """
+        try:
+            check_losses(pending, self._epoch)
+        except FloatingPointError as error:
+            index = pending[-1][0]
+            cause = bad_pixel(images, index, self._name_of(index, images))
+            message = str(error) if cause is None else f"{cause} {error}"
+            self._skip_or_stop(message)
+
+    def _must_skip(self) -> bool:
+        """Whether this update is left out, because of its losses or gradients."""
+        if not self.checks_each_step:
+            return False
+        if self._problem is None:
+            names = bad_gradients(self.task)
+            if names:
+                self._skip_or_stop(
+                    f"{len(names)} gradients, among them that of {names[0]}, became NaN or "
+                    f"infinite in epoch {self._epoch}, batch {self.progress.batch} (both counted "
+                    "from 0). Training stops; the files of the last good epoch stay. A smaller "
+                    "--lr or --clip-grad 1 help most often."
+                )
+        if self.config.max_skipped_steps:
+            return self._agree(self._problem is not None)
+        return self._problem is not None
+
+    def _skip_or_stop(self, message: str) -> None:
+        if self._problem is None:
+            if self.result.skipped_steps >= self.config.max_skipped_steps:
+                self._restore_buffers()
+                raise FloatingPointError(message)
+            self.result.skipped_steps += 1
+            _logger.warning(
+                "The update is skipped (%d of at most %d): %s",
+                self.result.skipped_steps,
+                self.config.max_skipped_steps,
+                message.split(" Training stops")[0],
+            )
+        self._problem = message
+
+    def _name_of(self, index: int, images: Any) -> str | None:
+        """What the image with the first bad number is called, where the loader's order is known."""
+        values = images[0] if isinstance(images, tuple) else images
+        bad = (~values.isfinite()).flatten(1).any(1).nonzero()
+        names = getattr(self.loader, "name_of_sample", None)
+        if names is None or not len(bad):
+            return None
+        return names(index, int(bad[0]))
+
+    # -- stopping
+
+    def _agree(self, flag: bool) -> bool:
+        """Whether it holds in any of the processes."""
+        if not is_distributed():
+            return flag
+        shared = torch.tensor(int(flag), device=self.device)
+        dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+        return bool(shared)
+
+    def _stop_before_evaluation(self, epoch: int) -> None:
+        """A signal during the evaluation: the epoch's training is saved, and evaluated later."""
+        # several processes would have to agree before each batch
+        if self.signals.received is not None and not is_distributed():
+            self._save_inside(epoch)
+            self._stop(f"in the evaluation of epoch {epoch}")
+
+    def _stop(self, where: str) -> None:
+        if self.primary:
+            _logger.warning(
+                "Stopped %s (counted from 0). Everything is in %s: the same command with --resume "
+                "auto goes on from there.",
+                where,
+                self.checkpoints.last,
+            )
+        raise self.signals.end()
 
     def close(self) -> None:
         """Close logs, also those of a run that failed."""
@@ -626,7 +838,7 @@ class _Run:
         if self.eval_loader is None:
             return
         for level, matrix, classes in self.task.confusions(self.evaluator):
-            safe = "".join(c if c.isalnum() or c in "-_" else "_" for c in level)
+            safe = re.sub(r"[^\w-]", "_", level)
             plot_confusion(
                 matrix,
                 classes,
@@ -635,37 +847,10 @@ class _Run:
             )
 
 
-def _same_file(path: str, other: Path) -> bool:
-    return bool(path) and Path(path).resolve() == other.resolve()
-
-
-def _to(images: Any, device: torch.device, memory_format: Any) -> Any:
-    """Images, or clips beside their lengths, which the host reads, on a device."""
-    if isinstance(images, tuple):
-        clips, lengths = images
-        return _to(clips, device, memory_format), lengths
-    if memory_format is not None and images.ndim < 4:
-        raise ValueError(
-            f"--channels-last has no effect on features of shape {tuple(images.shape)}: leave it "
-            "out."
-        )
-    if memory_format is None or images.ndim != 4:
-        return images.to(device, non_blocking=True)
-    return images.to(device, non_blocking=True, memory_format=memory_format)
-
-
-def _move(targets: Any, device: torch.device) -> Any:
-    """Targets, or a dict of them, on a device."""
-    if isinstance(targets, dict):
-        return {name: _move(target, device) for name, target in targets.items()}
-    return targets.to(device, non_blocking=True)
-
-
 def _line(row: dict, epochs: int, headline: Iterable[str]) -> str:
     parts = [f"epoch {row['epoch'] + 1}/{epochs}", f"loss {row['train_loss']:.4f}"]
-    parts += [
-        f"{name.removesuffix('_top1')} {row[f'eval_{name}']:.2f}"
-        for name in headline
-        if row[f"eval_{name}"] is not None
-    ]
+    for name in headline:
+        value = row[f"eval_{name}"]
+        if value is not None:
+            parts.append(f"{name.removesuffix('_top1')} {value:.2f}")
     return "  ".join([*parts, f"lr {row['lr']:.2g}", f"{row['images_per_second']:.0f} img/s"])

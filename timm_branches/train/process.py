@@ -1,12 +1,21 @@
 """This process among others: its device, its rank, its random numbers."""
 
 import random
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-__all__ = ["current_device", "is_distributed", "is_primary", "seed_everything", "setup_device"]
+__all__ = [
+    "current_device",
+    "is_distributed",
+    "is_primary",
+    "random_state",
+    "seed_everything",
+    "set_random_state",
+    "setup_device",
+]
 
 
 def setup_device(device: str = "") -> torch.device:
@@ -54,3 +63,28 @@ def seed_everything(seed: int, epoch: int, rank: int) -> None:
     random.seed(int(state[0]))
     np.random.seed(int(state[1]))  # timm's Mixup draws from numpy's global generator
     torch.manual_seed(int(state[2]))
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """The state of all generators of this process, as a checkpoint keeps it."""
+    version, words, gauss = random.getstate()
+    name, keys, place, has_gauss, cached = np.random.get_state(legacy=True)
+    state: dict[str, Any] = {
+        "python": [version, list(words), gauss],
+        "numpy": [name, torch.from_numpy(np.asarray(keys, np.int64)), place, has_gauss, cached],
+        "torch": torch.get_rng_state(),
+    }
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_random_state(state: dict[str, Any], device: torch.device) -> None:
+    """Put all generators of this process back to what :func:`random_state` gave."""
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    name, keys, place, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), place, has_gauss, cached))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)

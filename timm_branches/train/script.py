@@ -8,6 +8,7 @@ import math
 import os
 import platform
 import re
+import signal
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -90,6 +91,9 @@ def run_script(main: Callable[[], None]) -> None:
         text = " | ".join(" ".join(line.split()) for line in str(error).splitlines())
         print(f"{Path(sys.argv[0]).name}: {text}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
