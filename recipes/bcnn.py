@@ -66,11 +66,14 @@ from timm_branches.train import (
 )
 from timm_branches.train.arguments import (
     add_model_arguments,
+    add_reading_arguments,
     add_table_arguments,
     balance_options,
     image_options,
+    reading_options,
     say_what_was_understood,
     table_options,
+    try_images,
     weights_of_classes,
 )
 from timm_branches.train.compare import comparison_table, verdict
@@ -239,6 +242,7 @@ def add_data_arguments(group: Any) -> None:
     group.add_argument("--cutmix", type=float, default=0.0, help="cutmix alpha")
     group.add_argument("--smoothing", type=float, default=0.0, help="label smoothing")
     add_table_arguments(group)
+    add_reading_arguments(group)
 
 
 def add_network_arguments(group: Any) -> None:
@@ -424,6 +428,7 @@ class Experiment:
         )
         if args.limit is not None:
             self.train = self.train.limit(args.limit, seed=args.seed)
+        try_images(args, train=self.train, val=self.val, test=self.test)
         self.summary = say_what_was_understood(train=self.train, val=self.val, test=self.test)
         self.tree = hierarchy_of(self.train, args.data)
         self.taps = taps_of(args, self.tree)
@@ -559,8 +564,11 @@ class Experiment:
             seed=seed,
             pin_memory=self.device.type == "cuda",
             **self.balance,
+            **reading_options(args),
         )
-        val_loader = create_loader(method.val, args.batch_size, num_workers=args.workers)
+        val_loader = create_loader(
+            method.val, args.batch_size, num_workers=args.workers, **reading_options(args)
+        )
         task = method.make_task(model)
         mixup = self.make_mixup(task)
         if is_primary():
@@ -624,7 +632,10 @@ class Experiment:
         """Metrics of a model, or of several with a level each."""
         data = self.evaluation_data()
         data.transform = self.transform
-        loader = create_loader(data, self.args.batch_size, num_workers=self.args.workers)
+        args = self.args
+        loader = create_loader(
+            data, args.batch_size, num_workers=args.workers, **reading_options(args)
+        )
         if len(tasks) == 1:
             return dict(evaluate(tasks[0], loader, decoder=decoder).metrics)
         return self.evaluate_together(tasks, loader, decoder)

@@ -71,11 +71,14 @@ from timm_branches.train import (
 )
 from timm_branches.train.arguments import (
     add_model_arguments,
+    add_reading_arguments,
     add_table_arguments,
     balance_options,
     image_options,
+    reading_options,
     say_what_was_understood,
     table_options,
+    try_images,
     weights_of_classes,
 )
 from timm_branches.train.compare import comparison_table
@@ -169,7 +172,14 @@ def add_data_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--stride", type=int, default=1, help="distance between two frames of --sampling dense"
     )
-    group.add_argument("--strict", action="store_true", help="stop at a clip that cannot be read")
+    group.add_argument(
+        "--strict",
+        action="store_const",
+        dest="on_bad_image",
+        const="stop",
+        default=argparse.SUPPRESS,
+        help="the same as --on-bad-image stop",
+    )
     group.add_argument(
         "-b", "--batch-size", type=int, default=16, help="clips in a batch of one process"
     )
@@ -189,6 +199,7 @@ def add_data_arguments(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--std", type=float, nargs="+", help="standard deviation of each channel")
     add_table_arguments(group)
+    add_reading_arguments(group, on_bad_image="skip")
 
 
 def add_network_arguments(group: argparse._ArgumentGroup) -> None:
@@ -291,7 +302,9 @@ def digits_complaint(args: argparse.Namespace) -> str | None:
     """What the embedded digits do not take."""
     if args.data != "digits":
         return None
-    for name in ("taxonomy", "val_fraction", "strict"):
+    if args.on_bad_image != "skip":
+        return "--on-bad-image stop, or --strict has no effect on the digits"
+    for name in ("taxonomy", "val_fraction"):
         if getattr(args, name):
             flag = "--" + name.replace("_", "-")
             return f"{flag} has no effect on the digits: give data of your own"
@@ -389,6 +402,7 @@ class Experiment:
             self.train = self.train.limit(args.limit, seed=args.seed)
         if args.cache and args.views == 1:  # the same frames in every epoch: those of evaluation
             self.train.sampler = replace(self.train.sampler, is_training=False)
+        try_images(args, train=self.train, val=self.val, test=self.test)
         self.summary = say_what_was_understood(train=self.train, val=self.val, test=self.test)
         self.evaluated_on = "test"
         if self.test is self.val:
@@ -463,7 +477,11 @@ class Experiment:
     def clip_loaders(self, train: ClipDataset, val: ClipDataset) -> tuple[Any, Any]:
         """Loaders of clips for training and validation."""
         args = self.args
-        loading = {"num_workers": args.workers, "pin_memory": self.device.type == "cuda"}
+        loading = {
+            "num_workers": args.workers,
+            "pin_memory": self.device.type == "cuda",
+            **reading_options(args),
+        }
         train_loader = create_clip_loader(
             train, args.batch_size, is_training=True, seed=args.seed, **self.balance, **loading
         )
@@ -584,7 +602,7 @@ def make_data(args: argparse.Namespace) -> tuple[ClipDataset, ClipDataset, ClipD
         0.1 if args.val_fraction is None else args.val_fraction,
         taxonomy=args.taxonomy,
         in_chans=args.in_chans,
-        strict=args.strict,
+        strict=args.on_bad_image == "stop",
         **frames,
         **table_options(args),
         **image_options(args),
@@ -611,8 +629,8 @@ def main(args: argparse.Namespace) -> None:
     write_results(experiment, results, unreadable)
     print_table(experiment, results, seconds=time.monotonic() - began)
     if args.data != "digits":
-        others = "; others took their places." if unreadable else "."
-        print(f"{unreadable} clips could not be read{others}")
+        without = "; they were left out." if unreadable else "."
+        print(f"{unreadable} clips could not be read{without}")
     if args.stream:
         best = load_model(run.model_path).to(experiment.device)
         stream(best, experiment.test, experiment.tree)

@@ -52,8 +52,11 @@ from timm_branches.train import FitConfig, add_fit_arguments, fit, is_primary, s
 from timm_branches.train.arguments import (
     add_image_arguments,
     add_model_arguments,
+    add_reading_arguments,
     image_options,
+    reading_options,
     say_what_was_understood,
+    try_images,
 )
 from timm_branches.train.compare import comparison_table
 from timm_branches.train.script import hardware, new_output, run_script
@@ -142,6 +145,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     colours.add_argument("--colour", dest="in_chans", action="store_const", const=3)
     add_image_arguments(group)
+    add_reading_arguments(group)
     group.add_argument("--patch-size", type=int, default=40, help="side of the training patches")
     group.add_argument("--patches", type=int, default=48, help="patches of each image in an epoch")
     group.add_argument(
@@ -453,6 +457,7 @@ class Experiment:
         splits = {"train": train, "val": val}
         if "test" in self.images:
             splits["test"] = self.dataset("test", degradation.fixed())
+        try_images(args, **splits)
         model.data_summary = say_what_was_understood(**splits).to_dict()
         model.pretrained_cfg.update(image_options(args))
         loader = create_loader(
@@ -462,6 +467,7 @@ class Experiment:
             num_workers=args.workers,
             seed=args.seed,
             pin_memory=self.device.type == "cuda",
+            **reading_options(args),
         )
         if is_primary():
             millions = sum(p.numel() for p in model.parameters()) / 1e6
@@ -474,7 +480,7 @@ class Experiment:
         run = fit(
             RestorationTask(model, args.loss, args.tile),
             loader,
-            create_loader(val, 1),
+            create_loader(val, 1, **reading_options(args)),
             replace(self.config, output=str(folder)),
             facts={"degradation": name, "seed": args.seed},
         )
@@ -500,7 +506,8 @@ class Experiment:
         }
         evaluators = {name: RestorationEvaluator() for name in methods}
         pictures: dict[str, list] = {"clean": []}
-        for degraded, clean in create_loader(self.dataset(split, degradation), 1):
+        data = self.dataset(split, degradation)
+        for degraded, clean in create_loader(data, 1, **reading_options(self.args)):
             pictures["clean"].append(clean)
             for name, method in methods.items():
                 restored = method(degraded)

@@ -72,8 +72,11 @@ from timm_branches.train import (
 from timm_branches.train.arguments import (
     add_image_arguments,
     add_model_arguments,
+    add_reading_arguments,
     image_options,
+    reading_options,
     say_what_was_understood,
+    try_images,
 )
 from timm_branches.train.compare import comparison_table
 from timm_branches.train.lr import create_scheduler
@@ -115,6 +118,7 @@ def make_parser() -> argparse.ArgumentParser:
     data = parser.add_argument_group("data")
     add_mask_arguments(data)
     add_image_arguments(data)
+    add_reading_arguments(data)
     add_loading_arguments(data)
     add_network_arguments(parser.add_argument_group("model"))
     add_fit_arguments(parser)
@@ -655,6 +659,7 @@ class Experiment:
     def describe_data(self) -> None:
         """Say how the data were understood, and keep it in the models' files."""
         data = self.data
+        try_images(self.args, train=data.plain, val=data.val, test=data.test)
         summary = say_what_was_understood(train=data.train, val=data.val, test=data.test)
         plain = dataset_of(data.plain)
         absent = plain.absent_classes(plain.count_pixels())
@@ -692,13 +697,21 @@ class Experiment:
             num_workers=self.args.workers,
             seed=self.config.seed,
             pin_memory=self.device.type == "cuda",
+            **reading_options(self.args),
         )
 
     def val_loader(self) -> Any:
         """Validation images by which an epoch is chosen, if one is."""
         if self.last_epoch:
             return None
-        return create_loader(self.data.val, self.eval_batch, num_workers=self.args.workers)
+        return self.eval_loader(self.data.val)
+
+    def eval_loader(self, data: Any) -> Any:
+        """Whole images in their order."""
+        args = self.args
+        return create_loader(
+            data, self.eval_batch, num_workers=args.workers, **reading_options(args)
+        )
 
     def train(self) -> None:
         """Train the networks, one after the other."""
@@ -735,7 +748,7 @@ class Experiment:
     @torch.no_grad()
     def evaluate(self, predict: Callable, data: Any) -> dict[str, float]:
         """Metrics over the images of all processes, by the name of their row in the table."""
-        loader = create_loader(data, self.eval_batch, num_workers=self.args.workers)
+        loader = self.eval_loader(data)
         evaluator: SegmentationEvaluator = self.flat_task.evaluator(
             device=self.device, max_samples=evaluation_sample_limit(loader)
         )

@@ -209,7 +209,8 @@ def _preprocessing_problem(name: str, value: Any, in_chans: int) -> str | None:
         sides = numbers and all(_is_whole(side) for side in value)
         return None if sides and len(value) == 3 else "must be channels, height and width"
     if name in ("mean", "std"):
-        if not numbers or len(value) not in (1, in_chans):
+        # those of colours may be kept by a model of grey images
+        if not numbers or len(value) not in (1, 3, in_chans):
             return f"must be {in_chans} finite numbers"
         return "must be above 0" if name == "std" and min(value) <= 0 else None
     if name == "value_range":

@@ -227,6 +227,24 @@ class FileImages:
         path = str(self.paths[index])
         return decode_image(read_file(path), self.in_chans, path, self.value_range)
 
+    def check_header(self, index: int) -> None:
+        """Try whether a file is there and begins like an image.
+
+        Raises:
+            OSError: There is no such file, or it may not be read.
+            ValueError: It is empty, or no image.
+        """
+        path = str(self.paths[index])
+        if not os.path.getsize(path):
+            raise ValueError(f"the file {path} is empty")
+        from PIL import Image
+
+        try:
+            with Image.open(path):
+                return
+        except Exception:  # PIL knows fewer kinds than are decoded here
+            self[index]
+
     def identity(self, indices: Iterable[int]) -> str:
         """A checksum of the paths, sizes and times of change of these files."""
         digest = hashlib.sha256()

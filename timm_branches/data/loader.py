@@ -1,17 +1,32 @@
 """DataLoaders whose batches and augmentations do not depend on the number of workers and ranks."""
 
+import builtins
+import logging
+import math
 import os
+import re
 import signal
 import threading
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from timm.data.distributed_sampler import OrderedDistributedSampler
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-__all__ = ["BalancedSampler", "EpochSampler", "Loader", "create_loader", "sample_name"]
+from timm_branches.data.bad_images import (
+    BadImage,
+    TolerantDataset,
+    collate_good,
+    describe_bad_images,
+    sample_name,
+)
+
+_logger = logging.getLogger(__name__)
+
+__all__ = ["BalancedSampler", "EpochSampler", "Loader", "create_loader"]
 
 
 def _datasets(dataset: Any) -> Iterator[Any]:
@@ -28,31 +43,6 @@ def _data_of(dataset: Any) -> Iterator[Any]:
     for part in _datasets(dataset):
         if not hasattr(part, "dataset") and not hasattr(part, "datasets"):
             yield part
-
-
-def sample_name(dataset: Any, index: int) -> str | None:
-    """What a sample of a data set is called: its path, or its name in an archive.
-
-    Args:
-        dataset: One of ours, or torch's `Subset` or `ConcatDataset` of such.
-        index: The sample.
-
-    Returns:
-        None where it has no name.
-    """
-    if hasattr(dataset, "datasets"):
-        for part in dataset.datasets:
-            if index < len(part):
-                return sample_name(part, index)
-            index -= len(part)
-    if hasattr(dataset, "dataset") and hasattr(dataset, "indices"):
-        return sample_name(dataset.dataset, int(dataset.indices[index]))
-    ids = getattr(dataset, "sample_ids", None)
-    if ids is not None:
-        index = int(ids[index])
-    images = getattr(dataset, "images", None)
-    names = getattr(images, "paths", getattr(images, "names", getattr(dataset, "names", None)))
-    return None if names is None else str(names[index % len(names)])
 
 
 class EpochSampler(Sampler):
@@ -174,9 +164,18 @@ class BalancedSampler(EpochSampler):
 
 
 class Loader(DataLoader):
-    """torch's DataLoader that is told which epoch begins."""
+    """torch's DataLoader that is told which epoch begins, and leaves out what cannot be read.
+
+    Attributes:
+        bad_images: What was left out so far, by name, with the reason (`on_bad_image='skip'`).
+    """
 
     _last_epoch: int | None = None
+    max_bad_share = 0.01
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.bad_images: dict[str, str] = {}
+        super().__init__(*args, **kwargs)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose order and augmentation of the next epoch; call it before iterating.
@@ -229,7 +228,69 @@ class Loader(DataLoader):
                     stacklevel=2,
                 )
             self._last_epoch = epoch
-        return super().__iter__()
+        batches = super().__iter__()
+        if isinstance(self.dataset, TolerantDataset):
+            return self._good_batches(batches)
+        return batches if self.num_workers == 0 else _with_plain_errors(batches)
+
+    def _good_batches(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """The batches without what could not be read, which is noted.
+
+        Raises:
+            ValueError: More than `max_bad_share` of the samples.
+        """
+        total = len(self.dataset)  # type: ignore[arg-type]
+        allowed = math.ceil(self.max_bad_share * total)
+        for batch, bad in _with_plain_errors(batches):
+            for image in bad:
+                if image.name not in self.bad_images:
+                    self.bad_images[image.name] = image.reason
+                    _logger.warning("Left out: %s: %s", image.name, image.reason)
+            if len(self.bad_images) > allowed:
+                images = [BadImage(*item) for item in self.bad_images.items()]
+                raise ValueError(
+                    f"{describe_bad_images(images, total)}. More than "
+                    f"{100 * self.max_bad_share:g} % is too many to be left out."
+                )
+            if batch is not None:
+                yield batch
+
+
+def _with_plain_errors(batches: Iterator[Any]) -> Iterator[Any]:
+    """Batches of workers, whose errors come as they were raised, without the worker's traceback.
+
+    Raises:
+        ChildProcessError: A worker died.
+    """
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error) or str(error).startswith("Caught "):
+                raise _plain(error) from error
+            raise ChildProcessError(
+                f"{str(error).splitlines()[0].rstrip('.')}: a process that loads data died, most "
+                "often for lack of memory. Take fewer workers, or smaller batches."
+            ) from error
+        except (OSError, ValueError) as error:
+            raise _plain(error) from error
+        yield batch
+
+
+def _plain(error: Exception) -> Exception:
+    """The error of a worker without its traceback, which torch glues before the message."""
+    name = re.match(r"Caught (\w+) in ", str(error))
+    if name is None:
+        return error
+    parts = re.split(rf"^(?:\w+\.)*{name.group(1)}: ", str(error), flags=re.MULTILINE)
+    text = parts[-1].strip() if len(parts) > 1 else name.group(1)
+    # an error that is made of more than a message comes as a RuntimeError
+    original = getattr(builtins, name.group(1), None)
+    if isinstance(original, type) and issubclass(original, ValueError):
+        return ValueError(text)
+    return type(error)(text)
 
 
 def _leave_signals_to_parent() -> None:
@@ -245,7 +306,7 @@ def _leave_signals_to_parent() -> None:
     def wait() -> None:
         while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
             pass
-        os._exit(128 + signal.SIGTERM)
+        os._exit(0)  # as torch's own handler does
 
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=wait, daemon=True).start()
@@ -282,6 +343,7 @@ def create_loader(
     persistent_workers: bool = True,
     sampler: Sampler | str | None = None,
     balanced_level: int = -1,
+    on_bad_image: str = "stop",
     **kwargs: Any,
 ) -> Loader:
     """A DataLoader that repeats exactly, whatever the number of workers and ranks.
@@ -308,6 +370,9 @@ def create_loader(
         sampler: For training: a sampler of your own, or 'balanced' to draw every class equally
             often.
         balanced_level: The level whose classes 'balanced' balances; -1 is the finest.
+        on_bad_image: What to do with a sample that cannot be read: 'stop' with an error that names
+            it, or 'skip' it: it is left out of its batch, named once, and counted in the loader's
+            `bad_images`; above 1 % of the data the loader stops.
         **kwargs: Further arguments of torch's DataLoader.
 
     Returns:
@@ -366,6 +431,11 @@ def create_loader(
             sampler.set_epoch(0)
     else:
         sampler = OrderedDistributedSampler(dataset, num_replicas=world_size, rank=rank)
+    if on_bad_image not in ("stop", "skip"):
+        raise ValueError(f"on_bad_image={on_bad_image!r}: write 'stop' or 'skip'.")
+    if on_bad_image == "skip":
+        dataset = TolerantDataset(dataset)
+        kwargs["collate_fn"] = partial(collate_good, kwargs.get("collate_fn") or default_collate)
     # Seeds of the workers' global generators, for transforms that use those; this leaves torch's
     # own generator alone.
     generator = torch.Generator().manual_seed(seed * world_size + rank)

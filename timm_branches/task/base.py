@@ -16,7 +16,7 @@ from timm.task import TrainingTask
 from timm.utils import unwrap_model
 from torch import nn
 
-from timm_branches.data.loader import sample_name
+from timm_branches.data.bad_images import sample_name
 from timm_branches.model import BranchModel
 from timm_branches.schedules import ConstantSchedule, LossWeightSchedule, get_schedule
 from timm_branches.task.evaluator import Evaluator

@@ -2,9 +2,11 @@
 
 import argparse
 import logging
+import sys
 from typing import Any
 
 from timm_branches.data import DataSummary, summarize
+from timm_branches.data.bad_images import describe_bad_images, find_bad_images
 from timm_branches.hierarchy.class_balance import SCHEMES, class_weights
 from timm_branches.taxonomy import Taxonomy
 from timm_branches.train.process import is_primary
@@ -14,10 +16,13 @@ _logger = logging.getLogger(__name__)
 __all__ = [
     "add_image_arguments",
     "add_model_arguments",
+    "add_reading_arguments",
     "add_table_arguments",
     "balance_options",
     "image_options",
+    "reading_options",
     "say_what_was_understood",
+    "try_images",
     "table_options",
     "weights_of_classes",
 ]
@@ -113,6 +118,56 @@ def weights_of_classes(args: argparse.Namespace, data: Any) -> dict[str, Any] | 
     if args.class_weights is None:
         return None
     return class_weights(data.labels, data.taxonomy, args.class_weights)
+
+
+def add_reading_arguments(group: Any, on_bad_image: str = "stop") -> None:
+    """Add the flags of images that cannot be read, and of the workers that read.
+
+    Args:
+        group: A parser or a group of one.
+        on_bad_image: The default.
+    """
+    group.add_argument(
+        "--on-bad-image",
+        choices=("stop", "skip"),
+        default=on_bad_image,
+        help="what to do with an image that cannot be read: stop, or leave it out and name it in "
+        f"bad_images.txt (above 1 %% of the data the run stops; default: {on_bad_image})",
+    )
+    group.add_argument(
+        "--check-data",
+        action="store_true",
+        help="decode every image before training; by default only headers are looked at",
+    )
+
+
+def reading_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What `create_loader` takes of these flags."""
+    return {"on_bad_image": args.on_bad_image}
+
+
+def try_images(args: argparse.Namespace, **splits: Any) -> None:
+    """Look for images that cannot be read, in one process, before anything is trained.
+
+    Args:
+        args: With the flags of :func:`add_reading_arguments`.
+        **splits: The data sets by the name of their split; None is passed over.
+
+    Raises:
+        ValueError: There are some, and `--on-bad-image` is `stop`.
+    """
+    if not is_primary():
+        return
+    for split, data in splits.items():
+        if data is None:
+            continue
+        bad = find_bad_images(data, decode=args.check_data, progress=sys.stderr.isatty())
+        if not bad:
+            continue
+        text = f"{split}: {describe_bad_images(bad, len(data))}"
+        if args.on_bad_image == "stop":
+            raise ValueError(f"{text}. Mend or remove them, or leave them out: --on-bad-image skip")
+        _logger.warning("%s. They are left out.", text)
 
 
 def say_what_was_understood(**splits: Any) -> DataSummary:

@@ -9,6 +9,7 @@ import torch
 from timm.task import evaluation_sample_limit
 
 from timm_branches.data import HierarchicalDataset, label_names
+from timm_branches.data.bad_images import TolerantDataset
 from timm_branches.data.images import one_of_each_size
 from timm_branches.model import BranchModel
 from timm_branches.task import HeadsTask, base_model
@@ -132,7 +133,12 @@ def try_evaluation(task: HeadsTask, loader: Any, amp: Any = nullcontext) -> None
     model.eval()
     evaluator = task.create_evaluator()
     for index in one_of_each_size(data):
-        images, labels = collate([data[index]])
+        batch = collate([data[index]])
+        if isinstance(data, TolerantDataset):
+            batch, _ = batch
+            if batch is None:
+                continue
+        images, labels = batch
         if translate is not None:
             labels = translate(labels)
         with amp():

@@ -21,7 +21,7 @@ from timm.utils import NativeScaler, dispatch_clip_grad, distribute_bn
 from tqdm import tqdm
 
 from timm_branches.data import label_names
-from timm_branches.files import remove_abandoned, replace_file
+from timm_branches.files import atomic_write, remove_abandoned, replace_file
 from timm_branches.task import HeadsTask, base_model
 from timm_branches.train.checkpoint import Checkpoints
 from timm_branches.train.checks import bad_gradients, bad_pixel, check_losses, check_weights
@@ -562,6 +562,8 @@ class _Run:
                     self.result.model_path,
                     extra={"epoch": epoch, "metrics": metrics, **self.facts},
                 )
+            if hasattr(self.loader, "bad_images") and self.loader.bad_images:
+                row["bad_images"] = len(self.loader.bad_images)
             self.log.append(row)
             self.trackers.log(row, epoch)
             self._save(epoch)
@@ -808,8 +810,26 @@ class _Run:
             )
         raise self.signals.end()
 
+    def _note_bad_images(self) -> None:
+        """Write what the loaders left out to `bad_images.txt`, a name and a reason a line."""
+        left_out: dict[str, str] = {}
+        for loader in (self.loader, self.eval_loader):
+            left_out |= getattr(loader, "bad_images", {})
+        if not left_out:
+            return
+        # each process has its own part of the data
+        name = "bad_images.txt" if self.rank == 0 else f"bad_images-{self.rank}.txt"
+        path = self.result.output / name
+        if path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                image, _, reason = line.partition("\t")
+                left_out.setdefault(image, reason)
+        lines = [f"{image}\t{reason}\n" for image, reason in sorted(left_out.items())]
+        atomic_write(path, "".join(lines).encode())
+
     def close(self) -> None:
         """Close logs, also those of a run that failed."""
+        self._note_bad_images()
         self.bar.close()
         if self.trackers is not None:
             self.trackers.close()

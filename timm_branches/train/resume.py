@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from timm_branches.data.bad_images import TolerantDataset
 from timm_branches.features.fingerprint import describe_preprocessing
 from timm_branches.task import HeadsTask, base_model
 from timm_branches.train.config import FitConfig
@@ -70,6 +71,8 @@ def describe_run(
     }
     for name, batches in (("training", loader), ("validation", eval_loader)):
         dataset = getattr(batches, "dataset", None)
+        if isinstance(dataset, TolerantDataset):
+            dataset = dataset.dataset
         settings[f"{name} transform"] = _preprocessing(dataset)
     facts = {
         "model": model,
@@ -202,6 +205,8 @@ def fingerprint_of(loader: Any) -> dict[str, Any] | None:
     dataset = getattr(loader, "dataset", None)
     if dataset is None or not hasattr(dataset, "__len__"):
         return {"count": None}
+    if isinstance(dataset, TolerantDataset):
+        dataset = dataset.dataset
     digest = hashlib.sha256()
     for piece in _pieces(dataset):
         digest.update(piece)
@@ -227,6 +232,7 @@ def _pieces(dataset: Any) -> Iterator[bytes]:
 
 def _names(dataset: Any) -> Iterator[bytes]:
     images = getattr(dataset, "images", None)
+    images = getattr(images, "images", images)
     names = getattr(images, "paths", getattr(images, "names", getattr(dataset, "names", None)))
     if names is None or callable(names):
         return

@@ -119,6 +119,7 @@ class ClipDataset(HierarchicalDataset):
                 return self._read(int(self.sample_ids[position])), self.labels[position]
             except ClipError as error:
                 if self.strict:
+                    self._failed[int(self.sample_ids[position])] = True
                     raise
                 self._note(int(self.sample_ids[position]), error)
                 first = first or error

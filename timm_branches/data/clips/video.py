@@ -68,7 +68,9 @@ def is_video_name(path: str) -> bool:
 
 
 def _open_container(av: Any, path: str) -> Any:
-    """A file's container, found by its contents."""
+    """A file's container, found by its contents; a pipe would be waited for without end."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OSError(f"{path} is no regular file")
     try:
         return av.open(path, metadata_errors="ignore")
     except av.EOFError:
