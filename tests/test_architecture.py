@@ -10,7 +10,7 @@ PACKAGE = ROOT / "timm_branches"
 
 # from the ground up: a unit (a folder or a file of the package) imports only from lower floors
 FLOORS = [
-    {"files", "schedules", "taps", "backbones"},
+    {"arguments", "files", "schedules", "taps", "backbones"},
     {"figures", "heads", "taxonomy", "tensor_files"},
     {"data", "description", "hierarchy", "model"},
     {"dense", "weights"},

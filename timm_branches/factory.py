@@ -14,6 +14,7 @@ from timm.models._hub import load_model_config_from_path
 from torch import nn
 
 import timm_branches.backbones  # noqa: F401  (registers the papers' networks)
+from timm_branches.arguments import as_items, check_flag, check_number
 from timm_branches.description import (
     check_arguments,
     check_computed_size,
@@ -25,7 +26,7 @@ from timm_branches.description import (
 from timm_branches.heads import HEADS, Head, head_to_dict, parse_head
 from timm_branches.model import BranchModel, answers_all_levels, module_key
 from timm_branches.taps.notation import Tap, check_name
-from timm_branches.taxonomy import Taxonomy
+from timm_branches.taxonomy import Taxonomy, get_taxonomy
 from timm_branches.weights import fill_model, load_weights, read_metadata, read_weights
 
 __all__ = ["create_branch_model", "load_model"]
@@ -40,6 +41,8 @@ _REFUSED = {
     "out_map": "choose names=",
 }
 
+_MOST_CLASSES = 2**31
+
 # where weights come from
 _SOURCES = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source")
 
@@ -50,10 +53,10 @@ def create_branch_model(
     num_classes: int | Sequence[int | None] | None = None,
     head: str | Head | Sequence[str | Head] = "pool",
     names: Sequence[str] | None = None,
-    taxonomy: Taxonomy | None = None,
+    taxonomy: Taxonomy | str | os.PathLike | Sequence[Any] | None = None,
     pretrained: bool = False,
     in_chans: int | None = None,
-    img_size: int | tuple[int, int] | None = None,
+    img_size: int | Sequence[int] | None = None,
     drop_rate: float | None = None,
     checkpoint_path: str | os.PathLike = "",
     **kwargs: Any,
@@ -71,7 +74,8 @@ def create_branch_model(
             one of these per tap.
         names: Names of the heads. By default the taxonomy's levels, else `stageK`, a decoder's
             kind.
-        taxonomy: Label hierarchy, one level a head from coarse to fine; saved with the model. Heads
+        taxonomy: Label hierarchy, one level a head from coarse to fine; saved with the model. Also
+            what :func:`get_taxonomy` takes (`'cifar10'`, a file), or the leaves' paths. Heads
             after those of the levels are free. A decoder that is the only head answers for all
             levels, each under its name.
         pretrained: Load timm's weights into the backbone.
@@ -96,14 +100,18 @@ def create_branch_model(
         >>> {k: tuple(v.shape) for k, v in model(torch.randn(2, 3, 64, 64)).items()}
         {'stage3': (2, 2), 'stage4': (2, 7), 'stage5': (2, 25)}
     """
-    check_name(model_name)
+    taxonomy = _check_arguments(
+        model_name, taxonomy, pretrained, in_chans, img_size, drop_rate, checkpoint_path
+    )
     for key, why in _REFUSED.items():
         if kwargs.get(key) is not None and kwargs[key] is not False:
             raise ValueError(f"create_branch_model does not take {key}=: {why}.")
     groups, heads = _heads_at_taps(taps, head)
     head_names = _names(names, taxonomy, groups, heads)
 
-    size = (img_size, img_size) if isinstance(img_size, int) else img_size
+    size = None
+    if img_size is not None:
+        size = (img_size, img_size) if isinstance(img_size, int) else (img_size[0], img_size[1])
     backbone = _create_backbone(model_name, pretrained, in_chans, size, drop_rate, kwargs)
     shared = answers_all_levels(heads, taxonomy)
     classes = _classes(num_classes, taxonomy, backbone, head_names, shared)
@@ -137,6 +145,39 @@ def create_branch_model(
     return model
 
 
+def _check_arguments(
+    model_name: Any,
+    taxonomy: Any,
+    pretrained: Any,
+    in_chans: Any,
+    img_size: Any,
+    drop_rate: Any,
+    checkpoint_path: Any,
+) -> Taxonomy | None:
+    """Refuse what is no such argument; the taxonomy, read if it was named."""
+    check_name(model_name)
+    check_flag("pretrained=", pretrained)
+    if in_chans is not None:
+        check_number("in_chans=", in_chans, 1, 65_536, whole=True)
+    if drop_rate is not None:
+        check_number("drop_rate=", drop_rate, 0, 1, below=True)
+    if img_size is not None:
+        sides = [img_size]
+        if not isinstance(img_size, int):
+            sides = as_items("img_size=", img_size, "(224, 224)")
+            if len(sides) != 2:
+                raise ValueError(f"img_size= takes a side or (height, width), got {img_size!r}.")
+        for side in sides:
+            check_number("img_size=", side, 1, 65_536, whole=True)
+    if not isinstance(checkpoint_path, (str, os.PathLike)):
+        raise ValueError(f"checkpoint_path= takes a path, got {checkpoint_path!r}.")
+    if taxonomy is None or isinstance(taxonomy, Taxonomy):
+        return taxonomy
+    if isinstance(taxonomy, (str, os.PathLike)):
+        return get_taxonomy(os.fspath(taxonomy))
+    return Taxonomy(as_items("taxonomy=", taxonomy, "['animal/cat', 'animal/dog']"))
+
+
 def _heads_at_taps(taps: Any, head: Any) -> tuple[list[list[Tap]], list[Head]]:
     """For each head its taps, and the heads."""
     groups = _parse_taps(taps)
@@ -156,10 +197,17 @@ def _heads_at_taps(taps: Any, head: Any) -> tuple[list[list[Tap]], list[Head]]:
 def _parse_taps(taps: Any) -> list[list[Tap]]:
     """For each head its taps."""
     single = (int, str, Tap, dict)
-    entries = [taps] if isinstance(taps, single) else taps
+    entries = [taps] if isinstance(taps, single) else as_items("taps=", taps, "[3, 4, 5]")
     groups = []
     for entry in entries:
-        group = [entry] if isinstance(entry, single) else entry
+        group: Any = entry
+        if isinstance(entry, single):
+            group = [entry]
+        elif not isinstance(entry, (list, tuple)):
+            raise ValueError(
+                f"taps= takes stage numbers, names, module paths or Taps, got {entry!r} among "
+                f"{taps!r}."
+            )
         groups.append([Tap.parse(tap) for tap in group])
     if not groups or not all(groups):
         raise ValueError("taps= is empty: name at least one, such as taps=[3, 4, 5].")
@@ -202,7 +250,9 @@ def _names(
             "per level, from coarse to fine."
         )
     if names is not None:
-        result = list(names)
+        result = as_items("names=", names, "['coarse', 'fine']")
+        if not all(isinstance(name, str) for name in result):
+            raise ValueError(f"names= takes texts, got {result!r}.")
     else:
         result = levels
         for head, group in list(zip(heads, groups, strict=True))[len(levels) :]:
@@ -235,7 +285,8 @@ def _classes(
         if classes[position] is None:
             classes[position] = level_classes
     for count in classes:
-        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+        whole = isinstance(count, int) and not isinstance(count, bool)
+        if not whole or not 0 <= count <= _MOST_CLASSES:
             raise ValueError(f"num_classes= takes whole numbers from 0, got {num_classes!r}.")
     if classes[: len(of_levels)] != of_levels:
         raise ValueError(
@@ -278,17 +329,29 @@ def _create_backbone(
             return create_model(name, pretrained=pretrained, img_size=size, **options)
         except TypeError as error:  # fully convolutional: takes every size, hence no such argument
             if "img_size" not in str(error):
-                raise _bad_option(name, error) from error
+                raise _bad_option(name, error, kwargs) from error
     try:
         return create_model(name, pretrained=pretrained, **options)
-    except TypeError as error:
-        raise _bad_option(name, error) from error
+    # what timm's code runs into when an option means nothing to it
+    except (
+        ArithmeticError,
+        AssertionError,
+        AttributeError,
+        LookupError,
+        NotImplementedError,
+        TypeError,
+    ) as error:
+        raise _bad_option(name, error, kwargs) from error
 
 
-def _bad_option(name: str, error: TypeError) -> Exception:
+def _bad_option(name: str, error: Exception, options: dict) -> Exception:
     if "unexpected keyword argument" in str(error):
         return ValueError(f"{name} does not take an option given to create_branch_model: {error}.")
-    return error
+    if not options:
+        return error
+    given = ", ".join(f"{key}={value!r}" for key, value in options.items())
+    reason = str(error) or "it stopped at a check of its own"
+    return ValueError(f"timm cannot make {name} with {given}: {reason} ({type(error).__name__}).")
 
 
 def _input_size(

@@ -21,6 +21,7 @@ import torch
 from timm.models import group_modules, group_parameters
 from torch import nn
 
+from timm_branches.arguments import as_items, check_number
 from timm_branches.heads import Head, State, check_module
 from timm_branches.heads.alignment import common_multiple, crop_to, pad_to_multiple
 from timm_branches.heads.folding import read_clips, warn_of_batch_statistics
@@ -329,6 +330,8 @@ class BranchModel(FreezableBackbone):
 
     def head(self, name: str) -> nn.Module:
         """The module of the head with this name."""
+        if not isinstance(name, str) or name not in self._keys:
+            raise KeyError(f"no head {name!r}: the model's heads are {list(self.names)}")
         return self.heads[self._keys[name]]
 
     def head_prefix(self, name: str) -> str:
@@ -338,7 +341,7 @@ class BranchModel(FreezableBackbone):
     def _select(self, heads: Sequence[str] | None) -> list[int]:
         if heads is None:
             return list(range(len(self.names)))
-        wanted = [heads] if isinstance(heads, str) else list(heads)
+        wanted = [heads] if isinstance(heads, str) else as_items("heads=", heads, "['fine']")
         unknown = [name for name in wanted if name not in self.names]
         if unknown or not wanted:
             raise ValueError(f"heads={wanted!r}: the model's heads are {list(self.names)}.")
@@ -487,7 +490,9 @@ class BranchModel(FreezableBackbone):
         elif isinstance(num_classes, int):
             classes = [num_classes] * len(self.names)
         else:
-            classes = list(num_classes)
+            classes = as_items("num_classes", num_classes, "[2, 10]")
+        for count in classes:
+            check_number("num_classes", count, 0, 2**31, whole=True)
         if len(classes) != len(self.names):
             raise ValueError(
                 f"{len(classes)} class counts for {len(self.names)} heads {list(self.names)}."

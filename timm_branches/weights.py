@@ -9,10 +9,12 @@ the new one.
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
+from timm_branches.arguments import shown
 from timm_branches.description import check_arguments, check_tensors, read_object
 from timm_branches.files import replace_file
 from timm_branches.heads import check_registered
@@ -57,7 +59,8 @@ def save_model(model: BranchModel, path: "str | os.PathLike", extra: dict | None
         The path written.
 
     Raises:
-        ValueError: The model was made with an option that JSON cannot hold (a class or a function).
+        ValueError: The model was made with an option that JSON cannot hold (a class or a function),
+            or so was `extra`.
 
     Example:
         >>> path = save_model(model, 'output/model.safetensors')   # doctest: +SKIP
@@ -70,7 +73,7 @@ def save_model(model: BranchModel, path: "str | os.PathLike", extra: dict | None
         "version": str(_VERSION),
         "config": json.dumps(_config(model)),
         "tied": json.dumps(tied),
-        "extra": json.dumps(extra or {}),
+        "extra": _as_json("extra=", {} if extra is None else extra),
     }
     if model.data_summary is not None:
         metadata["data_summary"] = json.dumps(model.data_summary)
@@ -224,6 +227,15 @@ def _aliases(
         raise ValueError(
             f"{path} says wrongly which of its tensors have several names: {error!r}"
         ) from error
+
+
+def _as_json(name: str, value: Any) -> str:
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} takes a dict that JSON can hold, got {shown(value)}.")
+    try:
+        return json.dumps(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} takes what JSON can hold: {error}.") from error
 
 
 def _config(model: BranchModel) -> dict:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from timm_branches.arguments import as_items, check_number, shown
 from timm_branches.data.images import ArrayImages
 from timm_branches.data.seeded import SeededDataset
 from timm_branches.data.sources import (
@@ -46,6 +47,22 @@ def to_unit_tensor(image: np.ndarray) -> torch.Tensor:
     """An image (H, W, C), uint8 or float32 in [0, 1], as a tensor (C, H, W) of values in [0, 1]."""
     tensor = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
     return tensor.float().div_(255) if tensor.dtype == torch.uint8 else tensor
+
+
+def as_label_rows(labels: Any) -> torch.Tensor:
+    """Labels as a LongTensor; numbers that are not whole are refused, not cut.
+
+    Raises:
+        ValueError: They are no whole numbers.
+    """
+    try:
+        given = labels if isinstance(labels, torch.Tensor) else torch.as_tensor(labels)
+        whole = given.to(torch.long)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"labels= takes rows of class indices, got {shown(labels)}.") from error
+    if given.is_floating_point() and not bool((given == whole).all()):
+        raise ValueError(f"labels= takes whole numbers, got {shown(labels)}.")
+    return whole
 
 
 class HierarchicalDataset(SeededDataset):
@@ -87,7 +104,11 @@ class HierarchicalDataset(SeededDataset):
         transform: Callable | None = None,
         in_chans: int | None = None,
     ) -> None:
-        labels = torch.as_tensor(labels, dtype=torch.long)
+        labels = as_label_rows(labels)
+        if not hasattr(images, "__len__"):
+            raise ValueError(f"images= takes an array or a sequence of arrays, got {images!r}.")
+        if taxonomy is not None and not isinstance(taxonomy, Taxonomy):
+            raise ValueError(f"taxonomy= takes a Taxonomy, got {taxonomy!r}.")
         if labels.ndim != 2 or len(labels) != len(images):
             raise ValueError(
                 f"labels must be ({len(images)}, levels), one row per image, not "
@@ -146,12 +167,34 @@ class HierarchicalDataset(SeededDataset):
         Returns:
             A subset with the same transform and taxonomy, its samples in their old order.
         """
+        check_number("count", count, 1, whole=True)
         indices = stratified_indices(self.labels, min(count, len(self)), seed)
         return self.subset(indices.sort().values)
 
     def subset(self, indices: Any) -> "Subset":
         """Some of the samples, at these positions."""
         return Subset(self, indices)
+
+
+def _as_positions(indices: Any, count: int) -> torch.Tensor:
+    """Positions in a data set as a LongTensor (N,).
+
+    Raises:
+        ValueError: They are no whole numbers.
+        IndexError: One is outside the data set.
+    """
+    try:
+        given = indices if isinstance(indices, torch.Tensor) else torch.as_tensor(list(indices))
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"indices= takes positions, got {shown(indices)}.") from error
+    if given.numel() == 0:
+        return given.long().reshape(-1)
+    if given.ndim != 1 or given.is_floating_point() or given.dtype == torch.bool:
+        raise ValueError(f"indices= takes whole numbers in one row, got {shown(indices)}.")
+    outside = (given < -count) | (given >= count)
+    if outside.any():
+        raise IndexError(f"position {int(given[outside][0])} is outside the {count} samples.")
+    return given.long()
 
 
 class Subset(HierarchicalDataset):
@@ -171,7 +214,7 @@ class Subset(HierarchicalDataset):
     """
 
     def __init__(self, dataset: HierarchicalDataset, indices: Any) -> None:
-        indices = torch.as_tensor(indices, dtype=torch.long)
+        indices = _as_positions(indices, len(dataset))
         self.images = dataset.images
         self.labels = dataset.labels[indices]
         self.taxonomy = dataset.taxonomy
@@ -209,6 +252,7 @@ def split_dataset(
         >>> [len(part) for part in split_dataset(data, 0.2)]
         [8, 2]
     """
+    check_number("fraction", fraction)
     count = round(len(dataset) * fraction)
     if not 0 < count < len(dataset):
         raise ValueError(
@@ -476,7 +520,12 @@ def set_value_range(source: Source, value_range: tuple[float, float] | None, whe
     """
     if value_range is None:
         return
-    low, high = value_range
+    limits = as_items("value_range=", value_range, "(0, 4095)")
+    if len(limits) != 2:
+        raise ValueError(f"value_range= takes two numbers, such as (0, 4095), got {value_range!r}.")
+    for number in limits:
+        check_number("value_range=", number)
+    low, high = limits
     if not low < high:
         raise ValueError(
             f"value_range={tuple(value_range)}: give the values of black and white, as in (0, "

@@ -16,6 +16,7 @@ import torch
 from timm.data.distributed_sampler import OrderedDistributedSampler
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
+from timm_branches.arguments import check_flag, check_number
 from timm_branches.data.bad_images import (
     BadImage,
     TolerantDataset,
@@ -270,13 +271,20 @@ def _with_plain_errors(batches: Iterator[Any]) -> Iterator[Any]:
         except RuntimeError as error:
             if "DataLoader worker" not in str(error) or str(error).startswith("Caught "):
                 raise _plain(error) from error
-            raise ChildProcessError(
-                f"{str(error).splitlines()[0].rstrip('.')}: a process that loads data died, most "
-                "often for lack of memory. Take fewer workers, or smaller batches."
-            ) from error
+            raise _worker_died(error) from error
+        except (ConnectionError, EOFError) as error:  # it died while it sent a batch
+            raise _worker_died(error) from error
         except (OSError, ValueError) as error:
             raise _plain(error) from error
         yield batch
+
+
+def _worker_died(error: Exception) -> ChildProcessError:
+    reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
+    return ChildProcessError(
+        f"{reason}: a process that loads data died, most often for lack of memory. Take fewer "
+        "workers, or smaller batches."
+    )
 
 
 def _plain(error: Exception) -> Exception:
@@ -396,6 +404,15 @@ def create_loader(
         world_size = torch.distributed.get_world_size() if distributed else 1
     if rank is None:
         rank = torch.distributed.get_rank() if distributed else 0
+    for name, value, least in (
+        ("batch_size", batch_size, 1),
+        ("num_workers", num_workers, 0),
+        ("seed", seed, 0),
+        ("world_size", world_size, 1),
+    ):
+        check_number(name, value, least, whole=True)
+    check_number("rank", rank, whole=True)
+    check_flag("is_training", is_training)
     if not 0 <= rank < world_size:
         raise ValueError(
             f"rank {rank} is not one of 0 to {world_size - 1} (world_size={world_size})"

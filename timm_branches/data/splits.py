@@ -54,6 +54,8 @@ def wanted_splits(split: str) -> set[str]:
     Raises:
         ValueError: No known split.
     """
+    if not isinstance(split, str):
+        raise ValueError(f"split= takes a text such as 'train', got {split!r}")
     together = {"trainval": {"train", "val"}, "all": set(SPLITS)}
     if split in together:
         return together[split]

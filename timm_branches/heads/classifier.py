@@ -10,6 +10,7 @@ import torch
 from timm.layers import SelectAdaptivePool2d
 from torch import nn
 
+from timm_branches.arguments import as_items, check_number
 from timm_branches.heads.base import Head, register_head
 from timm_branches.taps.reader import TapInfo
 
@@ -24,8 +25,8 @@ def check_options(hidden: Sequence[int] | None, drop_rate: float | None) -> None
                 "hidden= takes the widths of the hidden layers, such as (256, 256), got "
                 f"{hidden!r}."
             )
-    if drop_rate is not None and not 0 <= drop_rate < 1:
-        raise ValueError(f"drop_rate= must be in [0, 1), got {drop_rate!r}.")
+    if drop_rate is not None:
+        check_number("drop_rate= must be in [0, 1): it", drop_rate, 0, 1, below=True)
 
 
 @register_head
@@ -54,7 +55,7 @@ class PoolHead(Head):
     drop_rate: float | None = None
 
     def __post_init__(self):
-        object.__setattr__(self, "hidden", tuple(self.hidden))
+        object.__setattr__(self, "hidden", tuple(as_items("hidden=", self.hidden, "(256,)")))
         check_options(self.hidden, self.drop_rate)
         if self.pool_type not in ("avg", "max", "avgmax", "catavgmax"):
             raise ValueError(
@@ -110,7 +111,7 @@ class FlattenHead(Head):
 
     def __post_init__(self):
         if self.hidden is not None:
-            object.__setattr__(self, "hidden", tuple(self.hidden))
+            object.__setattr__(self, "hidden", tuple(as_items("hidden=", self.hidden, "(256,)")))
         check_options(self.hidden, self.drop_rate)
 
     def build(

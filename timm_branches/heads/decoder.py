@@ -18,6 +18,7 @@ import torch
 from timm.layers import create_act_layer, get_act_layer
 from torch import nn
 
+from timm_branches.arguments import as_items, check_flag, check_number
 from timm_branches.heads.base import Head, register_head
 from timm_branches.heads.blocks import (
     LinearBottleneck,
@@ -94,10 +95,13 @@ class UNetHead(Head):
         object.__setattr__(
             self,
             "out_act",
-            (self.out_act,) if isinstance(self.out_act, str) else tuple(self.out_act),
+            (self.out_act,)
+            if isinstance(self.out_act, str)
+            else tuple(as_items("out_act=", self.out_act, "('relu', 'sigmoid')")),
         )
         if self.channels is not None:
-            object.__setattr__(self, "channels", tuple(self.channels))
+            channels = as_items("channels=", self.channels, "(64, 32)")
+            object.__setattr__(self, "channels", tuple(channels))
             if not self.channels or not all(map(_is_count, self.channels)):
                 raise ValueError(
                     f"channels= takes the widths of the decoder stages, such as (64, 32), got "
@@ -127,8 +131,10 @@ class UNetHead(Head):
                     f"{key}= takes timm's names of activations, such as 'relu', 'leaky_relu', "
                     f"'gelu', 'silu' or 'sigmoid', got {name!r}."
                 )
-        if self.drop_rate is not None and not 0 <= self.drop_rate < 1:
-            raise ValueError(f"drop_rate= must be in [0, 1), got {self.drop_rate!r}.")
+        if self.drop_rate is not None:
+            check_number("drop_rate= must be in [0, 1): it", self.drop_rate, 0, 1, below=True)
+        for name in ("attention", "input_skip", "residual", "deep_supervision"):
+            check_flag(f"{name}=", getattr(self, name))
 
     def build(
         self,
@@ -414,4 +420,4 @@ class SkipDecoder(nn.Module):
 
 
 def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= 65_536

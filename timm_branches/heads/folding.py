@@ -120,6 +120,10 @@ def read_clips(
         ValueError: Clips of other channels, lengths without clips, or images for a head that needs
             clips.
     """
+    if not isinstance(x, torch.Tensor):
+        raise ValueError(
+            f"a model takes a tensor of images (B, {in_chans}, H, W), got {type(x).__name__}."
+        )
     if x.ndim == 5:
         if x.shape[2] != in_chans:
             hint = "; x.transpose(1, 2) puts the frames first." if x.shape[1] == in_chans else "."

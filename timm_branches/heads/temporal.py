@@ -17,6 +17,7 @@ from timm.layers import SelectAdaptivePool2d, get_act_layer
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+from timm_branches.arguments import as_items, check_number
 from timm_branches.heads.base import Head, State, register_head
 from timm_branches.heads.classifier import BranchClassifier, FixedFlatten, check_options
 from timm_branches.heads.folding import Clips
@@ -78,14 +79,14 @@ class LSTMHead(Head):
     hidden: tuple[int, ...] = ()
 
     def __post_init__(self):
-        object.__setattr__(self, "hidden", tuple(self.hidden))
+        object.__setattr__(self, "hidden", tuple(as_items("hidden=", self.hidden, "(256,)")))
         check_options(self.hidden, self.drop_rate)
         for name in ("hidden_size", "num_layers", "projection"):
             value = getattr(self, name)
             if name == "projection" and value is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}= takes a whole number from 1, got {value!r}.")
+            most = 1_000 if name == "num_layers" else 65_536
+            check_number(f"{name}=", value, 1, most, whole=True)
         if not isinstance(self.bidirectional, bool):
             raise ValueError(f"bidirectional= takes True or False, got {self.bidirectional!r}.")
         for name, known in (

@@ -78,7 +78,10 @@ class Tap:
         if isinstance(spec, Tap):
             return spec
         if isinstance(spec, dict):
-            return cls(**spec)
+            try:
+                return cls(**spec)
+            except TypeError as error:
+                raise ValueError(f"{spec!r} describes no tap: {error}.") from error
         if isinstance(spec, str):
             text = spec.strip()
             if text.isdigit():
@@ -238,13 +241,33 @@ def check_name(name: str) -> None:
     """Refuse an architecture that timm does not know, naming the nearest that it does."""
     from timm.models import is_model, list_models, parse_model_name
 
+    if not isinstance(name, str):
+        raise ValueError(f"a model is named by a text, such as 'resnet50', got {name!r}.")
     source, name = parse_model_name(name)
-    if source is None and not is_model(name.split(".")[0]):
+    architecture, _, tag = name.partition(".")
+    if source is not None:
+        return
+    if is_model(architecture):
+        tags = list_tags(architecture) if tag else []
+        if tag and tag not in tags:
+            known = ", ".join(tags) or "none"
+            raise ValueError(
+                f"timm's {architecture} has no weights {tag!r}; those that it knows: {known}."
+            )
+    else:
         near = difflib.get_close_matches(name.split(".")[0], list_models(), n=5)
         raise ValueError(
             f"timm has no model {name!r}."
             + (f" Did you mean {', '.join(near)}?" if near else " timm.list_models() lists them.")
         )
+
+
+def list_tags(architecture: str) -> list[str]:
+    """The tags of an architecture's pretrained weights, empty if it has none."""
+    from timm.models import list_pretrained
+
+    names = list_pretrained(f"{architecture}*")
+    return [name.partition(".")[2] for name in names if name.partition(".")[0] == architecture]
 
 
 def find_module(backbone: nn.Module, path: str, table: TapTable) -> nn.Module:

@@ -59,6 +59,8 @@ class HeadsTask(TrainingTask):
         dtype: torch.dtype | None = None,
         verbose: bool = True,
     ):
+        if device is not None:
+            check_device(device)
         super().__init__(device=device, dtype=dtype, verbose=verbose)
         self.trainable_module: Any = model
         self.names = tuple(names)
@@ -296,6 +298,20 @@ def _check_same(key: str, theirs: Any, ours: Any, source: str) -> None:
             raise ValueError("The classes are the same, in another order.")
     elif match_classes(theirs, ours, subset=False, **names) is not None:
         raise ValueError("The classes are the same, in another order.")
+
+
+def check_device(device: Any) -> None:
+    """Refuse what names no device.
+
+    Raises:
+        ValueError: It is something else, or torch knows no such device.
+    """
+    try:
+        if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+            raise RuntimeError("torch sees no CUDA device on this machine")
+    except (RuntimeError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device={device!r}: {reason}. Write cpu, cuda or cuda:1.") from error
 
 
 def name_of_function(function: Any) -> str:

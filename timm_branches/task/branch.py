@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from timm_branches.arguments import check_flag, check_number, shown
 from timm_branches.hierarchy import HierarchyEvaluator, sum_upwards
 from timm_branches.hierarchy.losses import (
     HierarchyLoss,
@@ -85,6 +86,9 @@ class BranchTask(HeadsTask):
         dtype: torch.dtype | None = None,
         verbose: bool = True,
     ):
+        _check_branch_arguments(
+            model, label_smoothing, class_weights, marginal, consistency, tree_path, uncertainty
+        )
         names = _classifying_heads(model)
         if not names:
             raise ValueError(
@@ -109,8 +113,6 @@ class BranchTask(HeadsTask):
         self.label_smoothing = dict(zip(self.names, smoothing, strict=True))
         self.extras: dict[str, float] = {}
         for name, value in (("consistency", consistency), ("tree_path", tree_path)):
-            if not 0 <= value < float("inf"):
-                raise ValueError(f"{name} must be a finite weight from 0 upwards, got {value}.")
             if value:
                 self.extras[name] = value
         need_taxonomy = list(self.extras)
@@ -146,7 +148,12 @@ class BranchTask(HeadsTask):
 
     def _weigh_classes(self, class_weights: Mapping[str, Any], model: BranchModel) -> None:
         for name, given in class_weights.items():
-            weights = torch.as_tensor(given, dtype=torch.float32)
+            try:
+                weights = torch.as_tensor(given, dtype=torch.float32)
+            except (RuntimeError, TypeError, ValueError) as error:
+                raise ValueError(
+                    f"class_weights[{name!r}] takes a number for each class, got {shown(given)}."
+                ) from error
             fits = name in self.names and weights.shape == (model.num_classes[name],)
             if not fits or not (weights >= 0).all():
                 raise ValueError(
@@ -348,6 +355,8 @@ class BranchTask(HeadsTask):
         return tree_path_kl(logits, target, self.taxonomy, share)
 
     def _targets(self, target: torch.Tensor) -> dict[str, torch.Tensor]:
+        if not isinstance(target, torch.Tensor):
+            raise ValueError(f"labels must be a tensor (B, L), got {type(target).__name__}.")
         if target.device.type == "cpu":  # elsewhere it would have to be waited for
             self.check_targets(target)
         if target.is_floating_point():
@@ -424,6 +433,29 @@ class BranchTask(HeadsTask):
         return result
 
 
+def _check_branch_arguments(
+    model: Any,
+    label_smoothing: Any,
+    class_weights: Any,
+    marginal: Any,
+    consistency: Any,
+    tree_path: Any,
+    uncertainty: Any,
+) -> None:
+    """Refuse what is no such argument."""
+    if not isinstance(model, BranchModel):
+        raise ValueError(f"model= takes a model of create_branch_model, got {shown(model)}.")
+    several = isinstance(label_smoothing, (list, tuple))
+    for smoothing in label_smoothing if several else [label_smoothing]:
+        check_number("label_smoothing must be in [0, 1): it", smoothing, 0, 1, below=True)
+    if class_weights is not None and not isinstance(class_weights, Mapping):
+        raise ValueError(f"class_weights= takes weights by head, got {shown(class_weights)}.")
+    for name, value in (("consistency", consistency), ("tree_path", tree_path)):
+        check_number(f"{name} must be a finite weight from 0 upwards: it", value, 0)
+    check_flag("marginal=", marginal)
+    check_flag("uncertainty=", uncertainty)
+
+
 def _classifying_heads(model: BranchModel) -> list[str]:
     """The heads of the taxonomy's levels; without a taxonomy all that are no decoders."""
     if model.taxonomy is not None:
@@ -469,6 +501,10 @@ class FlatTask(BranchTask):
         strength: float | None = None,
         device: torch.device | None = None,
     ):
+        if not isinstance(taxonomy, Taxonomy):
+            raise ValueError(f"taxonomy= takes a Taxonomy, got {shown(taxonomy)}.")
+        if strength is not None:
+            check_number("strength=", strength, 0)
         super().__init__(model, None, label_smoothing, device=device)
         if len(self.names) != 1 or model.num_classes[self.names[0]] != taxonomy.num_leaves:
             raise ValueError(

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from timm_branches.arguments import check_number, shown
 from timm_branches.dense.losses import get_dense_loss
 from timm_branches.model import BranchModel, answers_all_levels
 from timm_branches.task.base import HeadsTask, Schedule, base_model, name_of_function
@@ -67,6 +68,9 @@ class DenseTask(HeadsTask):
         verbose: bool = True,
         **settings: Any,
     ):
+        if not isinstance(model, BranchModel):
+            raise ValueError(f"model= takes a model of create_branch_model, got {shown(model)}.")
+        check_number("ignore_index=", settings.get("ignore_index", -1), whole=True)
         decoders = [
             name for name, spec in zip(model.names, model.head_specs, strict=True) if spec.dense
         ]

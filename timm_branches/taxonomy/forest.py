@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from timm_branches.arguments import as_items
 from timm_branches.taxonomy.paths import (
     NodePath,
     by_end,
@@ -192,7 +193,8 @@ class Forest:
         """
         single = isinstance(names, str)
         at = self._tables.leaf_index
-        indices = [at[self._find(name, "leaves")] for name in ([names] if single else names)]
+        items = [names] if single else as_items("names", names, "['animal/cat', 'animal/dog']")
+        indices = [at[self._find(name, "leaves")] for name in items]
         result = torch.tensor(indices, dtype=torch.long, device="cpu")
         return result[0] if single else result
 

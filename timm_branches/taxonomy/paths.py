@@ -10,6 +10,8 @@ import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from timm_branches.arguments import as_items
+
 __all__ = [
     "NodePath",
     "as_path",
@@ -49,7 +51,8 @@ def hint(word: str, known: Iterable[str]) -> str:
 
 def check_leaves(leaves: Iterable[Any]) -> tuple[NodePath, ...]:
     """The leaves' paths, after making sure that each is one."""
-    paths = tuple(as_path(path) for path in leaves)
+    items = as_items("leaves", leaves, "['animal/cat', 'animal/dog']")
+    paths = tuple(as_path(path) for path in items)
     if not paths:
         raise ValueError("a taxonomy needs at least one leaf, got none")
     first: dict[NodePath, int] = {}
@@ -73,9 +76,8 @@ def check_levels(levels: Sequence[str] | None, depth: int) -> tuple[str, ...]:
     """The level names, or default ones, after making sure that they fit the depth."""
     if levels is None:
         return tuple(f"level{i + 1}" for i in range(depth))
-    if isinstance(levels, str) or not all(
-        isinstance(name, str) and name.strip() for name in levels
-    ):
+    names = list(levels) if isinstance(levels, (list, tuple)) else []
+    if not names or not all(isinstance(name, str) and name.strip() for name in names):
         raise ValueError(
             f"levels must be a sequence of {depth} names that are not empty, got {levels!r}"
         )
@@ -100,11 +102,14 @@ def check_order(
     """Each level's nodes in the order given, after making sure that it lists exactly them."""
     if order is None:
         return tuple(map(tuple, nodes))
+    order = as_items("order", order, "[['animal', 'thing'], None]")
     if len(order) != len(nodes):
         raise ValueError(f"order needs one entry per level ({len(nodes)}), got {len(order)}")
     ordered = []
     for level, found, given in zip(levels, nodes, order, strict=True):
-        paths = found if given is None else [as_path(path) for path in given]
+        paths = found
+        if given is not None:
+            paths = [as_path(path) for path in as_items("order", given, "['animal', 'thing']")]
         if len(paths) != len(found) or set(paths) != set(found):
             odd = sorted("/".join(path) for path in set(paths) ^ set(found)) or "a node twice"
             raise ValueError(

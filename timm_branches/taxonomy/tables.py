@@ -59,9 +59,11 @@ def build_tables(leaves: Sequence[NodePath], nodes: Sequence[Sequence[NodePath]]
 
 def as_labels(labels: Any, count: int, what: str) -> torch.Tensor:
     """Labels as a LongTensor, after making sure that all are in [-1, count)."""
-    labels = (
-        torch.as_tensor(labels, device="cpu") if not isinstance(labels, torch.Tensor) else labels
-    )
+    if not isinstance(labels, torch.Tensor):
+        try:
+            labels = torch.as_tensor(labels, device="cpu")
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"{what} must be an integer, got {labels!r}") from error
     if labels.numel() == 0:  # an empty list has no integer type
         return labels.long()
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from timm_branches.arguments import as_items
 from timm_branches.files import replace_file
 from timm_branches.taxonomy import derive, readers
 from timm_branches.taxonomy.edit import merge_forests
@@ -378,6 +379,8 @@ class Taxonomy(Forest):
         Raises:
             ValueError: if `data` is not what `to_dict` returns, or of a later version.
         """
+        if not isinstance(data, Mapping):
+            raise ValueError(f"not a stored taxonomy: it is a dict, got {data!r}")
         if data.get("format") != _FORMAT or "leaves" not in data:
             raise ValueError(
                 f"not a stored taxonomy: it needs format {_FORMAT!r} and leaves, got keys "
@@ -405,7 +408,7 @@ class Taxonomy(Forest):
         Raises:
             ValueError: if `names` is not each leaf once.
         """
-        indices = self.encode(list(names)).tolist()
+        indices = self.encode(as_items("names", names, "['animal/cat', 'animal/dog']")).tolist()
         if sorted(indices) != list(range(self.num_leaves)):
             missing = [
                 self.leaf_names[i] for i in sorted(set(range(self.num_leaves)) - set(indices))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import math
+import re
 import warnings
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
@@ -98,6 +100,7 @@ class FitConfig:
     log_interval: int = _setting(50, "batches between checks for a finite loss on an accelerator")
 
     def __post_init__(self):
+        self._check_types()
         positive = ("epochs", "lr", "grad_accum_steps", "log_interval")
         for name in positive:
             if not getattr(self, name) > 0:
@@ -147,6 +150,28 @@ class FitConfig:
             if getattr(self, name) != getattr(FitConfig, name) and not getattr(self, needed):
                 warnings.warn(f"{_flag(name)} has no effect without {_flag(needed)}.", stacklevel=3)
 
+    def _check_types(self) -> None:
+        """Refuse values of another type than the setting has."""
+        for setting in fields(self):
+            value = getattr(self, setting.name)
+            kind = float if setting.default is None else type(setting.default)
+            if value is None and setting.default is None:
+                continue
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            # a rate may be written as a whole number
+            good = number if kind is float else type(value) is kind
+            if not good:
+                raise ValueError(
+                    f"{_flag(setting.name)} takes {_TYPES[kind]}, got {value!r} of type "
+                    f"{type(value).__name__}."
+                )
+            if number and not math.isfinite(value):
+                raise ValueError(f"{_flag(setting.name)} must be above 0 and finite, got {value}.")
+        if self.device and not _DEVICE.fullmatch(self.device):
+            raise ValueError(
+                f"--device {self.device}: there is no such device. Write cpu, cuda or cuda:1."
+            )
+
     def lr_at(self) -> dict[int, float]:
         """`--lr-steps` as {first epoch: learning rate}."""
         if not self.lr_steps:
@@ -169,6 +194,9 @@ class FitConfig:
         """The settings out of parsed arguments."""
         return cls(**{f.name: getattr(args, f.name) for f in fields(cls)})
 
+
+_TYPES = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
+_DEVICE = re.compile(r"(cpu|cuda|mps|xpu|hpu|mtia|xla|meta)(:[0-9]{1,3})?")
 
 # settings that do nothing unless another is on
 _NEEDS = {

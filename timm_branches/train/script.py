@@ -12,7 +12,7 @@ import signal
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -81,16 +81,25 @@ def setup_logging(level: int = logging.INFO) -> None:
         logger.addHandler(_BesideBars())
 
 
+def _end(error: Exception) -> NoReturn:
+    # the table of taps in such a message has several lines
+    text = " | ".join(" ".join(line.split()) for line in str(error).splitlines())
+    print(f"{Path(sys.argv[0]).name}: {text}", file=sys.stderr)
+    sys.exit(2)
+
+
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's main; what a person got wrong becomes one line and exit status 2."""
     setup_logging()
     try:
         main()
     except (ValueError, OSError, FloatingPointError, ImportError) as error:
-        # the table of taps in such a message has several lines
-        text = " | ".join(" ".join(line.split()) for line in str(error).splitlines())
-        print(f"{Path(sys.argv[0]).name}: {text}", file=sys.stderr)
-        sys.exit(2)
+        _end(error)
+    except RuntimeError as error:
+        # torch says that a worker died wherever the main process is just then
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        _end(error)
     except KeyboardInterrupt:
         print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
