@@ -20,6 +20,14 @@ from timm_branches.train.checkpoint import load_state
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.fixture(autouse=True)
+def interrupts():
+    """Ctrl-C as Python has it by default; a shell's background jobs begin with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class Signals:
     """A mixup that sends this process a signal before some batch of a run."""
 
@@ -262,6 +270,7 @@ def test_a_recipe_says_how_to_go_on(tmp_path, number, status, workers):
         text=True,
         env=env,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         try:
             deadline = time.monotonic() + 120
