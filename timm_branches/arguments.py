@@ -48,7 +48,9 @@ def check_number(
     limits = []
     if low > -math.inf:
         limits.append(f"above {low:g}" if above else f"from {low:g}")
-    if high < math.inf:
+    # a limit that no sensible whole number comes near is only said where it is passed
+    too_large = isinstance(value, (int, float)) and value > high
+    if high < math.inf and (not whole or too_large):
         limits.append(f"below {high:g}" if below else f"up to {high:g}")
     text = " ".join([kind, *limits])
     raise ValueError(f"{name} takes {text}, got {shown(value)}.")

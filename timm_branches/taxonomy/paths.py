@@ -51,7 +51,9 @@ def hint(word: str, known: Iterable[str]) -> str:
 
 def check_leaves(leaves: Iterable[Any]) -> tuple[NodePath, ...]:
     """The leaves' paths, after making sure that each is one."""
-    items = as_items("leaves", leaves, "['animal/cat', 'animal/dog']")
+    items = leaves  # a text stands for its letters
+    if not isinstance(leaves, str):
+        items = as_items("leaves", leaves, "['animal/cat', 'animal/dog']")
     paths = tuple(as_path(path) for path in items)
     if not paths:
         raise ValueError("a taxonomy needs at least one leaf, got none")
