@@ -53,7 +53,8 @@ CLEAR = (ValueError, FileNotFoundError, IndexError)
         ({"model_name": "test_resnet.x"}, "has no weights 'x'"),
         ({"output_stride": 7}, "output_stride=7"),
         ({"act_layer": "nose"}, "nose"),
-        ({"drop_path_rate": "x"}, "drop_path_rate='x'"),
+        ({"drop_path_rate": "x"}, "drop_path_rate= takes .* got 'x'"),
+        ({"drop_path_rate": 1e9}, "from 0 below 1"),
     ],
 )
 def test_a_model(arguments, message):

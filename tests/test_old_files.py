@@ -65,3 +65,25 @@ def test_a_checkpoint_of_version_1(tmp_path):
     )
     result = fit(BranchTask(model), DataLoader(data, 4), None, config)
     assert [row["epoch"] for row in result.history] == [1]
+
+
+def test_a_checkpoint_of_version_2(tmp_path):
+    """It was written inside an epoch, after the second of its four batches, with an average."""
+    path = shutil.copy(FIXTURES / "checkpoint-2.safetensors", tmp_path / "last.safetensors")
+    state = load_state(path)
+    assert (state["epoch"], state["updates"]) == (0, 6)
+    assert [process["batch"] for process in state["inside"]["processes"]] == [2]
+    model = load_model(FIXTURES / "model-1.safetensors")
+    data = TensorDataset(*batch(model.taxonomy))
+    config = FitConfig(
+        output=str(tmp_path / "run"),
+        resume=str(path),
+        epochs=3,
+        lr=0.01,
+        model_ema=True,
+        progress=False,
+        plots=False,
+        device="cpu",
+    )
+    result = fit(BranchTask(model), DataLoader(data, 2), None, config)
+    assert [row["epoch"] for row in result.history] == [1, 2]

@@ -24,6 +24,7 @@ __all__ = [
     "check_arguments",
     "check_computed_size",
     "check_preprocessing",
+    "check_size",
     "check_tensors",
     "limited",
     "read_object",
@@ -50,7 +51,7 @@ _LARGEST_NUMBER = 65_536
 _LONGEST_TEXT = 1_000
 _LONGEST_LIST = 1_000
 _DEEPEST_TREE = 100
-_MOST_CLASSES = 2**31
+_MOST_CLASSES = 2**24
 # the largest network of timm registers 3,554 modules and parameters
 _MOST_PARTS = 8_000
 # of tensors that are computed, not saved, such as masks and tables of positions
@@ -177,8 +178,20 @@ def _check_value(name: str, value: Any, limit: int) -> None:
     elif isinstance(value, str):
         if len(value) > _LONGEST_TEXT or "hf-hub:" in value or "local-dir:" in value:
             raise ValueError(f"{name}={_shown(value)} is not for a file to say.")
-    elif isinstance(value, (int, float)) and not abs(value) <= limit:
-        raise ValueError(f"{name}={_shown(value)} is beyond all networks (at most {limit:,}).")
+    elif isinstance(value, (int, float)):
+        check_size(f"{name}=", value, limit)
+
+
+def check_size(name: str, value: Any, limit: int = _LARGEST_NUMBER) -> None:
+    """Refuse a number beyond what networks have, which no file could bring back.
+
+    Args:
+        name: What it is called, such as `patch_size=`.
+        value: Anything; what is no number passes.
+        limit: The largest, whatever the sign.
+    """
+    if isinstance(value, (int, float)) and not abs(value) <= limit:
+        raise ValueError(f"{name}{_shown(value)} is beyond all networks (at most {limit:,}).")
 
 
 def check_preprocessing(config: Any, in_chans: int) -> dict[str, Any]:

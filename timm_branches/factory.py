@@ -19,6 +19,7 @@ from timm_branches.description import (
     check_arguments,
     check_computed_size,
     check_preprocessing,
+    check_size,
     check_tensors,
     limited,
     read_object,
@@ -41,7 +42,7 @@ _REFUSED = {
     "out_map": "choose names=",
 }
 
-_MOST_CLASSES = 2**31
+_MOST_CLASSES = 2**24  # a linear layer on 2,048 features has 137 GB then
 
 # where weights come from
 _SOURCES = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source")
@@ -106,6 +107,11 @@ def create_branch_model(
     for key, why in _REFUSED.items():
         if kwargs.get(key) is not None and kwargs[key] is not False:
             raise ValueError(f"create_branch_model does not take {key}=: {why}.")
+    for key, value in kwargs.items():
+        # timm's own rates: beyond these a network trains on nothing, or not at all
+        if value is not None and key.endswith("_rate"):
+            check_number(f"{key}=", value, 0, 1, below=True)
+        check_size(f"{key}=", value)
     groups, heads = _heads_at_taps(taps, head)
     head_names = _names(names, taxonomy, groups, heads)
 
@@ -287,7 +293,10 @@ def _classes(
     for count in classes:
         whole = isinstance(count, int) and not isinstance(count, bool)
         if not whole or not 0 <= count <= _MOST_CLASSES:
-            raise ValueError(f"num_classes= takes whole numbers from 0, got {num_classes!r}.")
+            raise ValueError(
+                f"num_classes= takes whole numbers from 0 to {_MOST_CLASSES:,}, got "
+                f"{num_classes!r}."
+            )
     if classes[: len(of_levels)] != of_levels:
         raise ValueError(
             f"num_classes={classes} does not fit the taxonomy's {of_levels}: leave num_classes out."

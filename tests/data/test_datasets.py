@@ -2,6 +2,8 @@
 
 import gzip
 import hashlib
+import io
+import os
 import pickle
 import struct
 import subprocess
@@ -24,6 +26,7 @@ from timm_branches.data import (
     create_transform,
     split_dataset,
 )
+from timm_branches.data.images import open_tar
 from timm_branches.taxonomy.taxonomy import Taxonomy
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
@@ -115,6 +118,35 @@ def test_broken_tar(nested, tmp_path):
     path.write_bytes(path.read_bytes()[:-60])
     with pytest.raises(ValueError, match=r"cannot read .*cut\.tar\.gz as a tar"):
         create_dataset(path)
+
+
+@pytest.mark.parametrize("change", ["other members", "cut"])
+@pytest.mark.parametrize("opened", [False, True])
+def test_a_tar_that_changes_while_it_is_read(nested, tmp_path, change, opened):
+    """A member is never read at the place of another one."""
+    path = tmp_path / "images.tar"
+    with tarfile.open(path, "w") as tar:
+        tar.add(nested, arcname="nested")
+    _, images = open_tar(str(path))
+    os.utime(path)  # nothing but its time
+    if opened:
+        images[0]
+    if change == "cut":
+        path.write_bytes(path.read_bytes()[: int(images.offsets[-1]) + 10])
+    else:
+        other = io.BytesIO()
+        with tarfile.open(fileobj=other, mode="w") as tar:
+            for part in sorted(nested.iterdir(), reverse=True):
+                tar.add(part, arcname=part.name)
+        path.write_bytes(other.getvalue())
+    with pytest.raises(ValueError, match=r"images\.tar was changed .*:nested/"):
+        images[len(images) - 1]
+
+
+@pytest.mark.parametrize("label", [1e-50, 1 - 1e-9, 0.5, float("nan"), float("inf")])
+def test_a_label_that_is_not_whole_is_refused(label):
+    with pytest.raises(ValueError, match="whole numbers"):
+        HierarchicalDataset(np.zeros((1, 2, 2), np.uint8), [[0, label]])
 
 
 def test_split_folders_share_one_tree(tmp_path):

@@ -57,6 +57,9 @@ def as_label_rows(labels: Any) -> torch.Tensor:
     """
     try:
         given = labels if isinstance(labels, torch.Tensor) else torch.as_tensor(labels)
+        if given.is_floating_point() and not isinstance(labels, torch.Tensor):
+            # as Python has them: float32 would take 1e-50 for 0, and 1 - 1e-9 for 1
+            given = torch.as_tensor(labels, dtype=torch.float64)
         whole = given.to(torch.long)
     except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"labels= takes rows of class indices, got {shown(labels)}.") from error

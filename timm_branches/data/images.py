@@ -10,6 +10,7 @@ import functools
 import hashlib
 import os
 import tarfile
+import zlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -40,6 +41,7 @@ _MORE_EXTENSIONS = frozenset(
 # A compressed archive cannot be read in random order, so its members are kept in memory, undecoded,
 # up to this size.
 _MAX_PACKED_BYTES = 16 * 1024**3
+_TAR_BLOCK = 512  # a member's header, before its bytes
 
 
 def is_image_name(path: str) -> bool:
@@ -317,6 +319,8 @@ class TarImages:
         offsets: Where each member's bytes begin.
         sizes: How many bytes each has.
         names: What to call each in an error.
+        headers: A checksum of each member's header, by which a tar that was written anew while it
+            is read is noticed.
         in_chans: 3 for RGB, 1 for grey.
     """
 
@@ -326,9 +330,11 @@ class TarImages:
         offsets: Sequence[int],
         sizes: Sequence[int],
         names: Sequence[str],
+        headers: Sequence[int],
         in_chans: int = 3,
     ) -> None:
         self.path = path
+        self.headers = np.array(headers, np.uint32)
         self.offsets = np.array(offsets, np.int64)
         self.sizes = np.array(sizes, np.int64)
         self.names = np.array(list(names), dtype=str)
@@ -342,8 +348,16 @@ class TarImages:
     def __getitem__(self, index: int) -> np.ndarray:
         if self._file is None:
             self._file = open(self.path, "rb")  # stays open for the life of the dataset
-        data = os.pread(self._file.fileno(), int(self.sizes[index]), int(self.offsets[index]))
-        return decode_image(data, self.in_chans, str(self.names[index]), self.value_range)
+        name = str(self.names[index])
+        offset, size = int(self.offsets[index]), int(self.sizes[index])
+        block = os.pread(self._file.fileno(), _TAR_BLOCK + size, offset - _TAR_BLOCK)
+        header, data = block[:_TAR_BLOCK], block[_TAR_BLOCK:]
+        if zlib.crc32(header) != self.headers[index] or len(data) < size:
+            raise ValueError(
+                f"{self.path} was changed after its members were listed: {name} is no longer where "
+                "it was. Begin again (--resume auto), and leave the file as it is meanwhile."
+            )
+        return decode_image(data, self.in_chans, name, self.value_range)
 
     def identity(self, indices: Iterable[int]) -> str:
         """A checksum of the tar's path, size and time of change, and of where these members lie."""
@@ -356,7 +370,8 @@ class TarImages:
         """Some of the members."""
         which = np.asarray(indices, dtype=int)
         offsets, sizes = self.offsets[which], self.sizes[which]
-        selected = TarImages(self.path, offsets, sizes, self.names[which], self.in_chans)
+        names, headers = self.names[which], self.headers[which]
+        selected = TarImages(self.path, offsets, sizes, names, headers, self.in_chans)
         selected.value_range = self.value_range
         return selected
 
@@ -413,7 +428,13 @@ def open_tar(path: str, in_chans: int = 3) -> tuple[list[str], PackedImages | Ta
     sizes = [size for _, _, size in members]
     if compressed:
         return names, PackedImages(packed, sizes, labels, in_chans)
-    return names, TarImages(path, [offset for _, offset, _ in members], sizes, labels, in_chans)
+    offsets = [offset for _, offset, _ in members]
+    with open(path, "rb") as file:
+        headers = [
+            zlib.crc32(os.pread(file.fileno(), _TAR_BLOCK, offset - _TAR_BLOCK))
+            for offset in offsets
+        ]
+    return names, TarImages(path, offsets, sizes, labels, headers, in_chans)
 
 
 def _is_plain_tar(path: str) -> bool:

@@ -756,9 +756,12 @@ class _Run:
                     "from 0). Training stops; the files of the last good epoch stay. A smaller "
                     "--lr or --clip-grad 1 help most often."
                 )
-        if self.config.max_skipped_steps:
-            return self._agree(self._problem is not None)
-        return self._problem is not None
+        if not self.config.max_skipped_steps:
+            return self._problem is not None
+        skipped = self._agree(self._problem is not None)
+        if skipped and self._problem is None:
+            self._skip_or_stop("a loss in another process is not finite.")
+        return skipped
 
     def _skip_or_stop(self, message: str) -> None:
         if self._problem is None:

@@ -21,6 +21,9 @@ from tqdm import tqdm
 
 from timm_branches.train.process import is_primary
 
+# what gloo says when the other end of a connection has gone; NCCL has an exception of its own
+_LOST_PROCESS = ("by peer", "Timed out waiting", "Broken pipe", "Connection refused")
+
 __all__ = ["hardware", "nan_to_null", "new_output", "run_script", "setup_logging", "slug"]
 
 
@@ -96,6 +99,13 @@ def run_script(main: Callable[[], None]) -> None:
     except (ValueError, OSError, FloatingPointError, ImportError) as error:
         _end(error)
     except RuntimeError as error:
+        if _is_lost_process(error):
+            print(
+                f"{Path(sys.argv[0]).name}: process {dist.get_rank()} stops, since another of the "
+                f"{dist.get_world_size()} ended or is out of reach; the other's message says why.",
+                file=sys.stderr,
+            )
+            sys.exit(1)
         # torch says that a worker died wherever the main process is just then
         if not str(error).startswith("DataLoader worker"):
             raise
@@ -103,9 +113,16 @@ def run_script(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    # not after an error: it would wait for processes that wait for this one
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _is_lost_process(error: RuntimeError) -> bool:
+    """Whether torch says that it waits in vain for another process."""
+    if not dist.is_initialized():
+        return False
+    return isinstance(error, dist.DistError) or any(sign in str(error) for sign in _LOST_PROCESS)
 
 
 def nan_to_null(metrics: Mapping[str, Any]) -> dict[str, Any]:
