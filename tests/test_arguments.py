@@ -1,12 +1,16 @@
 """Arguments that nobody thought of: each works and survives saving, or is a clear error."""
 
+import io
 import math
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from timm_branches import (
     LSTMHead,
@@ -14,12 +18,19 @@ from timm_branches import (
     RedNetHead,
     Taxonomy,
     UNetHead,
+    cli,
     create_branch_model,
     list_taps,
     load_model,
     save_model,
 )
-from timm_branches.data import HierarchicalDataset, create_loader, split_dataset
+from timm_branches.data import (
+    HierarchicalDataset,
+    create_dataset,
+    create_loader,
+    split_dataset,
+)
+from timm_branches.data.decode import decode_image
 from timm_branches.task import BranchTask
 from timm_branches.train import FitConfig
 
@@ -207,8 +218,85 @@ def check_labels(rows):
         assert dataset.labels.tolist() == [list(row) for row in rows]
 
 
+CELLS = st.sampled_from(
+    ["path", "label", "coarse", "fine", "0.png", "1.png", "cat", "a/b", "", " ", "-1", "0", "3.5"]
+    + ['"', ",", ";", "\t", "\ufeff", "\x00", "nan", "é", "train", "split", "/etc/passwd"]
+)
+ROWS = st.lists(st.lists(CELLS, min_size=1, max_size=4), max_size=5)
+
+
+def check_table(tmp_path, rows, comma):
+    """A table of labels, as somebody might have written it."""
+    for index in range(2):
+        Image.new("RGB", (3, 2)).save(tmp_path / f"{index}.png")
+    text = "\n".join(comma.join(row) for row in rows)
+    (tmp_path / "labels.csv").write_text(text, encoding="utf-8")
+    data = answer(lambda: create_dataset(tmp_path / "labels.csv"))
+    if data is None:
+        return
+    # each row that was read is one of an image that is there, with a label of its own tree
+    assert 1 <= len(data) <= len(rows)
+    for index in range(len(data)):
+        image, labels = data[index]
+        assert image.shape == (3, 2, 3)
+        for level, label in enumerate(labels.tolist()):
+            assert -1 <= label < data.taxonomy.num_classes[level]
+
+
+WORDS = ["taps", "info", "predict", "test_resnet", "test_resnet.x", "vgg", "-h", "--version"]
+WORDS += ["--device", "cpu", "x", "--top", "-1", "0", "/dev/null", "/", ".", "--batch-size", "nan"]
+
+
+def check_flags(tmp_path, words):
+    """A command line either does what it was asked, or says in a line why not."""
+    error = io.StringIO()
+    status = 0
+    with redirect_stdout(io.StringIO()), redirect_stderr(error):
+        try:
+            status = cli.main([str(word) for word in words])
+        except SystemExit as end:  # argparse
+            status = end.code
+    assert status in (0, 2), error.getvalue()
+    assert bool(error.getvalue().strip()) == (status == 2)
+    assert "Traceback" not in error.getvalue()
+
+
+def check_file(tmp_path, start, rest, where):
+    """Bytes that somebody calls an image, or a model."""
+    base = FILES[start]
+    content = base[: where % (len(base) + 1)] + rest + base[(where + len(rest)) % (len(base) + 1) :]
+    path = tmp_path / "file.png"
+    path.write_bytes(content)
+    pixels = answer(lambda: decode_image(content, 3, str(path)))
+    assert pixels is None or (pixels.ndim == 3 and pixels.size)
+    if content != FILES["model"]:
+        assert answer(lambda: load_model(path)) is None
+
+
+def written(save):
+    buffer = io.BytesIO()
+    save(buffer)
+    return buffer.getvalue()
+
+
+PICTURE = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3))
+FILES = {
+    name: written(lambda buffer, name=name: PICTURE.save(buffer, name))
+    for name in ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP")
+}
+FILES["nothing"] = b""
+FILES["model"] = (Path(__file__).parent / "fixtures" / "model-1.safetensors").read_bytes()
+
 QUICK = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True}
-EXAMPLES = {"models": 100, "trees": 150, "settings": 150, "labels": 100}
+EXAMPLES = {
+    "models": 80,
+    "trees": 100,
+    "settings": 100,
+    "labels": 70,
+    "tables": 50,
+    "flags": 50,
+    "files": 50,
+}
 
 
 def run_properties(tmp_path, factor, derandomize):
@@ -216,6 +304,7 @@ def run_properties(tmp_path, factor, derandomize):
     some = st.dictionaries(st.sampled_from(sorted(ARGUMENTS)), st.none(), min_size=1, max_size=3)
     chosen = some.flatmap(lambda keys: st.fixed_dictionaries({k: ARGUMENTS[k] for k in keys}))
     fields = st.sampled_from(sorted(FitConfig.__dataclass_fields__))
+    words = st.one_of(st.sampled_from(WORDS), st.text(max_size=4))
     rows = st.lists(st.lists(st.one_of(st.integers(-3, 4), st.floats()), max_size=3), max_size=4)
     checks = {
         "models": given(chosen)(lambda arguments: check_arguments_of_a_model(tmp_path, arguments)),
@@ -224,6 +313,13 @@ def run_properties(tmp_path, factor, derandomize):
         ),
         "settings": given(fields, odd)(check_settings),
         "labels": given(rows)(check_labels),
+        "tables": given(ROWS, st.sampled_from(",;\t"))(
+            lambda rows, comma: check_table(tmp_path, rows, comma)
+        ),
+        "flags": given(st.lists(words, max_size=4))(lambda words: check_flags(tmp_path, words)),
+        "files": given(
+            st.sampled_from(sorted(FILES)), st.binary(max_size=12), st.integers(0, 10**6)
+        )(lambda start, rest, where: check_file(tmp_path, start, rest, where)),
     }
     for name, check in checks.items():
         settings(max_examples=factor * EXAMPLES[name], **options)(check)()

@@ -197,6 +197,32 @@ class TestForms:
         with pytest.raises(ValueError, match=r"list.csv, line 6: 4 cells.*must be quoted"):
             create_dataset(write(folder, ["path", "kind", "species"], rows))
 
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("", "t.csv is empty"),
+            (" \n\n", "t.csv is empty"),
+            ('"\n', "line 1: a quotation mark"),
+            ('path,kind\n1.jpg,cat\n2.jpg,"cat\n3.jpg,dog\n', "line 3: a quotation mark"),
+            ('path,kind\n1.jpg,cat\n"2.jpg,dog', "line 3: a quotation mark"),
+        ],
+    )
+    def test_text_without_an_end(self, tmp_path, text, message):
+        (tmp_path / "t.csv").write_text(text, encoding="utf-8")
+        with pytest.raises(ValueError, match=message):
+            read_table(tmp_path / "t.csv")
+
+    def test_cells_of_several_lines(self, tmp_path):
+        text = 'path,kind\r1.jpg,"a ""big""\ncat"\r2.jpg,line\u2028end\r3.jpg,\x0bdog'
+        (tmp_path / "t.csv").write_bytes(text.encode())
+        kinds = read_table(tmp_path / "t.csv").columns["kind"]
+        assert kinds == ['a "big"\ncat', "line\u2028end", "dog"]
+
+    def test_bytes_that_are_no_text(self, tmp_path):
+        (tmp_path / "t.csv").write_bytes(b"\xff\xfea\x00b\x00\x00")
+        with pytest.raises(ValueError, match=r"t\.csv is neither UTF-8 nor UTF-16"):
+            read_table(tmp_path / "t.csv")
+
     def test_empty_rows(self, photos):
         folder, rows = photos
         table = [*rows[:3], ("", "", ""), *rows[3:], ("", "", "")]

@@ -11,6 +11,7 @@ import pytest
 
 from tests.taxonomy.forests import UNEVEN, random_paths
 from timm_branches.taxonomy import Taxonomy, cifar10, mnist
+from timm_branches.taxonomy.readers import read_names
 
 
 @pytest.mark.parametrize("seed", range(25))
@@ -280,3 +281,11 @@ def test_doubled_columns_of_pandas():
     pandas = pytest.importorskip("pandas")
     with pytest.raises(ValueError, match="name of its own"):
         Taxonomy.from_dataframe(pandas.DataFrame([["x", "y"]], columns=["a", "a"]))
+
+
+def test_readable_names_that_contradict(tmp_path):
+    (tmp_path / "names.csv").write_text("n1;Katze\nn2;Hund\nn1;Katze\n", encoding="utf-8")
+    assert read_names(tmp_path / "names.csv") == {"n1": "Katze", "n2": "Hund"}
+    (tmp_path / "names.csv").write_text("n1;Katze\nn1;Hund\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"names\.csv, line 2: 'n1' is called 'Hund'"):
+        read_names(tmp_path / "names.csv")

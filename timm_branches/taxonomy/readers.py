@@ -9,7 +9,6 @@ neighbours, which call them.
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Mapping, Sequence
 from numbers import Integral
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from timm_branches.taxonomy.paths import NodePath, hint
-from timm_branches.taxonomy.table_files import Table, read_table
+from timm_branches.taxonomy.table_files import Table, read_rows, read_table
 
 __all__ = ["load_json", "read_csv", "read_dataframe", "read_folders", "read_json", "read_parents"]
 
@@ -90,8 +89,17 @@ def read_names(names: Mapping[str, str] | str | Path | None) -> Mapping[str, str
     """Readable names by label, from a mapping or a CSV of two columns, with a header or without."""
     if names is None or isinstance(names, Mapping):
         return names or {}
-    with open(names, newline="", encoding="utf-8-sig") as file:
-        return {row[0]: row[1] for row in csv.reader(file) if len(row) >= 2}
+    table: dict[str, str] = {}
+    for row, line in read_rows(names):
+        if len(row) < 2:
+            continue
+        label, name = row[:2]
+        if table.setdefault(label, name) != name:
+            raise ValueError(
+                f"{names}, line {line}: {label!r} is called {name!r} here and {table[label]!r} "
+                "before. Keep one of the two."
+            )
+    return table
 
 
 def read_json(node: Any, path: NodePath = ()) -> list[NodePath]:

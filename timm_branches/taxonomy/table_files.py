@@ -6,15 +6,18 @@ and knows the line of each, so that a mistake can be named with its place.
 
 import codecs
 import csv
+import io
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["Table", "is_table_name", "read_table"]
+__all__ = ["Table", "is_table_name", "read_rows", "read_table"]
 
 _DELIMITERS = ",;\t|"
+# a row after the last one: it is part of another where a quotation mark was never closed
+_END = "\x1fend of the table"
 _ENDINGS = (".csv", ".tsv", ".txt", ".parquet", ".pq")
 
 
@@ -107,13 +110,15 @@ def _read_parquet(path: str) -> Any:
 
 def _read_text(path: str) -> Table:
     text, encoding = _decode(path)
-    lines = text.splitlines(keepends=True)
-    first = next((line for line in lines if line.strip()), "")
-    if not first:
-        raise ValueError(f"{path} is empty; its first row must name the columns.")
-    delimiter = _delimiter(path, first)
-    reader = csv.reader(lines, delimiter=delimiter, skipinitialspace=True)
-    header = [cell.strip() for cell in next(row for row in reader if any(row))]
+    lines = _lines(text)
+    delimiter = _delimiter(path, lines)
+    rows = _rows(lines, delimiter, path)
+    header: list[str] = []
+    while not any(header):
+        row, _ = next(rows, (None, 0))
+        if row is None:
+            raise ValueError(f"{path} is empty; its first row must name the columns.")
+        header = [cell.strip() for cell in row]
     table = Table(path, {}, [], encoding=encoding)
     if encoding == "cp1252":
         table.notes.append(f"{path} is not UTF-8: it was read as Windows-1252.")
@@ -124,29 +129,63 @@ def _read_text(path: str) -> Table:
     places = [place for place, _ in kept]
     width = places[-1] + 1
     numbers: list[int] = []
-    for row in _rows(reader, path):
+    for row, line in rows:
         if not any(cell.strip() for cell in row):
             table.empty_rows += 1
             continue
         if len(row) > width:
-            _refuse_surplus(row, header[:width], f"{path}, line {reader.line_num}", delimiter)
+            _refuse_surplus(row, header[:width], f"{path}, line {line}", delimiter)
         for column, place in zip(cells, places, strict=True):
             # equal cells are one object: a class's name is kept once, not once a row
             cell = row[place].strip() if place < len(row) else ""
             column.append(sys.intern(cell))
-        numbers.append(reader.line_num)
+        numbers.append(line)
     table.lines = numbers
     table.columns = {name: column for (_, name), column in zip(kept, cells, strict=True)}
     return table
+
+
+def read_rows(path: str | os.PathLike) -> Iterator[tuple[list[str], int]]:
+    """The rows of a text file of cells, header or not, each with the line that it ends in.
+
+    Args:
+        path: A CSV in any dialect.
+
+    Raises:
+        ValueError: It is no such text.
+    """
+    path = os.fspath(path)
+    lines = _lines(_decode(path)[0])
+    for row, line in _rows(lines, _delimiter(path, lines), path):
+        if any(cell.strip() for cell in row):
+            yield [cell.strip() for cell in row], line
+
+
+def _lines(text: str) -> list[str]:
+    # not splitlines(), which also ends a line where a name holds U+2028 or the like
+    return list(io.StringIO(text, newline=""))
 
 
 def _ends_empty(lines: Sequence[str], delimiter: str) -> bool:
     return all(not line.strip() or line.rstrip(" \r\n").endswith(delimiter) for line in lines)
 
 
-def _rows(reader: Any, path: str) -> Iterator[list[str]]:
+def _rows(lines: Sequence[str], delimiter: str, path: str) -> Iterator[tuple[list[str], int]]:
+    """Each row's cells, and the line of the file that it ends in."""
+    reader = csv.reader([*lines, _END], delimiter=delimiter, skipinitialspace=True)
+    began = 1
     try:
-        yield from reader
+        for row in reader:
+            if row == [_END]:
+                return
+            if row and row[-1].endswith(_END):
+                raise ValueError(
+                    f"{path}, line {began}: a quotation mark is opened there and never closed, so "
+                    "that all rows after it would be one cell. Close it, or write it twice where "
+                    "it belongs to a name."
+                )
+            yield row, reader.line_num
+            began = reader.line_num + 1
     except csv.Error as error:
         raise ValueError(
             f"{path}, line {reader.line_num}: the table cannot be read ({error})."
@@ -156,27 +195,27 @@ def _rows(reader: Any, path: str) -> Iterator[list[str]]:
 def _decode(path: str) -> tuple[str, str]:
     with open(path, "rb") as file:
         data = file.read()
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return data.decode("utf-16"), "utf-16"
-    # UTF-16 without its mark: every second byte of plain letters is 0
     start = data[:1000]
-    if start.count(0) > len(start) // 4:
-        order = "utf-16-le" if start[1::2].count(0) > start[::2].count(0) else "utf-16-be"
-        return data.decode(order), order
-    try:
-        return data.decode("utf-8-sig"), "utf-8"
-    except UnicodeDecodeError:
-        pass
-    try:
-        return data.decode("cp1252"), "cp1252"
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path} is neither UTF-8 nor UTF-16 nor Windows-1252 text (byte {error.start}): save "
-            "it as UTF-8."
-        ) from error
+    encodings = ["utf-8-sig", "cp1252"]
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        encodings = ["utf-16"]
+    # UTF-16 without its mark: every second byte of plain letters is 0
+    elif start.count(0) > len(start) // 4:
+        little = start[1::2].count(0) > start[::2].count(0)
+        encodings = ["utf-16-le" if little else "utf-16-be"]
+    for encoding in encodings:
+        try:
+            return data.decode(encoding), encoding.removesuffix("-sig")
+        except UnicodeDecodeError as error:
+            place = error.start
+    raise ValueError(
+        f"{path} is neither UTF-8 nor UTF-16 nor Windows-1252 text (byte {place}): save it as "
+        "UTF-8."
+    )
 
 
-def _delimiter(path: str, header: str) -> str:
+def _delimiter(path: str, lines: Sequence[str]) -> str:
+    header = next((line for line in lines if line.strip()), "")
     if path.lower().endswith(".tsv"):
         return "\t"
     counts = {delimiter: header.count(delimiter) for delimiter in _DELIMITERS}
