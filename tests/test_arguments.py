@@ -237,7 +237,10 @@ def check_table(tmp_path, rows, comma):
     # each row that was read is one of an image that is there, with a label of its own tree
     assert 1 <= len(data) <= len(rows)
     for index in range(len(data)):
-        image, labels = data[index]
+        sample = answer(lambda index=index: data[index])
+        if sample is None:  # a file that is there and no image
+            continue
+        image, labels = sample
         assert image.shape == (3, 2, 3)
         for level, label in enumerate(labels.tolist()):
             assert -1 <= label < data.taxonomy.num_classes[level]

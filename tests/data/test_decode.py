@@ -270,6 +270,9 @@ def gigapixel_png():
         (b"", "it is empty"),
         (b"<html>404</html>", "no image of a known format"),
         (b"P6\n100 100\n255\nabc", "end before the image does"),
+        (b"P5\n0 4\n255\n", "declares 0 x 4 pixels"),
+        (b"MM\0*", "cannot be decoded|damaged"),
+        (b"II*\0\x08\0\0\0", "cannot be decoded|damaged|no pages"),
     ],
 )
 def test_refused(data, reason):

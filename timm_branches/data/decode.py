@@ -22,7 +22,7 @@ import io
 import logging
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -218,7 +218,7 @@ def _decode(data: bytes, in_chans: int) -> tuple[np.ndarray, ValueRange | None]:
         image = Image.open(io.BytesIO(data))
     except Exception as error:
         if data[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
-            return _decode_tiff(data, None, in_chans)
+            return _or_value_error(_decode_tiff, data, None, in_chans)
         raise ValueError("it is no image of a known format, or its header is damaged") from error
     finally:
         Image.MAX_IMAGE_PIXELS = limit
@@ -229,11 +229,16 @@ def _decode(data: bytes, in_chans: int) -> tuple[np.ndarray, ValueRange | None]:
             "(timm_branches.data.decode.MAX_PIXELS)"
         )
     _check_whole(data, image.format)
+    return _or_value_error(_by_format, data, image, in_chans)
+
+
+def _or_value_error(decode: Callable, data: bytes, image: Any, in_chans: int) -> Any:
+    """What a decoder gives; decoders raise whatever they like on damaged files."""
     try:
-        return _by_format(data, image, in_chans)
+        return decode(data, image, in_chans)
     except ValueError:
         raise
-    except Exception as error:  # decoders raise whatever they like on damaged files
+    except Exception as error:
         raise ValueError(f"it cannot be decoded ({error})") from error
 
 
@@ -344,7 +349,7 @@ def _decode_netpbm(data: bytes) -> tuple[np.ndarray, ValueRange | None]:
         position = end
     width, height, top = numbers
     channels = 3 if data[:2] == b"P6" else 1
-    if width * height > MAX_PIXELS or not 0 < top < 65536:
+    if not 0 < width * height <= MAX_PIXELS or not 0 < top < 65536:
         raise ValueError(f"its header declares {width} x {height} pixels of values up to {top}")
     kind = np.dtype(">u2") if top > 255 else np.dtype("u1")
     count = width * height * channels
