@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -128,47 +128,52 @@ class TapReader:
 
         All taps by default.
         """
-        which = range(len(self.taps)) if which is None else which
-        if self._hooks_only(which):
-            found = self._run_hooks(backbone, x, which)
+        numbers = range(len(self.taps)) if which is None else which
+        infos = [self.taps[number] for number in numbers]
+        if self._hooks_only(infos):
+            outputs = self._run_hooks(backbone, x, infos)
         else:
-            found = self._run_stages(backbone, x, which)
-        hooked = self.last is not None
-        maps = [
-            as_map(y, self.raw[info.module], x) if hooked or info.stage is None else y
-            for info, y in found
-        ]
-        return [self._finish(self.taps[i], y) for i, y in zip(which, maps, strict=True)]
+            outputs = self._run_stages(backbone, x, infos)
+        maps = []
+        for info, y in zip(infos, outputs, strict=True):
+            # timm's loop gives stages as maps; where the pass ended at a hook, they are raw, too
+            if self.last is not None or info.stage is None:
+                y = as_map(y, self.raw[info.module], x)
+            maps.append(self._finish(info, y))
+        return maps
 
-    def _hooks_only(self, which: Sequence[int]) -> bool:
+    def _hooks_only(self, infos: Sequence[TapInfo]) -> bool:
         """Whether the last of these taps is a module inside a stage.
 
         timm's loop does not get to return then.
         """
-        deepest = max((stage.index for i in which if (stage := self.taps[i].stage)), default=-1)
-        return any(
-            self.within[self.taps[i].module] > deepest for i in which if self.taps[i].stage is None
-        )
+        deepest_stage = -1
+        deepest_module = -1
+        for info in infos:
+            if info.stage is None:
+                deepest_module = max(deepest_module, self.within[info.module])
+            else:
+                deepest_stage = max(deepest_stage, info.stage.index)
+        return deepest_module > deepest_stage
 
-    def _run_stages(self, backbone: nn.Module, x: torch.Tensor, which: Sequence[int]) -> list:
+    def _run_stages(
+        self, backbone: nn.Module, x: torch.Tensor, infos: Sequence[TapInfo]
+    ) -> list[torch.Tensor]:
         """One call of timm's forward_intermediates gives the stages.
 
         Hooks on modules fire on the way.
         """
-        indices = sorted({stage.index for i in which if (stage := self.taps[i].stage)})
-        self.wanted = frozenset(self.taps[i].module for i in which if self.taps[i].stage is None)
+        indices = sorted({info.stage.index for info in infos if info.stage is not None})
+        self.wanted = frozenset(info.module for info in infos if info.stage is None)
         self.last, self.to_stage_end, self.captured = None, False, {}
         maps = backbone.forward_intermediates(  # type: ignore[operator]
             x, indices=indices, stop_early=True, output_fmt="NCHW", intermediates_only=True
         )
-        captured = self._captured()
-        by_index = dict(zip(indices, maps, strict=True))
-        return [
-            (info, captured[info.module] if info.stage is None else by_index[info.stage.index])
-            for info in (self.taps[i] for i in which)
-        ]
+        return self._outputs(infos, dict(zip(indices, maps, strict=True)))
 
-    def _run_hooks(self, backbone: nn.Module, x: torch.Tensor, which: Sequence[int]) -> list:
+    def _run_hooks(
+        self, backbone: nn.Module, x: torch.Tensor, infos: Sequence[TapInfo]
+    ) -> list[torch.Tensor]:
         """What the taps' hooks caught; the last tap is a module inside a stage.
 
         The pass ends there, if hooks can give all that stands before it.
@@ -176,39 +181,51 @@ class TapReader:
         Else (the map of a ViT's stage is not what any module returns) timm's loop runs to the end
         of that stage.
         """
-        infos = [self.taps[i] for i in which]
-        stages = {info.stage.index for info in infos if info.stage}
-        bound = max(self.within[info.module] for info in infos if info.stage is None)
-        hooked = all(info.stage is None or info.module in self.hookable for info in infos)
-        self.wanted = frozenset(info.module for info in infos if hooked or info.stage is None)
-        self.last = max(self.wanted, key=lambda path: self.order[path]) if hooked else None
+        modules = [info for info in infos if info.stage is None]
+        stages = [info for info in infos if info.stage is not None]
+        hooked = all(info.module in self.hookable for info in stages)
+        self.wanted = frozenset(info.module for info in (infos if hooked else modules))
+        self.last = None
+        if hooked:
+            self.last = max(self.wanted, key=lambda path: self.order[path])
         self.to_stage_end = not hooked
-        self.captured, by_index = {}, {}
-        indices = sorted(stages | {min(bound, self.depth - 1)})
+        self.captured = {}
+        by_index: dict[int, torch.Tensor] = {}
+        bound = max(self.within[info.module] for info in modules)
+        indices = {min(bound, self.depth - 1)}
+        indices |= {info.stage.index for info in stages if info.stage is not None}
+        # a module behind timm's stages runs only where the whole network does
+        stops_early = bound < self.depth
         try:
             result = backbone.forward_intermediates(  # type: ignore[operator]
                 x,
-                indices=indices,
-                stop_early=bound < self.depth,
+                indices=sorted(indices),
+                stop_early=stops_early,
                 output_fmt="NCHW",
-                intermediates_only=bound < self.depth,
+                intermediates_only=stops_early,
             )
-            by_index = dict(zip(indices, result if bound < self.depth else result[1], strict=True))
+            maps = result if stops_early else result[1]
+            by_index = dict(zip(sorted(indices), maps, strict=True))
         except _LastTapReached:
             pass
-        if hooked and any(info.stage and info.module not in self.captured for info in infos):
+        if hooked and any(info.module not in self.captured for info in stages):
             self.hookable.clear()  # checkpointing runs the members of a stage, not the stage
-            return self._run_hooks(backbone, x, which)
+            return self._run_hooks(backbone, x, infos)
+        return self._outputs(infos, by_index)
+
+    def _outputs(
+        self, infos: Sequence[TapInfo], by_index: Mapping[int, torch.Tensor]
+    ) -> list[torch.Tensor]:
+        """Each tap's output: what its hook caught, or what timm's loop gave of its stage."""
         captured = self._captured()
-        return [
-            (
-                info,
-                captured[info.module]
-                if hooked or info.stage is None
-                else by_index[info.stage.index],
-            )
-            for info in infos
-        ]
+        hooked = self.last is not None
+        outputs = []
+        for info in infos:
+            if hooked or info.stage is None:
+                outputs.append(captured[info.module])
+            else:
+                outputs.append(by_index[info.stage.index])
+        return outputs
 
     def _captured(self) -> dict[str, torch.Tensor]:
         """What hooks kept in this pass, which must be all that was wanted."""
@@ -224,9 +241,8 @@ class TapReader:
 
     def _run(self, backbone: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
         """Raw outputs of all taps."""
-        everything = range(len(self.taps))
-        run = self._run_hooks if self._hooks_only(everything) else self._run_stages
-        return [y for _, y in run(backbone, x, everything)]
+        run = self._run_hooks if self._hooks_only(self.taps) else self._run_stages
+        return run(backbone, x, self.taps)
 
     def _finish(self, info: TapInfo, y: torch.Tensor) -> torch.Tensor:
         if info.stage is not None and info.stage.pool:
@@ -252,37 +268,39 @@ class TapReader:
         self.wanted = frozenset(info.module for info in self.taps)
         self.captured, self.versions = {}, {}
         indices = sorted({info.stage.index for info in self.taps if info.stage} | {self.depth - 1})
-        _, maps = dry_run(
-            backbone,
-            self.input_size,
-            lambda m, x: m.forward_intermediates(x, indices=indices, output_fmt="NCHW"),
-        )
+
+        def features(model: Any, x: torch.Tensor) -> Any:
+            return model.forward_intermediates(x, indices=indices, output_fmt="NCHW")
+
+        _, maps = dry_run(backbone, self.input_size, features)
         captured, self.captured, self.versions = self.captured, None, None
         self.order = {path: number for number, path in enumerate(captured)}
         for info in self.taps:
-            if info.stage is not None:
-                if self._is_hookable(
-                    captured.get(info.module), maps[indices.index(info.stage.index)], info, backbone
-                ):
-                    self.hookable.add(info.module)
+            output = captured.get(info.module)
+            if info.stage is None:
+                self._check_module(info.module, captured)
+                self.raw[info.module] = recognise_layout(
+                    output, self.input_size, backbone, info.module
+                )
                 continue
-            if info.module not in captured:
-                raise ValueError(
-                    f"{self.architecture}: {info.module!r} is not run as a module when features "
-                    "are computed (it "
-                    "belongs to the classifier, or is called in another way); tap another "
-                    f"module.\n{self.table}"
-                )
-            if self.calls[info.module] > 1:
-                raise ValueError(
-                    f"{self.architecture}: {info.module!r} is run {self.calls[info.module]} times "
-                    "in one pass: "
-                    f"which of its maps is meant is not clear; tap another module.\n{self.table}"
-                )
-            self.raw[info.module] = recognise_layout(
-                captured[info.module], self.input_size, backbone, info.module
-            )
+            expected = maps[indices.index(info.stage.index)]
+            if self._is_hookable(output, expected, info, backbone):
+                self.hookable.add(info.module)
         self._find_within(backbone, paths)
+
+    def _check_module(self, path: str, captured: Mapping[str, Any]) -> None:
+        """Refuse a module that does not run just once when features are computed."""
+        if path not in captured:
+            raise ValueError(
+                f"{self.architecture}: {path!r} is not run as a module when features are computed "
+                "(it belongs to the classifier, or is called in another way); tap another "
+                f"module.\n{self.table}"
+            )
+        if self.calls[path] > 1:
+            raise ValueError(
+                f"{self.architecture}: {path!r} is run {self.calls[path]} times in one pass: which "
+                f"of its maps is meant is not clear; tap another module.\n{self.table}"
+            )
 
     def _is_hookable(
         self, y: Any, expected: torch.Tensor, info: TapInfo, backbone: nn.Module
@@ -312,27 +330,32 @@ class TapReader:
 
         `depth` if none does.
         """
-        run: dict[int, set[str]] = {}
+        run_until: dict[int, set[str]] = {}
         for path in paths:
+            # by bisection: a pass that stops later runs all that an earlier one does
             low, high = 0, self.depth
             while low < high:
                 stop = (low + high) // 2
-                if stop not in run:
-                    self.captured = {}
-                    dry_run(
-                        backbone,
-                        self.input_size,
-                        lambda m, x, stop=stop: m.forward_intermediates(
-                            x,
-                            indices=[stop],
-                            stop_early=True,
-                            output_fmt="NCHW",
-                            intermediates_only=True,
-                        ),
-                    )
-                    run[stop], self.captured = set(self.captured), None
-                low, high = (low, stop) if path in run[stop] else (stop + 1, high)
+                if stop not in run_until:
+                    run_until[stop] = self._modules_run_until(backbone, stop)
+                if path in run_until[stop]:
+                    high = stop
+                else:
+                    low = stop + 1
             self.within[path] = low
+
+    def _modules_run_until(self, backbone: nn.Module, stop: int) -> set[str]:
+        """The hooked modules that run in a pass that ends with timm's entry `stop`."""
+
+        def features(model: Any, x: torch.Tensor) -> Any:
+            return model.forward_intermediates(
+                x, indices=[stop], stop_early=True, output_fmt="NCHW", intermediates_only=True
+            )
+
+        self.captured = {}
+        dry_run(backbone, self.input_size, features)
+        modules, self.captured = set(self.captured), None
+        return modules
 
     def _prune(self, backbone: nn.Module) -> None:
         """Remove what no tap needs.
@@ -352,15 +375,7 @@ class TapReader:
             except Exception:
                 for parent, name, module in removed:
                     setattr(parent, name, module)
-        versions: dict[str, int] = {}
-        self.versions = versions
-        outputs = dry_run(backbone, self.input_size, self._run)
-        self.versions = None
-        self.copied = frozenset(
-            info.module
-            for info, y in zip(self.taps, outputs, strict=True)
-            if info.module in versions and y._version > versions[info.module]
-        )
+        self.copied = self._written_over(backbone)
         # what only detached taps read is run but not trained
         if any(info.tap.detach for info in self.taps):
             unused = unused_parameters(backbone, self.input_size, self.read)
@@ -368,6 +383,18 @@ class TapReader:
             # a single tensor that cannot be cut out (a mask token, say) must not be trained
             if name in unused:
                 parameter.requires_grad_(False)
+
+    def _written_over(self, backbone: nn.Module) -> frozenset[str]:
+        """Modules whose output a later one changes in place: a hook must keep a copy of it."""
+        versions: dict[str, int] = {}
+        self.versions = versions
+        outputs = dry_run(backbone, self.input_size, self._run)
+        self.versions = None
+        changed = set()
+        for info, y in zip(self.taps, outputs, strict=True):
+            if info.module in versions and y._version > versions[info.module]:
+                changed.add(info.module)
+        return frozenset(changed)
 
     def _measure(self, backbone: nn.Module) -> None:
         """Channels and size of each map at the nominal input size."""
@@ -379,7 +406,10 @@ class TapReader:
             height, width = int(y.shape[2]), int(y.shape[3])
             if min(height, width) < 1:
                 raise ValueError(self.explain(backbone, self.input_size))
-            stride = info.stage.stride if info.stage else max(1, round(self.input_size[1] / height))
+            if info.stage is not None:
+                stride = info.stage.stride
+            else:
+                stride = max(1, round(self.input_size[1] / height))
             self.taps[i] = replace(
                 info, channels=int(y.shape[1]), size=(height, width), stride=stride
             )
@@ -401,11 +431,7 @@ class TapReader:
                 if min(y.shape[-2:]) < 1:
                     raise RuntimeError("the map has no pixel left")
             except Exception as error:
-                reason = (
-                    str(error).strip().splitlines()[0]
-                    if str(error).strip()
-                    else type(error).__name__
-                )
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 return (
                     f"tap {info.tap.name!r} ({info.module}) of {self.architecture} cannot be "
                     f"computed for input {_text(shape)}: {reason.rstrip('.')}. The model was made "
