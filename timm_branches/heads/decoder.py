@@ -92,17 +92,15 @@ class UNetHead(Head):
     drop_rate: float | None = None
 
     def __post_init__(self):
-        object.__setattr__(
-            self,
-            "out_act",
-            (self.out_act,)
-            if isinstance(self.out_act, str)
-            else tuple(as_items("out_act=", self.out_act, "('relu', 'sigmoid')")),
-        )
+        out_act = self.out_act
+        if isinstance(out_act, str):
+            out_act = (out_act,)
+        out_act = tuple(as_items("out_act=", out_act, "('relu', 'sigmoid')"))
+        object.__setattr__(self, "out_act", out_act)
         if self.channels is not None:
-            channels = as_items("channels=", self.channels, "(64, 32)")
-            object.__setattr__(self, "channels", tuple(channels))
-            if not self.channels or not all(map(_is_count, self.channels)):
+            channels = tuple(as_items("channels=", self.channels, "(64, 32)"))
+            object.__setattr__(self, "channels", channels)
+            if not channels or not all(map(_is_count, channels)):
                 raise ValueError(
                     f"channels= takes the widths of the decoder stages, such as (64, 32), got "
                     f"{self.channels!r}."
@@ -112,25 +110,12 @@ class UNetHead(Head):
                 "bottleneck= takes the size of the code, a whole number from 1, got "
                 f"{self.bottleneck!r}."
             )
-        if self.norm is not None and self.norm not in _NORMS:
-            raise ValueError(
-                f"norm= must be None or one of {', '.join(map(repr, _NORMS))}, got {self.norm!r}."
-            )
-        if self.upsample not in _UPSAMPLE:
-            raise ValueError(
-                f"upsample= must be one of {', '.join(map(repr, _UPSAMPLE))}, got "
-                f"{self.upsample!r}."
-            )
-        for key, name in [("act", self.act), *(("out_act", name) for name in self.out_act)]:
-            try:
-                known = isinstance(name, str) and get_act_layer(name) is not None
-            except KeyError:
-                known = False
-            if not known:
-                raise ValueError(
-                    f"{key}= takes timm's names of activations, such as 'relu', 'leaky_relu', "
-                    f"'gelu', 'silu' or 'sigmoid', got {name!r}."
-                )
+        if self.norm is not None:
+            _check_choice("norm=", self.norm, _NORMS, "None or ")
+        _check_choice("upsample=", self.upsample, _UPSAMPLE)
+        _check_activation("act=", self.act)
+        for name in out_act:
+            _check_activation("out_act=", name)
         if self.drop_rate is not None:
             check_number("drop_rate= must be in [0, 1): it", self.drop_rate, 0, 1, below=True)
         for name in ("attention", "input_skip", "residual", "deep_supervision"):
@@ -195,20 +180,59 @@ class _Step(NamedTuple):
 
 def _plan(strides: Sequence[float], input_skip: bool) -> list[_Step]:
     """Stages from the deepest map (the first stride) through the skips to the image's size."""
-    ends: list[tuple[float, int | None, int | None]] = [
-        (s, i, i) for i, s in enumerate(strides[1:])
-    ]
-    if input_skip or strides[-1] > 1:
-        ends.append((1, len(ends) if input_skip else None, None))
-    steps, stride = [], strides[0]
+    # where a run of stages ends: its stride, the skip that enters there, the skip whose size it has
+    ends: list[tuple[float, int | None, int | None]] = []
+    for number, stride in enumerate(strides[1:]):
+        ends.append((stride, number, number))
+    if input_skip:
+        ends.append((1, len(ends), None))
+    elif strides[-1] > 1:
+        ends.append((1, None, None))
+    steps = []
+    stride = strides[0]
     for end, skip, target in ends:
         doublings = round(math.log2(stride / end))
-        steps += [
-            _Step(end * 2**k, None if k else skip, target, k, doublings > 0)
-            for k in reversed(range(max(1, doublings)))
-        ]
+        # the first of several has the most halvings before it; the skip enters at the last
+        for halvings in reversed(range(max(1, doublings))):
+            entering = skip if halvings == 0 else None
+            steps.append(_Step(end * 2**halvings, entering, target, halvings, doublings > 0))
         stride = end
     return steps
+
+
+def _deepest_first(taps: Sequence[TapInfo]) -> list[int]:
+    """The numbers of the taps from the deepest map to the shallowest."""
+    by_stage = all(tap.stage for tap in taps)
+
+    def depth(number: int) -> tuple[float, int]:
+        stage = taps[number].stage
+        if by_stage and stage is not None:
+            return taps[number].stride, stage.index
+        return taps[number].stride, number
+
+    return sorted(range(len(taps)), reverse=True, key=depth)
+
+
+def _widths(spec: UNetHead, steps: Sequence[_Step], skip_chs: Sequence[int]) -> list[int]:
+    """Channels of each stage: those asked for, or 16 times the stride, at most 256.
+
+    A stage that adds a skip has the skip's own.
+    """
+    if spec.channels is not None:
+        if len(spec.channels) != len(steps):
+            strides = ", ".join(f"{step.stride:g}" for step in steps)
+            raise ValueError(
+                f"channels= takes one width per decoder stage, here {len(steps)} (at strides "
+                f"{strides}), got {spec.channels!r}."
+            )
+        return list(spec.channels)
+    widths = []
+    for step in steps:
+        width = max(1, int(16 * step.stride))
+        if spec.additive and step.skip is not None and step.skip < len(skip_chs):
+            width = skip_chs[step.skip]
+        widths.append(min(256, width))
+    return widths
 
 
 class SkipDecoder(nn.Module):
@@ -243,68 +267,62 @@ class SkipDecoder(nn.Module):
         in_chans: int = 3,
     ):
         super().__init__()
-        self.residual, self.deep_supervision, self.in_chans = (
-            spec.residual,
-            spec.deep_supervision,
-            in_chans,
-        )
-        by_stage = all(tap.stage for tap in taps)
-
-        def depth(i: int) -> tuple[float, int]:
-            stage = taps[i].stage
-            return taps[i].stride, stage.index if by_stage and stage else i
-
-        self.order = sorted(range(len(taps)), reverse=True, key=depth)
+        self.residual = spec.residual
+        self.deep_supervision = spec.deep_supervision
+        self.in_chans = in_chans
+        self.upsample = spec.upsample
+        self.order = _deepest_first(taps)
         deepest, *skips = (taps[i] for i in self.order)
         strides: list[float] = [tap.stride for tap in (deepest, *skips)]
+        # maps of one stride, as a ViT's: each shallower one is enlarged twofold more
         enlarge = len(skips) > 0 and strides[0] == strides[-1] > 1
         if enlarge:
             strides = [max(1, stride / 2**i) for i, stride in enumerate(strides)]
-        steps = _plan(strides, spec.input_skip)
+        self.steps = _plan(strides, spec.input_skip)
         # RED-Net's last deconvolution gives the output
-        self.last = steps.pop() if spec.additive and steps and steps[-1].skip is None else None
-        self.upsample = spec.upsample
-        self.steps = steps
+        self.last: _Step | None = None
+        if spec.additive and self.steps and self.steps[-1].skip is None:
+            self.last = self.steps.pop()
 
         skip_chs = [tap.channels for tap in skips]
-        own = dict(enumerate(skip_chs)) if spec.additive and not enlarge else {}
-        widths = [
-            min(256, own[step.skip] if step.skip in own else max(1, int(16 * step.stride)))
-            for step in steps
-        ]
-        if spec.channels is not None:
-            if len(spec.channels) != len(steps):
-                raise ValueError(
-                    f"channels= takes one width per decoder stage, here {len(steps)} (at strides "
-                    f"{', '.join(f'{step.stride:g}' for step in steps)}), got {spec.channels!r}."
-                )
-            widths = list(spec.channels)
-        by_skip = {step.skip: width for step, width in zip(steps, widths, strict=True)}
+        widths = _widths(spec, self.steps, [] if enlarge else skip_chs)
+        self.lateral = nn.ModuleList()
         if enlarge:
-            self.lateral = nn.ModuleList(
-                conv_norm_act(chs, by_skip[i], 1, spec.norm, spec.act)
-                for i, chs in enumerate(skip_chs)
-            )
-            skip_chs = [by_skip[i] for i in range(len(skips))]
-        else:
-            self.lateral = nn.ModuleList()
-        self.stem = (
-            conv_norm_act(in_chans, widths[-1], 3, spec.norm, spec.act) if spec.input_skip else None
-        )
-        skip_chs += [widths[-1]] if spec.input_skip else []
+            by_skip = {step.skip: width for step, width in zip(self.steps, widths, strict=True)}
+            for number, chs in enumerate(skip_chs):
+                self.lateral.append(conv_norm_act(chs, by_skip[number], 1, spec.norm, spec.act))
+            skip_chs = [by_skip[number] for number in range(len(skips))]
+        self.stem: nn.Module | None = None
+        if spec.input_skip:
+            self.stem = conv_norm_act(in_chans, widths[-1], 3, spec.norm, spec.act)
+            skip_chs.append(widths[-1])
         self._refuse_without_effect(spec, skip_chs)
 
-        self.bottleneck = (
-            None if spec.bottleneck is None else LinearBottleneck(deepest, spec.bottleneck)
-        )
+        self.bottleneck: nn.Module | None = None
+        if spec.bottleneck is not None:
+            self.bottleneck = LinearBottleneck(deepest, spec.bottleneck)
+        self.stages = self._make_stages(spec, deepest.channels, skip_chs, widths)
+        self._init_weights()
+        self.drop = nn.Dropout2d(drop_rate)
+        self.num_features = widths[-1] if widths else deepest.channels
+        self.aux_chs = widths[:-1]
+        self.out_act = nn.Sequential(*(create_act_layer(name) for name in spec.out_act))
+        self.fc: nn.Module = nn.Identity()
+        self.aux = nn.ModuleDict()
+        self.reset_classifier(num_classes)
+
+    def _make_stages(
+        self, spec: UNetHead, chs: int, skip_chs: Sequence[int], widths: Sequence[int]
+    ) -> nn.ModuleList:
+        """The decoder's stages, from the map with `chs` channels on."""
         stage = RedNetStage if spec.additive else UNetStage
-        self.stages = nn.ModuleList()
-        chs = deepest.channels
-        for step, width in zip(steps, widths, strict=True):
-            self.stages.append(
+        stages = nn.ModuleList()
+        for step, width in zip(self.steps, widths, strict=True):
+            entering = 0 if step.skip is None else skip_chs[step.skip]
+            stages.append(
                 stage(
                     chs,
-                    0 if step.skip is None else skip_chs[step.skip],
+                    entering,
                     width,
                     spec.upsample,
                     step.double,
@@ -314,19 +332,19 @@ class SkipDecoder(nn.Module):
                 )
             )
             chs = width
-        for module in (self.lateral, self.stem, self.stages):
-            for m in module.modules() if module is not None else ():
-                if isinstance(m, nn.Conv2d):
-                    # by what goes in: a map and its skip are concatenated
-                    nn.init.kaiming_uniform_(m.weight, nonlinearity="relu")
-                    if m.bias is not None:
-                        nn.init.zeros_(m.bias)
-        self.drop = nn.Dropout2d(drop_rate)
-        self.num_features, self.aux_chs = chs, widths[:-1]
-        self.out_act = nn.Sequential(*(create_act_layer(name) for name in spec.out_act))
-        self.fc: nn.Module = nn.Identity()
-        self.aux = nn.ModuleDict()
-        self.reset_classifier(num_classes)
+        return stages
+
+    def _init_weights(self) -> None:
+        for part in (self.lateral, self.stem, self.stages):
+            if part is None:
+                continue
+            for module in part.modules():
+                if not isinstance(module, nn.Conv2d):
+                    continue
+                # by what goes in: a map and its skip are concatenated
+                nn.init.kaiming_uniform_(module.weight, nonlinearity="relu")
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
 
     def _refuse_without_effect(self, spec: UNetHead, skip_chs: Sequence[int]) -> None:
         if spec.attention and not skip_chs:
@@ -356,10 +374,8 @@ class SkipDecoder(nn.Module):
         elif num_classes:
             fc = nn.Conv2d(self.num_features, num_classes, 3, padding=1)
         if num_classes and self.deep_supervision:
-            aux = {
-                f"aux{i}": nn.Conv2d(chs, num_classes, 1)
-                for i, chs in enumerate(self.aux_chs, start=1)
-            }
+            for number, chs in enumerate(self.aux_chs, start=1):
+                aux[f"aux{number}"] = nn.Conv2d(chs, num_classes, 1)
         self.fc, self.aux = fc, nn.ModuleDict(aux)
         for layer in (self.fc, self.aux):
             for m in layer.modules():
@@ -389,23 +405,26 @@ class SkipDecoder(nn.Module):
         height, width = image.shape[2:]
         x, *skips = (maps[i] for i in self.order)
         if len(self.lateral):
-            h, w = x.shape[2:]
-            skips = [
-                resize(conv(y), (min(h * 2**i, height), min(w * 2**i, width)))
-                for i, (conv, y) in enumerate(zip(self.lateral, skips, strict=True), start=1)
-            ]
+            skips = self._enlarge(skips, x.shape[2:], (height, width))
         if self.stem is not None:
             skips.append(self.stem(image))
         if self.bottleneck is not None:
             x = self.bottleneck(x)
         outputs = []
         for step, stage in zip(self.steps, self.stages, strict=True):
-            h, w = (height, width) if step.target is None else skips[step.target].shape[2:]
+            h, w = height, width
+            if step.target is not None:
+                h, w = skips[step.target].shape[2:]
+            # halved, rounded up
             size = (-(-h // 2**step.halvings), -(-w // 2**step.halvings))
-            x = stage(x, None if step.skip is None else skips[step.skip], size)
+            skip = None if step.skip is None else skips[step.skip]
+            x = stage(x, skip, size)  # (B, width of the stage, *size)
             outputs.append(x)
         x = self.drop(x)
-        x = self.fc(x, (height, width)) if isinstance(self.fc, Upsample) else self.fc(x)
+        if isinstance(self.fc, Upsample):
+            x = self.fc(x, (height, width))
+        else:
+            x = self.fc(x)
         if not (self.training and len(self.aux)):
             return self._finish(x, image)
         answers = {"main": self._finish(x, image)}
@@ -413,10 +432,41 @@ class SkipDecoder(nn.Module):
             answers[name] = self._finish(conv(y), image)
         return answers
 
+    def _enlarge(
+        self, skips: Sequence[torch.Tensor], size: Sequence[int], image_size: Sequence[int]
+    ) -> list[torch.Tensor]:
+        """Maps of one size as a pyramid: each one twice as large as the one before it."""
+        enlarged = []
+        h, w = size
+        for conv, y in zip(self.lateral, skips, strict=True):
+            h, w = 2 * h, 2 * w
+            y = conv(y)
+            enlarged.append(resize(y, (min(h, image_size[0]), min(w, image_size[1]))))
+        return enlarged
+
     def _finish(self, x: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
         """The answer at the size of the image."""
         x = self.out_act(resize(x, image.shape[2:]))
         return image + x if self.residual else x
+
+
+def _check_choice(name: str, value: object, choices: Sequence[str], first: str = "") -> None:
+    if value not in choices:
+        raise ValueError(
+            f"{name} must be {first}one of {', '.join(map(repr, choices))}, got {value!r}."
+        )
+
+
+def _check_activation(name: str, value: object) -> None:
+    try:
+        known = isinstance(value, str) and get_act_layer(value) is not None
+    except KeyError:
+        known = False
+    if not known:
+        raise ValueError(
+            f"{name} takes timm's names of activations, such as 'relu', 'leaky_relu', 'gelu', "
+            f"'silu' or 'sigmoid', got {value!r}."
+        )
 
 
 def _is_count(value: object) -> bool:
