@@ -80,60 +80,84 @@ class Reasons:
         live = [p for p in self.groups[stage].values() if p.requires_grad]
         if not live:
             return "frozen"
-        heads = [name for name in self.grads if weights[name]] if head == TOTAL else [head]
-        given = [g for name in heads for p in live if (g := self.grads[name][id(p)]) is not None]
+        heads = self._on(weights) if head == TOTAL else [head]
+        given: list[torch.Tensor] = []
+        for parameter in live:
+            given += self._given(parameter, heads)
         if not given:
             if stage not in self._reach:
                 self._reach[stage] = depends(self.objective, self.found, live)
             return "detached" if self._reach[stage] & set(heads) else "none"
-        if not all(bool(g.isfinite().all()) for g in given):
-            return "not finite"
-        if not any(bool(g.any()) for g in given):
-            return "dead" if self._look_for_dead() else "zero"
-        return "vanishing" if relative is not None and relative < vanishing else "ok"
+        status = self._useless(given)
+        if status is not None:
+            return status
+        if relative is not None and relative < vanishing:
+            return "vanishing"
+        return "ok"
 
     def silent(self, weights: dict[str, float]) -> list[Silent]:
         """Every parameter that the weighted sum does not train."""
-        heads = [name for name in self.grads if weights[name]]
-        cut: dict[str, dict[str, nn.Parameter]] = {}
-        places: dict[str, str] = {}
-        result: dict[str, tuple[str, str]] = {}
+        heads = self._on(weights)
+        reasons: dict[str, tuple[str, str]] = {}  # stage and reason by the parameter's name
+        without: dict[str, nn.Parameter] = {}
         for stage, group in self.groups.items():
-            for name, p in group.items():
-                given = [
-                    g
-                    for head in heads
-                    if p.requires_grad and (g := self.grads[head][id(p)]) is not None
-                ]
-                if not p.requires_grad:
-                    result[name] = (stage, "frozen")
-                elif not given:
-                    result[name], places[name] = (stage, "unused"), stage
-                    cut.setdefault(name.rpartition(".")[0], {})[name] = p
-                elif not all(bool(g.isfinite().all()) for g in given):
-                    result[name] = (stage, "not finite")
-                elif not any(bool(g.any()) for g in given):
-                    result[name] = (stage, "dead" if self._look_for_dead() else "zero")
-        if len(cut) > _MOST_PARTS:
-            together: dict[str, dict[str, nn.Parameter]] = {}
-            for parts in cut.values():
-                for name, p in parts.items():
-                    together.setdefault(places[name], {})[name] = p
-            cut = together
-        for parts in cut.values():
-            reached = depends(self.objective, self.found, list(parts.values())) & set(heads)
-            reason = (
-                "tap"
-                if reached and reached <= self.objective.detached_heads
-                else "detached"
-                if reached
-                else "off"
-                if self.objective.off
-                else "unused"
-            )
-            for name in parts:
-                result[name] = (result[name][0], reason)
-        return [Silent(stage, name, reason) for name, (stage, reason) in result.items()]
+            for name, parameter in group.items():
+                given = self._given(parameter, heads)
+                reason: str | None = None
+                if not parameter.requires_grad:
+                    reason = "frozen"
+                elif given:
+                    reason = self._useless(given)
+                else:
+                    reason = "unused"  # so far
+                    without[name] = parameter
+                if reason is not None:
+                    reasons[name] = (stage, reason)
+        stages = {name: stage for name, (stage, _) in reasons.items()}
+        for names in _parts(list(without), stages):
+            reason = self._without_gradient([without[name] for name in names], heads)
+            for name in names:
+                reasons[name] = (stages[name], reason)
+        return [Silent(stage, name, reason) for name, (stage, reason) in reasons.items()]
+
+    def _on(self, weights: dict[str, float]) -> list[str]:
+        """Losses that count in the sum."""
+        return [name for name in self.grads if weights[name]]
+
+    def _given(self, parameter: nn.Parameter, heads: list[str]) -> list[torch.Tensor]:
+        """The gradients that these losses give to a parameter."""
+        if not parameter.requires_grad:
+            return []
+        grads = [self.grads[head][id(parameter)] for head in heads]
+        return [grad for grad in grads if grad is not None]
+
+    def _useless(self, given: list[torch.Tensor]) -> str | None:
+        """Why gradients that are there train nothing, None if they do."""
+        if not all(bool(grad.isfinite().all()) for grad in given):
+            return "not finite"
+        if any(bool(grad.any()) for grad in given):
+            return None
+        return "dead" if self._look_for_dead() else "zero"
+
+    def _without_gradient(self, parameters: list[nn.Parameter], heads: list[str]) -> str:
+        """Why no path of the graph leads to these parameters."""
+        reached = depends(self.objective, self.found, parameters) & set(heads)
+        if not reached:
+            return "off" if self.objective.off else "unused"
+        if reached <= self.objective.detached_heads:
+            return "tap"
+        return "detached"
+
+
+def _parts(names: list[str], stages: dict[str, str]) -> list[list[str]]:
+    """Names of parameters by the module that has them; of very many modules by stage."""
+    by_module: dict[str, list[str]] = {}
+    by_stage: dict[str, list[str]] = {}
+    for name in names:
+        by_module.setdefault(name.rpartition(".")[0], []).append(name)
+        by_stage.setdefault(stages[name], []).append(name)
+    parts = by_module if len(by_module) <= _MOST_PARTS else by_stage
+    return list(parts.values())
 
 
 @torch.no_grad()
@@ -154,8 +178,9 @@ def depends(objective: Objective, found: Evaluated, parameters: list[nn.Paramete
     finally:
         for p, value in zip(parameters, kept, strict=True):
             p.copy_(value)
-    return {
-        name
-        for name, loss in found.losses.items()
-        if not torch.allclose(loss, now[name], rtol=0 if exact else 1e-6, atol=0, equal_nan=True)
-    }
+    tolerance = 0 if exact else 1e-6
+    changed = set()
+    for name, loss in found.losses.items():
+        if not torch.allclose(loss, now[name], rtol=tolerance, atol=0, equal_nan=True):
+            changed.add(name)
+    return changed

@@ -15,7 +15,7 @@ All of them come from the inner products of the g_k, stage by stage, so one back
 loss is all it takes.
 """
 
-from collections import Counter
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from itertools import combinations
@@ -223,66 +223,94 @@ def gradient_report(
 
 def measure(objective: Objective, groups: Groups, vanishing: float) -> GradientReport:
     """The report of an objective, inside its `undisturbed()`."""
-    found = objective()
-    parameters = {id(p): p for group in groups.values() for p in group.values() if p.requires_grad}
-    grads = {
-        name: gradients(loss, list(parameters.values())) for name, loss in found.losses.items()
-    }
-    by_id = {name: dict(zip(parameters, values, strict=True)) for name, values in grads.items()}
-    slopes = objective.weights_of(found)
-    heads, stages = list(found.losses), list(groups)
-    values = {name: float(loss.detach()) for name, loss in found.losses.items()}
-    found = Evaluated(
-        {name: loss.detach() for name, loss in found.losses.items()}, found.total.detach(), None
-    )
+    evaluated = objective()
+    weights = objective.weights_of(evaluated)
+    heads = list(evaluated.losses)
+    grads = _gradients_by_head(evaluated, groups)
+    # the graph is needed no more
+    losses = {name: loss.detach() for name, loss in evaluated.losses.items()}
+    evaluated = Evaluated(losses, evaluated.total.detach(), None)
 
-    reasons = Reasons(objective, found, groups, by_id)
+    reasons = Reasons(objective, evaluated, groups, grads)
     cells: list[Cell] = []
     cosines: dict[tuple[str, str], dict[str, float]] = {pair: {} for pair in combinations(heads, 2)}
-    w = torch.tensor([slopes[name] for name in heads], dtype=torch.float64)
     for stage, group in groups.items():
         live = [p for p in group.values() if p.requires_grad]
-        gram = inner_products([[by_id[name][id(p)] for p in live] for name in heads])
-        size = sum(float(p.detach().double().square().sum()) for p in live) ** 0.5
-        total = float(w @ gram @ w)
-        norms = gram.diagonal().clamp(min=0).sqrt().tolist()  # NaN stays
-        shares: list[float | None] = [
-            float(s) if total > 0 else None for s in w * (gram @ w) / (total or 1.0)
-        ]
-        norms.append(max(total, 0.0) ** 0.5 if total == total else total)
-        for name, norm, share in zip(
-            [*heads, TOTAL], norms, [*shares, 1.0 if total > 0 else None], strict=True
-        ):
+        gram = inner_products([[grads[name][id(p)] for p in live] for name in heads])
+        squares = sum(float(p.detach().double().square().sum()) for p in live)
+        size = squares**0.5
+        for name, norm, share in _norms_and_shares(gram, weights):
             relative = norm / size if size else None
-            status = reasons.status(name, stage, norm, relative, vanishing, slopes)
-            finite = status != "not finite"
-            cells.append(
-                Cell(
-                    name,
-                    stage,
-                    norm if finite else float("nan"),
-                    relative if finite else None,
-                    share if total == total and finite else None,
-                    status,
-                )
-            )
-        for a, b in combinations(range(len(heads)), 2):
-            if norms[a] > 0 and norms[b] > 0:
-                cosines[heads[a], heads[b]][stage] = float(gram[a, b]) / (norms[a] * norms[b])
-    silent = reasons.silent(slopes)
+            status = reasons.status(name, stage, norm, relative, vanishing, weights)
+            if status == "not finite":
+                cells.append(Cell(name, stage, float("nan"), None, None, status))
+            else:
+                cells.append(Cell(name, stage, norm, relative, share, status))
+        for (first, second), value in _cosines(gram, heads).items():
+            cosines[first, second][stage] = value
     report = GradientReport(
-        heads,
-        stages,
-        values,
-        slopes,
-        cells,
-        {k: v for k, v in cosines.items() if v},
-        silent,
-        [],
-        reasons.dead,
+        heads=heads,
+        stages=list(groups),
+        losses={name: float(loss) for name, loss in losses.items()},
+        weights=weights,
+        cells=cells,
+        cosines={pair: by_stage for pair, by_stage in cosines.items() if by_stage},
+        silent=reasons.silent(weights),
+        findings=[],
+        dead=reasons.dead,
     )
     report.findings = _findings(report, groups, objective, vanishing)
     return report
+
+
+def _gradients_by_head(
+    evaluated: Evaluated, groups: Groups
+) -> dict[str, dict[int, torch.Tensor | None]]:
+    """Each loss's gradients, by the identity of the parameter."""
+    parameters: dict[int, nn.Parameter] = {}
+    for group in groups.values():
+        for parameter in group.values():
+            if parameter.requires_grad:
+                parameters[id(parameter)] = parameter
+    grads = {}
+    for name, loss in evaluated.losses.items():
+        values = gradients(loss, list(parameters.values()))
+        grads[name] = dict(zip(parameters, values, strict=True))
+    return grads
+
+
+def _norms_and_shares(
+    gram: torch.Tensor, weights: dict[str, float]
+) -> list[tuple[str, float, float | None]]:
+    """Of each loss, and of the weighted sum: its gradient's norm, and its share in the sum's.
+
+    Args:
+        gram: Inner products of the losses' gradients (K, K).
+        weights: Of each loss.
+    """
+    w = torch.tensor(list(weights.values()), dtype=torch.float64)  # (K,)
+    # |sum_k w_k g_k|^2 = w G w; the part of it that is due to k is w_k (G w)_k
+    total = float(w @ gram @ w)
+    parts = (w * (gram @ w)).tolist()
+    norms = gram.diagonal().clamp(min=0).sqrt().tolist()  # NaN stays
+    rows: list[tuple[str, float, float | None]] = []
+    for name, norm, part in zip(weights, norms, parts, strict=True):
+        rows.append((name, norm, part / total if total > 0 else None))
+    if math.isnan(total):
+        rows.append((TOTAL, total, None))
+    else:
+        rows.append((TOTAL, max(total, 0.0) ** 0.5, 1.0 if total > 0 else None))
+    return rows
+
+
+def _cosines(gram: torch.Tensor, heads: list[str]) -> dict[tuple[str, str], float]:
+    """Cosine between the gradients of each two losses that both have one."""
+    norms = gram.diagonal().clamp(min=0).sqrt().tolist()
+    cosines = {}
+    for a, b in combinations(range(len(heads)), 2):
+        if norms[a] > 0 and norms[b] > 0:
+            cosines[heads[a], heads[b]] = float(gram[a, b]) / (norms[a] * norms[b])
+    return cosines
 
 
 def gradients(loss: torch.Tensor, parameters: list[nn.Parameter]) -> list[torch.Tensor | None]:
@@ -308,23 +336,11 @@ def _findings(
     report: GradientReport, groups: Groups, objective: Objective, vanishing: float
 ) -> list[str]:
     sentences = []
-    count = Counter((item.stage, item.reason) for item in report.silent)
-    for (stage, reason), number in count.items():
-        names = [
-            item.parameter for item in report.silent if (item.stage, item.reason) == (stage, reason)
-        ]
-        every = number == len(groups[stage])
-        which = (
-            f"all {number} parameters"
-            if every
-            else f"{number} of {len(groups[stage])} parameters ({_some(names)})"
-        )
-        where = f" (in {_some(report.dead)})" if reason == "dead" else ""
-        sentences.append(
-            f"{stage}: {which} get no gradient, {WHY[reason]}{where}."
-            if reason != "not finite"
-            else f"{stage}: {which} get a gradient that is not finite (NaN or infinity)."
-        )
+    silent: dict[tuple[str, str], list[str]] = {}
+    for item in report.silent:
+        silent.setdefault((item.stage, item.reason), []).append(item.parameter)
+    for (stage, reason), names in silent.items():
+        sentences.append(_silent_sentence(stage, reason, names, len(groups[stage]), report.dead))
     for cell in report.cells:
         if cell.status == "vanishing":
             sentences.append(
@@ -332,11 +348,9 @@ def _findings(
                 f"weights (below {vanishing:g})."
             )
         elif cell.status == "detached" and cell.head != TOTAL:
-            why = (
-                "as Tap(detach=True) asks for"
-                if cell.head in objective.detached_heads
-                else "the graph is cut on the way"
-            )
+            why = "the graph is cut on the way"
+            if cell.head in objective.detached_heads:
+                why = "as Tap(detach=True) asks for"
             sentences.append(
                 f"{cell.stage}: {cell.head} depends on it, but its gradient does not arrive there: "
                 f"{why}."
@@ -344,6 +358,17 @@ def _findings(
     if objective.off:
         sentences.append(f"off, because their loss weight is 0: {', '.join(objective.off)}.")
     return sentences
+
+
+def _silent_sentence(stage: str, reason: str, names: list[str], total: int, dead: list[str]) -> str:
+    """What to say of a stage's parameters that are not trained for one reason."""
+    which = f"all {total} parameters"
+    if len(names) < total:
+        which = f"{len(names)} of {total} parameters ({_some(names)})"
+    if reason == "not finite":
+        return f"{stage}: {which} get a gradient that is not finite (NaN or infinity)."
+    where = f" (in {_some(dead)})" if reason == "dead" else ""
+    return f"{stage}: {which} get no gradient, {WHY[reason]}{where}."
 
 
 def _some(names: list[str]) -> str:
@@ -359,10 +384,10 @@ def table(title: str, columns: list[str], rows: list[list[str]]) -> str:
     """Rows of text below columns of names, aligned."""
     cells = [[title, *columns], *rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w)
-            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in cells
-    )
+    lines = []
+    for first, *others in cells:
+        line = first.ljust(widths[0])
+        for cell, width in zip(others, widths[1:], strict=True):
+            line += "  " + cell.rjust(width)
+        lines.append(line.rstrip())
+    return "\n".join(lines)
