@@ -378,26 +378,33 @@ def _decode_tiff(data: bytes, image: Any, in_chans: int) -> tuple[np.ndarray, Va
             "pip install 'timm_branches[tiff]'"
         ) from None
     with _naming_codecs(), tifffile.TiffFile(io.BytesIO(data)) as file:
-        page: Any = file.pages[0]
-        if page.imagewidth * page.imagelength > MAX_PIXELS:
-            raise ValueError(f"it declares {page.imagewidth} x {page.imagelength} pixels")
-        tags = {tag.code: tag.value for tag in page.tags}
-        pages = len(file.pages)
-        if in_chans > 3 and pages == in_chans and page.samplesperpixel == 1:
-            pixels = np.stack([page.asarray() for page in file.pages], axis=-1)
-        else:
-            pixels = page.asarray()
-            if page.planarconfig == 2 and pixels.ndim == 3:
-                pixels = np.moveaxis(pixels, 0, -1)
-        if page.photometric == 0 and pixels.dtype.kind == "u":  # white is zero
-            pixels = np.iinfo(pixels.dtype).max - pixels
+        first: Any = file.pages[0]
+        tags = {tag.code: tag.value for tag in first.tags}
+        pixels = _tiff_pixels(file, in_chans)
     if pixels.ndim == 3 and in_chans in (1, 3):
+        # without alpha
         if pixels.shape[2] == 4:
             pixels = pixels[:, :, :3]
         elif pixels.shape[2] == 2:
             pixels = pixels[:, :, 0]
     pixels = _orient(np.ascontiguousarray(pixels), tags.get(274, 1))
     return pixels, _tag_range(tags)
+
+
+def _tiff_pixels(file: Any, in_chans: int) -> np.ndarray:
+    """The first page (H, W) or (H, W, bands) of an open TIFF, or its pages where they are bands."""
+    page = file.pages[0]
+    if page.imagewidth * page.imagelength > MAX_PIXELS:
+        raise ValueError(f"it declares {page.imagewidth} x {page.imagelength} pixels")
+    if in_chans > 3 and len(file.pages) == in_chans and page.samplesperpixel == 1:
+        pixels = np.stack([band.asarray() for band in file.pages], axis=-1)
+    else:
+        pixels = page.asarray()
+        if page.planarconfig == 2 and pixels.ndim == 3:  # (bands, H, W)
+            pixels = np.moveaxis(pixels, 0, -1)
+    if page.photometric == 0 and pixels.dtype.kind == "u":  # white is zero
+        pixels = np.iinfo(pixels.dtype).max - pixels
+    return pixels
 
 
 @contextlib.contextmanager

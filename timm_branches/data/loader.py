@@ -404,36 +404,26 @@ def create_loader(
         world_size = torch.distributed.get_world_size() if distributed else 1
     if rank is None:
         rank = torch.distributed.get_rank() if distributed else 0
-    for name, value, least in (
-        ("batch_size", batch_size, 1),
-        ("num_workers", num_workers, 0),
-        ("seed", seed, 0),
-        ("world_size", world_size, 1),
-    ):
-        check_number(name, value, least, whole=True)
+    check_number("batch_size", batch_size, 1, whole=True)
+    check_number("num_workers", num_workers, 0, whole=True)
+    check_number("seed", seed, 0, whole=True)
+    check_number("world_size", world_size, 1, whole=True)
     check_number("rank", rank, whole=True)
     check_flag("is_training", is_training)
     if not 0 <= rank < world_size:
         raise ValueError(
             f"rank {rank} is not one of 0 to {world_size - 1} (world_size={world_size})"
         )
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
-    size = len(dataset)  # type: ignore[arg-type]
-    drop_last = is_training if drop_last is None else drop_last
-    if size == 0:
-        raise ValueError("the dataset is empty")
-    if drop_last and size < batch_size * world_size:
-        raise ValueError(
-            f"{size} samples do not fill one batch of {batch_size} on each of {world_size} "
-            "processes, and drop_last "
-            "drops the rest: nothing would be left. Take batch_size <= "
-            f"{max(1, size // world_size)}, or "
-            "drop_last=False"
-        )
-    if sampler is not None and not is_training:
-        raise ValueError("sampler= is for training: evaluation goes through all samples in order.")
-    if is_training:
+    if drop_last is None:
+        drop_last = is_training
+    _check_size(len(dataset), batch_size, world_size, drop_last)  # type: ignore[arg-type]
+    if not is_training:
+        if sampler is not None:
+            raise ValueError(
+                "sampler= is for training: evaluation goes through all samples in order."
+            )
+        sampler = OrderedDistributedSampler(dataset, num_replicas=world_size, rank=rank)
+    else:
         if sampler is None:
             sampler = EpochSampler(dataset, batch_size, seed, rank, world_size, drop_last)
         elif isinstance(sampler, str):
@@ -446,8 +436,6 @@ def create_loader(
                 part.set_seed(seed)
         if isinstance(sampler, EpochSampler):
             sampler.set_epoch(0)
-    else:
-        sampler = OrderedDistributedSampler(dataset, num_replicas=world_size, rank=rank)
     if on_bad_image not in ("stop", "skip"):
         raise ValueError(f"on_bad_image={on_bad_image!r}: write 'stop' or 'skip'.")
     if on_bad_image == "skip":
@@ -466,3 +454,15 @@ def create_loader(
         persistent_workers=persistent_workers and num_workers > 0,
         **{"worker_init_fn": _init_worker, "generator": generator, **kwargs},
     )
+
+
+def _check_size(size: int, batch_size: int, world_size: int, drop_last: bool) -> None:
+    """Refuse a data set of which no batch would be left."""
+    if size == 0:
+        raise ValueError("the dataset is empty")
+    if drop_last and size < batch_size * world_size:
+        raise ValueError(
+            f"{size} samples do not fill one batch of {batch_size} on each of {world_size} "
+            "processes, and drop_last drops the rest: nothing would be left. Take batch_size <= "
+            f"{max(1, size // world_size)}, or drop_last=False"
+        )

@@ -205,62 +205,74 @@ def diagnose_kernel_gradients(
         raise ValueError("give either grad_output or a loss")
     if target is not None and loss is None:
         raise ValueError("a target has no effect without a loss; give loss(output, target)")
-    if not isinstance(layer, nn.Conv2d) or "weight" not in layer._parameters:
-        raise ValueError(
-            f"layer must be an nn.Conv2d with a weight of its own (not parametrized), got {layer}"
-        )
-    if x.dim() != 4 or x.shape[1] != layer.in_channels:
-        raise ValueError(f"x must be (N, {layer.in_channels}, H, W), got {tuple(x.shape)}")
+    _check_layer(layer, x, grad)
     if grad_output is None:
         grad_output = _differentiate(layer, x, loss, target)
     twin = copy.deepcopy(layer).to("cpu", torch.float64).requires_grad_()
-    x, dy = (tensor.detach().to("cpu", torch.float64) for tensor in (x, grad_output))
+    x = x.detach().to("cpu", torch.float64)  # (N, C, H, W)
+    dy = grad_output.detach().to("cpu", torch.float64)  # (N, O, P, Q)
     output = twin(x)
     if output.shape != dy.shape:
         raise ValueError(
             f"grad_output must have the output's shape {tuple(output.shape)}, got {tuple(dy.shape)}"
         )
-    if grad is not None and grad.shape != layer.weight.shape:
-        raise ValueError(
-            f"grad must have the weight's shape {tuple(layer.weight.shape)}, got "
-            f"{tuple(grad.shape)}"
-        )
     eps = torch.finfo(torch.float64 if grad is None else grad.dtype).eps
+    if rtol is None:  # half types are summed in float32 and rounded at the end
+        rtol = 1000 * eps if eps < 1e-4 else 4 * eps
     if grad is None:
         (grad,) = torch.autograd.grad(output, twin.weight, dy)
-    grad = grad.detach().to("cpu", torch.float64)
+    grad = grad.detach().to("cpu", torch.float64)  # (O, C / groups, kh, kw)
     for name, tensor in (("x", x), ("grad_output", dy), ("the gradient", grad)):
         if not tensor.isfinite().all():
             raise ValueError(f"{name} holds nan or inf")
 
     findings = _input_findings(x, layer.groups) | _filter_findings(dy, target, layer)
     error = None
+    # a subclass may compute something else, of which there is no closed form
     plain = nn.Conv2d.forward(twin, x).detach()
     if plain.shape == output.shape and torch.allclose(plain, output.detach()):
-        true, bound = (
-            conv2d_weight_grad(
-                a,
-                b,
-                layer.kernel_size,
-                layer.stride,
-                layer.padding,
-                layer.dilation,
-                layer.groups,
-                layer.padding_mode,
-            )
-            for a, b in ((x, dy), (x.abs(), dy.abs()))
-        )
-        off = (grad - true).abs()
-        error = (off.max() / true.abs().max().clamp_min(torch.finfo(true.dtype).tiny)).item()
-        if rtol is None:  # half types are summed in float32 and rounded at the end
-            rtol = 1000 * eps if eps < 1e-4 else 4 * eps
-        if (off > rtol * bound).any():
-            findings["wrong_gradient"] = (
-                f"The gradient is not that of the layer: it is off by up to {error:.2%} of "
-                f"the largest value of the closed form{_name_mistake(grad, true)}."
-            )
+        error, wrong = _compare_with_closed_form(layer, x, dy, grad, rtol)
+        if wrong is not None:
+            findings["wrong_gradient"] = wrong
     return KernelDiagnosis(
         findings, grad, _deviation(grad, 1), _deviation(grad, 0), _correlation(grad), error
+    )
+
+
+def _check_layer(layer: nn.Conv2d, x: torch.Tensor, grad: torch.Tensor | None) -> None:
+    """Refuse what is no convolution, and tensors that do not fit it."""
+    if not isinstance(layer, nn.Conv2d) or "weight" not in layer._parameters:
+        raise ValueError(
+            f"layer must be an nn.Conv2d with a weight of its own (not parametrized), got {layer}"
+        )
+    if x.dim() != 4 or x.shape[1] != layer.in_channels:
+        raise ValueError(f"x must be (N, {layer.in_channels}, H, W), got {tuple(x.shape)}")
+    if grad is not None and grad.shape != layer.weight.shape:
+        raise ValueError(
+            f"grad must have the weight's shape {tuple(layer.weight.shape)}, got "
+            f"{tuple(grad.shape)}"
+        )
+
+
+def _compare_with_closed_form(
+    layer: nn.Conv2d, x: torch.Tensor, dy: torch.Tensor, grad: torch.Tensor, rtol: float
+) -> tuple[float, str | None]:
+    """How far a gradient is off the closed form, and a sentence if that is beyond rounding.
+
+    Rounding is bounded by the same sum over absolute values.
+    """
+    geometry = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
+    rest = (layer.groups, layer.padding_mode)
+    true = conv2d_weight_grad(x, dy, *geometry, *rest)
+    bound = conv2d_weight_grad(x.abs(), dy.abs(), *geometry, *rest)
+    off = (grad - true).abs()
+    largest = true.abs().max().clamp_min(torch.finfo(true.dtype).tiny)
+    error = (off.max() / largest).item()
+    if not (off > rtol * bound).any():
+        return error, None
+    return error, (
+        f"The gradient is not that of the layer: it is off by up to {error:.2%} of the largest "
+        f"value of the closed form{_name_mistake(grad, true)}."
     )
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from timm_branches.figures import COLOURS, FAINT, INK, new_figure, restrain, save_figure
 from timm_branches.gradients.reasons import TOTAL
-from timm_branches.gradients.report import GradientReport
+from timm_branches.gradients.report import Cell, GradientReport
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -51,46 +51,33 @@ def report_figure(report: GradientReport) -> Figure:
     """
     from matplotlib.colors import LogNorm
 
-    stages, heads = report.stages, [*report.heads, TOTAL]
-    pairs = list(report.cosines)
-    heights = [0.55 * len(heads) + 0.2, *([0.55 * len(pairs) + 0.2] if pairs else [])]
-    names = [*heads, *(f"{a}, {b}" for a, b in pairs)]
-    left = 0.085 * max(map(len, names))
-    figure = new_figure(
-        max(5.5, 1.0 * len(stages) + left + 1.3), sum(heights) + 1.5 + 0.5 * bool(pairs)
-    )
+    stages = report.stages
+    heads = [*report.heads, TOTAL]
+    pairs = [f"{first}, {second}" for first, second in report.cosines]
+    heights = [0.55 * len(heads) + 0.2]
+    height = heights[0] + 1.5
+    if pairs:
+        heights.append(0.55 * len(pairs) + 0.2)
+        height += heights[1] + 0.5
+    left = 0.085 * max(map(len, [*heads, *pairs]))
+    figure = new_figure(max(5.5, 1.0 * len(stages) + left + 1.3), height)
     panels = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
-    values = [[_or_nan(report.cell(head, stage).relative) for stage in stages] for head in heads]
-    seen = [v for row in values for v in row if math.isfinite(v) and v > 0]
-    norm = LogNorm(min(seen, default=1e-3) / 1.5, max(seen, default=1.0) * 1.5)
-    _heatmap(
-        figure,
-        panels[0],
-        values,
-        heads,
-        stages,
-        "viridis",
-        norm,
-        "gradient, relative to the weights",
-    )
+
+    values = []
+    for head in heads:
+        values.append([_or_nan(report.cell(head, stage).relative) for stage in stages])
+    positive = [value for row in values for value in row if math.isfinite(value) and value > 0]
+    norm = LogNorm(min(positive, default=1e-3) / 1.5, max(positive, default=1.0) * 1.5)
+    title = "gradient, relative to the weights"
+    _heatmap(figure, panels[0], values, heads, stages, "viridis", norm, title)
     for row, head in enumerate(heads):
         for column, stage in enumerate(stages):
-            cell = report.cell(head, stage)
             value = values[row][column]
-            shown = math.isfinite(value) and value > 0
-            dark = shown and norm(value) < 0.55
-            # no -0%
-            share = f"\n{round(cell.share, 2) + 0.0:.0%}" if cell.share and head != TOTAL else ""
-            text = _short(value) + share if shown else "" if cell.status == "none" else cell.status
-            panels[0].text(
-                column,
-                row,
-                text,
-                ha="center",
-                va="center",
-                fontsize=8 if shown else 7.5,
-                color="white" if dark else INK,
-            )
+            has_number = math.isfinite(value) and value > 0
+            dark = has_number and norm(value) < 0.55
+            text = _cell_text(report.cell(head, stage), value)
+            size = 8 if has_number else 7.5
+            _write(panels[0], column, row, text, size, "white" if dark else INK)
     figure.supxlabel(
         "percent: share of the total gradient;  empty: the loss does not depend on the stage",
         fontsize=7.5,
@@ -99,32 +86,35 @@ def report_figure(report: GradientReport) -> Figure:
         ha="right",
     )
     if pairs:
-        cosines = [
-            [report.cosines[pair].get(stage, math.nan) for stage in stages] for pair in pairs
-        ]
-        _heatmap(
-            figure,
-            panels[1],
-            cosines,
-            [f"{a}, {b}" for a, b in pairs],
-            stages,
-            "PuOr",
-            (-1, 1),
-            "cosine between losses",
-        )
-        for row, line in enumerate(cosines):
-            for column, value in enumerate(line):
-                if math.isfinite(value):
-                    panels[1].text(
-                        column,
-                        row,
-                        f"{value:+.2f}",
-                        ha="center",
-                        va="center",
-                        fontsize=8,
-                        color="white" if abs(value) > 0.6 else INK,
-                    )
+        _draw_cosines(figure, panels[1], report, pairs)
     return figure
+
+
+def _cell_text(cell: Cell, value: float) -> str:
+    """The number of a cell and its share of the total, or why there is no number."""
+    if not (math.isfinite(value) and value > 0):
+        return "" if cell.status == "none" else cell.status
+    if not cell.share or cell.head == TOTAL:
+        return _short(value)
+    share = round(cell.share, 2) + 0.0  # no -0%
+    return f"{_short(value)}\n{share:.0%}"
+
+
+def _draw_cosines(figure: Figure, axes: Axes, report: GradientReport, pairs: list[str]) -> None:
+    cosines = []
+    for by_stage in report.cosines.values():
+        cosines.append([by_stage.get(stage, math.nan) for stage in report.stages])
+    title = "cosine between losses"
+    _heatmap(figure, axes, cosines, pairs, report.stages, "PuOr", (-1, 1), title)
+    for row, line in enumerate(cosines):
+        for column, value in enumerate(line):
+            if math.isfinite(value):
+                colour = "white" if abs(value) > 0.6 else INK
+                _write(axes, column, row, f"{value:+.2f}", 8, colour)
+
+
+def _write(axes: Axes, x: float, y: float, text: str, size: float, colour: str) -> None:
+    axes.text(x, y, text, ha="center", va="center", fontsize=size, color=colour)
 
 
 def _heatmap(
@@ -137,12 +127,14 @@ def _heatmap(
     norm: Any,
     title: str,
 ) -> None:
-    scale: dict[str, Any] = (
-        {"vmin": norm[0], "vmax": norm[1]} if isinstance(norm, tuple) else {"norm": norm}
-    )
     axes.set_facecolor("#EEEEEE")  # shows through where there is nothing
+    scale: dict[str, Any] = {"norm": norm}
+    if isinstance(norm, tuple):
+        scale = {"vmin": norm[0], "vmax": norm[1]}
+    else:  # a logarithm takes no 0
+        values = [[value if value > 0 else math.nan for value in row] for row in values]
     image = axes.imshow(
-        [[v if isinstance(norm, tuple) or v > 0 else math.nan for v in row] for row in values],
+        values,
         cmap=colours,
         aspect="auto",
         interpolation="nearest",
@@ -150,10 +142,9 @@ def _heatmap(
     )
     axes.set_title(title, fontsize=10, color=INK, loc="left")
     axes.set_yticks(range(len(rows)), rows, fontsize=9)
-    longest = max(map(len, columns))
-    turn: dict[str, Any] = (
-        {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if longest > 12 else {}
-    )
+    turn: dict[str, Any] = {}
+    if max(map(len, columns)) > 12:
+        turn = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"}
     axes.set_xticks(range(len(columns)), columns, fontsize=8.5, **turn)
     axes.tick_params(length=0, colors=INK)
     for spine in axes.spines.values():

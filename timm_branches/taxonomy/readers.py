@@ -105,33 +105,33 @@ def read_names(names: Mapping[str, str] | str | Path | None) -> Mapping[str, str
 def read_json(node: Any, path: NodePath = ()) -> list[NodePath]:
     """The leaves of nested objects and lists below `path`."""
     where = "/".join(path) or "the top level"
+    leaves: list[NodePath] = []
     if isinstance(node, Mapping):
-        leaves: list[NodePath] = []
         for name, below in node.items():
             here = (*path, name)
-            leaves += [here] if below is None or below == {} else read_json(below, here)
+            if below is None or below == {}:
+                leaves.append(here)
+            else:
+                leaves += read_json(below, here)
         return leaves
     if isinstance(node, Sequence) and not isinstance(node, str):
         if not node and path:
             raise ValueError(f"{where} has an empty list of children; write null for a leaf")
-        return [
-            leaf
-            for item in node
-            for leaf in (
-                [(*path, item)] if isinstance(item, str) else _walk_json_item(item, path, where)
-            )
-        ]
+        leaves = []
+        for item in node:
+            if isinstance(item, str):
+                leaves.append((*path, item))
+            elif isinstance(item, Mapping):
+                leaves += read_json(item, path)
+            else:
+                raise ValueError(
+                    f"the list under {where} holds {item!r}; expected leaf names in quotes, or "
+                    "objects"
+                )
+        return leaves
     raise ValueError(
         f"{where} holds {node!r}; expected an object of children, a list of leaf names, or null"
     )
-
-
-def _walk_json_item(item: Any, path: NodePath, where: str) -> list[NodePath]:
-    if not isinstance(item, Mapping):
-        raise ValueError(
-            f"the list under {where} holds {item!r}; expected leaf names in quotes, or objects"
-        )
-    return read_json(item, path)
 
 
 def read_folders(root: str | Path) -> list[NodePath]:
@@ -196,15 +196,31 @@ def read_parents(
     rows = [classes]  # names per level, finest first
     steps = []  # for each map, the parent's name of each name
     for i, given in enumerate(maps):
-        title = levels[len(maps) - 1 - i] if levels is not None else f"level{len(maps) - i}"
-        parent, upper = _one_step(rows[-1], _as_map(given), names[i] if names else None, title)
+        title = f"level{len(maps) - i}"
+        if levels is not None:
+            title = levels[len(maps) - 1 - i]
+        names_of_parents = names[i] if names else None
+        parent, upper = _one_step(rows[-1], _as_map(given), names_of_parents, title)
         steps.append(parent)
         rows.append(upper)
+    order = _paths_by_level(rows, steps)
+    return order[-1], order
+
+
+def _paths_by_level(
+    rows: Sequence[Sequence[str]], steps: Sequence[Mapping[str, str]]
+) -> list[list[NodePath]]:
+    """The paths of each level's nodes, coarsest level first.
+
+    Args:
+        rows: Names of each level, finest first.
+        steps: For each step up the parent's name of each name.
+    """
     order: list[list[NodePath]] = [[(name,) for name in rows[-1]]]
     for row, parent in zip(rows[-2::-1], steps[::-1], strict=True):
         above = {path[-1]: path for path in order[-1]}
         order.append([(*above[parent[name]], name) for name in row])
-    return order[-1], order
+    return order
 
 
 def _is_pair(item: Any) -> bool:
@@ -278,22 +294,34 @@ def _one_step(
         if edges.get(key) is None:
             raise ValueError(f"{kind} {key!r} has no parent on {title}")
     known = set(keys)
-    if unknown := [key for key in edges if key not in known]:
-        raise ValueError(
-            f"{kind} {unknown[0]!r} has a parent on {title}, but there is no such class"
-            f"{hint(str(unknown[0]), row)}"
-        )
-    if not by_index:
-        upper = (
-            list(names) if names is not None else list(dict.fromkeys(edges[key] for key in keys))
-        )
-        if set(upper) != {edges[key] for key in keys} or len(set(upper)) < len(upper):
+    for key in edges:
+        if key not in known:
             raise ValueError(
-                f"names of {title} must list each parent once: "
-                f"{sorted(map(str, {edges[key] for key in keys}))}, got {upper}"
+                f"{kind} {key!r} has a parent on {title}, but there is no such class"
+                f"{hint(str(key), row)}"
             )
-        return dict(edges), upper
-    used = {edges[key] for key in keys}
+    parents = [edges[key] for key in keys]
+    if not by_index:
+        return dict(edges), _parents_by_name(parents, names, title)
+    upper = _parents_by_index(parents, names, title)
+    return {name: upper[index] for name, index in zip(row, parents, strict=True)}, upper
+
+
+def _parents_by_name(parents: Sequence[str], names: Sequence[str] | None, title: str) -> list[str]:
+    """The classes of the level above, in the order of `names` or of their first child."""
+    if names is None:
+        return list(dict.fromkeys(parents))
+    if set(names) != set(parents) or len(set(names)) < len(names):
+        raise ValueError(
+            f"names of {title} must list each parent once: {sorted(map(str, set(parents)))}, got "
+            f"{list(names)}"
+        )
+    return list(names)
+
+
+def _parents_by_index(parents: Sequence[int], names: Sequence[str] | None, title: str) -> list[str]:
+    """The names of the classes of the level above, in the order of their indices."""
+    used = set(parents)
     if not all(isinstance(index, Integral) and int(index) >= 0 for index in used):
         raise ValueError(
             f"a map whose keys are indices must have indices from 0 as values too, got "
@@ -305,7 +333,8 @@ def _one_step(
             f"{title} has {count} classes, so parents must be each of 0 to {count - 1}; got "
             f"{sorted(used)}: an index without children would be an empty class"
         )
-    upper = list(names) if names is not None else [f"{title}_{i}" for i in range(count)]
-    if len(set(upper)) < len(upper):
-        raise ValueError(f"names of {title} must differ from each other, got {upper}")
-    return {name: upper[edges[i]] for i, name in enumerate(row)}, upper
+    if names is None:
+        return [f"{title}_{index}" for index in range(count)]
+    if len(set(names)) < len(names):
+        raise ValueError(f"names of {title} must differ from each other, got {list(names)}")
+    return list(names)
