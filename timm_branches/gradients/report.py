@@ -16,7 +16,7 @@ loss is all it takes.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from typing import Any
@@ -313,11 +313,11 @@ def _cosines(gram: torch.Tensor, heads: list[str]) -> dict[tuple[str, str], floa
     return cosines
 
 
-def gradients(loss: torch.Tensor, parameters: list[nn.Parameter]) -> list[torch.Tensor | None]:
+def gradients(loss: torch.Tensor, parameters: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
     """dL/dθ of each parameter, None where no path of the graph leads; the graph is kept."""
     if not parameters or not loss.requires_grad:
         return [None] * len(parameters)
-    return list(torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True))
+    return list(torch.autograd.grad(loss, list(parameters), retain_graph=True, allow_unused=True))
 
 
 def inner_products(grads: list[list[torch.Tensor | None]]) -> torch.Tensor:

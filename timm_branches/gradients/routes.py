@@ -127,38 +127,32 @@ def path_gradients(
             maps = whole_encode(x)
             return whole_decode(*(maps.values() if isinstance(maps, Mapping) else maps))
 
-    groups = {
-        stage: {n: p for n, p in group.items() if p.requires_grad}
-        for stage, group in group_by_stage(model, stages).items()
-    }
+    groups: dict[str, dict[str, nn.Parameter]] = {}
+    for stage, group in group_by_stage(model, stages).items():
+        groups[stage] = {name: p for name, p in group.items() if p.requires_grad}
     parameters = {id(p): p for group in groups.values() for p in group.values()}
     with objective.undisturbed():
         maps, leaves, value = _split(encode, decode, loss, objective)
-        slopes: list[torch.Tensor | None] = (
-            list(torch.autograd.grad(value, list(leaves.values()), allow_unused=True))
-            if value.requires_grad
-            else [None] * len(maps)
-        )
+        slopes = gradients(value, list(leaves.values()))
         through: dict[str, dict[int, torch.Tensor | None]] = {}
         findings = []
         for (name, map_), slope in zip(maps.items(), slopes, strict=True):
-            given: list[torch.Tensor | None] = [None] * len(parameters)
+            grads: list[torch.Tensor | None] = [None] * len(parameters)
             if slope is None or not slope.any():
                 findings.append(
                     f"{name}: no gradient arrives at its map: the decoder does not use it, or cuts "
                     "it off."
                 )
             elif map_.requires_grad:
-                given = list(
-                    torch.autograd.grad(
-                        map_, list(parameters.values()), slope, retain_graph=True, allow_unused=True
-                    )
+                targets = list(parameters.values())
+                grads = list(
+                    torch.autograd.grad(map_, targets, slope, retain_graph=True, allow_unused=True)
                 )
             elif parameters:
                 findings.append(
                     f"{name}: its map is detached, so its gradient does not reach the encoder."
                 )
-            through[name] = dict(zip(parameters, given, strict=True))
+            through[name] = dict(zip(parameters, grads, strict=True))
         del maps
         with reproducible(objective.device):  # an ordinary pass, nothing detached
             value = loss(run(objective.input.clone()), *objective.targets)
@@ -187,10 +181,12 @@ def _encoder_decoder(
 
     def encode(images: torch.Tensor) -> dict[str, torch.Tensor]:
         maps = model._head_maps(model.align(images, [which]), [which])[name]
-        return {
-            f"{'skip' if k else 'trunk'} ({infos[i].tap.name})": maps[i]
-            for k, i in enumerate(order)
-        }
+        named = {}
+        kind = "trunk"
+        for index in order:
+            named[f"{kind} ({infos[index].tap.name})"] = maps[index]
+            kind = "skip"
+        return named
 
     def decode(*maps: torch.Tensor) -> Any:
         by_tap = dict(zip(order, maps, strict=True))
@@ -205,12 +201,10 @@ def _split(
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], torch.Tensor]:
     """The encoder's maps, the same as leaves, and the loss of what the decoder makes of these."""
     with reproducible(objective.device):
-        found = encode(objective.input.clone())
-        maps = (
-            dict(found)
-            if isinstance(found, Mapping)
-            else {f"map {i}": m for i, m in enumerate(found)}
-        )
+        given = encode(objective.input.clone())
+        if not isinstance(given, Mapping):
+            given = {f"map {index}": map_ for index, map_ in enumerate(given)}
+        maps = dict(given)
         leaves = {name: m.detach().requires_grad_() for name, m in maps.items()}
         # clones, because a decoder may work in place and a leaf must not be changed
         value = loss(decode(*(leaf.clone() for leaf in leaves.values())), *objective.targets)
@@ -223,48 +217,69 @@ def _compare(
     full: dict[int, torch.Tensor | None],
     findings: list[str],
 ) -> PathGradients:
+    """Norm and share of each path at each stage.
+
+    Args:
+        groups: Trainable parameters by stage.
+        through: For each path the gradients through it, by the identity of the parameter.
+        full: Those of an ordinary pass.
+        findings: What is known so far; what is found here is added.
+    """
     norms: dict[str, dict[str, float]] = {path: {} for path in through}
     shares: dict[str, dict[str, float | None]] = {path: {} for path in through}
     stages, off, size = [], 0.0, 0.0
     for stage, group in groups.items():
-        # what no path reaches is the decoder's own, or another head's
-        own = [
-            id(p)
-            for p in group.values()
-            if any(grads[id(p)] is not None for grads in through.values())
-        ]
-        if not own:
+        reached = [id(p) for p in group.values() if _is_reached(id(p), through)]
+        if not reached:  # the decoder's own, or another head's
             continue
         stages.append(stage)
-        gram = inner_products(
-            [*([grads[i] for i in own] for grads in through.values()), [full[i] for i in own]]
-        )
+        rows = [[grads[key] for key in reached] for grads in through.values()]
+        rows.append([full[key] for key in reached])
+        gram = inner_products(rows)  # (paths + 1, paths + 1), the last of the full gradient
         total = float(gram[-1, -1])
-        for k, path in enumerate(through):
-            norms[path][stage] = max(float(gram[k, k]), 0.0) ** 0.5
-            shares[path][stage] = float(gram[k, -1]) / total if total > 0 else None
+        for index, path in enumerate(through):
+            norms[path][stage] = max(float(gram[index, index]), 0.0) ** 0.5
+            shares[path][stage] = float(gram[index, -1]) / total if total > 0 else None
         size += total
-        for i in own:
-            parts = [g.double() for grads in through.values() if (g := grads[i]) is not None]
-            whole = full[i]
-            off += float((sum(parts) - (0 if whole is None else whole.double())).square().sum())  # type: ignore
-    result = PathGradients(
-        list(through), stages, norms, shares, (off / size) ** 0.5 if size else 0.0, findings
-    )
-    if stages:
-        first = stages[0]
-        for path in result.paths:
-            share = shares[path][first]
-            faint = share is not None and abs(share) < _FAINT
-            if (
-                faint
-                and len(result.paths) > 1
-                and not any(f.startswith(f"{path}:") for f in findings)
-            ):
-                result.findings.append(
-                    f"{path}: brings {share:.2%} of the gradient at {first}, less than "
-                    f"{_FAINT:.0%}: the network learns there almost only through the other paths."
-                )
+        for key in reached:
+            off += _squared_difference([grads[key] for grads in through.values()], full[key])
+    if not stages:
+        findings = [*findings, "no path reaches a trainable parameter of the encoder."]
     else:
-        result.findings.append("no path reaches a trainable parameter of the encoder.")
-    return result
+        findings = [*findings, *_faint_paths(shares, stages[0], findings)]
+    error = (off / size) ** 0.5 if size else 0.0
+    return PathGradients(list(through), stages, norms, shares, error, findings)
+
+
+def _is_reached(key: int, through: Mapping[str, Mapping[int, torch.Tensor | None]]) -> bool:
+    """Whether any path brings a gradient to a parameter."""
+    return any(grads[key] is not None for grads in through.values())
+
+
+def _squared_difference(parts: Sequence[torch.Tensor | None], whole: torch.Tensor | None) -> float:
+    """How far the sum of the paths' gradients is off the whole one."""
+    difference = torch.zeros((), dtype=torch.float64)
+    for part in parts:
+        if part is not None:
+            difference = difference + part.double()
+    if whole is not None:
+        difference = difference - whole.double()
+    return float(difference.square().sum())
+
+
+def _faint_paths(
+    shares: Mapping[str, Mapping[str, float | None]], stage: str, findings: Sequence[str]
+) -> list[str]:
+    """Sentences on paths that bring next to nothing to the first stage."""
+    if len(shares) < 2:
+        return []
+    sentences = []
+    for path, by_stage in shares.items():
+        share = by_stage[stage]
+        already_said = any(sentence.startswith(f"{path}:") for sentence in findings)
+        if share is not None and abs(share) < _FAINT and not already_said:
+            sentences.append(
+                f"{path}: brings {share:.2%} of the gradient at {stage}, less than {_FAINT:.0%}: "
+                "the network learns there almost only through the other paths."
+            )
+    return sentences

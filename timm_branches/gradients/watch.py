@@ -53,24 +53,26 @@ class Watch(TorchDispatchMode):
         alive_before = relu and bool((args[0] != 0).any())
         out = func(*args, **(kwargs or {}))
         first = out[0] if isinstance(out, (tuple, list)) and out else out
-        if (
-            not self.stack
-            or not isinstance(first, torch.Tensor)
-            or not first.is_floating_point()
-            or not first.numel()
-        ):
-            return out
-        # zeros that stay zeros are not the ReLU's doing
-        if relu and alive_before and not first.any() and self.stack[-1] not in self.dead:
-            self.dead.append(self.stack[-1])
-        name = func.overloadpacket.__name__
-        if self.nan is None and not name.startswith(("empty", "new_empty")):  # uninitialised memory
-            here = (self.stack[-1], name.strip("_"))
-            if first.isnan().any():
-                self.nan = here
-            elif self.infinity is None and first.isinf().any():
-                self.infinity = here
+        floats = isinstance(first, torch.Tensor) and first.is_floating_point()
+        if self.stack and floats and first.numel():
+            # zeros that stay zeros are not the ReLU's doing
+            if alive_before and not first.any():
+                self._note_dead(self.stack[-1])
+            self._note_not_finite(func.overloadpacket.__name__, first)
         return out
+
+    def _note_dead(self, module: str) -> None:
+        if module not in self.dead:
+            self.dead.append(module)
+
+    def _note_not_finite(self, operation: str, y: torch.Tensor) -> None:
+        if self.nan is not None or operation.startswith(("empty", "new_empty")):
+            return  # or it is memory that nothing was written to
+        here = (self.stack[-1], operation.strip("_"))
+        if y.isnan().any():
+            self.nan = here
+        elif self.infinity is None and y.isinf().any():
+            self.infinity = here
 
 
 @contextmanager

@@ -403,7 +403,8 @@ class SkipDecoder(nn.Module):
     ) -> torch.Tensor | dict[str, torch.Tensor]:
         """Maps of the taps and the image -> (B, num_classes, H, W), see the class."""
         height, width = image.shape[2:]
-        x, *skips = (maps[i] for i in self.order)
+        x = maps[self.order[0]]
+        skips = [maps[number] for number in self.order[1:]]
         if len(self.lateral):
             skips = self._enlarge(skips, x.shape[2:], (height, width))
         if self.stem is not None:

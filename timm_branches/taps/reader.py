@@ -187,7 +187,7 @@ class TapReader:
         self.wanted = frozenset(info.module for info in (infos if hooked else modules))
         self.last = None
         if hooked:
-            self.last = max(self.wanted, key=lambda path: self.order[path])
+            self.last = max(infos, key=lambda info: self.order[info.module]).module
         self.to_stage_end = not hooked
         self.captured = {}
         by_index: dict[int, torch.Tensor] = {}
