@@ -45,7 +45,7 @@ from timm_branches import (
 from timm_branches.data import (
     HierarchicalDataset,
     HierarchicalMixup,
-    Subset,
+    HierarchicalSubset,
     coarsen_labels,
     create_loader,
     create_splits,
@@ -718,9 +718,9 @@ def make_heads(args: argparse.Namespace, levels: int) -> list:
     return [head(hidden=(width, width)) for width in args.hidden]
 
 
-def one_level(data: HierarchicalDataset, level: int) -> Subset:
+def one_level(data: HierarchicalDataset, level: int) -> HierarchicalSubset:
     """The same images with the labels of one level alone."""
-    subset = Subset(data, range(len(data)))
+    subset = HierarchicalSubset(data, range(len(data)))
     subset.labels = subset.labels[:, level : level + 1]  # (N, 1)
     subset.taxonomy = None
     return subset

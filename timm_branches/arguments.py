@@ -90,5 +90,7 @@ def as_items(name: str, value: Any, example: str) -> list[Any]:
 
 def shown(value: Any) -> str:
     """A value for a message, cut where it is long."""
+    if isinstance(value, (list, dict)) and len(value) > 20:
+        return f"{type(value).__name__} of {len(value):,} entries"
     text = " ".join(repr(value).split())
     return text if len(text) <= 80 else f"{text[:77]}..."

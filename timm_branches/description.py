@@ -18,6 +18,7 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 
+from timm_branches.arguments import shown
 from timm_branches.tensor_files import parse_json
 
 __all__ = [
@@ -71,7 +72,7 @@ def read_object(text: Any, what: str) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{what} cannot be read: {error}") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{what} must be an object, got {_shown(value)}.")
+        raise ValueError(f"{what} must be an object, got {shown(value)}.")
     return value
 
 
@@ -89,21 +90,21 @@ def check_arguments(arguments: Any) -> dict[str, Any]:
             from.
     """
     if not isinstance(arguments, dict):
-        raise ValueError(f"the model's arguments must be an object, got {_shown(arguments)}.")
+        raise ValueError(f"the model's arguments must be an object, got {shown(arguments)}.")
     missing = [name for name in _REQUIRED if name not in arguments]
     if missing:
         raise ValueError(f"the model's arguments lack {', '.join(missing)}.")
     for name, value in arguments.items():
         if name in _SOURCES:
-            raise ValueError(f"{name}={_shown(value)} is not for a file to say.")
+            raise ValueError(f"{name}={shown(value)} is not for a file to say.")
         if not name.isidentifier():
-            raise ValueError(f"{_shown(name)} is not the name of an argument.")
+            raise ValueError(f"{shown(name)} is not the name of an argument.")
         if name != "taxonomy":
             limit = _MOST_CLASSES if name == "num_classes" else _LARGEST_NUMBER
             _check_value(name, value, limit)
     name = arguments["model_name"]
     if not isinstance(name, str) or not timm.is_model(name.split(".")[0]):
-        raise ValueError(f"model_name={_shown(name)} is no architecture that timm knows.")
+        raise ValueError(f"model_name={shown(name)} is no architecture that timm knows.")
     _check_lists(arguments)
     _check_tree(arguments.get("taxonomy"))
     _check_sizes(arguments)
@@ -118,46 +119,46 @@ def _check_lists(arguments: dict[str, Any]) -> None:
             raise ValueError(f"{name} must be a list with an entry for each head, got {value!r}.")
     for count in arguments["num_classes"]:
         if isinstance(count, bool) or not isinstance(count, int) or count < 0:
-            raise ValueError(f"num_classes must be whole numbers from 0, got {_shown(count)}.")
+            raise ValueError(f"num_classes must be whole numbers from 0, got {shown(count)}.")
     for head in arguments["head"]:
         if not isinstance(head, dict):
-            raise ValueError(f"a head must be an object, got {_shown(head)}.")
+            raise ValueError(f"a head must be an object, got {shown(head)}.")
     for text in arguments["names"]:
         if not isinstance(text, str):
-            raise ValueError(f"a head's name must be text, got {_shown(text)}.")
+            raise ValueError(f"a head's name must be text, got {shown(text)}.")
 
 
 def _check_tree(taxonomy: Any) -> None:
     if taxonomy is None:
         return
     if not isinstance(taxonomy, dict):
-        raise ValueError(f"taxonomy must be an object, got {_shown(taxonomy)}.")
+        raise ValueError(f"taxonomy must be an object, got {shown(taxonomy)}.")
     levels, leaves = taxonomy.get("levels"), taxonomy.get("leaves")
     if not isinstance(leaves, list):
-        raise ValueError(f"taxonomy: leaves must be a list of paths, got {_shown(leaves)}.")
+        raise ValueError(f"taxonomy: leaves must be a list of paths, got {shown(leaves)}.")
     for names in ([] if levels is None else levels, *leaves):
         if not isinstance(names, list) or len(names) > _DEEPEST_TREE:
             raise ValueError(
                 f"taxonomy: a path must be a list of at most {_DEEPEST_TREE} names, got "
-                f"{_shown(names)}."
+                f"{shown(names)}."
             )
         for name in names:
             if not isinstance(name, str):
-                raise ValueError(f"taxonomy: a name must be text, got {_shown(name)}.")
+                raise ValueError(f"taxonomy: a name must be text, got {shown(name)}.")
 
 
 def _check_sizes(arguments: dict[str, Any]) -> None:
     in_chans = arguments.get("in_chans")
     if in_chans is not None and not _is_whole(in_chans):
-        raise ValueError(f"in_chans must be a whole number from 1, got {_shown(in_chans)}.")
+        raise ValueError(f"in_chans must be a whole number from 1, got {shown(in_chans)}.")
     size = arguments.get("img_size")
     if size is not None:
         pair = isinstance(size, list) and len(size) == 2 and all(_is_whole(side) for side in size)
         if not pair and not _is_whole(size):
-            raise ValueError(f"img_size must be a side or [height, width], got {_shown(size)}.")
+            raise ValueError(f"img_size must be a side or [height, width], got {shown(size)}.")
     rate = arguments.get("drop_rate")
     if rate is not None and not (_is_number(rate) and 0 <= rate < 1):
-        raise ValueError(f"drop_rate must be in [0, 1), got {_shown(rate)}.")
+        raise ValueError(f"drop_rate must be in [0, 1), got {shown(rate)}.")
 
 
 def _check_value(name: str, value: Any, limit: int) -> None:
@@ -165,7 +166,7 @@ def _check_value(name: str, value: Any, limit: int) -> None:
     if isinstance(value, dict):
         for key, inner in value.items():
             if key in _SOURCES:
-                raise ValueError(f"{name}: {key}={_shown(inner)} is not for a file to say.")
+                raise ValueError(f"{name}: {key}={shown(inner)} is not for a file to say.")
             _check_value(f"{name}: {key}", inner, limit)
     elif isinstance(value, list):
         if len(value) > _LONGEST_LIST:
@@ -177,7 +178,7 @@ def _check_value(name: str, value: Any, limit: int) -> None:
             _check_value(name, inner, limit)
     elif isinstance(value, str):
         if len(value) > _LONGEST_TEXT or "hf-hub:" in value or "local-dir:" in value:
-            raise ValueError(f"{name}={_shown(value)} is not for a file to say.")
+            raise ValueError(f"{name}={shown(value)} is not for a file to say.")
     elif isinstance(value, (int, float)):
         check_size(f"{name}=", value, limit)
 
@@ -191,7 +192,7 @@ def check_size(name: str, value: Any, limit: int = _LARGEST_NUMBER) -> None:
         limit: The largest, whatever the sign.
     """
     if isinstance(value, (int, float)) and not abs(value) <= limit:
-        raise ValueError(f"{name}{_shown(value)} is beyond all networks (at most {limit:,}).")
+        raise ValueError(f"{name}{shown(value)} is beyond all networks (at most {limit:,}).")
 
 
 def check_preprocessing(config: Any, in_chans: int) -> dict[str, Any]:
@@ -205,12 +206,12 @@ def check_preprocessing(config: Any, in_chans: int) -> dict[str, Any]:
         ValueError: An unknown setting, or a value that makes no image.
     """
     if not isinstance(config, dict):
-        raise ValueError(f"pretrained_cfg must be an object, got {_shown(config)}.")
+        raise ValueError(f"pretrained_cfg must be an object, got {shown(config)}.")
     result = {}
     for name, value in config.items():
         problem = _preprocessing_problem(name, value, in_chans)
         if problem is not None:
-            raise ValueError(f"pretrained_cfg: {name}={_shown(value)} {problem}.")
+            raise ValueError(f"pretrained_cfg: {name}={shown(value)} {problem}.")
         result[name] = tuple(value) if isinstance(value, list) else value
     return result
 
@@ -332,11 +333,3 @@ def _is_number(value: Any) -> bool:
 
 def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _shown(value: Any) -> str:
-    """A value as text, cut where it is long."""
-    if isinstance(value, (list, dict)) and len(value) > 20:
-        return f"{type(value).__name__} of {len(value):,} entries"
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -167,7 +167,7 @@ class BranchModel(FreezableBackbone):
             ValueError: Images that the backbone or a head cannot take, lengths that do not fit, or
                 an unknown head.
         """
-        return self._compute(x, self._select(heads), lengths)[0]
+        return self._compute(x, self.head_indices(heads), lengths)[0]
 
     def forward_stream(
         self,
@@ -211,7 +211,7 @@ class BranchModel(FreezableBackbone):
             ...     optimizer.step()
             ...     state = detach_state(state)       # the values go on, the graph ends here
         """
-        which = self._select(heads)
+        which = self.head_indices(heads)
         temporal = [self.names[i] for i in which if self.names[i] in self.temporal_heads]
         if clips.ndim != 5 or not temporal:
             raise ValueError(
@@ -267,13 +267,13 @@ class BranchModel(FreezableBackbone):
     ) -> dict[str, list[torch.Tensor]]:
         """The maps of each of these heads, of padded images for decoders alone."""
         if aligned is frames:
-            return self._head_maps(frames, which, per_pass)
+            return self.head_maps(frames, which, per_pass)
         # the padding must not change what the other heads say
         dense = [i for i in which if self.names[i] in self.dense_heads]
         others = [i for i in which if i not in dense]
-        maps_of = self._head_maps(aligned, dense, per_pass)
+        maps_of = self.head_maps(aligned, dense, per_pass)
         if others:
-            maps_of |= self._head_maps(frames, others, per_pass)
+            maps_of |= self.head_maps(frames, others, per_pass)
         return maps_of
 
     def _by_name(
@@ -301,7 +301,7 @@ class BranchModel(FreezableBackbone):
         A list of maps for a head that reads several taps.
         """
         result: dict[str, torch.Tensor | list[torch.Tensor]] = {}
-        maps_of = self._head_maps(x, range(len(self.names)))
+        maps_of = self.head_maps(x, range(len(self.names)))
         for head, (name, maps) in zip(self.head_specs, maps_of.items(), strict=True):
             result[name] = maps if head.multi_tap else maps[0]
         return result
@@ -338,7 +338,12 @@ class BranchModel(FreezableBackbone):
         """Where the tensors of the head with this name stand in the state dict."""
         return f"heads.{self._keys[name]}"
 
-    def _select(self, heads: Sequence[str] | None) -> list[int]:
+    def head_indices(self, heads: Sequence[str] | None) -> list[int]:
+        """The numbers of these heads, of all for None.
+
+        Raises:
+            ValueError: One is unknown, or there is none.
+        """
         if heads is None:
             return list(range(len(self.names)))
         wanted = [heads] if isinstance(heads, str) else as_items("heads=", heads, "['fine']")
@@ -347,7 +352,7 @@ class BranchModel(FreezableBackbone):
             raise ValueError(f"heads={wanted!r}: the model's heads are {list(self.names)}.")
         return [i for i, name in enumerate(self.names) if name in wanted]
 
-    def _head_maps(
+    def head_maps(
         self, x: torch.Tensor, which: Sequence[int], per_pass: int | None = None
     ) -> dict[str, list[torch.Tensor]]:
         """The maps that each of these heads reads, by its name.
@@ -484,7 +489,7 @@ class BranchModel(FreezableBackbone):
             )
         chosen = set(self.names)
         if isinstance(num_classes, dict):
-            self._select(list(num_classes))
+            self.head_indices(list(num_classes))
             chosen = set(num_classes)
             classes = [num_classes.get(name, old) for name, old in self.num_classes.items()]
         elif isinstance(num_classes, int):

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from timm_branches.data import (
     HierarchicalDataset,
-    Subset,
+    HierarchicalSubset,
     coarsen_labels,
     create_dataset,
     create_splits,
@@ -423,7 +423,7 @@ def test_limit_and_nested_subsets():
     assert len(part) == 30
     assert part.taxonomy is tree
     assert part.labels[:, 1].bincount().tolist() == [10, 10, 10]
-    inner = Subset(part, [3, 29])
+    inner = HierarchicalSubset(part, [3, 29])
     assert [colour(inner, i) for i in range(2)] == [colour(part, 3), colour(part, 29)]
     assert inner[1][1].tolist() == part[29][1].tolist()
     assert len(data.limit(1000)) == 90
@@ -476,7 +476,7 @@ class TestCoarsenLabels:
     def data(self):
         labels = [[i % 2, i % 4] for i in range(40)]
         whole = HierarchicalDataset(np.arange(40 * 4, dtype=np.uint8).reshape(40, 2, 2), labels)
-        return Subset(whole, range(39, -1, -1))  # positions differ from sample ids
+        return HierarchicalSubset(whole, range(39, -1, -1))  # positions differ from sample ids
 
     @pytest.mark.parametrize("fraction", [0.5, 0.9])
     def test_a_stratified_share_keeps_the_coarse_label_alone(self, fraction):

@@ -9,7 +9,12 @@ from timm.task import evaluation_sample_limit
 from torch.utils.data import ConcatDataset, TensorDataset
 from torch.utils.data import Subset as TorchSubset
 
-from timm_branches.data import HierarchicalDataset, Subset, create_loader, create_transform
+from timm_branches.data import (
+    HierarchicalDataset,
+    HierarchicalSubset,
+    create_loader,
+    create_transform,
+)
 
 
 def make(count=24, augment="cifar"):
@@ -71,7 +76,7 @@ def test_a_subset_is_augmented_as_the_whole():
     data = make()
     data.set_seed(3)
     data.set_epoch(4)
-    part = Subset(data, [5, 7])
+    part = HierarchicalSubset(data, [5, 7])
     assert torch.equal(part[1][0], data[7][0])
     part.set_epoch(5)
     assert data.epoch == 4  # each has an epoch of its own

@@ -26,7 +26,7 @@ from timm_branches.data import (
     ClipDataset,
     FrameSampler,
     HierarchicalDataset,
-    Subset,
+    HierarchicalSubset,
     collate_clips,
     create_clip_dataset,
     create_clip_loader,
@@ -149,7 +149,7 @@ HEADS = {
 def test_training_is_the_same(head, taps, tmp_path):
     whole, cached = make_model(taps, HEADS[head]), make_model(taps, HEADS[head])
     data = make_data(14)
-    expected = train(whole, Subset(data, range(14)))
+    expected = train(whole, HierarchicalSubset(data, range(14)))
     features = cache_features(cached, data, tmp_path, batch_size=5)
     frozen = copy.deepcopy(cached.backbone.state_dict())
     before = passes(cached)
@@ -175,7 +175,9 @@ def test_training_on_views_is_the_same(num_workers, tmp_path):
     expected = []
     # the order belongs to epochs 4 and 5, the views to 0 and 1
     for epoch, view in ((0, 0), (1, 1), (4, 0), (5, 1)):
-        loader = create_loader(Subset(data, range(len(data))), 4, is_training=True, seed=3)
+        loader = create_loader(
+            HierarchicalSubset(data, range(len(data))), 4, is_training=True, seed=3
+        )
         loader.set_epoch(epoch)
         order = list(loader.sampler)
         data.set_epoch(view)
@@ -313,7 +315,7 @@ CHANGES = {
     "augmentation": (changed_augmentation, "preprocessing"),
     "interpolation": (changed_interpolation, "preprocessing"),
     "pixel": (changed_pixel, "data"),
-    "subset": (lambda model, data: (model, Subset(data, range(11))), "data, samples"),
+    "subset": (lambda model, data: (model, HierarchicalSubset(data, range(11))), "data, samples"),
     "seed": (changed_seed, r"seed \(0, now 1\)"),
     "views": (lambda model, data: (model, data, {"views": 3}), r"views \(2, now 3\)"),
     "dtype": (
@@ -631,7 +633,12 @@ def large():
             {},
             "expected a HierarchicalDataset",
         ),
-        (make_model, lambda: Subset(make_data(), []), {}, "with samples, not Subset of 0"),
+        (
+            make_model,
+            lambda: HierarchicalSubset(make_data(), []),
+            {},
+            "with samples, not HierarchicalSubset of 0",
+        ),
         (lambda: make_model(head=["pool", "lstm"]), make_data, {}, "'fine'.* read clips"),
         (
             lambda: make_model(head="flatten"),
@@ -737,7 +744,7 @@ def test_fit(ema, tmp_path):
     settings |= {"model_ema": True, "model_ema_decay": 0.5} if ema else {}
 
     def run(name, cached, epochs, **kwargs):
-        model, parts = make_model(), (Subset(data, range(12)), val)
+        model, parts = make_model(), (HierarchicalSubset(data, range(12)), val)
         if cached:
             parts = [
                 cache_features(model, part, tmp_path / f"part{i}") for i, part in enumerate(parts)

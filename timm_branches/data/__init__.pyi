@@ -29,7 +29,7 @@ from .datasets import (
     HierarchicalDataset as HierarchicalDataset,
 )
 from .datasets import (
-    Subset as Subset,
+    HierarchicalSubset as HierarchicalSubset,
 )
 from .datasets import (
     coarsen_labels as coarsen_labels,

@@ -35,7 +35,7 @@ _logger = logging.getLogger(__name__)
 
 __all__ = [
     "HierarchicalDataset",
-    "Subset",
+    "HierarchicalSubset",
     "coarsen_labels",
     "create_dataset",
     "create_splits",
@@ -158,7 +158,7 @@ class HierarchicalDataset(SeededDataset):
             tensor = self.transform(image)
         return tensor, self.labels[index]
 
-    def limit(self, count: int, seed: int = 0) -> "Subset":
+    def limit(self, count: int, seed: int = 0) -> "HierarchicalSubset":
         """A stratified part, for quick runs.
 
         Every class keeps its share, as far as whole samples allow.
@@ -174,9 +174,9 @@ class HierarchicalDataset(SeededDataset):
         indices = stratified_indices(self.labels, min(count, len(self)), seed)
         return self.subset(indices.sort().values)
 
-    def subset(self, indices: Any) -> "Subset":
+    def subset(self, indices: Any) -> "HierarchicalSubset":
         """Some of the samples, at these positions."""
-        return Subset(self, indices)
+        return HierarchicalSubset(self, indices)
 
 
 def _as_positions(indices: Any, count: int) -> torch.Tensor:
@@ -200,7 +200,7 @@ def _as_positions(indices: Any, count: int) -> torch.Tensor:
     return given.long()
 
 
-class Subset(HierarchicalDataset):
+class HierarchicalSubset(HierarchicalDataset):
     """Some samples of a dataset, with the same taxonomy and a transform of its own to set.
 
     Images are not copied. A sample is augmented as in the whole dataset, given the same seed and
@@ -212,7 +212,7 @@ class Subset(HierarchicalDataset):
 
     Example:
         >>> data = HierarchicalDataset(np.zeros((5, 8, 8), np.uint8), torch.zeros(5, 2))
-        >>> len(Subset(data, [0, 3]))
+        >>> len(HierarchicalSubset(data, [0, 3]))
         2
     """
 
@@ -230,7 +230,7 @@ class Subset(HierarchicalDataset):
 
 def split_dataset(
     dataset: HierarchicalDataset, fraction: float = 0.1, seed: int = 0
-) -> tuple[Subset, Subset]:
+) -> tuple[HierarchicalSubset, HierarchicalSubset]:
     """Set a stratified part of the training data aside for validation.
 
     Settings are never chosen on the test set. A class keeps at least one training image. What
@@ -284,12 +284,14 @@ def split_dataset(
             f"fraction={fraction} of {len(dataset)} samples cannot be set aside: {why}. Give a "
             "validation split of your own, or more data."
         )
-    return Subset(dataset, (~mask).nonzero()[:, 0]), Subset(dataset, mask.nonzero()[:, 0])
+    return HierarchicalSubset(dataset, (~mask).nonzero()[:, 0]), HierarchicalSubset(
+        dataset, mask.nonzero()[:, 0]
+    )
 
 
 def coarsen_labels(
     dataset: HierarchicalDataset, fraction: float, levels: int = 1, seed: int = 0
-) -> tuple[Subset, Subset]:
+) -> tuple[HierarchicalSubset, HierarchicalSubset]:
     """Hide the fine labels of a part of the data, to learn what coarsely labelled images are worth.
 
     Args:
@@ -317,7 +319,7 @@ def coarsen_labels(
     if not 1 <= levels < depth:
         raise ValueError(f"levels={levels} of {depth}: at least one must be kept and one be hidden")
     full, hidden = split_dataset(dataset, fraction, seed)
-    everything = Subset(dataset, range(len(dataset)))
+    everything = HierarchicalSubset(dataset, range(len(dataset)))
     everything.labels = everything.labels.clone()
     everything.labels[torch.isin(everything.sample_ids, hidden.sample_ids), levels:] = -1
     return everything, full

@@ -365,7 +365,7 @@ def create_loader(
     Args:
         dataset: A :class:`HierarchicalDataset` or any other map-style dataset; augmentations are
             reproducible as described for the former only. The seed is set on it: two training
-            loaders need two datasets (a `Subset` of all samples is one).
+            loaders need two datasets (a `HierarchicalSubset` of all samples is one).
         batch_size: Samples a batch, on each rank.
         is_training: Shuffle and drop the last batch, or go through all samples in order.
         num_workers: Worker processes; 0 loads in this one.

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from timm_branches.hierarchy.losses import level_cross_entropy
+from timm_branches.hierarchy.losses import at_least_float32, level_cross_entropy
 
 __all__ = [
     "charbonnier_loss",
@@ -117,7 +117,7 @@ def dice_loss(
     labels = _labels(logits, target, ignore_index)[:, None]
     known = labels >= 0
     # autocast would run sums and products of half precision inputs as they come
-    logits = torch.where(known, _at_least_float32(logits), 0)
+    logits = torch.where(known, at_least_float32(logits), 0)
     binary = logits.shape[1] == 1
     p = (logits.sigmoid() if binary else logits.softmax(1)) * known
     classes = (
@@ -175,7 +175,7 @@ def _compare(
         raise ValueError(
             f"output {tuple(output.shape)} and target {tuple(target.shape)} must have one shape"
         )
-    return loss(_at_least_float32(output), _at_least_float32(target))
+    return loss(at_least_float32(output), at_least_float32(target))
 
 
 _LOSSES: dict[str, tuple[Callable[..., torch.Tensor], ...]] = {
@@ -289,7 +289,3 @@ def _labels(logits: torch.Tensor, target: torch.Tensor, ignore_index: int) -> to
                 f"classes from 0 on, nor -1, nor ignore_index={ignore_index}"
             )
     return labels
-
-
-def _at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -1,4 +1,8 @@
-"""Photographs inside installed packages, and a small segmentation task made of one of them."""
+"""Photographs inside installed packages, and a small segmentation task made of one of them.
+
+Recipes are single files that people copy, so what several of them and the tests use is in the
+package.
+"""
 
 import os
 from importlib.util import find_spec

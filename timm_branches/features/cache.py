@@ -16,8 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.utils.data import Dataset
-from torch.utils.data import Subset as Part
+from torch.utils.data import Dataset, Subset
 from tqdm import tqdm
 
 from timm_branches.data.clips.dataset import ClipDataset
@@ -275,7 +274,7 @@ def _compute(
         ) as bar:
             for view in range(done // size, views):
                 data.set_epoch(view)
-                part = Part(data, range(max(0, done - view * size), size))
+                part = Subset(data, range(max(0, done - view * size), size))
                 for inputs in create_loader(
                     part,
                     batch_size,

@@ -158,7 +158,7 @@ class HeadsOnly(BranchModel):
                 f"expected features (B, {sum(widths)}), or (B, T, {sum(widths)}) of clips, which "
                 f"cache_features makes for this model, got {tuple(x.shape)}."
             )
-        which = self._select(heads)
+        which = self.head_indices(heads)
         clips = Clips(x, lengths) if x.ndim == 3 else None
         if clips is None:
             temporal = [self.names[i] for i in which if self.names[i] in self.temporal_heads]

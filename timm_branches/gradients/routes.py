@@ -174,13 +174,13 @@ def _encoder_decoder(
     if head is not None and head not in decoders:
         raise ValueError(f"head={head!r}: the model's decoders are {decoders}.")
     name = decoders[0] if head is None else head
-    (which,) = model._select([name])
+    (which,) = model.head_indices([name])
     module: Any = model.head(name)
     infos = [model.taps[i] for i in model.head_taps[which]]
     order = getattr(module, "order", list(range(len(infos))))  # the deepest first
 
     def encode(images: torch.Tensor) -> dict[str, torch.Tensor]:
-        maps = model._head_maps(model.align(images, [which]), [which])[name]
+        maps = model.head_maps(model.align(images, [which]), [which])[name]
         named = {}
         kind = "trunk"
         for index in order:

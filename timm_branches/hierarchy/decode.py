@@ -65,7 +65,7 @@ _CACHE: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def _tables(taxonomy: Taxonomy, device: torch.device) -> _Tables:
-    by_device = _CACHE.setdefault(taxonomy._tables.leaf, {})
+    by_device = _CACHE.setdefault(taxonomy.tables.leaf, {})
     if device not in by_device:
         with torch.inference_mode(False):  # else a later training step could not use them
             by_device[device] = _build_tables(taxonomy, device)

@@ -194,7 +194,7 @@ def level_cross_entropy(
         >>> round(float(level_cross_entropy(logits, torch.tensor([1, -1]))), 4)
         0.6931
     """
-    logits = _at_least_float32(logits)
+    logits = at_least_float32(logits)
     if class_weights is not None:
         if class_weights.shape != logits.shape[1:]:
             raise ValueError(
@@ -515,7 +515,8 @@ def _mean(losses: torch.Tensor, weights: torch.Tensor, share: bool) -> torch.Ten
     return losses.sum() / torch.where(known > 0, known, 1)
 
 
-def _at_least_float32(logits: torch.Tensor) -> torch.Tensor:
+def at_least_float32(logits: torch.Tensor) -> torch.Tensor:
+    """Half precision as float32; what is more precise stays as it is."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
@@ -546,7 +547,7 @@ def _level_inputs(level_logits: LevelLogits, taxonomy: Taxonomy) -> list[torch.T
             f"level_logits must be one (N, K) for each level, K in {taxonomy.num_classes}, got "
             f"{shapes}."
         )
-    return [_at_least_float32(logits) for logits in levels]
+    return [at_least_float32(logits) for logits in levels]
 
 
 def _leaf_inputs(
@@ -564,4 +565,4 @@ def _leaf_inputs(
     check_labels(labels, taxonomy, len(leaf_logits))
     paths = complete_paths(labels, taxonomy)
     labelled = paths[:, 0] >= 0
-    return _only(labelled, _at_least_float32(leaf_logits)).log_softmax(-1), paths, labelled
+    return _only(labelled, at_least_float32(leaf_logits)).log_softmax(-1), paths, labelled

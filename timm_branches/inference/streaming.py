@@ -205,7 +205,7 @@ class StreamingStep(nn.Module):
 
 def _streaming_heads(model: BranchModel, heads: Sequence[str] | None) -> list[str]:
     """The heads to compute in tap order, all of which can stream."""
-    names = [model.names[i] for i in model._select(heads)]
+    names = [model.names[i] for i in model.head_indices(heads)]
     temporal = [name for name in names if name in model.temporal_heads]
     if not temporal:
         raise ValueError(

@@ -32,13 +32,13 @@ __all__ = ["Forest"]
 class Forest:
     """What can be asked of a :class:`Taxonomy`, where arguments and attributes are documented."""
 
-    __slots__ = ("_ends", "_tables", "classes", "leaves", "levels", "nodes")
+    __slots__ = ("_ends", "tables", "classes", "leaves", "levels", "nodes")
 
     classes: tuple[tuple[str, ...], ...]
     leaves: tuple[NodePath, ...]
     levels: tuple[str, ...]
     nodes: tuple[tuple[NodePath, ...], ...]
-    _tables: LevelTables
+    tables: LevelTables
     # what by_end says of leaves and of nodes, once asked
     _ends: dict[str, dict[str, list[NodePath]]]
 
@@ -59,7 +59,7 @@ class Forest:
         put(self, "levels", check_levels(levels, depth))
         put(self, "nodes", check_order(self.levels, nodes, order))
         put(self, "classes", tuple(map(display_names, self.nodes)))
-        put(self, "_tables", build_tables(self.leaves, self.nodes))
+        put(self, "tables", build_tables(self.leaves, self.nodes))
         put(self, "_ends", {})
 
     # ---- what it is made of
@@ -94,7 +94,7 @@ class Forest:
         """
         return (
             torch.full((self.num_classes[0],), -1, device="cpu"),
-            *(table[:-1, level].clone() for level, table in enumerate(self._tables.ancestors[1:])),
+            *(table[:-1, level].clone() for level, table in enumerate(self.tables.ancestors[1:])),
         )
 
     @property
@@ -103,7 +103,7 @@ class Forest:
 
         Each leaf's class index on each level, -1 below a shallow leaf's own level.
         """
-        return self._tables.leaf[:-1].clone()
+        return self.tables.leaf[:-1].clone()
 
     @property
     def heights(self) -> tuple[torch.Tensor, ...]:
@@ -113,7 +113,7 @@ class Forest:
 
         The root above all, which joins the trees of the forest, has height L.
         """
-        return tuple(height.clone() for height in self._tables.heights)
+        return tuple(height.clone() for height in self.tables.heights)
 
     def level_index(self, level: str | int) -> int:
         """The index of a level given by name or index.
@@ -163,10 +163,10 @@ class Forest:
             [1, -1]
         """
         if level is None:
-            table, what = self._tables.leaf, "leaf label"
+            table, what = self.tables.leaf, "leaf label"
         else:
             depth = self.level_index(level)
-            table, what = self._tables.ancestors[depth], f"label of level {self.levels[depth]!r}"
+            table, what = self.tables.ancestors[depth], f"label of level {self.levels[depth]!r}"
         labels = as_labels(labels, len(table) - 1, what)
         return table.to(labels.device)[labels]
 
@@ -192,7 +192,7 @@ class Forest:
             tensor([2, 0])
         """
         single = isinstance(names, str)
-        at = self._tables.leaf_index
+        at = self.tables.leaf_index
         items = [names] if single else as_items("names", names, "['animal/cat', 'animal/dog']")
         indices = [at[self._find(name, "leaves")] for name in items]
         result = torch.tensor(indices, dtype=torch.long, device="cpu")
@@ -217,7 +217,7 @@ class Forest:
             [[0, -1], [1, 2]]
         """
         found = [self._find(name, "nodes") for name in paths]
-        at = self._tables.node_index
+        at = self.tables.node_index
         rows = [
             [at[path[: d + 1]] if d < len(path) else -1 for d in range(self.num_levels)]
             for path in found
@@ -255,7 +255,7 @@ class Forest:
             >>> tree.translate([0, 1, 2, -1], tree.prune(['dog', 'ship'])).tolist()
             [-1, 0, 1, -1]
         """
-        at = other._tables.leaf_index
+        at = other.tables.leaf_index
         table = torch.tensor([*(at.get(path, -1) for path in self.leaves), -1], device="cpu")
         labels = as_labels(labels, self.num_leaves, "leaf label")
         return table.to(labels.device)[labels]
@@ -276,7 +276,7 @@ class Forest:
         """
         depth = self.level_index(level)
         return (
-            self._tables.leaf[:-1, depth, None]
+            self.tables.leaf[:-1, depth, None]
             == torch.arange(self.num_classes[depth], device="cpu")
         ).float()
 
@@ -309,11 +309,11 @@ class Forest:
             column = as_labels(
                 predictions[:, depth], self.num_classes[depth], f"prediction of level {level!r}"
             )
-            ancestors = self._tables.ancestors[depth].to(column.device)[column]
+            ancestors = self.tables.ancestors[depth].to(column.device)[column]
             above = predictions[:, :depth]
             fits = ((ancestors[:, :depth] == above) | (above < 0)).all(1)
             valid &= fits | (column < 0) | ~still_open
-            still_open &= (column < 0) | ~self._tables.is_leaf[depth].to(column.device)[column]
+            still_open &= (column < 0) | ~self.tables.is_leaf[depth].to(column.device)[column]
         return valid
 
     def common_depth(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -362,7 +362,7 @@ class Forest:
             -1, (depth - 1).clamp(min=0)[..., None]
         )[..., 0]
         root = torch.tensor([self.num_levels], device="cpu")
-        heights = torch.cat([root, *self._tables.heights]).to(depth.device)
+        heights = torch.cat([root, *self.tables.heights]).to(depth.device)
         return heights[torch.where(depth > 0, starts[depth] + above, 0)]
 
     def distances(self) -> torch.Tensor:
@@ -380,10 +380,10 @@ class Forest:
             [[0, 1, 2], [1, 0, 2], [2, 2, 0]]
         """
         result = torch.full((self.num_leaves, self.num_leaves), self.num_levels, device="cpu")
-        table = self._tables.leaf[:-1]
+        table = self.tables.leaf[:-1]
         # so that nothing else is as large
         for rows, part in zip(result.split(256), table.split(256), strict=True):
-            for mine, column, heights in zip(part.T, table.T, self._tables.heights, strict=True):
+            for mine, column, heights in zip(part.T, table.T, self.tables.heights, strict=True):
                 shared = (mine[:, None] == column) & (column >= 0)
                 # the deepest shared level comes last
                 rows.copy_(torch.where(shared, heights[mine][:, None], rows))
@@ -419,4 +419,4 @@ class Forest:
 
     def __str__(self) -> str:
         """The tree as text; leaves with their index."""
-        return draw([path for level in self.nodes for path in level], self._tables.leaf_index)
+        return draw([path for level in self.nodes for path in level], self.tables.leaf_index)

@@ -1,6 +1,7 @@
 """Is it worth it? Several seeds of several methods as one table, and a verdict.
 
-The verdict is one that the numbers bear.
+The verdict is one that the numbers bear. Recipes are single files that people copy, so what all of
+them use is in the package.
 """
 
 import math

@@ -13,7 +13,7 @@ from timm_branches.data.clips.sources import ArrayClips, FileClips, read_clip_cs
 from timm_branches.data.clips.video import ClipError
 from timm_branches.data.datasets import (
     HierarchicalDataset,
-    Subset,
+    HierarchicalSubset,
     set_value_range,
     split_dataset,
     take_split,
@@ -168,7 +168,7 @@ class ClipDataset(HierarchicalDataset):
         )
 
 
-class ClipSubset(ClipDataset, Subset):
+class ClipSubset(ClipDataset, HierarchicalSubset):
     """Some clips of a dataset, with a transform and a sampler of its own to set.
 
     A clip that cannot be read is replaced by one of the same subset.
@@ -186,7 +186,7 @@ class ClipSubset(ClipDataset, Subset):
 
     def __init__(self, dataset: ClipDataset, indices: Any) -> None:
         self.__dict__.update(vars(dataset))
-        Subset.__init__(self, dataset, indices)
+        HierarchicalSubset.__init__(self, dataset, indices)
 
 
 def split_clips(
