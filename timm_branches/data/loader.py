@@ -3,6 +3,7 @@
 import builtins
 import logging
 import math
+import multiprocessing.connection
 import os
 import re
 import signal
@@ -273,10 +274,26 @@ def _with_plain_errors(batches: Iterator[Any]) -> Iterator[Any]:
                 raise _plain(error) from error
             raise _worker_died(error) from error
         except (ConnectionError, EOFError) as error:  # it died while it sent a batch
+            _await_dead(getattr(batches, "_workers", []))
             raise _worker_died(error) from error
         except (OSError, ValueError) as error:
             raise _plain(error) from error
         yield batch
+
+
+def _await_dead(workers: list[Any]) -> None:
+    """Collect the workers that died, and torch's notice of it.
+
+    The notice is an error that is raised wherever the main process is at that moment: here it harms
+    nobody.
+    """
+    try:
+        sentinels = {worker.sentinel: worker for worker in workers}
+        for sentinel in multiprocessing.connection.wait(list(sentinels), timeout=5):
+            sentinels[sentinel].join()
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
 
 
 def _worker_died(error: Exception) -> ChildProcessError:

@@ -185,9 +185,7 @@ class TapReader:
         stages = [info for info in infos if info.stage is not None]
         hooked = all(info.module in self.hookable for info in stages)
         self.wanted = frozenset(info.module for info in (infos if hooked else modules))
-        self.last = None
-        if hooked:
-            self.last = max(infos, key=lambda info: self.order[info.module]).module
+        self.last = self._last_run(infos) if hooked else None
         self.to_stage_end = not hooked
         self.captured = {}
         by_index: dict[int, torch.Tensor] = {}
@@ -212,6 +210,14 @@ class TapReader:
             self.hookable.clear()  # checkpointing runs the members of a stage, not the stage
             return self._run_hooks(backbone, x, infos)
         return self._outputs(infos, by_index)
+
+    def _last_run(self, infos: Sequence[TapInfo]) -> str:
+        """The tapped module that a pass comes to last; a loop, since compilers know no `key=`."""
+        last = infos[0].module
+        for info in infos:
+            if self.order[info.module] > self.order[last]:
+                last = info.module
+        return last
 
     def _outputs(
         self, infos: Sequence[TapInfo], by_index: Mapping[int, torch.Tensor]
