@@ -468,7 +468,7 @@ def count(text: str) -> int:
     """A whole number above 0, of a flag."""
     number = int(text)
     if number < 1:
-        raise argparse.ArgumentTypeError(f"must be above 0, got {number}")
+        raise argparse.ArgumentTypeError(f"must be above 0, got {number}.")
     return number
 
 

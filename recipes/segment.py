@@ -510,7 +510,7 @@ def make_smp(
         import segmentation_models_pytorch as smp
     except ImportError:
         raise ImportError(
-            "--smp needs segmentation_models_pytorch: pip install segmentation-models-pytorch"
+            "--smp needs segmentation_models_pytorch: pip install segmentation-models-pytorch."
         ) from None
     torch.manual_seed(args.seed)
     widths = {"decoder_channels": tuple(args.channels)} if args.channels else {}

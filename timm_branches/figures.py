@@ -48,7 +48,7 @@ def new_figure(width: float, height: float) -> "Figure":
     except ImportError as error:
         raise MissingPackageError(
             f"Plots need matplotlib, which is not installed ({error}). "
-            "Install it with: pip install 'timm_branches[recipes]'"
+            "Install it with: pip install 'timm_branches[recipes]'."
         ) from error
     figure = Figure(figsize=(width, height), dpi=150, facecolor="white")
     figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.1)

@@ -331,7 +331,7 @@ class BranchModel(FreezableBackbone):
     def head(self, name: str) -> nn.Module:
         """The module of the head with this name."""
         if not isinstance(name, str) or name not in self._keys:
-            raise KeyError(f"no head {name!r}: the model's heads are {list(self.names)}")
+            raise KeyError(f"no head {name!r}: the model's heads are {list(self.names)}.")
         return self.heads[self._keys[name]]
 
     def head_prefix(self, name: str) -> str:

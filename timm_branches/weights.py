@@ -225,7 +225,7 @@ def _aliases(
         return {alias: tensors[name] for alias, name in tied.items()}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{path} says wrongly which of its tensors have several names: {error!r}"
+            f"{path} says wrongly which of its tensors have several names: {error!r}."
         ) from error
 
 

@@ -123,9 +123,12 @@ def test_default_is_the_best_path(model_file, folder):
             assert p == pytest.approx(below / sum(product), abs=1e-5)
 
 
-@pytest.mark.parametrize("threshold", [0.0, 0.3, 0.5, 1.0])
-def test_threshold(model_file, folder, threshold):
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.7, 1.0])
+def test_threshold(model_file, folder, share):
     whole = list(predict(model_file, folder))
+    # among the probabilities that there are; 0 cuts nothing, 1 everything
+    known = sorted(p for record in whole for p in record.probabilities[1:])
+    threshold = share if share in (0.0, 1.0) else known[int(share * len(known))]
     cut = list(predict(model_file, folder, threshold=threshold))
     for before, after in zip(whole, cut, strict=True):
         kept = len(list(takewhile(lambda p: p >= threshold, before.probabilities)))
@@ -136,7 +139,7 @@ def test_threshold(model_file, folder, threshold):
         assert not before.stopped
     depths = {len(r.labels) for r in cut}
     assert depths == {0.0: {3}, 1.0: {0}}.get(threshold, depths)
-    assert threshold in (0.0, 1.0) or len(depths) > 1, "every path was cut alike"
+    assert share in (0.0, 1.0) or len(depths) > 1, "every path was cut alike"
 
 
 @pytest.mark.parametrize("threshold", [None, 0.9])

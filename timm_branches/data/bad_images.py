@@ -198,8 +198,8 @@ def describe_bad_images(bad: list[BadImage], total: int) -> str:
     """A sentence that counts them and names the first."""
     named = "; ".join(f"{image.name}: {image.reason}" for image in bad[:5])
     more = f"; and {len(bad) - 5} more" if len(bad) > 5 else ""
-    verb = "image cannot" if len(bad) == 1 else "images cannot"
-    return f"{len(bad)} of {total} {verb} be read: {named}{more}"
+    verb = "image cannot" if total == 1 else "images cannot"
+    return f"{len(bad)} of {total} {verb} be read: {named}{more}".rstrip(".")
 
 
 def _name(dataset: Any, index: int) -> str:

@@ -116,7 +116,7 @@ class HierarchicalDataset(SeededDataset):
             raise ValueError(
                 f"labels must be ({len(images)}, levels), one row per image, not "
                 f"{tuple(labels.shape)}; for leaf "
-                "indices use taxonomy.expand(labels)"
+                "indices use taxonomy.expand(labels)."
             )
         if taxonomy is not None and len(labels):
             sizes = torch.tensor(taxonomy.num_classes)
@@ -124,7 +124,7 @@ class HierarchicalDataset(SeededDataset):
                 raise ValueError(
                     f"labels with {labels.shape[1]} levels and the highest class indices "
                     f"{labels.amax(0).tolist()} do not fit a taxonomy of {taxonomy.num_classes} "
-                    "classes"
+                    "classes."
                 )
         self.images = ArrayImages(images, in_chans)
         self.labels = labels
@@ -260,7 +260,7 @@ def split_dataset(
     if not 0 < count < len(dataset):
         raise ValueError(
             f"fraction={fraction} of {len(dataset)} samples leaves an empty part; take a fraction "
-            "between 0 and 1 that leaves at least one sample on either side"
+            "between 0 and 1 that leaves at least one sample on either side."
         )
     if dataset.groups is None:
         drawn = stratified_indices(dataset.labels, count, seed)
@@ -317,7 +317,9 @@ def coarsen_labels(
     """
     depth = dataset.labels.shape[1]
     if not 1 <= levels < depth:
-        raise ValueError(f"levels={levels} of {depth}: at least one must be kept and one be hidden")
+        raise ValueError(
+            f"levels={levels} of {depth}: at least one must be kept and one be hidden."
+        )
     full, hidden = split_dataset(dataset, fraction, seed)
     everything = HierarchicalSubset(dataset, range(len(dataset)))
     everything.labels = everything.labels.clone()
@@ -337,7 +339,7 @@ def read_source(
     """The source behind what `create_dataset` takes."""
     if isinstance(in_chans, bool) or not isinstance(in_chans, int) or in_chans < 1:
         raise ValueError(
-            f"in_chans must be 3 (RGB), 1 (grey), or a number of bands, not {in_chans!r}"
+            f"in_chans must be 3 (RGB), 1 (grey), or a number of bands, not {in_chans!r}."
         )
     tree = None if taxonomy is None else get_taxonomy(taxonomy)
     columns = {name: value for name, value in columns.items() if value is not None}
@@ -360,7 +362,7 @@ def read_source(
     _refuse_columns(columns, f"{path}, which is no table")
     name = path.lower().replace("-", "_")
     if in_chans not in (1, 3) and (name == "digits" or name in TORCHVISION):
-        raise ValueError(f"in_chans must be 3 (RGB) or 1 (grey) for {name}, not {in_chans}")
+        raise ValueError(f"in_chans must be 3 (RGB) or 1 (grey) for {name}, not {in_chans}.")
     if name == "digits":
         return read_digits(tree)
     if name in TORCHVISION:
@@ -370,13 +372,13 @@ def read_source(
     if not os.path.isfile(path):
         known = ", ".join(["digits", *TORCHVISION, *(f"{prefix}/..." for prefix in READERS)])
         raise FileNotFoundError(
-            f"{path} is neither a file or folder nor one of the data sets {known}"
+            f"{path} is neither a file or folder nor one of the data sets {known}."
         )
     if path.lower().endswith((".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")):
         return read_tar(path, in_chans, tree)
     raise ValueError(
         f"{path} is of no known kind; expected a folder, a .tar, .tar.gz, .tar.bz2, .tar.xz, or a "
-        "table (.csv, .tsv, .parquet)"
+        "table (.csv, .tsv, .parquet)."
     )
 
 
@@ -413,7 +415,7 @@ def take_split(data: Any, source: Source, split: str, where: Any) -> Any:
     if not wanted & present:
         raise ValueError(
             f"{where} has no {split!r} split, only {', '.join(sorted(present))}; split_dataset or "
-            "create_splits set a part of the training data aside"
+            "create_splits set a part of the training data aside."
         )
     if source.splits is None or present <= wanted:
         return data
@@ -437,7 +439,7 @@ def take_splits(
     train, val, test = (data.subset(np.flatnonzero(splits == part)) for part in SPLITS)
     if not len(train):
         raise ValueError(
-            f"{where} has no training data, only {', '.join(sorted(set(splits.tolist())))}"
+            f"{where} has no training data, only {', '.join(sorted(set(splits.tolist())))}."
         )
     if not len(val):
         train, val = split(train, val_fraction, seed)

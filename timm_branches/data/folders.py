@@ -99,7 +99,7 @@ def read_folder_names(
         if not folder:
             raise ValueError(
                 f"{names[i]} in {where} lies in no class folder; expected e.g. "
-                f"cat/{os.path.basename(names[i])}"
+                f"cat/{os.path.basename(names[i])}."
             )
     return folders, None if splits is None else np.array(splits), kept
 

@@ -429,7 +429,7 @@ def create_loader(
     check_flag("is_training", is_training)
     if not 0 <= rank < world_size:
         raise ValueError(
-            f"rank {rank} is not one of 0 to {world_size - 1} (world_size={world_size})"
+            f"rank {rank} is not one of 0 to {world_size - 1} (world_size={world_size})."
         )
     if drop_last is None:
         drop_last = is_training
@@ -476,10 +476,10 @@ def create_loader(
 def _check_size(size: int, batch_size: int, world_size: int, drop_last: bool) -> None:
     """Refuse a data set of which no batch would be left."""
     if size == 0:
-        raise ValueError("the dataset is empty")
+        raise ValueError("the dataset is empty.")
     if drop_last and size < batch_size * world_size:
         raise ValueError(
             f"{size} samples do not fill one batch of {batch_size} on each of {world_size} "
             "processes, and drop_last drops the rest: nothing would be left. Take batch_size <= "
-            f"{max(1, size // world_size)}, or drop_last=False"
+            f"{max(1, size // world_size)}, or drop_last=False."
         )

@@ -221,7 +221,7 @@ def decode_mask(path: str) -> tuple[np.ndarray, Colour | None]:
             image = image.convert("RGB") if image.mode != "RGBA" else _without_alpha(image)
         pixels = np.asarray(image)
     except ValueError as error:
-        raise ValueError(f"cannot read the mask {path}: {error}.") from error
+        raise ValueError(f"cannot read the mask {path}: {str(error).rstrip('.')}.") from error
     except Exception as error:
         raise ValueError(f"cannot read the mask {path}: it is no whole image ({error}).") from error
     if pixels.dtype == np.bool_:

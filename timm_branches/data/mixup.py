@@ -29,7 +29,7 @@ def split_levels(target: torch.Tensor, num_classes: Sequence[int]) -> list[torch
     if target.shape[-1] != sum(sizes):
         raise ValueError(
             f"the target has {target.shape[-1]} columns (shape {tuple(target.shape)}), but the "
-            f"levels {sizes} need {sum(sizes)}"
+            f"levels {sizes} need {sum(sizes)}."
         )
     return list(target.split(sizes, dim=-1))
 
@@ -88,19 +88,19 @@ class HierarchicalMixup(Mixup):
         num_classes: Sequence[int] = (),
     ) -> None:
         if mode not in ("batch", "pair", "elem"):
-            raise ValueError(f"mode must be 'batch', 'pair' or 'elem', not {mode!r}")
+            raise ValueError(f"mode must be 'batch', 'pair' or 'elem', not {mode!r}.")
         if not (mixup_alpha > 0 or cutmix_alpha > 0 or cutmix_minmax is not None):
             raise ValueError(
                 f"nothing to mix: mixup_alpha={mixup_alpha} and cutmix_alpha={cutmix_alpha}; one "
-                "must be above 0, or cutmix_minmax given"
+                "must be above 0, or cutmix_minmax given."
             )
         if isinstance(num_classes, int) or not len(num_classes):
             raise ValueError(
                 "num_classes must hold the classes of each level, e.g. [2, 7, 10], not "
-                f"{num_classes!r}"
+                f"{num_classes!r}."
             )
         if not 0.0 <= label_smoothing < 1.0:
-            raise ValueError(f"label_smoothing must be in [0, 1), not {label_smoothing}")
+            raise ValueError(f"label_smoothing must be in [0, 1), not {label_smoothing}.")
         super().__init__(
             mixup_alpha,
             cutmix_alpha,
@@ -131,7 +131,7 @@ class HierarchicalMixup(Mixup):
         if labels.ndim != 2 or labels.shape[1] != len(self.num_classes):
             raise ValueError(
                 f"labels must be (batch, {len(self.num_classes)}), one column for each of the "
-                f"levels {self.num_classes}, not {tuple(labels.shape)}"
+                f"levels {self.num_classes}, not {tuple(labels.shape)}."
             )
         labels = labels.long()
         parts = []
@@ -141,7 +141,7 @@ class HierarchicalMixup(Mixup):
                 raise ValueError(
                     f"level {level} has {size} classes, but its labels range from "
                     f"{int(label.min())} to "
-                    f"{int(label.max())}; classes are 0 to {size - 1}, -1 is unknown"
+                    f"{int(label.max())}; classes are 0 to {size - 1}, -1 is unknown."
                 )
             off = self.label_smoothing / size
             part = torch.full((len(labels), size), off, device=labels.device)
@@ -164,11 +164,11 @@ class HierarchicalMixup(Mixup):
                 modes take any: the middle element is then mixed with itself.
         """
         if len(x) != len(target):
-            raise ValueError(f"{len(x)} images but {len(target)} labels")
+            raise ValueError(f"{len(x)} images but {len(target)} labels.")
         if self.mode == "pair" and len(x) % 2:
             raise ValueError(
                 f"mode='pair' needs an even batch, not {len(x)} images: take an even batch size "
-                "with drop_last=True, or mode='batch' or 'elem'"
+                "with drop_last=True, or mode='batch' or 'elem'."
             )
         # first: a wrong label must not leave the images half mixed
         clean = self.soft_labels(target)

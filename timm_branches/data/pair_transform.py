@@ -64,15 +64,15 @@ class PairTransform:
         std: Sequence[float] = IMAGENET_DEFAULT_STD,
     ) -> None:
         if augment is not None and size is not None:
-            raise ValueError("size= has no effect beside augment=: let the augmentation crop")
+            raise ValueError("size= has no effect beside augment=: let the augmentation crop.")
         if not 0 < scale[0] <= scale[1] or not 0 <= hflip <= 1:
             raise ValueError(
                 "scale must be an increasing range above 0 and hflip a probability, "
-                f"got {scale}, {hflip}"
+                f"got {scale}, {hflip}."
             )
         if size is None and (scale != (1.0, 1.0) or color_jitter):
             raise ValueError(
-                "scale= and color_jitter= are for training: they need size=, the size of the crop"
+                "scale= and color_jitter= are for training: they need size=, the size of the crop."
             )
         self.mean, self.std = tuple(mean), tuple(std)
         self.random = SampleRandom()
@@ -147,7 +147,7 @@ class PairTransform:
         if not isinstance(augmented, np.ndarray) or augmented.dtype != image.dtype:
             raise ValueError(
                 f"the augmentation must return {image.dtype} arrays: leave out Normalize and "
-                "ToTensorV2"
+                "ToTensorV2."
             )
         return augmented, result["mask"].astype(np.int64) - 1
 

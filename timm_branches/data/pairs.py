@@ -33,9 +33,9 @@ class PairDataset(SeededDataset):
 
     def __init__(self, images: Any, repeats: int) -> None:
         if repeats < 1:
-            raise ValueError(f"repeats must be at least 1, got {repeats}")
+            raise ValueError(f"repeats must be at least 1, got {repeats}.")
         if not len(images):
-            raise ValueError("there are no images")
+            raise ValueError("there are no images.")
         self.images = images
         self.repeats = repeats
         super().__init__()
@@ -75,7 +75,7 @@ def list_images(root: str) -> list[tuple[str, str]]:
     """
     names, _ = find_files(root, is_image_name)
     if not names:
-        raise ValueError(f"no images in {root}")
+        raise ValueError(f"no images in {root}.")
     return [(os.path.splitext(name)[0], os.path.join(root, name)) for name in names]
 
 
@@ -98,7 +98,7 @@ def open_images(
         names = [os.fspath(path) for path in images]
         return FileImages(names, in_chans, value_range), names
     if value_range is not None:
-        raise ValueError("value_range= belongs to files, and has no effect on arrays")
+        raise ValueError("value_range= belongs to files, and has no effect on arrays.")
     return ArrayImages(images, in_chans), [f"image {i}" for i in range(len(images))]
 
 
@@ -161,7 +161,7 @@ def _by_stem(root: str, suffix: str) -> dict[str, str]:
         name = stem.removesuffix(suffix)
         if name in paths:
             raise ValueError(
-                f"{paths[name]} and {path} share their names with each other but for the extension"
+                f"{paths[name]} and {path} share their names with each other but for the extension."
             )
         paths[name] = path
     return paths

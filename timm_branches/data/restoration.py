@@ -23,7 +23,7 @@ class _PatchDataset(PairDataset):
     ) -> None:
         if patch_size is not None and (patch_size < 1 or not is_training):
             raise ValueError(
-                f"patch_size={patch_size} must be at least 1, and is for is_training=True"
+                f"patch_size={patch_size} must be at least 1, and is for is_training=True."
             )
         self.is_training, self.patch_size = is_training, patch_size
         self.random = SampleRandom()
@@ -50,7 +50,7 @@ class _PatchDataset(PairDataset):
         for side in shape[:2]:
             if side < self.patch_size:
                 raise ValueError(
-                    f"{name} has a side of {side} pixels, less than patch_size={self.patch_size}"
+                    f"{name} has a side of {side} pixels, less than patch_size={self.patch_size}."
                 )
             corner.append(int(random.integers(side - self.patch_size + 1)))
         return corner
@@ -103,7 +103,7 @@ class DenoisingDataset(_PatchDataset):
     ) -> None:
         self.sigma, self.blur = _range("sigma", sigma), _range("blur", blur)
         if not self.sigma[1] and not self.blur[1]:
-            raise ValueError("with sigma=0 and blur=0 nothing is degraded")
+            raise ValueError("with sigma=0 and blur=0 nothing is degraded.")
         pictures, self.names = open_images(images, in_chans, value_range)
         super().__init__(pictures, is_training, patch_size, repeats)
 
@@ -195,7 +195,7 @@ class RestorationDataset(_PatchDataset):
     ) -> None:
         folders = isinstance(degraded, str | os.PathLike)
         if folders != isinstance(clean, str | os.PathLike):
-            raise ValueError("degraded and clean must be two folders, or both arrays")
+            raise ValueError("degraded and clean must be two folders, or both arrays.")
         if folders:
             degraded, clean = match_files(
                 os.fspath(degraded),
@@ -207,11 +207,11 @@ class RestorationDataset(_PatchDataset):
             )
         elif degraded_suffix or clean_suffix:
             raise ValueError(
-                "degraded_suffix= and clean_suffix= belong to folders, and have no effect here"
+                "degraded_suffix= and clean_suffix= belong to folders, and have no effect here."
             )
         if len(degraded) != len(clean):
             raise ValueError(
-                f"{len(degraded)} degraded images have {len(clean)} clean ones; give one for each"
+                f"{len(degraded)} degraded images have {len(clean)} clean ones; give one for each."
             )
         pictures, self.names = open_images(degraded, in_chans, value_range)
         self.clean_images, self.clean_names = open_images(clean, in_chans, value_range)
@@ -237,7 +237,7 @@ class RestorationDataset(_PatchDataset):
             raise ValueError(
                 f"{self.names[number]} has {height} x {width} pixels, its clean image "
                 f"{self.clean_names[number]} {clean.shape[0]} x {clean.shape[1]}; "
-                "they must be of one size"
+                "they must be of one size."
             )
         random = self._begin(sample)
         if self.patch_size is not None:
@@ -285,6 +285,6 @@ def _range(name: str, value: float | Sequence[float]) -> tuple[float, float]:
     low, high = (value, value) if isinstance(value, int | float) else value
     if not 0 <= low <= high < math.inf:
         raise ValueError(
-            f"{name} must be a number from 0 upwards, or an increasing range of two, got {value}"
+            f"{name} must be a number from 0 upwards, or an increasing range of two, got {value}."
         )
     return float(low), float(high)

@@ -89,7 +89,7 @@ class SegmentationDataset(PairDataset):
         self.num_classes = len(self.classes)
         if ignore_index is not None and 0 <= ignore_index < self.num_classes:
             raise ValueError(
-                f"ignore_index={ignore_index} is one of the {self.num_classes} classes"
+                f"ignore_index={ignore_index} is one of the {self.num_classes} classes."
             )
         self.ignore_index = ignore_index
         self.reduce_zero_label = reduce_zero_label
@@ -98,15 +98,15 @@ class SegmentationDataset(PairDataset):
         self.masks: Sequence[Any] = masks
         folders = isinstance(images, str | os.PathLike)
         if folders != isinstance(masks, str | os.PathLike):
-            raise ValueError("images and masks must be two folders, or both arrays")
+            raise ValueError("images and masks must be two folders, or both arrays.")
         if not folders:
             if image_suffix or mask_suffix:
                 raise ValueError(
-                    "image_suffix= and mask_suffix= belong to folders, and have no effect here"
+                    "image_suffix= and mask_suffix= belong to folders, and have no effect here."
                 )
             if len(images) != len(masks):
                 raise ValueError(
-                    f"{len(images)} images have {len(masks)} masks; give one mask for each image"
+                    f"{len(images)} images have {len(masks)} masks; give one mask for each image."
                 )
         if folders:
             images, self.masks = match_files(
@@ -149,7 +149,7 @@ class SegmentationDataset(PairDataset):
         if mask.shape != image.shape[:2]:
             raise ValueError(
                 f"the mask of {self.names[index]} has {mask.shape} pixels, "
-                f"the image {image.shape[:2]}"
+                f"the image {image.shape[:2]}."
             )
         return image, mask
 
@@ -159,7 +159,7 @@ class SegmentationDataset(PairDataset):
         if mask.ndim != 2 or mask.dtype.kind not in "iub":
             raise ValueError(
                 f"the mask of {self.names[index]} is an array {mask.dtype} of shape {mask.shape}; "
-                "it must hold one class index for each pixel (a palette or grey image), not colours"
+                "it must hold one class index for each pixel (a palette or grey image), not colours."
             )
         mask = mask.astype(np.int64)
         if self.ignore_index is not None:

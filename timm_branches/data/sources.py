@@ -232,7 +232,7 @@ def derive_tree(
     # natural order ('2' before '10'), as timm numbers class folders
     leaves = sorted(unique - inner, key=path_order)
     if not leaves:
-        raise ValueError("no class is named at all, so no taxonomy can be derived")
+        raise ValueError("no class is named at all, so no taxonomy can be derived.")
     if summary is not None:
         summary.warnings += warnings_of_twins(leaves)
     depth = max(map(len, leaves))
@@ -251,7 +251,7 @@ def read_digits(taxonomy: Taxonomy | None = None) -> Source:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise ImportError(
-            "'digits' comes with scikit-learn: pip install timm_branches[recipes]"
+            "'digits' comes with scikit-learn: pip install timm_branches[recipes]."
         ) from error
 
     data = load_digits()
@@ -525,7 +525,7 @@ def _level_columns(
     if taxonomy is not None and len(levels) != taxonomy.num_levels:
         raise ValueError(
             f"{table.source} has the level columns {levels}, the taxonomy the levels "
-            f"{list(taxonomy.levels)}"
+            f"{list(taxonomy.levels)}."
         )
     cells: list[Node] = list(zip(*(table.columns[level] for level in levels), strict=True))
     distinct = dict.fromkeys(cells)

@@ -55,10 +55,10 @@ def wanted_splits(split: str) -> set[str]:
         ValueError: No known split.
     """
     if not isinstance(split, str):
-        raise ValueError(f"split= takes a text such as 'train', got {split!r}")
+        raise ValueError(f"split= takes a text such as 'train', got {split!r}.")
     together = {"trainval": {"train", "val"}, "all": set(SPLITS)}
     if split in together:
         return together[split]
     if split.lower() in SPLIT_NAMES:
         return {SPLIT_NAMES[split.lower()]}
-    raise ValueError(f"no split {split!r}; it is 'train', 'val', 'test', 'trainval' or 'all'")
+    raise ValueError(f"no split {split!r}; it is 'train', 'val', 'test', 'trainval' or 'all'.")

@@ -26,7 +26,7 @@ def stratified_indices(labels: torch.Tensor, count: int, seed: int = 0) -> torch
         [4, 2]
     """
     if not 0 <= count <= len(labels):
-        raise ValueError(f"cannot draw {count} of {len(labels)} samples")
+        raise ValueError(f"cannot draw {count} of {len(labels)} samples.")
     if not len(labels):
         return torch.empty(0, dtype=torch.long)
     generator = torch.Generator().manual_seed(seed)

@@ -119,7 +119,7 @@ class SampleTransform:
             raise ValueError(
                 f"expected an uint8 (or float32) image (H, W, {len(self.mean)}), not {image.dtype} "
                 f"of shape {image.shape}; set in_chans of the dataset and "
-                "input_size=(channels, height, width) of the transform alike"
+                "input_size=(channels, height, width) of the transform alike."
             )
         deep = image.dtype == np.float32
         if self.geometry is not None and not (self.keeps_exact and image.shape[:2] == self.size):
@@ -137,7 +137,7 @@ class SampleTransform:
         if tuple(tensor.shape[-2:]) != self.size:
             raise ValueError(
                 f"the augmentation returned an image of {tuple(tensor.shape[-2:])} pixels, but the "
-                f"model takes {self.size}; end it with a Resize or RandomCrop to that size"
+                f"model takes {self.size}; end it with a Resize or RandomCrop to that size."
             )
         if tensor.dtype == torch.uint8:
             # In timm's order of operations, so that values agree to the last bit
@@ -210,7 +210,7 @@ def match_mean(values: Sequence[float], channels: int, name: str) -> tuple[float
     if len(values) == 1 or channels == 1:
         return (sum(values) / len(values),) * channels
     raise ValueError(
-        f"{name}={values} has {len(values)} values, but images have {channels} channels"
+        f"{name}={values} has {len(values)} values, but images have {channels} channels."
     )
 
 
@@ -258,7 +258,7 @@ def color_jitter_steps(strength: float) -> list:
         ValueError: The strength is negative.
     """
     if strength < 0:
-        raise ValueError(f"color_jitter must be at least 0, got {strength}")
+        raise ValueError(f"color_jitter must be at least 0, got {strength}.")
     if not strength:
         return []
     factors = (max(0.0, 1 - strength), 1 + strength)
@@ -277,11 +277,11 @@ def load_compose(augment: Any) -> Any:
     if kind not in (".json", ".yaml", ".yml"):
         raise ValueError(
             f"no augmentation {augment!r}; it is one of {', '.join(AUGMENTS)}, an albumentations "
-            "Compose, or a .json or .yaml file written by albumentations.save"
+            "Compose, or a .json or .yaml file written by albumentations.save."
         )
     if not os.path.isfile(path):
         raise ValueError(
-            f"no augmentation file {path}; albumentations.save(compose, path) writes one"
+            f"no augmentation file {path}; albumentations.save(compose, path) writes one."
         )
     compose = A.load(path, data_format="json" if kind == ".json" else "yaml")
     return compose if isinstance(compose, A.Compose) else A.Compose([compose])
@@ -353,14 +353,14 @@ def create_transform(
     if len(sides) not in (2, 3) or min(sides) < 1:
         raise ValueError(
             "input_size must be a side, (height, width) or (channels, height, width), not "
-            f"{input_size}"
+            f"{input_size}."
         )
     size = (sides[-2], sides[-1])
     channels = sides[0] if len(sides) == 3 else len(tuple(mean))
     mean, std = match_mean(mean, channels, "mean"), match_mean(std, channels, "std")
     if interpolation not in _INTERPOLATIONS and interpolation != "random":
         raise ValueError(
-            f"no interpolation {interpolation!r}; it is {', '.join(_INTERPOLATIONS)} or random"
+            f"no interpolation {interpolation!r}; it is {', '.join(_INTERPOLATIONS)} or random."
         )
     if crop_pct is None:
         crop_pct = 1.0 if max(size) <= _SMALL else DEFAULT_CROP_PCT

@@ -113,7 +113,7 @@ def dice_loss(
         0.0
     """
     if not 0 <= smooth < float("inf"):
-        raise ValueError(f"smooth must be a finite number of pixels from 0 upwards, got {smooth}")
+        raise ValueError(f"smooth must be a finite number of pixels from 0 upwards, got {smooth}.")
     labels = _labels(logits, target, ignore_index)[:, None]
     known = labels >= 0
     # autocast would run sums and products of half precision inputs as they come
@@ -158,7 +158,7 @@ def charbonnier_loss(output: torch.Tensor, target: torch.Tensor, eps: float = 1e
         tensor(5.)
     """
     if not 0 < eps < float("inf"):
-        raise ValueError(f"eps must be above 0, got {eps}; without it, it is torch's l1_loss")
+        raise ValueError(f"eps must be above 0, got {eps}; without it, it is torch's l1_loss.")
     return _compare(lambda a, b: ((a - b).square() + eps * eps).sqrt().mean(), output, target)
 
 
@@ -173,7 +173,7 @@ def _compare(
     """
     if output.shape != target.shape:
         raise ValueError(
-            f"output {tuple(output.shape)} and target {tuple(target.shape)} must have one shape"
+            f"output {tuple(output.shape)} and target {tuple(target.shape)} must have one shape."
         )
     return loss(at_least_float32(output), at_least_float32(target))
 
@@ -210,7 +210,7 @@ def get_dense_loss(name: str, **settings: Any) -> Callable[..., torch.Tensor]:
         0.0
     """
     if name not in _LOSSES:
-        raise ValueError(f"no dense loss {name!r}: choose one of {', '.join(_LOSSES)}")
+        raise ValueError(f"no dense loss {name!r}: choose one of {', '.join(_LOSSES)}.")
     parts = []
     for function in _LOSSES[name]:
         names = set(inspect.signature(function).parameters) - {"logits", "output", "target"}
@@ -223,7 +223,7 @@ def get_dense_loss(name: str, **settings: Any) -> Callable[..., torch.Tensor]:
         )
     unused = [key for key in settings if not any(key in takes for _, _, takes in parts)]
     if unused:
-        raise ValueError(f"the dense loss {name!r} has no setting {', '.join(map(repr, unused))}")
+        raise ValueError(f"the dense loss {name!r} has no setting {', '.join(map(repr, unused))}.")
 
     def loss(output: torch.Tensor, target: torch.Tensor, share: bool = False) -> torch.Tensor:
         values = [
@@ -272,13 +272,13 @@ def _labels(logits: torch.Tensor, target: torch.Tensor, ignore_index: int) -> to
     if logits.ndim != 4 or target.shape != (len(logits), *logits.shape[2:]):
         raise ValueError(
             f"logits must be (B, K, H, W) and the mask (B, H, W), got {tuple(logits.shape)} and "
-            f"{tuple(target.shape)}"
+            f"{tuple(target.shape)}."
         )
     if target.is_floating_point():
-        raise ValueError(f"the mask must hold class indices (integers), got {target.dtype}")
+        raise ValueError(f"the mask must hold class indices (integers), got {target.dtype}.")
     classes = max(2, logits.shape[1])
     if 0 <= ignore_index < classes:
-        raise ValueError(f"ignore_index={ignore_index} is one of the {classes} classes")
+        raise ValueError(f"ignore_index={ignore_index} is one of the {classes} classes.")
     labels = target.long()
     labels = torch.where(labels == ignore_index, -1, labels)
     if labels.device.type == "cpu" and labels.numel():
@@ -286,6 +286,6 @@ def _labels(logits: torch.Tensor, target: torch.Tensor, ignore_index: int) -> to
         if high >= classes or low < -1:
             raise ValueError(
                 f"the mask holds {high if high >= classes else low}: neither one of the {classes} "
-                f"classes from 0 on, nor -1, nor ignore_index={ignore_index}"
+                f"classes from 0 on, nor -1, nor ignore_index={ignore_index}."
             )
     return labels

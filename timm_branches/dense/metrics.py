@@ -91,13 +91,13 @@ class SegmentationEvaluator:
         if not 2 <= len(names) <= MAX_CLASSES or len(set(names)) < len(names):
             raise ValueError(
                 f"a mask has 2 to {MAX_CLASSES} classes of different names, background included, "
-                f"got {classes}"
+                f"got {classes}."
             )
         if 0 <= ignore_index < len(names):
-            raise ValueError(f"ignore_index={ignore_index} is one of the {len(names)} classes")
+            raise ValueError(f"ignore_index={ignore_index} is one of the {len(names)} classes.")
         if taxonomy is not None and taxonomy.num_leaves != len(names):
             raise ValueError(
-                f"{len(names)} classes are not the taxonomy's {taxonomy.num_leaves} leaves"
+                f"{len(names)} classes are not the taxonomy's {taxonomy.num_leaves} leaves."
             )
         self.taxonomy, self.ignore_index, self.max_samples = taxonomy, ignore_index, max_samples
         self.num_leaves = len(names)
@@ -148,7 +148,7 @@ class SegmentationEvaluator:
         if target.ndim != 3 or target.is_floating_point():
             raise ValueError(
                 f"evaluation takes masks (B, H, W) of integers, got {target.dtype} "
-                f"{tuple(target.shape)}"
+                f"{tuple(target.shape)}."
             )
         masks = self.to_masks(output)
         masks = [masks] if isinstance(masks, torch.Tensor) else list(masks)
@@ -159,7 +159,7 @@ class SegmentationEvaluator:
         if shapes not in wanted:
             raise ValueError(
                 f"evaluation of these masks takes logits {' or '.join(map(str, wanted))}, got "
-                f"{shapes}"
+                f"{shapes}."
             )
         keep = (
             len(target) if self.max_samples is None else max(0, self.max_samples - self.num_samples)
@@ -171,7 +171,7 @@ class SegmentationEvaluator:
         if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_leaves:
             raise ValueError(
                 f"masks hold values from {int(labels.min())} to {int(labels.max())}, which are not "
-                f"all classes from 0 to {self.num_leaves - 1}; ignore_index is {self.ignore_index}"
+                f"all classes from 0 to {self.num_leaves - 1}; ignore_index is {self.ignore_index}."
             )
         rows = [m[:keep].to(self.device).movedim(1, -1)[known] for m in masks]
         for first in range(0, len(labels), _CHUNK):
@@ -206,7 +206,7 @@ class SegmentationEvaluator:
             return [output[name] for name in self.levels]
         if len(output) != 1:
             raise ValueError(
-                f"which of the outputs {list(output)} is the mask? Say it with to_masks"
+                f"which of the outputs {list(output)} is the mask? Say it with to_masks."
             )
         return next(iter(output.values()))
 

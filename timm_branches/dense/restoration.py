@@ -67,7 +67,7 @@ class RestorationEvaluator:
     ) -> None:
         if not 0 < data_range < math.inf or border < 0:
             raise ValueError(
-                f"data_range must be above 0 and border at least 0, got {data_range} and {border}"
+                f"data_range must be above 0 and border at least 0, got {data_range} and {border}."
             )
         self.data_range, self.border, self.eight_bit = data_range, border, eight_bit
         self.device = torch.device(device or "cpu")
@@ -196,7 +196,7 @@ def structural_similarity(
     size = 2 * _RADIUS + 1
     if min(output.shape[2:]) < size:
         raise ValueError(
-            f"SSIM takes images of at least {size} x {size} pixels, got {tuple(output.shape)}"
+            f"SSIM takes images of at least {size} x {size} pixels, got {tuple(output.shape)}."
         )
     offsets = torch.arange(-_RADIUS, _RADIUS + 1, dtype=output.dtype, device=output.device)
     window = (-(offsets / 1.5).square() / 2).exp()
@@ -220,7 +220,7 @@ def structural_similarity(
 def _check_images(output: torch.Tensor, target: torch.Tensor) -> None:
     if output.ndim != 4 or output.shape != target.shape:
         raise ValueError(
-            f"images must both be (B, C, H, W), got {tuple(output.shape)} and {tuple(target.shape)}"
+            f"images must both be (B, C, H, W), got {tuple(output.shape)} and {tuple(target.shape)}."
         )
 
 
@@ -228,7 +228,7 @@ def _only_image(output: Any) -> torch.Tensor:
     if not isinstance(output, Mapping):
         return output
     if len(output) != 1:
-        raise ValueError(f"which of the outputs {list(output)} is the image? Say it with to_image")
+        raise ValueError(f"which of the outputs {list(output)} is the image? Say it with to_image.")
     return next(iter(output.values()))
 
 

@@ -102,7 +102,7 @@ def tiled_inference(
                 what = tuple(maps.shape) if isinstance(maps, torch.Tensor) else type(maps).__name__
                 raise ValueError(
                     f"of a tile the model returned {name!r} of {what}; only dense outputs "
-                    f"(N, K, {tile}, {tile}) can be put together: let model_fn return nothing else"
+                    f"(N, K, {tile}, {tile}) can be put together: let model_fn return nothing else."
                 )
             if name not in means:
                 means[name] = _RunningMean(
@@ -152,19 +152,19 @@ def _check(
 ) -> None:
     if image.ndim != 4 or 0 in image.shape:
         raise ValueError(
-            f"image must be (B, C, H, W) with at least one pixel, got {tuple(image.shape)}"
+            f"image must be (B, C, H, W) with at least one pixel, got {tuple(image.shape)}."
         )
     if tile < 1 or batch_size < 1 or multiple < 1:
         raise ValueError(
-            f"tile={tile}, batch_size={batch_size} and multiple={multiple} must be at least 1"
+            f"tile={tile}, batch_size={batch_size} and multiple={multiple} must be at least 1."
         )
     if not 0 <= overlap < tile:
-        raise ValueError(f"overlap={overlap} must be from 0 to tile - 1 = {tile - 1}")
+        raise ValueError(f"overlap={overlap} must be from 0 to tile - 1 = {tile - 1}.")
     if blend not in BLENDS:
-        raise ValueError(f"no blend {blend!r}: choose one of {', '.join(BLENDS)}")
+        raise ValueError(f"no blend {blend!r}: choose one of {', '.join(BLENDS)}.")
     if tile % multiple or overlap % multiple:
         raise ValueError(
-            f"tile={tile} and overlap={overlap} must be multiples of multiple={multiple}"
+            f"tile={tile} and overlap={overlap} must be multiples of multiple={multiple}."
         )
 
 

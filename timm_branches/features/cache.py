@@ -359,4 +359,4 @@ def _on_first_process(work: Callable[[], None]) -> None:
     if failure is not None:
         raise failure
     if message[0] is not None:
-        raise RuntimeError(f"the first process could not compute the features: {message[0]}")
+        raise RuntimeError(f"the first process could not compute the features: {message[0]}.")

@@ -84,7 +84,7 @@ def conv2d_weight_grad(
     if x.dim() != 4 or grad_output.dim() != 4:
         raise ValueError(
             f"x and grad_output must be (N, C, H, W) and (N, O, P, Q), got {tuple(x.shape)} and "
-            f"{tuple(grad_output.shape)}; an image without a batch dimension needs x[None]"
+            f"{tuple(grad_output.shape)}; an image without a batch dimension needs x[None]."
         )
     kernel, step, spread = (
         _pair(value, name, 1)
@@ -98,7 +98,7 @@ def conv2d_weight_grad(
     if padding_mode not in ("zeros", "reflect", "replicate", "circular"):
         raise ValueError(
             "padding_mode must be 'zeros', 'reflect', 'replicate' or 'circular', got "
-            f"{padding_mode!r}"
+            f"{padding_mode!r}."
         )
     (top, bottom), (left, right) = _pads(kernel, padding, spread, step)
     x = F.pad(
@@ -130,7 +130,7 @@ def conv2d_bias_grad(grad_output: torch.Tensor) -> torch.Tensor:
         tensor([32., 32., 32.])
     """
     if grad_output.dim() != 4:
-        raise ValueError(f"grad_output must be (N, O, P, Q), got {tuple(grad_output.shape)}")
+        raise ValueError(f"grad_output must be (N, O, P, Q), got {tuple(grad_output.shape)}.")
     return grad_output.sum((0, 2, 3))
 
 
@@ -178,14 +178,14 @@ def conv2d_input_grad(
     if weight.dim() != 4 or grad_output.dim() != 4 or weight.shape[0] != grad_output.shape[1]:
         raise ValueError(
             f"grad_output (N, O, P, Q) and weight (O, C / groups, kh, kw) must have one O, got "
-            f"{tuple(grad_output.shape)} and {tuple(weight.shape)}"
+            f"{tuple(grad_output.shape)} and {tuple(weight.shape)}."
         )
     kernel = weight.shape[2], weight.shape[3]
     step, spread = _pair(stride, "stride", 1), _pair(dilation, "dilation", 1)
     shape = (len(grad_output), weight.shape[1] * groups, *input_size[-2:])
     if len(input_size) not in (2, 4) or tuple(input_size) not in (shape, shape[2:]):
         raise ValueError(
-            f"input_size must be (H, W) or {shape[:2]} and H, W, got {tuple(input_size)}"
+            f"input_size must be (H, W) or {shape[:2]} and H, W, got {tuple(input_size)}."
         )
     _check_shapes(shape, grad_output, kernel, step, padding, spread, groups)
     columns = (
@@ -208,7 +208,7 @@ def _pair(value: Pair, name: str, least: int) -> tuple[int, int]:
     """A setting for rows and columns."""
     values = tuple(value) if isinstance(value, Sequence) else (value, value)
     if len(values) != 2 or not all(isinstance(v, int) and v >= least for v in values):
-        raise ValueError(f"{name} must be an int >= {least} or two of them, got {value!r}")
+        raise ValueError(f"{name} must be an int >= {least} or two of them, got {value!r}.")
     return values[0], values[1]
 
 
@@ -220,12 +220,14 @@ def _pads(
         return [(0, 0), (0, 0)]
     if padding == "same":
         if stride != (1, 1):
-            raise ValueError(f"padding 'same' needs a stride of 1, got {stride}")
+            raise ValueError(f"padding 'same' needs a stride of 1, got {stride}.")
         totals = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
         # an odd one more goes to the end
         return [(total // 2, total - total // 2) for total in totals]
     if isinstance(padding, str):
-        raise ValueError(f"padding must be 'same', 'valid', an int or two of them, got {padding!r}")
+        raise ValueError(
+            f"padding must be 'same', 'valid', an int or two of them, got {padding!r}."
+        )
     rows, columns = _pair(padding, "padding", 0)
     return [(rows, rows), (columns, columns)]
 
@@ -244,7 +246,7 @@ def _check_shapes(
     if not isinstance(groups, int) or groups < 1 or shape[1] % groups or filters % groups:
         raise ValueError(
             f"groups must divide the {shape[1]} input channels and the {filters} filters, got "
-            f"{groups}"
+            f"{groups}."
         )
     pads = _pads(kernel, padding, dilation, stride)
     whole = [n + sum(pad) for n, pad in zip(shape[2:], pads, strict=True)]
@@ -252,7 +254,7 @@ def _check_shapes(
     if any(n < r for n, r in zip(whole, reach, strict=True)):
         raise ValueError(
             f"the kernel reaches over {reach[0]} x {reach[1]} pixels, more than the padded input's "
-            f"{whole[0]} x {whole[1]}"
+            f"{whole[0]} x {whole[1]}."
         )
     rows, columns = ((n - r) // s + 1 for n, r, s in zip(whole, reach, stride, strict=True))
     fits = (shape[0], filters, rows, columns)
@@ -260,6 +262,6 @@ def _check_shapes(
         raise ValueError(
             f"grad_output {tuple(grad_output.shape)} does not fit: an input {tuple(shape)} with "
             f"kernel {kernel}, stride {stride}, padding {padding!r}, dilation {dilation} and "
-            f"{filters} filters gives {fits}"
+            f"{filters} filters gives {fits}."
         )
     return rows, columns

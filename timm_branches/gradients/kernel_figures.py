@@ -86,14 +86,14 @@ def kernel_gradients_figure(
         7
     """
     if grad.dim() != 4 or not grad.numel():
-        raise ValueError(f"grad must be (O, C / groups, kh, kw), got {tuple(grad.shape)}")
+        raise ValueError(f"grad must be (O, C / groups, kh, kw), got {tuple(grad.shape)}.")
     if max_filters < 1 or max_channels < 1:
         raise ValueError(
-            f"max_filters and max_channels must be at least 1, got {max_filters} and {max_channels}"
+            f"max_filters and max_channels must be at least 1, got {max_filters} and {max_channels}."
         )
     grad = grad.detach().to("cpu", torch.float64)
     if not grad.isfinite().all():
-        raise ValueError("grad holds nan or inf")
+        raise ValueError("grad holds nan or inf.")
     norms = grad.flatten(2).norm(dim=2)
     filters, channels = (
         _largest(norms.norm(dim=1), max_filters),

@@ -202,9 +202,9 @@ def diagnose_kernel_gradients(
         ['broadcast_target']
     """
     if (grad_output is None) == (loss is None):
-        raise ValueError("give either grad_output or a loss")
+        raise ValueError("give either grad_output or a loss.")
     if target is not None and loss is None:
-        raise ValueError("a target has no effect without a loss; give loss(output, target)")
+        raise ValueError("a target has no effect without a loss; give loss(output, target).")
     _check_layer(layer, x, grad)
     if grad_output is None:
         grad_output = _differentiate(layer, x, loss, target)
@@ -214,7 +214,7 @@ def diagnose_kernel_gradients(
     output = twin(x)
     if output.shape != dy.shape:
         raise ValueError(
-            f"grad_output must have the output's shape {tuple(output.shape)}, got {tuple(dy.shape)}"
+            f"grad_output must have the output's shape {tuple(output.shape)}, got {tuple(dy.shape)}."
         )
     eps = torch.finfo(torch.float64 if grad is None else grad.dtype).eps
     if rtol is None:  # half types are summed in float32 and rounded at the end
@@ -224,7 +224,7 @@ def diagnose_kernel_gradients(
     grad = grad.detach().to("cpu", torch.float64)  # (O, C / groups, kh, kw)
     for name, tensor in (("x", x), ("grad_output", dy), ("the gradient", grad)):
         if not tensor.isfinite().all():
-            raise ValueError(f"{name} holds nan or inf")
+            raise ValueError(f"{name} holds nan or inf.")
 
     findings = _input_findings(x, layer.groups) | _filter_findings(dy, target, layer)
     error = None
@@ -243,14 +243,14 @@ def _check_layer(layer: nn.Conv2d, x: torch.Tensor, grad: torch.Tensor | None) -
     """Refuse what is no convolution, and tensors that do not fit it."""
     if not isinstance(layer, nn.Conv2d) or "weight" not in layer._parameters:
         raise ValueError(
-            f"layer must be an nn.Conv2d with a weight of its own (not parametrized), got {layer}"
+            f"layer must be an nn.Conv2d with a weight of its own (not parametrized), got {layer}."
         )
     if x.dim() != 4 or x.shape[1] != layer.in_channels:
-        raise ValueError(f"x must be (N, {layer.in_channels}, H, W), got {tuple(x.shape)}")
+        raise ValueError(f"x must be (N, {layer.in_channels}, H, W), got {tuple(x.shape)}.")
     if grad is not None and grad.shape != layer.weight.shape:
         raise ValueError(
             f"grad must have the weight's shape {tuple(layer.weight.shape)}, got "
-            f"{tuple(grad.shape)}"
+            f"{tuple(grad.shape)}."
         )
 
 
@@ -288,7 +288,7 @@ def _differentiate(
     value = loss(output) if target is None else loss(output, target)
     if not isinstance(value, torch.Tensor) or value.numel() != 1:
         got = tuple(value.shape) if isinstance(value, torch.Tensor) else value
-        raise ValueError(f"loss must return a tensor of one number, got {got}")
+        raise ValueError(f"loss must return a tensor of one number, got {got}.")
     if not value.requires_grad:
         return torch.zeros_like(output)
     (found,) = torch.autograd.grad(value, output, allow_unused=True)

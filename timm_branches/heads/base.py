@@ -207,7 +207,7 @@ def parse_head(spec: str | dict | Head) -> Head:
     try:
         return HEADS[kind](**options)
     except TypeError as error:
-        raise ValueError(f"The head {kind!r} cannot be made: {error}.") from error
+        raise ValueError(f"The head {kind!r} cannot be made: {str(error).rstrip('.')}.") from error
 
 
 def _unknown(spec: Any, kind: Any, module: Any) -> str:

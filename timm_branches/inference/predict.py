@@ -383,7 +383,7 @@ class _Samples(Dataset):
             if tuple(image.shape) != wanted:
                 raise ValueError(
                     f"a floating-point tensor must be what the model's transform makes, of shape "
-                    f"{wanted}, not {tuple(image.shape)}; images themselves are uint8"
+                    f"{wanted}, not {tuple(image.shape)}; images themselves are uint8."
                 )
             return image.detach().cpu()
         except _UNREADABLE as error:

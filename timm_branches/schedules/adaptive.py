@@ -164,7 +164,7 @@ class DynamicSchedule(LossWeightSchedule):
         if not text:
             raise ValueError(
                 "'dynamic:' does not say for how many levels: give base weights, as in "
-                "'dynamic:1,1,1', or call get_schedule('dynamic', num_levels=3)"
+                "'dynamic:1,1,1', or call get_schedule('dynamic', num_levels=3)."
             )
         weights, semicolon, option = text.partition(";")
         base: Any = weights.split(",")  # text numbers are read as numbers
@@ -178,7 +178,7 @@ class DynamicSchedule(LossWeightSchedule):
         if name.lower() != "floor":
             raise ValueError(
                 f"cannot read {option!r} in the schedule {'dynamic:' + text!r}; the form is "
-                f"'dynamic:w,w,...;floor=0.01'"
+                f"'dynamic:w,w,...;floor=0.01'."
             )
         return cls(base, floor)
 

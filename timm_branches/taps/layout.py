@@ -30,12 +30,12 @@ def token_grid(tokens: int, image: Sequence[int], module: str) -> tuple[int, int
     fits = [(h, tokens // h) for h in range(1, tokens + 1) if tokens % h == 0] if tokens > 0 else []
     if not fits:
         raise ValueError(
-            f"the {tokens} tokens of {module!r} are no grid for an image of {height}x{width}"
+            f"the {tokens} tokens of {module!r} are no grid for an image of {height}x{width}."
         )
     best = min(fits, key=lambda hw: abs(hw[0] / hw[1] - ratio))
     if not 0.75 < (best[0] / best[1]) / ratio < 1.34:
         raise ValueError(
-            f"the {tokens} tokens of {module!r} are no grid for an image of {height}x{width}"
+            f"the {tokens} tokens of {module!r} are no grid for an image of {height}x{width}."
         )
     return best
 

@@ -81,7 +81,7 @@ class Tap:
             try:
                 return cls(**spec)
             except TypeError as error:
-                raise ValueError(f"{spec!r} describes no tap: {error}.") from error
+                raise ValueError(f"{spec!r} describes no tap: {str(error).rstrip('.')}.") from error
         if isinstance(spec, str):
             text = spec.strip()
             if text.isdigit():

@@ -241,7 +241,7 @@ class TapReader:
                 raise ValueError(
                     f"{path!r} was not run as a module in this pass (gradient checkpointing runs "
                     "the members of a stage one by one); tap the stage by its number, or its last "
-                    "member"
+                    "member."
                 )
         return captured
 
@@ -435,7 +435,7 @@ class TapReader:
             try:
                 (y,) = dry_run(backbone, shape, lambda m, x, i=i: self.read(m, x, [i]))
                 if min(y.shape[-2:]) < 1:
-                    raise RuntimeError("the map has no pixel left")
+                    raise RuntimeError("the map has no pixel left.")
             except Exception as error:
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 return (

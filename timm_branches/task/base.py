@@ -308,7 +308,7 @@ def check_device(device: Any) -> None:
     """
     try:
         if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-            raise RuntimeError("torch sees no CUDA device on this machine")
+            raise RuntimeError("torch sees no CUDA device on this machine.")
     except (RuntimeError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device={device!r}: {reason}. Write cpu, cuda or cuda:1.") from error

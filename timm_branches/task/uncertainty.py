@@ -40,7 +40,7 @@ class UncertaintyWeighting(nn.Module):
         super().__init__()
         self.levels = tuple(levels)
         if not self.levels or len(set(self.levels)) < len(self.levels):
-            raise ValueError(f"levels must be different names, at least one, got {list(levels)}")
+            raise ValueError(f"levels must be different names, at least one, got {list(levels)}.")
         self.log_var = nn.Parameter(torch.zeros(len(self.levels)))
 
     def forward(
@@ -63,7 +63,7 @@ class UncertaintyWeighting(nn.Module):
         """
         if unknown := sorted(set(losses) - set(self.levels)):
             raise ValueError(
-                f"no such level: {', '.join(unknown)}; the levels are {', '.join(self.levels)}"
+                f"no such level: {', '.join(unknown)}; the levels are {', '.join(self.levels)}."
             )
         total = self.log_var.sum() * 0  # so that the result has a gradient whatever is off
         for s, level in zip(self.log_var, self.levels, strict=True):

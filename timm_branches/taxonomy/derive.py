@@ -64,10 +64,10 @@ def linkage_from_confusion(matrix: Any, method: str = "average") -> np.ndarray:
     if counts.shape[0] != counts.shape[1]:
         raise ValueError(
             "a confusion matrix is square, one row and one column per class; got shape "
-            f"{counts.shape}"
+            f"{counts.shape}."
         )
     if (counts < 0).any():
-        raise ValueError(f"a confusion matrix holds counts, got a negative one: {counts.min():g}")
+        raise ValueError(f"a confusion matrix holds counts, got a negative one: {counts.min():g}.")
     _check_method(method, _METHODS, "a confusion matrix")
     if len(counts) == 1:
         return np.empty((0, 4))
@@ -79,7 +79,7 @@ def linkage_from_confusion(matrix: Any, method: str = "average") -> np.ndarray:
     if np.count_nonzero(similarity) == len(counts):
         raise ValueError(
             "no class is confused with any other, so nothing says which belong together; use a "
-            "weaker model's confusion matrix, or embeddings"
+            "weaker model's confusion matrix, or embeddings."
         )
     return linkage(squareform(1 - similarity, checks=False), method)
 
@@ -113,13 +113,13 @@ def linkage_from_embeddings(
 
     vectors = _as_matrix(embeddings, "embeddings (K, D)")
     if metric not in ("cosine", "euclidean"):
-        raise ValueError(f"metric must be 'cosine' or 'euclidean', got {metric!r}")
+        raise ValueError(f"metric must be 'cosine' or 'euclidean', got {metric!r}.")
     _check_method(
         method, (*_METHODS, "ward") if metric == "euclidean" else _METHODS, f"{metric} distances"
     )
     if metric == "cosine" and not vectors.any(1).all():
         raise ValueError(
-            f"the embedding of class {int(np.argmin(vectors.any(1)))} is zero, so it has no cosine"
+            f"the embedding of class {int(np.argmin(vectors.any(1)))} is zero, so it has no cosine."
         )
     if len(vectors) == 1:
         return np.empty((0, 4))
@@ -149,20 +149,20 @@ def class_prototypes(
     if embeddings.ndim != 2 or labels.shape != embeddings.shape[:1]:
         raise ValueError(
             f"embeddings must have shape (N, D) and labels (N,), got {tuple(embeddings.shape)} and "
-            f"{tuple(labels.shape)}"
+            f"{tuple(labels.shape)}."
         )
     known = labels >= 0
     count = int(labels.max()) + 1 if num_classes is None and len(labels) else num_classes or 0
     if len(labels) and not -1 <= int(labels.min()) <= int(labels.max()) < count:
         raise ValueError(
             f"labels must be 0 to {count - 1}, or -1 for unknown; got {int(labels.min())} to "
-            f"{int(labels.max())}"
+            f"{int(labels.max())}."
         )
     samples = labels[known].bincount(minlength=count)
     if not count or not samples.all():
         raise ValueError(
             "each class needs a sample; there is none of "
-            f"{(samples == 0).nonzero().flatten().tolist()}"
+            f"{(samples == 0).nonzero().flatten().tolist()}."
         )
     sums = embeddings.new_zeros(count, embeddings.shape[1], dtype=torch.float64)
     sums.index_add_(0, labels[known], embeddings[known].double())
@@ -198,7 +198,7 @@ def cut_linkage(linkage: Any, num_classes: Sequence[int]) -> torch.Tensor:
     if merges.ndim != 2 or merges.shape[1] != 4:
         raise ValueError(
             f"a linkage has shape (K - 1, 4), as scipy.cluster.hierarchy.linkage returns; got "
-            f"{merges.shape}"
+            f"{merges.shape}."
         )
     count, wanted = len(merges) + 1, list(num_classes)
     if not all(isinstance(n, Integral) and 2 <= n < count for n in wanted) or wanted != sorted(
@@ -206,7 +206,7 @@ def cut_linkage(linkage: Any, num_classes: Sequence[int]) -> torch.Tensor:
     ):
         raise ValueError(
             "num_classes must be increasing whole numbers, coarsest level first, each at least 2 "
-            f"and less than the {count} classes themselves; got {wanted}"
+            f"and less than the {count} classes themselves; got {wanted}."
         )
     groups = {i: [i] for i in range(count)}
     cuts = {}
@@ -214,7 +214,7 @@ def cut_linkage(linkage: Any, num_classes: Sequence[int]) -> torch.Tensor:
         if a == b or a not in groups or b not in groups:
             raise ValueError(
                 f"row {step} of the linkage merges {a} and {b}, which are not two groups at that "
-                "point"
+                "point."
             )
         if len(groups) in wanted:
             cuts[len(groups)] = sorted(groups.values(), key=min)
@@ -240,7 +240,7 @@ def linkage_paths(
     if len(classes) != len(cuts) or len(set(classes)) < len(classes):
         raise ValueError(
             f"classes must be {len(cuts)} different names, one per class; got {len(classes)}, "
-            f"{len(set(classes))} of them different: {list(classes)[:10]}"
+            f"{len(set(classes))} of them different: {list(classes)[:10]}."
         )
     columns = []
     for column in cuts.T.tolist():
@@ -274,14 +274,14 @@ def _as_matrix(data: Any, what: str) -> np.ndarray:
         data.detach().cpu().double() if isinstance(data, torch.Tensor) else data, dtype=float
     )
     if matrix.ndim != 2 or not matrix.size:
-        raise ValueError(f"{what} has two dimensions and is not empty, got shape {matrix.shape}")
+        raise ValueError(f"{what} has two dimensions and is not empty, got shape {matrix.shape}.")
     if not np.isfinite(matrix).all():
         raise ValueError(
-            f"{what} must be finite; row {int(np.argmin(np.isfinite(matrix).all(1)))} is not"
+            f"{what} must be finite; row {int(np.argmin(np.isfinite(matrix).all(1)))} is not."
         )
     return matrix
 
 
 def _check_method(method: str, legal: Sequence[str], what: str) -> None:
     if method not in legal:
-        raise ValueError(f"method must be one of {', '.join(legal)} for {what}, got {method!r}")
+        raise ValueError(f"method must be one of {', '.join(legal)} for {what}, got {method!r}.")

@@ -42,7 +42,7 @@ def _check_kinds(a: Forest, b: Forest) -> None:
     ):
         inner = {node for level in other.nodes for node in level} - set(other.leaves)
         if both := [leaf for leaf in one.leaves if leaf in inner]:
-            raise ValueError(f"cannot merge: {_shown(both)} is a leaf of {where}")
+            raise ValueError(f"cannot merge: {_shown(both)} is a leaf of {where}.")
 
 
 def _check_names(a: Forest, b: Forest) -> None:
@@ -53,7 +53,7 @@ def _check_names(a: Forest, b: Forest) -> None:
         raise ValueError(
             f"cannot merge: leaf {both[0][-1]!r} is {_shown([mine[both[0][-1]]])} in this tree and "
             f"{_shown(both[:1])} in the other ({len(both)} such names); if they are different "
-            "classes, pass same_names=True"
+            "classes, pass same_names=True."
         )
 
 
@@ -65,7 +65,7 @@ def _merge_levels(a: Sequence[str], b: Sequence[str]) -> list[str]:
         if len(named) > 1:
             raise ValueError(
                 f"cannot merge: level {i} is called {mine!r} in this tree and {theirs!r} in the "
-                f"other; levels are {list(a)} and {list(b)}"
+                f"other; levels are {list(a)} and {list(b)}."
             )
         merged += named or [default]
     return merged

@@ -131,7 +131,7 @@ class Forest:
             return int(level)
         raise ValueError(
             f"no level {level!r}; the levels are {', '.join(map(repr, self.levels))} "
-            f"(indices 0 to {self.num_levels - 1})"
+            f"(indices 0 to {self.num_levels - 1})."
         )
 
     # ---- labels
@@ -301,7 +301,7 @@ class Forest:
         if predictions.ndim != 2 or predictions.shape[1] != self.num_levels:
             raise ValueError(
                 f"predictions must have shape (N, {self.num_levels}), one column per level, got "
-                f"{tuple(predictions.shape)}"
+                f"{tuple(predictions.shape)}."
             )
         valid = torch.ones(len(predictions), dtype=torch.bool, device=predictions.device)
         still_open = valid.clone()  # no leaf has been predicted so far
@@ -393,11 +393,11 @@ class Forest:
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(
-            f"a Taxonomy does not change; make a new one instead of setting {name!r}"
+            f"a Taxonomy does not change; make a new one instead of setting {name!r}."
         )
 
     def __delattr__(self, name: str) -> None:
-        raise AttributeError(f"a Taxonomy does not change; {name!r} cannot be deleted")
+        raise AttributeError(f"a Taxonomy does not change; {name!r} cannot be deleted.")
 
     def __reduce__(self) -> tuple[Any, ...]:
         # pickle and deepcopy would set attributes

@@ -36,17 +36,17 @@ def as_path(path: Any) -> NodePath:
     names = path.split("/") if isinstance(path, str) else path
     if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
         raise ValueError(
-            f"a path is a text like 'animal/pet/cat' or a sequence of names, got {path!r}"
+            f"a path is a text like 'animal/pet/cat' or a sequence of names, got {path!r}."
         )
     if not names or not all(name.strip() for name in names):
-        raise ValueError(f"empty name in path {path!r}: each level of a path needs a name")
+        raise ValueError(f"empty name in path {path!r}: each level of a path needs a name.")
     return tuple(names)
 
 
 def hint(word: str, known: Iterable[str]) -> str:
     """The end of an error message: what may have been meant."""
     close = difflib.get_close_matches(word, list(known), n=3)
-    return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
+    return f"; did you mean {' or '.join(map(repr, close))}?" if close else "."
 
 
 def check_leaves(leaves: Iterable[Any]) -> tuple[NodePath, ...]:
@@ -56,12 +56,12 @@ def check_leaves(leaves: Iterable[Any]) -> tuple[NodePath, ...]:
         items = as_items("leaves", leaves, "['animal/cat', 'animal/dog']")
     paths = tuple(as_path(path) for path in items)
     if not paths:
-        raise ValueError("a taxonomy needs at least one leaf, got none")
+        raise ValueError("a taxonomy needs at least one leaf, got none.")
     first: dict[NodePath, int] = {}
     for i, path in enumerate(paths):
         if path in first:
             raise ValueError(
-                f"leaf {'/'.join(path)!r} is listed twice, as number {first[path]} and {i}"
+                f"leaf {'/'.join(path)!r} is listed twice, as number {first[path]} and {i}."
             )
         first[path] = i
     for path in paths:
@@ -69,7 +69,7 @@ def check_leaves(leaves: Iterable[Any]) -> tuple[NodePath, ...]:
             if path[:depth] in first:
                 raise ValueError(
                     f"{'/'.join(path[:depth])!r} is listed as a leaf, but is also the parent of "
-                    f"{'/'.join(path)!r}; a node is either a leaf or has children"
+                    f"{'/'.join(path)!r}; a node is either a leaf or has children."
                 )
     return paths
 
@@ -81,20 +81,20 @@ def check_levels(levels: Sequence[str] | None, depth: int) -> tuple[str, ...]:
     names = list(levels) if isinstance(levels, (list, tuple)) else []
     if not names or not all(isinstance(name, str) and name.strip() for name in names):
         raise ValueError(
-            f"levels must be a sequence of {depth} names that are not empty, got {levels!r}"
+            f"levels must be a sequence of {depth} names that are not empty, got {levels!r}."
         )
     if len(levels) > depth:
         raise ValueError(
             f"level {levels[depth]!r} is empty: {len(levels)} level names are given, but the "
-            f"deepest leaf lies on level {depth}; name {depth} levels"
+            f"deepest leaf lies on level {depth}; name {depth} levels."
         )
     if len(levels) < depth:
         raise ValueError(
             f"{len(levels)} level names are given, but the deepest leaf lies on level {depth}; "
-            f"name {depth} levels, coarsest first"
+            f"name {depth} levels, coarsest first."
         )
     if len(set(levels)) < depth:
-        raise ValueError(f"level names must differ from each other, got {list(levels)}")
+        raise ValueError(f"level names must differ from each other, got {list(levels)}.")
     return tuple(levels)
 
 
@@ -106,7 +106,7 @@ def check_order(
         return tuple(map(tuple, nodes))
     order = as_items("order", order, "[['animal', 'thing'], None]")
     if len(order) != len(nodes):
-        raise ValueError(f"order needs one entry per level ({len(nodes)}), got {len(order)}")
+        raise ValueError(f"order needs one entry per level ({len(nodes)}), got {len(order)}.")
     ordered = []
     for level, found, given in zip(levels, nodes, order, strict=True):
         paths = found
@@ -116,7 +116,7 @@ def check_order(
             odd = sorted("/".join(path) for path in set(paths) ^ set(found)) or "a node twice"
             raise ValueError(
                 f"order of level {level!r} must list each of its {len(found)} nodes once; it "
-                f"differs in {odd}"
+                f"differs in {odd}."
             )
         ordered.append(tuple(paths))
     return tuple(ordered)
@@ -169,10 +169,10 @@ def find(name: Any, ends: Mapping[str, list[NodePath]], nodes: Iterable[NodePath
         options = ", ".join(repr(path) for path in found[:5])
         raise ValueError(
             f"{name!r} is ambiguous: it fits {len(found)} nodes, among them {options}; give the "
-            "whole path as a tuple"
+            "whole path as a tuple."
         )
     if any(name in ("/".join(path), path[-1]) for path in nodes):
-        raise ValueError(f"{name!r} is not a leaf but an inner node; encode_partial takes those")
+        raise ValueError(f"{name!r} is not a leaf but an inner node; encode_partial takes those.")
     count = len({path for paths in ends.values() for path in paths})
     raise ValueError(f"no class {name!r} among {count} in this taxonomy{hint(name, ends)}")
 

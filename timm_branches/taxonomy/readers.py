@@ -33,7 +33,7 @@ def read_dataframe(
 ) -> tuple[list[NodePath], list[str]]:
     """The leaves of a data frame, each once in order of appearance, and their columns."""
     if not hasattr(frame, "columns"):
-        raise TypeError(f"a data frame has columns, as pandas' does; got {type(frame).__name__}")
+        raise TypeError(f"a data frame has columns, as pandas' does; got {type(frame).__name__}.")
     paths, wanted = _leaves(read_table(frame), columns)
     return list(dict.fromkeys(paths)), wanted
 
@@ -49,12 +49,12 @@ def _pick_columns(header: Sequence[Any], columns: Sequence[Any] | None, source: 
     """The columns asked for, all by default, after making sure that each is there once."""
     wanted = list(header) if columns is None else [str(name) for name in columns]
     if unknown := [name for name in wanted if name not in header]:
-        raise ValueError(f"{source} has no column {unknown[0]!r}; its columns are {header}")
+        raise ValueError(f"{source} has no column {unknown[0]!r}; its columns are {header}.")
     if len(set(header)) < len(header) or not all(str(name).strip() for name in header):
-        raise ValueError(f"{source}: each column needs a name of its own, got {header}")
+        raise ValueError(f"{source}: each column needs a name of its own, got {header}.")
     if not wanted:
         raise ValueError(
-            f"{source} needs at least one column for a level, got none; its columns are {header}"
+            f"{source} needs at least one column for a level, got none; its columns are {header}."
         )
     return wanted
 
@@ -65,7 +65,7 @@ def _row_path(cells: Sequence[str], where: str) -> NodePath:
     if tuple(cells[: len(names)]) != names:
         raise ValueError(
             f"{where}: empty name above a class: {list(cells)}; only the last cells of a row may "
-            "be empty"
+            "be empty."
         )
     return names
 
@@ -80,7 +80,7 @@ def _no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     keys = [key for key, _ in pairs]
     if len(set(keys)) < len(keys):
         raise ValueError(
-            f"{next(key for key in keys if keys.count(key) > 1)!r} occurs twice in one JSON object"
+            f"{next(key for key in keys if keys.count(key) > 1)!r} occurs twice in one JSON object."
         )
     return dict(pairs)
 
@@ -116,7 +116,7 @@ def read_json(node: Any, path: NodePath = ()) -> list[NodePath]:
         return leaves
     if isinstance(node, Sequence) and not isinstance(node, str):
         if not node and path:
-            raise ValueError(f"{where} has an empty list of children; write null for a leaf")
+            raise ValueError(f"{where} has an empty list of children; write null for a leaf.")
         leaves = []
         for item in node:
             if isinstance(item, str):
@@ -126,11 +126,11 @@ def read_json(node: Any, path: NodePath = ()) -> list[NodePath]:
             else:
                 raise ValueError(
                     f"the list under {where} holds {item!r}; expected leaf names in quotes, or "
-                    "objects"
+                    "objects."
                 )
         return leaves
     raise ValueError(
-        f"{where} holds {node!r}; expected an object of children, a list of leaf names, or null"
+        f"{where} holds {node!r}; expected an object of children, a list of leaf names, or null."
     )
 
 
@@ -138,10 +138,10 @@ def read_folders(root: str | Path) -> list[NodePath]:
     """The leaves of nested class folders, sorted."""
     root = Path(root)
     if not root.is_dir():
-        raise ValueError(f"{root} is not a folder; give the folder that holds the class folders")
+        raise ValueError(f"{root} is not a folder; give the folder that holds the class folders.")
     leaves = _walk_folders(root, (), (root.resolve(),))
     if leaves == [()]:
-        raise ValueError(f"{root} has no class folders")
+        raise ValueError(f"{root} has no class folders.")
     return leaves
 
 
@@ -153,7 +153,7 @@ def _walk_folders(folder: Path, path: NodePath, above: tuple[Path, ...]) -> list
     for child in below:
         real = child.resolve()
         if real in above:
-            raise ValueError(f"{child} links back to {real}, which contains it: a cycle")
+            raise ValueError(f"{child} links back to {real}, which contains it: a cycle.")
         leaves += _walk_folders(child, (*path, child.name), (*above, real))
     return leaves or [path]
 
@@ -177,21 +177,21 @@ def read_parents(
     classes = list(classes)
     if len(set(classes)) < len(classes):
         twice = next(name for name in classes if classes.count(name) > 1)
-        raise ValueError(f"class {twice!r} is listed twice")
+        raise ValueError(f"class {twice!r} is listed twice.")
     if isinstance(maps, Mapping) or (maps and all(_is_pair(pair) for pair in maps)):
         edges = _as_map(maps)
         if not any(isinstance(key, Integral) for key in edges):
             if names is not None:
                 raise ValueError(
-                    "names belong to a list of maps; a map of the whole forest names its parents"
+                    "names belong to a list of maps; a map of the whole forest names its parents."
                 )
             return _climb(classes, edges), None
         maps = [maps]
     if names is not None and len(names) != len(maps):
-        raise ValueError(f"names needs one entry per map ({len(maps)}), got {len(names)}")
+        raise ValueError(f"names needs one entry per map ({len(maps)}), got {len(names)}.")
     if levels is not None and len(levels) != len(maps) + 1:
         raise ValueError(
-            f"{len(maps)} maps make {len(maps) + 1} levels, got {len(levels)} level names"
+            f"{len(maps)} maps make {len(maps) + 1} levels, got {len(levels)} level names."
         )
     rows = [classes]  # names per level, finest first
     steps = []  # for each map, the parent's name of each name
@@ -245,7 +245,7 @@ def _as_map(given: Any) -> dict[Any, Any]:
         edges: dict[Any, Any] = {}
         for child, parent in given:
             if edges.setdefault(child, parent) != parent:
-                raise ValueError(f"{child!r} has a second parent: {edges[child]!r} and {parent!r}")
+                raise ValueError(f"{child!r} has a second parent: {edges[child]!r} and {parent!r}.")
         return edges
     if (
         isinstance(given, Sequence)
@@ -255,7 +255,7 @@ def _as_map(given: Any) -> dict[Any, Any]:
         return dict(enumerate(given))
     raise ValueError(
         "a map is a dict, a list of (child, parent) names, or a list of parent indices; got "
-        f"{given!r}"
+        f"{given!r}."
     )
 
 
@@ -265,7 +265,7 @@ def _climb(classes: Sequence[str], edges: Mapping[str, str | None]) -> list[Node
         path = [name]
         while (parent := edges.get(path[0])) is not None:
             if parent in path:
-                raise ValueError(f"cycle: {' -> '.join([*path[::-1], parent])}")
+                raise ValueError(f"cycle: {' -> '.join([*path[::-1], parent])}.")
             path.insert(0, parent)
         paths.append(tuple(path))
     used = {name for path in paths for name in path}
@@ -292,7 +292,7 @@ def _one_step(
     kind = "index" if by_index else "class"
     for key in keys:
         if edges.get(key) is None:
-            raise ValueError(f"{kind} {key!r} has no parent on {title}")
+            raise ValueError(f"{kind} {key!r} has no parent on {title}.")
     known = set(keys)
     for key in edges:
         if key not in known:
@@ -314,7 +314,7 @@ def _parents_by_name(parents: Sequence[str], names: Sequence[str] | None, title:
     if set(names) != set(parents) or len(set(names)) < len(names):
         raise ValueError(
             f"names of {title} must list each parent once: {sorted(map(str, set(parents)))}, got "
-            f"{list(names)}"
+            f"{list(names)}."
         )
     return list(names)
 
@@ -325,16 +325,16 @@ def _parents_by_index(parents: Sequence[int], names: Sequence[str] | None, title
     if not all(isinstance(index, Integral) and int(index) >= 0 for index in used):
         raise ValueError(
             f"a map whose keys are indices must have indices from 0 as values too, got "
-            f"{sorted(map(str, used))}"
+            f"{sorted(map(str, used))}."
         )
     count = max(used) + 1 if names is None else len(names)
     if used != set(range(count)):
         raise ValueError(
             f"{title} has {count} classes, so parents must be each of 0 to {count - 1}; got "
-            f"{sorted(used)}: an index without children would be an empty class"
+            f"{sorted(used)}: an index without children would be an empty class."
         )
     if names is None:
         return [f"{title}_{index}" for index in range(count)]
     if len(set(names)) < len(names):
-        raise ValueError(f"names of {title} must differ from each other, got {list(names)}")
+        raise ValueError(f"names of {title} must differ from each other, got {list(names)}.")
     return list(names)

@@ -63,16 +63,16 @@ def as_labels(labels: Any, count: int, what: str) -> torch.Tensor:
         try:
             labels = torch.as_tensor(labels, device="cpu")
         except (RuntimeError, TypeError, ValueError) as error:
-            raise ValueError(f"{what} must be an integer, got {labels!r}") from error
+            raise ValueError(f"{what} must be an integer, got {labels!r}.") from error
     if labels.numel() == 0:  # an empty list has no integer type
         return labels.long()
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise ValueError(f"{what} must be an integer, got a tensor of {labels.dtype}")
+        raise ValueError(f"{what} must be an integer, got a tensor of {labels.dtype}.")
     labels = labels.long()
     wrong = (labels < -1) | (labels >= count)
     if wrong.any():
         raise ValueError(
             f"{what} {int(labels[wrong][0])} is out of range; legal are 0 to {count - 1}, and -1 "
-            "for unknown"
+            "for unknown."
         )
     return labels

@@ -380,15 +380,15 @@ class Taxonomy(Forest):
             ValueError: if `data` is not what `to_dict` returns, or of a later version.
         """
         if not isinstance(data, Mapping):
-            raise ValueError(f"not a stored taxonomy: it is a dict, got {data!r}")
+            raise ValueError(f"not a stored taxonomy: it is a dict, got {data!r}.")
         if data.get("format") != _FORMAT or "leaves" not in data:
             raise ValueError(
                 f"not a stored taxonomy: it needs format {_FORMAT!r} and leaves, got keys "
-                f"{list(data)}"
+                f"{list(data)}."
             )
         if data.get("version") != 1:
             raise ValueError(
-                f"stored taxonomy of version {data.get('version')!r}; this release reads version 1"
+                f"stored taxonomy of version {data.get('version')!r}; this release reads version 1."
             )
         return cls(data["leaves"], data.get("levels"), data.get("order"))
 
@@ -415,7 +415,7 @@ class Taxonomy(Forest):
             ]
             raise ValueError(
                 f"names must list each of the {self.num_leaves} leaves once; got {len(indices)} "
-                f"names, missing {missing}"
+                f"names, missing {missing}."
             )
         return Taxonomy([self.leaves[i] for i in indices], self.levels)
 
@@ -446,7 +446,7 @@ class Taxonomy(Forest):
         leaves = [self.leaves[i] for i in kept if i >= 0]
         if not leaves:
             raise ValueError(
-                f"pruning would leave none of the {self.num_leaves} leaves; name those to keep"
+                f"pruning would leave none of the {self.num_leaves} leaves; name those to keep."
             )
         used = {path[: d + 1] for path in leaves for d in range(len(path))}
         order = [

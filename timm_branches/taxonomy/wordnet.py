@@ -38,7 +38,7 @@ def read_wordnet(classes: Iterable[Any]) -> list[NodePath]:
         if "" in node:
             raise ValueError(
                 f"{first[chain[-1].name()]!r} and {labels[i]!r} both mean {chain[-1].name()} in "
-                "WordNet; give the synset that is meant, such as 'crane.n.04'"
+                "WordNet; give the synset that is meant, such as 'crane.n.04'."
             )
         node[""] = i
         first[chain[-1].name()] = labels[i]
@@ -84,7 +84,7 @@ def _load() -> Any:
     except ImportError as error:
         raise ImportError(
             f"Taxonomy.from_wordnet needs nltk, which is not installed ({error}). Install it with: "
-            "pip install nltk"
+            "pip install nltk."
         ) from error
     try:
         wordnet.ensure_loaded()
@@ -109,7 +109,7 @@ def _look_up(wordnet: Any, item: Any) -> Any:
     if not isinstance(item, str):
         raise ValueError(
             "a class is a word, a synset's name like 'dog.n.01', an ImageNet id like 'n02084071' "
-            f"or a synset of nltk; got {item!r}"
+            f"or a synset of nltk; got {item!r}."
         )
     if re.fullmatch(r"[nvars]\d{8}", item):
         with warnings.catch_warnings():
@@ -128,5 +128,5 @@ def _look_up(wordnet: Any, item: Any) -> Any:
             "noun",
         )
     if found is None:
-        raise ValueError(f"WordNet has no {what} {item!r}")
+        raise ValueError(f"WordNet has no {what} {item!r}.")
     return found

@@ -166,7 +166,9 @@ def try_images(args: argparse.Namespace, **splits: Any) -> None:
             continue
         text = f"{split}: {describe_bad_images(bad, len(data))}"
         if args.on_bad_image == "stop":
-            raise ValueError(f"{text}. Mend or remove them, or leave them out: --on-bad-image skip")
+            raise ValueError(
+                f"{text}. Mend or remove them, or leave them out: --on-bad-image skip."
+            )
         _logger.warning("%s. They are left out.", text)
 
 

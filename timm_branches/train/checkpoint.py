@@ -151,7 +151,7 @@ def load_state(path: str | os.PathLike) -> dict:
         if checked is None:
             raise ValueError(
                 f"{path} is not a training checkpoint of timm_branches. (To start from a model's "
-                "weights, give it as the checkpoint of a new run.)"
+                "weights, give it as the checkpoint of a new run.)."
             )
         metadata = checked
     try:
@@ -170,14 +170,14 @@ def _encode(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
             if not (key is None or isinstance(key, (bool, int, float, str))):
                 raise TypeError(
                     f"a checkpoint cannot hold a dict with a key of type {type(key).__name__}: "
-                    f"{key!r}"
+                    f"{key!r}."
                 )
         return {"dict": [[k, _encode(v, tensors)] for k, v in value.items()]}
     if isinstance(value, (list, tuple)):
         return [_encode(v, tensors) for v in value]
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    raise TypeError(f"a checkpoint cannot hold {type(value).__name__}: {value!r}")
+    raise TypeError(f"a checkpoint cannot hold {type(value).__name__}: {value!r}.")
 
 
 def _decode(value: Any, tensors: dict[str, torch.Tensor]) -> Any:

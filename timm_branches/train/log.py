@@ -240,5 +240,5 @@ def _import(module: str, package: str, extra: str) -> Any:
     except ImportError as error:
         raise MissingPackageError(
             f"Logging to {package} was asked for, but {package} is not installed ({error}). "
-            f"Install it with: pip install 'timm_branches[{extra}]'"
+            f"Install it with: pip install 'timm_branches[{extra}]'."
         ) from error

@@ -31,7 +31,7 @@ def setup_device(device: str = "") -> torch.device:
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-            raise RuntimeError("torch sees no CUDA device on this machine")
+            raise RuntimeError("torch sees no CUDA device on this machine.")
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"--device {device}: {reason}. Write cpu, cuda or cuda:1.") from None

@@ -83,7 +83,7 @@ class ClipDataset(HierarchicalDataset):
     ) -> None:
         if isinstance(clips, FileClips) and in_chans not in (None, clips.in_chans):
             raise ValueError(
-                f"in_chans={in_chans}, but the files are decoded to {clips.in_chans} channels"
+                f"in_chans={in_chans}, but the files are decoded to {clips.in_chans} channels."
             )
         labels = torch.as_tensor(labels, dtype=torch.long)
         is_flat = labels.ndim == 1 and taxonomy is None
@@ -137,7 +137,10 @@ class ClipDataset(HierarchicalDataset):
     def _note(self, sample: int, error: ClipError) -> None:
         if not self._failed[sample]:
             self._failed[sample] = True
-            warnings.warn(f"{error}. The next clip that can be read takes its place.", stacklevel=3)
+            warnings.warn(
+                f"{str(error).rstrip('.')}. The next clip that can be read takes its place.",
+                stacklevel=3,
+            )
 
     def subset(self, indices: Any) -> "ClipSubset":
         """Some of the clips, at these positions."""
@@ -226,7 +229,7 @@ def split_clips(
 
 def _read(path: Any, taxonomy: Any, in_chans: int, columns: dict[str, Any]) -> Source:
     if in_chans not in (1, 3):
-        raise ValueError(f"in_chans must be 3 (RGB) or 1 (grey), not {in_chans}")
+        raise ValueError(f"in_chans must be 3 (RGB) or 1 (grey), not {in_chans}.")
     tree = None if taxonomy is None else get_taxonomy(taxonomy)
     columns = {name: value for name, value in columns.items() if value is not None}
     if isinstance(path, Source):
@@ -247,8 +250,8 @@ def _read(path: Any, taxonomy: Any, in_chans: int, columns: dict[str, Any]) -> S
     if os.path.isdir(path):
         return read_clip_folder(path, in_chans, tree)
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path} is neither a folder nor a file")
-    raise ValueError(f"{path} is of no known kind; expected a folder of class folders or a .csv")
+        raise FileNotFoundError(f"{path} is neither a folder nor a file.")
+    raise ValueError(f"{path} is of no known kind; expected a folder of class folders or a .csv.")
 
 
 def _whole(
@@ -365,7 +368,7 @@ def create_clip_splits(
     for name in {"split", "is_training"} & set(kwargs):
         raise ValueError(
             f"{name} has no effect here: all splits are made, and only 'train' draws frames at "
-            "random"
+            "random."
         )
     strict = kwargs.pop("strict", False)
     names = ("levels", "path_column", "split_column", "group_column")

@@ -51,7 +51,7 @@ def collate_clips(
     if len(shapes) > 1:
         raise ValueError(
             f"frames of different clips in a batch have the shapes {shapes}; a transform makes "
-            "them equal"
+            "them equal."
         )
     lengths = torch.tensor([len(clip) for clip in frames])
     return ClipBatch(pad_sequence(list(frames), batch_first=True), lengths), default_collate(

@@ -46,20 +46,20 @@ class FrameSampler:
         if self.sampling is None:
             object.__setattr__(self, "sampling", "all" if self.num_frames is None else "uniform")
         if self.sampling not in SAMPLINGS:
-            raise ValueError(f"no sampling {self.sampling!r}; it is one of {', '.join(SAMPLINGS)}")
+            raise ValueError(f"no sampling {self.sampling!r}; it is one of {', '.join(SAMPLINGS)}.")
         if (self.num_frames is None) != (self.sampling == "all"):
             raise ValueError(
                 f"sampling={self.sampling!r} does not go with num_frames={self.num_frames}; 'all' "
-                "takes every frame, the others need to know how many"
+                "takes every frame, the others need to know how many."
             )
         if self.num_frames is not None and self.num_frames < 1:
-            raise ValueError(f"num_frames must be at least 1, not {self.num_frames}")
+            raise ValueError(f"num_frames must be at least 1, not {self.num_frames}.")
         if self.stride < 1:
-            raise ValueError(f"stride must be at least 1, not {self.stride}")
+            raise ValueError(f"stride must be at least 1, not {self.stride}.")
         if self.stride > 1 and self.sampling != "dense":
             raise ValueError(
                 f"stride={self.stride} has no effect with sampling={self.sampling!r}, only with "
-                "'dense'"
+                "'dense'."
             )
 
     def __call__(self, count: int, key: Sequence[int] = (0, 0, 0)) -> np.ndarray:
@@ -74,7 +74,7 @@ class FrameSampler:
             int64 array (T,), or less where the clip is shorter: ascending positions, none twice.
         """
         if count < 1:
-            raise ValueError(f"a clip needs at least 1 frame, not {count}")
+            raise ValueError(f"a clip needs at least 1 frame, not {count}.")
         if self.num_frames is None:
             return np.arange(count)
         if not self.is_training:

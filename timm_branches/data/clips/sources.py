@@ -167,7 +167,7 @@ class FileClips:
             # file.
             if error.count < end - max(2, end // 50):
                 raise ClipError(
-                    f"{error}, where {end} are expected; is the file complete?"
+                    f"{str(error).rstrip('.')}, where {end} are expected; is the file complete?"
                 ) from error
             end = error.count
             clip = self._read_video(path, start, end, choose)
@@ -176,7 +176,7 @@ class FileClips:
 
     def _read_video(self, path: str, start: int, end: int, choose: Choose) -> np.ndarray:
         if start >= end:
-            raise ClipError(f"cannot read frame {start} of {path}: it has only {end} frames")
+            raise ClipError(f"cannot read frame {start} of {path}: it has only {end} frames.")
         chosen = [start + int(number) for number in choose(end - start)]
         return _stack(
             read_frames(path, chosen, self.in_chans), [f"frame {number}" for number in chosen], path
@@ -186,12 +186,12 @@ class FileClips:
         try:
             names = sorted(filter(is_image_name, os.listdir(path)), key=natural_order)
             if not names:
-                raise ClipError(f"the folder {path} holds no image")
+                raise ClipError(f"the folder {path} holds no image.")
             end = len(names) if end < 0 else end
             if not start < end <= len(names):
                 raise ClipError(
                     f"cannot read the frames {start} to {end} of {path}: it holds {len(names)} "
-                    "images"
+                    "images."
                 )
             chosen = [names[start + int(number)] for number in choose(end - start)]
             images = [self._decode(os.path.join(path, name)) for name in chosen]
@@ -226,7 +226,7 @@ def _stack(images: list[np.ndarray], names: list[str], path: str) -> np.ndarray:
             (height, width), (other_height, other_width) = images[0].shape[:2], image.shape[:2]
             raise ClipError(
                 f"frames of the clip {path} differ in size: {names[0]} is {width} x {height} "
-                f"pixels, {name} is {other_width} x {other_height}"
+                f"pixels, {name} is {other_width} x {other_height}."
             )
     return np.stack(images)
 
@@ -268,7 +268,7 @@ def read_clip_folder(root: str, in_chans: int = 3, taxonomy: Taxonomy | None = N
         raise ValueError(
             f"no clips in {root}; they are expected in one folder per class, either videos "
             f"({', '.join(VIDEO_EXTENSIONS)}) or folders of images, e.g. jump/1.mp4 or "
-            "jump/1/000.jpg"
+            "jump/1/000.jpg."
         )
     summary.left_out = count_endings(others)
     if stray:

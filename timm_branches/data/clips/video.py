@@ -50,7 +50,7 @@ def _import_av() -> Any:
         import av
     except ImportError as error:
         raise ImportError(
-            "video files are decoded with PyAV: pip install 'timm_branches[video]'"
+            "video files are decoded with PyAV: pip install 'timm_branches[video]'."
         ) from error
     return av
 
@@ -70,7 +70,7 @@ def is_video_name(path: str) -> bool:
 def _open_container(av: Any, path: str) -> Any:
     """A file's container, found by its contents; a pipe would be waited for without end."""
     if os.path.exists(path) and not os.path.isfile(path):
-        raise OSError(f"{path} is no regular file")
+        raise OSError(f"{path} is no regular file.")
     try:
         return av.open(path, metadata_errors="ignore")
     except av.EOFError:
@@ -93,7 +93,7 @@ def _open_video(path: str) -> Iterator[tuple[Any, Any]]:
         if stream is None:
             raise ClipError(
                 f"{path} has no pictures, only "
-                f"{', '.join(s.type for s in container.streams) or 'nothing'}"
+                f"{', '.join(s.type for s in container.streams) or 'nothing'}."
             )
         # loaders have worker processes for what runs in parallel
         stream.codec_context.thread_count = 1
@@ -138,7 +138,7 @@ def count_frames(path: str) -> int:
             count += 1
             end = frame.time or 0.0
         if not count:
-            raise ClipError(f"{path} holds no frame")
+            raise ClipError(f"{path} holds no frame.")
         duration = (container.duration or 0) / 1e6
         # no error: the last frame may be meant to stand for long
         if end + end / max(1, count - 1) < 0.9 * duration:
@@ -214,7 +214,7 @@ def read_frames(path: str, indices: Sequence[int], in_chans: int = 3) -> list[np
             if number != indices[len(images)]:
                 continue
             if frame.is_corrupt:
-                raise ClipError(f"frame {number} of {path} is damaged")
+                raise ClipError(f"frame {number} of {path} is damaged.")
             # A converter with threads of its own hangs a forked worker that frees it: they are not
             # there any more.
             picture = frame.reformat(format="rgb24", threads=1).to_ndarray()  # (H, W, 3)
