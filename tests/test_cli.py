@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,8 @@ from PIL import Image
 from timm_branches import Taxonomy, create_branch_model, save_model
 from timm_branches.cli import main
 from timm_branches.inference.predict import predict
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -328,3 +331,90 @@ def test_predict_into_a_closed_pipe(tree_file, photos):
     os.close(writing)
     assert done.stderr == b""
     assert done.returncode == 1
+
+
+def test_recipes_by_name(tmp_path, capsys, monkeypatch):
+    assert main(["recipes", "list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    names = [line.split()[0] for line in lines]
+    assert names == sorted(path.stem for path in (ROOT / "recipes").glob("*.py"))
+    assert "B-CNN" in lines[0]
+    monkeypatch.chdir(tmp_path)
+    assert main(["recipes", "copy", "segment"]) == 0
+    assert (tmp_path / "segment.py").read_bytes() == (ROOT / "recipes/segment.py").read_bytes()
+    (tmp_path / "segment.py").write_text("mine")
+    assert main(["recipes", "copy", "segment"]) == 2
+    assert "segment.py is there already" in capsys.readouterr().err
+    assert (tmp_path / "segment.py").read_text() == "mine"
+    assert main(["recipes", "copy", "nose"]) == 2
+    assert "choose one of bcnn" in capsys.readouterr().err
+
+
+def test_train_and_predict(tmp_path, capsys):
+    """A recipe's flags are its own; what it writes can be asked."""
+    run = ["train", "bcnn", "--epochs", "1", "--limit", "64", "--no-flat", "--no-plots"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "timm_branches", *run, "--output", str(tmp_path / "run")],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "best path" in done.stdout
+    (model,) = (tmp_path / "run").rglob("model.safetensors")
+    Image.new("L", (8, 8)).save(tmp_path / "a.png")
+    assert main(["predict", str(model), str(tmp_path / "a.png")]) == 0
+    assert "a.png" in capsys.readouterr().out
+    wrong = subprocess.run(
+        [sys.executable, "-m", "timm_branches", "train", "bcnn", "--epochs", "-1"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+    )
+    assert wrong.returncode == 2
+    assert "Traceback" not in wrong.stderr
+
+
+def test_looking(capsys):
+    assert main(["tree", "cifar10"]) == 0
+    assert "├─ sky" in capsys.readouterr().out
+    assert main(["tree", "nose"]) == 2
+    assert main(["list"]) == 0
+    out = capsys.readouterr().out
+    for word in ("bcnn", "bcnn_vgg16", "cifar100", "rednet", "best-path"):
+        assert word in out
+    assert main(["--version"]) == 0
+    assert "timm_branches 0." in capsys.readouterr().out
+
+
+def test_the_wheel_has_the_recipes(tmp_path):
+    """What `pip install` brings: package, stubs and recipes, and nothing beside them."""
+    source = tmp_path / "source"
+    ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    for name in ("timm_branches", "recipes"):
+        shutil.copytree(ROOT / name, source / name, ignore=ignored)
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source / name)
+    subprocess.run(
+        [sys.executable, "-c", "import setuptools; exec(open('setup.py').read())", "build"],
+        cwd=source,
+        check=True,
+        capture_output=True,
+    )
+    built = source / "build" / "lib"
+    assert {path.name for path in built.iterdir()} == {"timm_branches"}
+    names = {path.name for path in (built / "timm_branches" / "recipes").iterdir()}
+    assert names == {path.name for path in (ROOT / "recipes").glob("*.py")}
+    assert (built / "timm_branches" / "py.typed").exists()
+    assert (built / "timm_branches" / "data" / "__init__.pyi").exists()
+    done = subprocess.run(
+        [sys.executable, "-m", "timm_branches", "recipes", "list"],
+        cwd=built,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.startswith("bcnn ")

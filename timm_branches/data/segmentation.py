@@ -159,7 +159,8 @@ class SegmentationDataset(PairDataset):
         if mask.ndim != 2 or mask.dtype.kind not in "iub":
             raise ValueError(
                 f"the mask of {self.names[index]} is an array {mask.dtype} of shape {mask.shape}; "
-                "it must hold one class index for each pixel (a palette or grey image), not colours."
+                "it must hold one class index for each pixel (a palette or grey image), not "
+                "colours."
             )
         mask = mask.astype(np.int64)
         if self.ignore_index is not None:

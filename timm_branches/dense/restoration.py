@@ -220,7 +220,8 @@ def structural_similarity(
 def _check_images(output: torch.Tensor, target: torch.Tensor) -> None:
     if output.ndim != 4 or output.shape != target.shape:
         raise ValueError(
-            f"images must both be (B, C, H, W), got {tuple(output.shape)} and {tuple(target.shape)}."
+            f"images must both be (B, C, H, W), got {tuple(output.shape)} and "
+            f"{tuple(target.shape)}."
         )
 
 

@@ -89,7 +89,8 @@ def kernel_gradients_figure(
         raise ValueError(f"grad must be (O, C / groups, kh, kw), got {tuple(grad.shape)}.")
     if max_filters < 1 or max_channels < 1:
         raise ValueError(
-            f"max_filters and max_channels must be at least 1, got {max_filters} and {max_channels}."
+            f"max_filters and max_channels must be at least 1, got {max_filters} and "
+            f"{max_channels}."
         )
     grad = grad.detach().to("cpu", torch.float64)
     if not grad.isfinite().all():

@@ -214,7 +214,8 @@ def diagnose_kernel_gradients(
     output = twin(x)
     if output.shape != dy.shape:
         raise ValueError(
-            f"grad_output must have the output's shape {tuple(output.shape)}, got {tuple(dy.shape)}."
+            f"grad_output must have the output's shape {tuple(output.shape)}, got "
+            f"{tuple(dy.shape)}."
         )
     eps = torch.finfo(torch.float64 if grad is None else grad.dtype).eps
     if rtol is None:  # half types are summed in float32 and rounded at the end

@@ -257,12 +257,13 @@ def check_module(head: Head, module: nn.Module) -> None:
         TypeError: Something is missing; it is named.
     """
     contract: Any = TemporalHead if head.temporal else HeadModule
-    if isinstance(module, contract):
-        return
+    # not isinstance(): from Python 3.12 on it looks past nn.Module's own way to find submodules
     names = {*getattr(contract, "__annotations__", ()), "reset_classifier"}
     if head.temporal:
         names |= {"check_stream", "zero_state"}
     missing = sorted(name for name in names if not hasattr(module, name))
+    if not missing:
+        return
     raise TypeError(
         f"{type(head).__name__}.build() returned a {type(module).__name__} without "
         f"{', '.join(missing)}: {contract.__name__} in timm_branches.heads says what is needed."

@@ -1,7 +1,4 @@
-"""`timm-branches`.
-
-Look at a backbone's taps or at a model's file, and let a model classify images.
-"""
+"""`timm-branches predict`: let a model answer for images."""
 
 import argparse
 import csv
@@ -12,54 +9,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from timm_branches.cli.text import printable
+
 if TYPE_CHECKING:
     from timm_branches.inference.predict import Predictions, Record
 
-__all__ = ["main"]
+__all__ = ["add_parser", "run"]
 
 FORMATS = ("text", "json", "csv")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status.
-
-    0 is success, 1 that some images could not be read, 2 (and one line on stderr) is for what a
-    person got wrong.
-    """
-    parser = argparse.ArgumentParser(prog="timm-branches", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    taps = commands.add_parser("taps", help="stages of a backbone: module, channels, stride")
-    taps.add_argument("model", help="any timm architecture")
-    info = commands.add_parser("info", help="what a model's file says of itself")
-    info.add_argument("file", help="model.safetensors")
-    _add_predict(commands)
-    args = parser.parse_args(argv)
-    try:
-        if args.command == "taps":
-            from timm_branches import list_taps
-
-            print(list_taps(args.model))
-        elif args.command == "predict":
-            return _predict(args)
-        else:
-            from timm_branches.weights import read_metadata
-
-            metadata = read_metadata(args.file)
-            if metadata is None:
-                raise ValueError(f"{args.file} is a safetensors file but not one of timm_branches.")
-            config = json.loads(metadata["config"])
-            print(json.dumps({**config, "extra": json.loads(metadata["extra"])}, indent=2))
-    # whoever read the output has seen enough; Python must not find out again on its way out
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except (ValueError, OSError) as error:
-        print(f"timm-branches: {_printable(' '.join(str(error).split()))}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def _add_predict(commands: Any) -> None:
+def add_parser(commands: Any) -> None:
+    """Add the command and its flags."""
     parser = commands.add_parser(
         "predict",
         help="classify images on every level of a model's tree",
@@ -117,7 +78,8 @@ def _add_predict(commands: Any) -> None:
     )
 
 
-def _predict(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
+    """Classify, and write what was found."""
     from timm_branches.files import replace_file
     from timm_branches.inference.predict import predict
 
@@ -179,7 +141,7 @@ def _readable(
     for i, record in enumerate(tqdm(found, unit="image", dynamic_ncols=True, disable=hidden)):
         if record.error is not None:
             errors.append(record.error)
-            tqdm.write(f"timm-branches: {_printable(record.error)}", file=sys.stderr)
+            tqdm.write(f"timm-branches: {printable(record.error)}", file=sys.stderr)
             continue
         if picture:
             picture(i, record)
@@ -195,7 +157,7 @@ def _write_text(records: Iterator["Record"], found: "Predictions", file: TextIO)
         steps = [f"{name} {p:.2f}" for name, p in zip(names, record.probabilities, strict=True)]
         steps += ["(stopped)"] if record.stopped else []
         line = (" > " if found.taxonomy is not None else ", ").join(steps)
-        file.write(f"{_printable(record.file)}  {_printable(line)}\n")
+        file.write(f"{printable(record.file)}  {printable(line)}\n")
 
 
 def _write_json(records: Iterator["Record"], found: "Predictions", file: TextIO) -> None:
@@ -279,12 +241,3 @@ def _spare(path: str, inputs: list[str]) -> None:
 def _digits(probability: float) -> float:
     """What a float32 can tell apart, and no more."""
     return float(f"{probability:.6g}")
-
-
-def _printable(text: str) -> str:
-    """On one line whatever a file is called: control characters and broken Unicode as escapes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,114 @@
+"""`timm-branches`: train by recipe, look at backbones, trees and models, and let a model answer."""
+
+import argparse
+import json
+import os
+import sys
+
+from timm_branches.cli import predict, recipes
+from timm_branches.cli.text import printable
+
+__all__ = ["main"]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status.
+
+    0 is success, 1 that some images could not be read, 2 (and one line on stderr) is for what a
+    person got wrong.
+    """
+    parser = _make_parser()
+    args = parser.parse_args(argv)
+    if args.command is None and not args.version:
+        parser.error("name a command.")
+    try:
+        return _run(args)
+    # whoever read the output has seen enough; Python must not find out again on its way out
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, OSError, ImportError) as error:
+        print(f"timm-branches: {printable(' '.join(str(error).split()))}", file=sys.stderr)
+        return 2
+
+
+def _make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="timm-branches", description=__doc__)
+    parser.add_argument("--version", action="store_true", help="print versions and exit")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    recipes.add_parsers(commands)
+    predict.add_parser(commands)
+    commands.add_parser("list", help="recipes, backbones, trees, heads and decoders")
+    tree = commands.add_parser("tree", help="draw a tree as text")
+    tree.add_argument("tree", help="a ready-made tree's name, a .csv or .json, or class folders")
+    taps = commands.add_parser("taps", help="stages of a backbone: module, channels, stride")
+    taps.add_argument("model", help="any timm architecture")
+    info = commands.add_parser("info", help="what a model's file says of itself")
+    info.add_argument("file", help="model.safetensors")
+    return parser
+
+
+def _run(args: argparse.Namespace) -> int:
+    if args.command == "train":
+        recipes.run_recipe(args.recipe, args.arguments)
+    elif args.command == "recipes":
+        _recipes(args)
+    elif args.command == "predict":
+        return predict.run(args)
+    elif args.command == "list":
+        _list()
+    elif args.command == "tree":
+        from timm_branches.taxonomy import get_taxonomy
+
+        print(get_taxonomy(args.tree))
+    elif args.command == "taps":
+        from timm_branches import list_taps
+
+        print(list_taps(args.model))
+    elif args.command == "info":
+        _info(args.file)
+    else:
+        _versions()
+    return 0
+
+
+def _recipes(args: argparse.Namespace) -> None:
+    if args.action == "copy":
+        print(recipes.copy_recipe(args.name, args.to))
+        return
+    for name, line in recipes.list_recipes().items():
+        print(f"{name:10} {line}")
+
+
+def _list() -> None:
+    from timm_branches import backbones
+    from timm_branches.heads import HEADS
+    from timm_branches.hierarchy.decode import DECODERS
+    from timm_branches.taxonomy.trees import TREES
+
+    own = [name for name in backbones.__all__ if name.islower()]
+    for title, names in (
+        ("recipes", list(recipes.list_recipes())),
+        ("backbones", [*own, "and every architecture of timm (timm.list_models())"]),
+        ("trees", list(TREES)),
+        ("heads", list(HEADS)),
+        ("decoders", list(DECODERS)),
+    ):
+        print(f"{title + ':':10} {', '.join(names)}")
+
+
+def _info(file: str) -> None:
+    from timm_branches.weights import read_metadata
+
+    metadata = read_metadata(file)
+    if metadata is None:
+        raise ValueError(f"{file} is a safetensors file but not one of timm_branches.")
+    config = json.loads(metadata["config"])
+    print(json.dumps({**config, "extra": json.loads(metadata["extra"])}, indent=2))
+
+
+def _versions() -> None:
+    from importlib.metadata import version
+
+    names = ("timm_branches", "timm", "torch", "torchvision", "albumentations", "safetensors")
+    print(", ".join(f"{name} {version(name)}" for name in names))
