@@ -496,6 +496,7 @@ def load_model(path: str | os.PathLike, map_location: str | torch.device = "cpu"
         config = read_object(text, "the description")
         arguments = check_arguments(config.get("model"))
         summary = read_object(metadata.get("data_summary", "{}"), "the summary of the data")
+        extra = read_object(metadata.get("extra", "{}"), "what it keeps beside the model")
     except ValueError as error:
         raise _wrong_description(source, error) from error
     unknown = _unregistered(arguments["head"])
@@ -515,6 +516,7 @@ def load_model(path: str | os.PathLike, map_location: str | torch.device = "cpu"
     model.pretrained_cfg.update(preprocessing)
     fill_model(model, tensors, path)
     model.data_summary = summary or None
+    model.extra = extra
     return model.to(map_location).eval()
 
 

@@ -58,6 +58,8 @@ class BranchModel(FreezableBackbone):
         taxonomy: The label hierarchy or None; the first heads are its levels, or a lone decoder
             gives them all.
         config: What rebuilds the model, as `create_branch_model` takes it.
+        extra: Facts that its file keeps beside it, JSON-safe, such as the classes of masks, their
+            colours, and which frames of a clip are looked at.
         data_summary: What was understood of the data that it was trained on, JSON-safe; kept in
             its file.
         frames_per_pass: Frames of a clip that go through the backbone at once; None, the default,
@@ -88,6 +90,7 @@ class BranchModel(FreezableBackbone):
         self.drop_rate = drop_rate
         self.config: dict[str, Any] = {}
         self.data_summary: dict[str, Any] | None = None
+        self.extra: dict[str, Any] = {}
         self._keys = {name: module_key(name) for name in self.names}
         self.heads = nn.ModuleDict()
         self._multiples: list[int] = []  # for each head what the size of its images is padded to

@@ -73,7 +73,7 @@ def save_model(model: BranchModel, path: "str | os.PathLike", extra: dict | None
         "version": str(_VERSION),
         "config": json.dumps(_config(model)),
         "tied": json.dumps(tied),
-        "extra": _as_json("extra=", {} if extra is None else extra),
+        "extra": _as_json("extra=", model.extra if extra is None else extra),
     }
     if model.data_summary is not None:
         metadata["data_summary"] = json.dumps(model.data_summary)

@@ -9,23 +9,25 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from timm_branches.cli.text import printable
+from timm_branches.cli.text import printable, spare, write_output
 
 if TYPE_CHECKING:
     from timm_branches.inference.predict import Predictions, Record
 
-__all__ = ["add_parser", "run"]
+__all__ = ["add_parser", "refuse", "run"]
 
 FORMATS = ("text", "json", "csv")
+_CLIP_FORMATS = (*FORMATS, "srt")
 
 
 def add_parser(commands: Any) -> None:
     """Add the command and its flags."""
     parser = commands.add_parser(
         "predict",
-        help="classify images on every level of a model's tree",
-        description="Classify images on every level of a model's tree. Images that cannot be read "
-        "are named on stderr and left out, and the exit status is 1.",
+        help="let a model answer: classes, clips, masks or restored images",
+        description="Let a model answer for images: a path through its tree each; for videos and "
+        "folders of frames, if it reads clips; and pictures in a folder, if it answers for every "
+        "pixel. What cannot be read is named on stderr and left out, and the exit status is 1.",
     )
     parser.add_argument(
         "model", help="model.safetensors, a folder in the Hub's layout, or hf-hub:user/name"
@@ -35,12 +37,16 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument(
         "--format",
-        choices=FORMATS,
+        choices=_CLIP_FORMATS,
         help="text: a line an image. json: one array of objects. csv: a "
-        "name and a probability per level (default: by the output's ending, else text)",
+        "name and a probability per level. srt: subtitles of a video, from a model that answers "
+        "frame by frame (default: by the output's ending, else text)",
     )
     parser.add_argument(
-        "--output", metavar="FILE", help="write here instead of to stdout, in one piece at the end"
+        "--output",
+        metavar="PATH",
+        help="a file to write to instead of stdout, in one piece at the end; of masks and images "
+        "the folder, in which what is there already is kept",
     )
     parser.add_argument(
         "--decoder",
@@ -65,13 +71,35 @@ def add_parser(commands: Any) -> None:
         "for one image, else a folder",
     )
     parser.add_argument(
+        "--overlay", action="store_true", help="of masks: draw them over the images, too"
+    )
+    parser.add_argument(
+        "--kind",
+        choices=("masks", "images"),
+        help="what the channels of a decoder are, where its file does not say",
+    )
+    parser.add_argument(
+        "--tile",
+        type=int,
+        metavar="PIXELS",
+        help="of masks and images: read images in tiles of this side, 0 whole (default: 512 for "
+        "images of more than 2 million pixels)",
+    )
+    parser.add_argument("--frames", type=int, metavar="T", help="of clips: how many are looked at")
+    parser.add_argument(
+        "--sampling",
+        help="of clips: uniform, dense, random or all (default, as for --frames and --stride: as "
+        "in training; all for a model that answers frame by frame)",
+    )
+    parser.add_argument("--stride", type=int, help="of dense sampling: frames from one to the next")
+    parser.add_argument(
         "--strict",
         action="store_true",
         help="stop at the first image that cannot be read, status 2",
     )
     parser.add_argument("--device", help="cpu, cuda or cuda:1 (default: a GPU if there is one)")
     parser.add_argument(
-        "-b", "--batch-size", type=int, default=64, help="images a batch (default: 64)"
+        "-b", "--batch-size", type=int, help="images a batch, of classes (default: 64)"
     )
     parser.add_argument(
         "-j", "--workers", type=int, default=0, help="worker processes that read images"
@@ -80,18 +108,36 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Classify, and write what was found."""
-    from timm_branches.files import replace_file
-    from timm_branches.inference.predict import predict
+    import torch
 
+    from timm_branches.factory import load_model
+    from timm_branches.inference.predict import find_device, predict
+
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_model(args.model).to(find_device(device))
+    if len(model.dense_heads) == len(model.names):
+        from timm_branches.cli import dense
+
+        flags = ("format", "decoder", "threshold", "taxonomy", "picture", "batch_size")
+        refuse(args, "answers for every pixel", *flags, "frames", "sampling", "stride")
+        return dense.run(args, model)
+    if model.temporal_heads:
+        from timm_branches.cli import clips
+
+        refuse(args, "reads clips", "overlay", "kind", "tile", "batch_size")
+        return clips.run(args, model)
+    refuse(args, "classifies images", "overlay", "kind", "tile", "frames", "sampling", "stride")
+    if args.format == "srt":
+        raise ValueError("--format srt is for a model that reads clips.")
     found = predict(
-        args.model,
+        model,
         args.images,
         args.taxonomy,
         args.decoder,
         args.threshold,
-        args.batch_size,
+        64 if args.batch_size is None else args.batch_size,
         args.workers,
-        args.device,
+        None,
         args.strict,
         top=5 if args.picture else 0,
     )
@@ -102,24 +148,11 @@ def run(args: argparse.Namespace) -> int:
     picture = _Pictures(args.picture, found) if args.picture else None
     errors: list[str] = []
     records = _readable(found, errors, picture)
-    if args.output:
-        if os.path.isdir(args.output):
-            raise ValueError(f"--output {args.output} is a folder: give a file.")
-        _spare(args.output, [args.model, *args.images, *found.images.names])
-
-        def write_file(temporary: str) -> None:
-            # names of files need not be valid Unicode: the bytes come out as they came in
-            with open(
-                temporary, "w", encoding="utf-8", errors="surrogateescape", newline=""
-            ) as file:
-                write(records, found, file)
-
-        replace_file(args.output, write_file)
-    else:
-        if hasattr(sys.stdout, "reconfigure"):
-            sys.stdout.reconfigure(errors="backslashreplace")
-        write(records, found, sys.stdout)
-        sys.stdout.flush()
+    write_output(
+        args.output,
+        [args.model, *args.images, *found.images.names],
+        lambda file: write(records, found, file),
+    )
     if errors:
         print(
             f"timm-branches: {len(errors)} of {len(found)} images could not be read",
@@ -209,7 +242,7 @@ class _Pictures:
                 f"--picture {path} is a file that does not end in .png: give a .png or a folder."
             )
         if self.single:
-            _spare(path, found.images.names)
+            spare(path, found.images.names)
 
     def __call__(self, index: int, record: "Record") -> None:
         from timm_branches.inference.picture import plot_prediction
@@ -230,14 +263,18 @@ class _Pictures:
         )
 
 
-def _spare(path: str, inputs: list[str]) -> None:
-    """Refuse to write over what is read."""
-    if os.path.exists(path) and any(
-        os.path.exists(name) and os.path.samefile(name, path) for name in inputs
-    ):
-        raise ValueError(f"{path} is among what is read: write somewhere else.")
-
-
 def _digits(probability: float) -> float:
     """What a float32 can tell apart, and no more."""
     return float(f"{probability:.6g}")
+
+
+def refuse(args: argparse.Namespace, what: str, *names: str) -> None:
+    """Say which flags that were given have no effect on a model.
+
+    Raises:
+        ValueError: One was given.
+    """
+    for name in names:
+        if getattr(args, name) not in (None, False):
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{flag} has no effect on a model that {what}.")

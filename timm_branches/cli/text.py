@@ -1,8 +1,57 @@
-"""Text for a terminal."""
+"""Text for a terminal or a file."""
 
-__all__ = ["printable"]
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import TextIO
+
+__all__ = ["printable", "spare", "write_output"]
 
 
 def printable(text: str) -> str:
     """On one line whatever a file is called: control characters and broken Unicode as escapes."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def write_output(path: str | None, inputs: Sequence[str], write: Callable[[TextIO], None]) -> None:
+    """Write text to a file, in one piece at the end, or else to stdout.
+
+    Args:
+        path: The file, None for stdout.
+        inputs: What is read, which is not written over.
+        write: Writes to an open file.
+
+    Raises:
+        ValueError: The path is a folder, or among the inputs.
+    """
+    if not path:
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="backslashreplace")
+        write(sys.stdout)
+        sys.stdout.flush()
+        return
+    from timm_branches.files import replace_file
+
+    if os.path.isdir(path):
+        raise ValueError(f"--output {path} is a folder: give a file.")
+    spare(path, inputs)
+
+    def write_file(temporary: str) -> None:
+        # names of files need not be valid Unicode: the bytes come out as they came in
+        with open(temporary, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+            write(file)
+
+    replace_file(path, write_file)
+
+
+def spare(path: str, inputs: Sequence[str]) -> None:
+    """Refuse to write over what is read.
+
+    Raises:
+        ValueError: The path is among the inputs.
+    """
+    if not os.path.exists(path):
+        return
+    for name in inputs:
+        if os.path.exists(name) and os.path.samefile(name, path):
+            raise ValueError(f"{path} is among what is read: write somewhere else.")

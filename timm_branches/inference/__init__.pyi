@@ -1,3 +1,21 @@
+from .clips import (
+    ClipPredictions as ClipPredictions,
+)
+from .clips import (
+    ClipRecord as ClipRecord,
+)
+from .clips import (
+    predict_clips as predict_clips,
+)
+from .dense import (
+    DensePredictions as DensePredictions,
+)
+from .dense import (
+    DenseRecord as DenseRecord,
+)
+from .dense import (
+    predict_pixels as predict_pixels,
+)
 from .predict import (
     Predictions as Predictions,
 )

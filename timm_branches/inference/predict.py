@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["Predictions", "Record", "model_transform", "predict"]
 
 # PIL reports a broken PNG as a SyntaxError
-_UNREADABLE = (OSError, ValueError, SyntaxError)
+UNREADABLE = (OSError, ValueError, SyntaxError)
 
 
 @dataclass(frozen=True)
@@ -117,10 +117,10 @@ def predict(
             f"batch_size must be at least 1, num_workers and top at least 0; got {batch_size}, "
             f"{num_workers} and {top}."
         )
-    levels = _Levels(model, taxonomy, decoder, threshold)
+    levels = Levels(model, taxonomy, decoder, threshold)
     listed = ImageList(images, model.in_chans, model.pretrained_cfg.get("value_range"))
     if device is not None:
-        model.to(_device(device))
+        model.to(find_device(device))
     return Predictions(model, listed, levels, batch_size, num_workers, strict, top)
 
 
@@ -139,7 +139,7 @@ class Predictions:
         self,
         model: BranchModel,
         images: ImageList,
-        levels: "_Levels",
+        levels: "Levels",
         batch_size: int,
         num_workers: int,
         strict: bool,
@@ -210,7 +210,7 @@ class Predictions:
         return list(logits.values())
 
 
-class _Levels:
+class Levels:
     """How a model's outputs become rows of labels: its tree, or the one given, and the decoder."""
 
     def __init__(
@@ -386,7 +386,7 @@ class _Samples(Dataset):
                     f"{wanted}, not {tuple(image.shape)}; images themselves are uint8."
                 )
             return image.detach().cpu()
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             name, reason = self.images.names[index], " ".join(str(error).split())
             return reason if name in reason else f"{name}: {reason}"
 
@@ -425,7 +425,12 @@ def model_transform(model: BranchModel) -> "SampleTransform":
     )
 
 
-def _device(device: "torch.device | str") -> torch.device:
+def find_device(device: "torch.device | str") -> torch.device:
+    """The device of this name, after trying whether it is there.
+
+    Raises:
+        ValueError: It is not.
+    """
     try:
         wanted = torch.device(device)
         torch.empty(0, device=wanted)  # says so if it is not there

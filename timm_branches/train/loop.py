@@ -33,6 +33,7 @@ from timm_branches.train.evaluation import (
     targets_to,
     try_evaluation,
 )
+from timm_branches.train.facts import facts_of_inputs
 from timm_branches.train.log import CsvLog, open_trackers
 from timm_branches.train.lr import create_scheduler
 from timm_branches.train.process import (
@@ -180,7 +181,7 @@ class _Run:
         self.eval_loader = eval_loader
         self.config = config
         self.mixup = mixup
-        self.facts = facts
+        self.facts = {**facts_of_inputs(eval_loader or train_loader), **facts}
         self.primary = is_primary()
         self.device = current_device(config.device)
         self.rank = dist.get_rank() if is_distributed() else 0

@@ -71,13 +71,15 @@ def _open_container(av: Any, path: str) -> Any:
     """A file's container, found by its contents; a pipe would be waited for without end."""
     if os.path.exists(path) and not os.path.isfile(path):
         raise OSError(f"{path} is no regular file.")
+    # names that are no UTF-8 matter to nobody; PyAV 19 does not look at them any more
+    options = {"metadata_errors": "ignore"} if int(av.__version__.split(".")[0]) < 19 else {}
     try:
-        return av.open(path, metadata_errors="ignore")
+        return av.open(path, **options)
     except av.EOFError:
         # a transport stream of a few packets is too short to be recognised
         if not path.lower().endswith(_TRANSPORT_STREAMS):
             raise
-        return av.open(path, format="mpegts", metadata_errors="ignore")
+        return av.open(path, format="mpegts", **options)
 
 
 @contextlib.contextmanager
@@ -148,6 +150,17 @@ def count_frames(path: str) -> int:
                 stacklevel=2,
             )
         return count
+
+
+def frame_rate(path: str) -> float | None:
+    """Frames a second on average, as a video's header says; None where it says nothing.
+
+    Raises:
+        ClipError: If the file cannot be opened or has no pictures.
+        ImportError: If PyAV is not installed.
+    """
+    with _open_video(path) as (_, stream):
+        return float(stream.average_rate) if stream.average_rate else None
 
 
 def _display_matrix(frame: Any) -> tuple[int, int, int, int] | None:
