@@ -24,6 +24,7 @@ from timm_branches.taxonomy.matching import match_taxonomies
 from timm_branches.tensor_files import digest_tensors, parse_json, read_tensors, save_tensors
 
 __all__ = [
+    "describe_model",
     "digest_tensors",
     "fill_model",
     "load_weights",
@@ -71,7 +72,7 @@ def save_model(model: BranchModel, path: "str | os.PathLike", extra: dict | None
     metadata = {
         "producer": _FORMAT,
         "version": str(_VERSION),
-        "config": json.dumps(_config(model)),
+        "config": json.dumps(describe_model(model)),
         "tied": json.dumps(tied),
         "extra": _as_json("extra=", model.extra if extra is None else extra),
     }
@@ -92,7 +93,7 @@ def save_pretrained(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_model(model, folder / "model.safetensors", extra)
-    text = json.dumps({"library_name": _FORMAT, **_config(model)}, indent=2) + "\n"
+    text = json.dumps({"library_name": _FORMAT, **describe_model(model)}, indent=2) + "\n"
     replace_file(
         folder / "config.json", lambda temporary: Path(temporary).write_text(text, encoding="utf-8")
     )
@@ -238,7 +239,12 @@ def _as_json(name: str, value: Any) -> str:
         raise ValueError(f"{name} takes what JSON can hold: {error}.") from error
 
 
-def _config(model: BranchModel) -> dict:
+def describe_model(model: BranchModel) -> dict:
+    """What rebuilds a model and prepares its images, JSON-safe, as its file keeps it.
+
+    Raises:
+        ValueError: It was made with an option that JSON cannot hold.
+    """
     arguments = dict(model.config)
     for head in arguments.get("head", ()):
         check_registered(head)

@@ -38,6 +38,10 @@ def _make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     recipes.add_parsers(commands)
     predict.add_parser(commands)
+    export = commands.add_parser("export", help="write a model as ONNX or for torch.export")
+    export.add_argument("model", help="model.safetensors, a folder, or hf-hub:user/name")
+    export.add_argument("output", help="the file to write: .onnx or .pt2")
+    export.add_argument("--frames", type=int, metavar="T", help="of clips: how many frames one has")
     commands.add_parser("list", help="recipes, backbones, trees, heads and decoders")
     tree = commands.add_parser("tree", help="draw a tree as text")
     tree.add_argument("tree", help="a ready-made tree's name, a .csv or .json, or class folders")
@@ -55,6 +59,8 @@ def _run(args: argparse.Namespace) -> int:
         _recipes(args)
     elif args.command == "predict":
         return predict.run(args)
+    elif args.command == "export":
+        _export(args)
     elif args.command == "list":
         _list()
     elif args.command == "tree":
@@ -78,6 +84,15 @@ def _recipes(args: argparse.Namespace) -> None:
         return
     for name, line in recipes.list_recipes().items():
         print(f"{name:10} {line}")
+
+
+def _export(args: argparse.Namespace) -> None:
+    from timm_branches.inference.export import export_model
+
+    written = export_model(args.model, args.output, args.frames)
+    name, shape = written.input
+    print(f"{written.path}: {name} ({', '.join(map(str, shape))}) -> {', '.join(written.outputs)}")
+    print(f"Compared with the model: at most {written.difference:.1e} of the largest output off.")
 
 
 def _list() -> None:

@@ -16,6 +16,12 @@ from .dense import (
 from .dense import (
     predict_pixels as predict_pixels,
 )
+from .export import (
+    Exported as Exported,
+)
+from .export import (
+    export_model as export_model,
+)
 from .predict import (
     Predictions as Predictions,
 )

@@ -169,13 +169,15 @@ def _display_matrix(frame: Any) -> tuple[int, int, int, int] | None:
     The matrix [a b u; c d v; x y w], in 16.16 fixed point, maps a pixel's (x, y) to
     (ax + cy, bx + dy), y pointing down (ISO 14496-12, 6.2.2).
     """
-    for side_data in frame.side_data:
-        if side_data.type.name == "DISPLAYMATRIX":
-            matrix = np.frombuffer(bytes(side_data), np.int32)
-            a, b, c, d = (int(np.sign(matrix[i])) for i in (0, 1, 3, 4))
-            upright, turned = abs(a * d), abs(b * c)
-            return (a, b, c, d) if upright != turned else None
-    return None
+    from av.sidedata.sidedata import Type
+
+    side_data = frame.side_data.get(Type.DISPLAYMATRIX)
+    if side_data is None:
+        return None
+    matrix = np.frombuffer(bytes(side_data), np.int32)
+    a, b, c, d = (int(np.sign(matrix[place])) for place in (0, 1, 3, 4))
+    upright, turned = abs(a * d), abs(b * c)
+    return (a, b, c, d) if upright != turned else None
 
 
 def as_displayed(image: np.ndarray, matrix: tuple[int, int, int, int] | None) -> np.ndarray:
