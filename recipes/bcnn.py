@@ -983,7 +983,7 @@ def main(args: argparse.Namespace) -> None:
         "images": count,
         "judged": split,
     }
-    for_json = {name: [nan_to_null(run) for run in runs] for name, runs in results.items()}
+    for_json = {name: list(map(nan_to_null, runs)) for name, runs in results.items()}
     text = json.dumps({**facts, "results": for_json}, indent=2) + "\n"
     replace_file(experiment.output / "results.json", lambda path: Path(path).write_text(text))
     seeds = f"Seed {args.seed}"

@@ -39,9 +39,9 @@ def check_number(
     good = isinstance(value, kind_of_number) and not isinstance(value, bool)
     good = good and math.isfinite(value)
     if good:
-        good = (value > low if above else value >= low) and (
-            value < high if below else value <= high
-        )
+        good = low <= value <= high
+        if (above and value == low) or (below and value == high):
+            good = False
     if good:
         return
     kind = "a whole number" if whole else "a finite number"

@@ -5,6 +5,7 @@ The one call that makes a branch model, in the manner of `timm.create_model`.
 
 import os
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -136,9 +137,9 @@ def create_branch_model(
         size = kwargs.pop("img_size", None)
     model.config = dict(
         model_name=model_name,
-        taps=[_group_to_dict(group) for group in groups],
+        taps=list(map(_group_to_dict, groups)),
         num_classes=list(classes),
-        head=[head_to_dict(spec) for spec in heads],
+        head=list(map(head_to_dict, heads)),
         names=list(head_names),
         taxonomy=taxonomy,
         in_chans=nominal[0],
@@ -191,7 +192,7 @@ def _heads_at_taps(taps: Any, head: Any) -> tuple[list[list[Tap]], list[Head]]:
         single_taps = all(len(group) == 1 for group in groups)
         if parse_head(head).multi_tap and single_taps:
             # the only head reads all taps
-            groups = [[tap for group in groups for tap in group]]
+            groups = [list(chain.from_iterable(groups))]
     heads = [parse_head(spec) for spec in _one_per_head(head, len(groups), "head")]
     for spec, group in zip(heads, groups, strict=True):
         if len(group) > 1 and not spec.multi_tap:

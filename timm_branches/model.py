@@ -14,7 +14,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, pairwise
 from typing import Any
 
 import torch
@@ -80,7 +80,7 @@ class BranchModel(FreezableBackbone):
         taxonomy: Taxonomy | None = None,
     ):
         super().__init__()
-        self.reader = TapReader(backbone, [tap for group in taps for tap in group], input_size)
+        self.reader = TapReader(backbone, list(chain.from_iterable(taps)), input_size)
         starts = [0, *accumulate(map(len, taps))]
         self.head_taps = tuple(tuple(range(a, b)) for a, b in pairwise(starts))
         self.backbone = backbone
@@ -362,7 +362,9 @@ class BranchModel(FreezableBackbone):
 
         From one pass, or one for `per_pass` images each.
         """
-        taps = [tap for i in which for tap in self.head_taps[i]]
+        taps: list[int] = []
+        for i in which:
+            taps += self.head_taps[i]
         if per_pass is None or len(x) <= per_pass:
             maps = self._maps(x, taps)
         else:

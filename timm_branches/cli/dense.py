@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -150,7 +151,7 @@ def _write(
     assert record.mask is not None
     mask = Image.fromarray(record.mask)
     if record.mask.dtype == np.uint8:
-        mask.putpalette([value for color in predictions.colors for value in color])
+        mask.putpalette(list(chain.from_iterable(predictions.colors)))
     if overlay:
         _save(_overlay(record, predictions), path.with_suffix(".overlay.png"))
     _save(mask, path)  # last: with it the image counts as done

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -129,13 +130,14 @@ def run(args: argparse.Namespace) -> int:
     refuse(args, "classifies images", "overlay", "kind", "tile", "frames", "sampling", "stride")
     if args.format == "srt":
         raise ValueError("--format srt is for a model that reads clips.")
+    batch_size = 64 if args.batch_size is None else args.batch_size
     found = predict(
         model,
         args.images,
         args.taxonomy,
         args.decoder,
         args.threshold,
-        64 if args.batch_size is None else args.batch_size,
+        batch_size,
         args.workers,
         None,
         args.strict,
@@ -218,12 +220,13 @@ def _write_csv(records: Iterator["Record"], found: "Predictions", file: TextIO) 
     Its file, then name (or class index) and probability of every level; empty below the path.
     """
     table = csv.writer(file, lineterminator="\n")
-    table.writerow(
-        ["file", *(cell for level in found.levels for cell in (level, f"{level}_probability"))]
-    )
+    header = ["file"]
+    for level in found.levels:
+        header += [level, f"{level}_probability"]
+    table.writerow(header)
     for record in records:
         pairs = zip(record.path or record.labels, map(_digits, record.probabilities), strict=True)
-        cells: list[Any] = [cell for pair in pairs for cell in pair]
+        cells: list[Any] = list(chain.from_iterable(pairs))
         table.writerow([record.file, *cells, *[""] * (2 * len(found.levels) - len(cells))])
 
 

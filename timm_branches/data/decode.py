@@ -88,6 +88,8 @@ def decode_image(
         raise ValueError(
             f"cannot read the image {name} ({len(data)} bytes): {error}.{_remedy(error)}"
         ) from error
+    if not pixels.size:
+        raise ValueError(f"cannot read the image {name}: it has no pixel.")
     try:
         image = match_channels(scale_values(pixels, value_range, own_range, name), in_chans)
     except ValueError as error:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
+from itertools import chain
 
 import numpy as np
 
@@ -80,7 +81,9 @@ def read_folder_names(
         ValueError: An image lies in no class folder, or folders of splits and others are mixed.
     """
     folders: list[Node] = [tuple(name.split("/")[:-1]) for name in names]
-    known = set() if taxonomy is None else {n[-1] for level in taxonomy.nodes for n in level}
+    known: set[str] = set()
+    if taxonomy is not None:
+        known = {node[-1] for node in chain.from_iterable(taxonomy.nodes)}
     folders = _without_wrappers(folders, known, summary)
     kept = list(range(len(names)))
     splits: list[str] | None = None

@@ -161,9 +161,12 @@ def read_mask_colors(path: str | os.PathLike) -> dict[Colour, str]:
         text = line.strip()
         if not text or text.startswith("//"):
             continue
-        cells = (
-            text.split(",") if "," in text else text.split("\t") if "\t" in text else text.split()
-        )
+        if "," in text:
+            cells = text.split(",")
+        elif "\t" in text:
+            cells = text.split("\t")
+        else:
+            cells = text.split()
         cells = [cell.strip() for cell in cells if cell.strip()]
         digits = [cell for cell in cells if cell.isdigit()]
         codes = [cell for cell in cells if cell.startswith("#")]

@@ -9,6 +9,8 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, takewhile
+from operator import not_
 from typing import Any
 
 import numpy as np
@@ -499,7 +501,7 @@ def _single_column(
     names = {cell for cell in cells if cell}
     node_of: dict[str, Node] = {"": ()}
     if taxonomy is not None:
-        own = {node[-1] for level in taxonomy.nodes for node in level}
+        own = {node[-1] for node in chain.from_iterable(taxonomy.nodes)}
         for name in names:
             node_of[name] = (name,) if name in own else tuple(name.split("/"))
     else:
@@ -511,7 +513,8 @@ def _single_column(
             node_of[name] = tuple(name.strip("/").split("/")) if paths else (name,)
     nodes = [node_of[cell] for cell in cells]
     if taxonomy is None:
-        levels = None if any(len(node) > 1 for node in nodes) else [column]
+        nested = any(len(node) > 1 for node in nodes)
+        levels = None if nested else [column]
         if column == "label":
             levels = None
         return nodes, derive_tree(nodes, levels, summary)
@@ -531,14 +534,14 @@ def _level_columns(
     distinct = dict.fromkeys(cells)
     tree = taxonomy
     if tree is None:
-        starts = [row[: row.index("")] if "" in row else row for row in distinct]
+        starts = [tuple(takewhile(bool, row)) for row in distinct]
         tree = derive_tree(starts, levels, summary)
         _warn_of_homonyms(tree, summary)
     index = _NodeIndex(tree)
     nodes = {row: _row_node(row, index, tree, table, cells) for row in distinct}
     labels = node_labels(list(nodes.values()), tree)
     # a gap in a row stays unknown, although the tree would tell it
-    gaps = [[not cell for cell in row[: tree.num_levels]] for row in distinct]
+    gaps = [list(map(not_, row[: tree.num_levels])) for row in distinct]
     labels = labels.masked_fill(torch.tensor(gaps), -1)
     position = {row: i for i, row in enumerate(distinct)}
     return labels[torch.tensor([position[row] for row in cells])], tree

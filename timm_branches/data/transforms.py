@@ -345,11 +345,9 @@ def create_transform(
     """
     from timm.data import create_transform as create_timm_transform
 
-    sides = (
-        (input_size, input_size)
-        if isinstance(input_size, int)
-        else tuple(int(side) for side in input_size)
-    )
+    if isinstance(input_size, int):
+        input_size = (input_size, input_size)
+    sides = tuple(int(side) for side in input_size)
     if len(sides) not in (2, 3) or min(sides) < 1:
         raise ValueError(
             "input_size must be a side, (height, width) or (channels, height, width), not "

@@ -221,15 +221,16 @@ def get_dense_loss(name: str, **settings: Any) -> Callable[..., torch.Tensor]:
                 {key: settings[key] for key in settings if key in names - {"share"}},
             )
         )
-    unused = [key for key in settings if not any(key in takes for _, _, takes in parts)]
+    taken = set().union(*(takes for _, _, takes in parts))
+    unused = [key for key in settings if key not in taken]
     if unused:
         raise ValueError(f"the dense loss {name!r} has no setting {', '.join(map(repr, unused))}.")
 
     def loss(output: torch.Tensor, target: torch.Tensor, share: bool = False) -> torch.Tensor:
-        values = [
-            function(output, target, **takes, **({"share": share} if shares else {}))
-            for function, shares, takes in parts
-        ]
+        values = []
+        for function, shares, takes in parts:
+            options = {**takes, "share": share} if shares else takes
+            values.append(function(output, target, **options))
         return torch.stack(values).sum()
 
     return loss

@@ -87,7 +87,9 @@ class SegmentationEvaluator:
         max_samples: int | None = None,
         to_masks: Callable[[Any], Any] | None = None,
     ) -> None:
-        names = [str(k) for k in range(classes)] if isinstance(classes, int) else list(classes)
+        if isinstance(classes, int):
+            classes = [str(number) for number in range(classes)]
+        names = list(classes)
         if not 2 <= len(names) <= MAX_CLASSES or len(set(names)) < len(names):
             raise ValueError(
                 f"a mask has 2 to {MAX_CLASSES} classes of different names, background included, "
@@ -153,9 +155,9 @@ class SegmentationEvaluator:
         masks = self.to_masks(output)
         masks = [masks] if isinstance(masks, torch.Tensor) else list(masks)
         shapes = [tuple(m.shape) for m in masks]
-        wanted = [
-            [(len(target), k, *target.shape[1:]) for k in sizes] for sizes in self._accepted()
-        ]
+        wanted = []
+        for channels in self._accepted():
+            wanted.append([(len(target), count, *target.shape[1:]) for count in channels])
         if shapes not in wanted:
             raise ValueError(
                 f"evaluation of these masks takes logits {' or '.join(map(str, wanted))}, got "

@@ -128,9 +128,9 @@ class RestorationEvaluator:
         if distributed:
             dist.all_reduce(sums)
         psnr, ssim, images = sums.tolist()
-        return OrderedDict(
-            psnr=psnr / images if images else math.nan, ssim=ssim / images if images else math.nan
-        )
+        if not images:
+            return OrderedDict(psnr=math.nan, ssim=math.nan)
+        return OrderedDict(psnr=psnr / images, ssim=ssim / images)
 
     def summary(self) -> OrderedDict[str, float]:
         """Metrics of this process so far."""

@@ -140,15 +140,13 @@ def package_segmentation(
     tree = Taxonomy(
         ["surroundings/wall", "surroundings/floor", "vehicle/motorcycle"], levels=["kind", "object"]
     )
-    train, val, test = (
-        SegmentationDataset(
-            [image[:, strip] for strip in strips],
-            [labels[:, strip] for strip in strips],
-            tree,
-            repeats=repeats if name == "train" else 1,
-        )
-        for name, strips in _PARTS.items()
-    )
+    parts = []
+    for name, strips in _PARTS.items():
+        images = [image[:, strip] for strip in strips]
+        masks = [labels[:, strip] for strip in strips]
+        times = repeats if name == "train" else 1
+        parts.append(SegmentationDataset(images, masks, tree, repeats=times))
+    train, val, test = parts
     return train, val, test
 
 

@@ -4,6 +4,7 @@ In overlapping tiles, whose results are blended.
 """
 
 from collections.abc import Callable, Mapping
+from itertools import product
 from typing import Any
 
 import torch
@@ -73,9 +74,7 @@ def tiled_inference(
     )
     device = image.device if output_device is None else torch.device(output_device)
     vertical, horizontal = (_ramps(starts, tile, overlap, blend) for starts in (tops, lefts))
-    places = [
-        (b, i, j) for b in range(len(image)) for i in range(len(tops)) for j in range(len(lefts))
-    ]
+    places = list(product(range(len(image)), range(len(tops)), range(len(lefts))))
     means: dict[str, _RunningMean] = {}
     single = False
     for first in range(0, len(places), batch_size):

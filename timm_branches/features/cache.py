@@ -285,7 +285,10 @@ def _compute(
                     collate_fn=_inputs,
                 ):
                     rows = _features(model, inputs, dtype)
-                    writer.add(rows, [len(x) for x in inputs] if inputs[0].ndim == 4 else None)
+                    lengths = None
+                    if inputs[0].ndim == 4:  # clips (T, C, H, W)
+                        lengths = [len(x) for x in inputs]
+                    writer.add(rows, lengths)
                     bar.update(len(inputs))
     finally:
         model.train(was_training)

@@ -108,15 +108,15 @@ class GradientReport:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe form of everything."""
+        cosines = []
+        for (a, b), by_stage in self.cosines.items():
+            for stage, value in by_stage.items():
+                cosines.append({"a": a, "b": b, "stage": stage, "cosine": value})
         return {
             "losses": self.losses,
             "weights": self.weights,
             "rows": self.rows,
-            "cosines": [
-                {"a": a, "b": b, "stage": stage, "cosine": value}
-                for (a, b), values in self.cosines.items()
-                for stage, value in values.items()
-            ],
+            "cosines": cosines,
             "silent": [asdict(item) for item in self.silent],
             "findings": self.findings,
             "dead": self.dead,
@@ -129,19 +129,7 @@ class GradientReport:
             lines = []
             for head in heads:
                 row = [self.cell(head, stage) for stage in self.stages]
-                lines.append(
-                    [
-                        head,
-                        *(
-                            number(getattr(c, key), form)
-                            if c.status in ("ok", "zero", "dead", "vanishing")
-                            else "-"
-                            if c.status == "none"
-                            else c.status
-                            for c in row
-                        ),
-                    ]
-                )
+                lines.append([head, *(_cell_text(cell, key, form) for cell in row)])
             return lines
 
         parts = [
@@ -150,16 +138,11 @@ class GradientReport:
             table("share of the total", self.stages, of("share", ".0%")[:-1]),
         ]
         if self.cosines:
-            parts.append(
-                table(
-                    "cosine",
-                    self.stages,
-                    [
-                        [f"{a}, {b}", *(number(values.get(stage), "+.2f") for stage in self.stages)]
-                        for (a, b), values in self.cosines.items()
-                    ],
-                )
-            )
+            lines = []
+            for (a, b), values in self.cosines.items():
+                cells = [number(values.get(stage), "+.2f") for stage in self.stages]
+                lines.append([f"{a}, {b}", *cells])
+            parts.append(table("cosine", self.stages, lines))
         weights = ", ".join(
             f"{name} {self.losses[name]:.4g} (weight {self.weights[name]:.3g})"
             for name in self.heads
@@ -236,7 +219,10 @@ def measure(objective: Objective, groups: Groups, vanishing: float) -> GradientR
     cosines: dict[tuple[str, str], dict[str, float]] = {pair: {} for pair in combinations(heads, 2)}
     for stage, group in groups.items():
         live = [p for p in group.values() if p.requires_grad]
-        gram = inner_products([[grads[name][id(p)] for p in live] for name in heads])
+        by_head = []
+        for name in heads:
+            by_head.append([grads[name][id(p)] for p in live])
+        gram = inner_products(by_head)
         squares = sum(float(p.detach().double().square().sum()) for p in live)
         size = squares**0.5
         for name, norm, share in _norms_and_shares(gram, weights):
@@ -248,13 +234,14 @@ def measure(objective: Objective, groups: Groups, vanishing: float) -> GradientR
                 cells.append(Cell(name, stage, norm, relative, share, status))
         for (first, second), value in _cosines(gram, heads).items():
             cosines[first, second][stage] = value
+    measured = {pair: by_stage for pair, by_stage in cosines.items() if by_stage}
     report = GradientReport(
         heads=heads,
         stages=list(groups),
         losses={name: float(loss) for name, loss in losses.items()},
         weights=weights,
         cells=cells,
-        cosines={pair: by_stage for pair, by_stage in cosines.items() if by_stage},
+        cosines=measured,
         silent=reasons.silent(weights),
         findings=[],
         dead=reasons.dead,
@@ -313,6 +300,13 @@ def _cosines(gram: torch.Tensor, heads: list[str]) -> dict[tuple[str, str], floa
     return cosines
 
 
+def _cell_text(cell: Cell, key: str, form: str) -> str:
+    """One of a cell's numbers, or why there is none."""
+    if cell.status in ("ok", "zero", "dead", "vanishing"):
+        return number(getattr(cell, key), form)
+    return "-" if cell.status == "none" else cell.status
+
+
 def gradients(loss: torch.Tensor, parameters: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
     """dL/dθ of each parameter, None where no path of the graph leads; the graph is kept."""
     if not parameters or not loss.requires_grad:
@@ -324,10 +318,13 @@ def inner_products(grads: list[list[torch.Tensor | None]]) -> torch.Tensor:
     """<g_j, g_k> (K, K) in float64, of K gradients of the same parameters."""
     gram = torch.zeros(len(grads), len(grads), dtype=torch.float64)
     for parts in zip(*grads, strict=True):
-        here = [None if g is None else g.detach().flatten().double() for g in parts]
-        for j, a in enumerate(here):
-            for k, b in enumerate(here[: j + 1]):
-                if a is not None and b is not None:
+        known: dict[int, torch.Tensor] = {}
+        for index, gradient in enumerate(parts):
+            if gradient is not None:
+                known[index] = gradient.detach().flatten().double()
+        for j, a in known.items():
+            for k, b in known.items():
+                if k <= j:
                     gram[j, k] += float(a @ b)
     return gram + gram.tril(-1).T
 

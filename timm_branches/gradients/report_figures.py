@@ -8,8 +8,11 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
+from itertools import chain, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from timm_branches.figures import COLOURS, FAINT, INK, new_figure, restrain, save_figure
 from timm_branches.gradients.reasons import TOTAL
@@ -66,7 +69,9 @@ def report_figure(report: GradientReport) -> Figure:
     values = []
     for head in heads:
         values.append([_or_nan(report.cell(head, stage).relative) for stage in stages])
-    positive = [value for row in values for value in row if math.isfinite(value) and value > 0]
+    positive = []
+    for row_of_values in values:
+        positive += [value for value in row_of_values if math.isfinite(value) and value > 0]
     norm = LogNorm(min(positive, default=1e-3) / 1.5, max(positive, default=1.0) * 1.5)
     title = "gradient, relative to the weights"
     _heatmap(figure, panels[0], values, heads, stages, "viridis", norm, title)
@@ -132,7 +137,7 @@ def _heatmap(
     if isinstance(norm, tuple):
         scale = {"vmin": norm[0], "vmax": norm[1]}
     else:  # a logarithm takes no 0
-        values = [[value if value > 0 else math.nan for value in row] for row in values]
+        values = np.where(np.array(values) > 0, values, math.nan).tolist()
     image = axes.imshow(
         values,
         cmap=colours,
@@ -197,19 +202,20 @@ def conflicts_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
         >>> [axes.get_ylabel() for axes in figure.axes]
         ['cosine of gradients', 'loss weight']
     """
-    keys = list(dict.fromkeys(key for row in rows for key in row))
+    keys = list(dict.fromkeys(chain.from_iterable(rows)))
     pairs = [key for key in keys if key.startswith("cosine_")]
     levels = [key.removeprefix("weight_") for key in keys if key.startswith("weight_")]
     by_epoch = {float(row.get("epoch", i)): row for i, row in enumerate(rows)}
-    if not any(math.isfinite(_or_nan(row.get(key))) for key in pairs for row in rows):
+    epochs = sorted(by_epoch)
+    measured = []
+    for epoch in epochs:
+        if any(math.isfinite(_or_nan(by_epoch[epoch].get(key))) for key in pairs):
+            measured.append(epoch)
+    if not measured:
         raise ValueError(
             "There is nothing to plot: no row has a number under cosine_<a>_<b>. The keys are "
             f"{keys}."
         )
-    epochs = sorted(by_epoch)
-    measured = [
-        e for e in epochs if any(math.isfinite(_or_nan(by_epoch[e].get(key))) for key in pairs)
-    ]
     figure = new_figure(7.2, 5.0 if levels else 3.8)
     if levels:
         top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1.1])
@@ -274,7 +280,8 @@ def _draw_weights(
     base = [0.0] * len(epochs)
     for i, level in enumerate(levels):
         found = [_or_nan(by_epoch[e].get(f"weight_{level}")) for e in epochs]
-        summit = [b + (v if math.isfinite(v) else 0.0) for b, v in zip(base, found, strict=True)]
+        heights = np.nan_to_num(found, nan=0.0, posinf=0.0, neginf=0.0)
+        summit = (np.array(base) + heights).tolist()
         axes.fill_between(
             edges,
             base + base[-1:],
@@ -301,7 +308,7 @@ def _draw_weights(
 def _pair(key: str, levels: list[str]) -> str:
     """'coarse, fine' of 'cosine_coarse_fine', where the levels' names tell where to cut."""
     text = key.removeprefix("cosine_")
-    cuts = [(a, b) for a in levels for b in levels if f"{a}_{b}" == text]
+    cuts = [pair for pair in product(levels, levels) if "_".join(pair) == text]
     return ", ".join(cuts[0]) if len(cuts) == 1 else text
 
 

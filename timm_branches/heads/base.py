@@ -7,7 +7,7 @@ model. `docs/extending.md` shows a head from outside in ten lines.
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
-from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -85,7 +85,6 @@ class Head:
         return {"kind": self.kind, **asdict(self)}
 
 
-@runtime_checkable
 class HeadModule(Protocol):
     """What the module of any head offers beside `forward`.
 
@@ -104,7 +103,6 @@ class HeadModule(Protocol):
         """A new last layer for other classes; 0 leaves the features."""
 
 
-@runtime_checkable
 class TemporalHead(Protocol):
     """What the module of a temporal head offers.
 

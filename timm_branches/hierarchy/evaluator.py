@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -314,7 +315,7 @@ class HierarchyEvaluator:
 
     def _state(self) -> list[torch.Tensor]:
         """Everything that has been added up: the metrics' sums, the classes, the matrices."""
-        tensors = [tensor for sums in self._sums.values() for tensor in sums]
+        tensors = list(chain.from_iterable(self._sums.values()))
         tensors += self._classes.values()
         tensors += [matrix for matrix in self._matrices if matrix is not None]
         return tensors

@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -253,7 +253,8 @@ def _rows(tree: Taxonomy) -> tuple[dict[NodePath, float], dict[NodePath, list[No
 
     Leaves stand on whole lines, parents amid their children.
     """
-    children: dict[NodePath, list[NodePath]] = {node: [] for level in tree.nodes for node in level}
+    nodes = list(chain.from_iterable(tree.nodes))
+    children: dict[NodePath, list[NodePath]] = {node: [] for node in nodes}
     for level in tree.nodes[1:]:
         for node in level:
             children[node[:-1]].append(node)
@@ -267,7 +268,7 @@ def _rows(tree: Taxonomy) -> tuple[dict[NodePath, float], dict[NodePath, list[No
 
     for root in tree.nodes[0]:
         place(root)
-    return {node: rows[node] for level in tree.nodes for node in level}, children
+    return {node: rows[node] for node in nodes}, children
 
 
 def _draw_edges(

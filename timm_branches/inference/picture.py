@@ -121,7 +121,9 @@ def _answer(record: Record, levels: Sequence[str]) -> str:
         f"{level}: class {label}" for level, label in zip(levels, record.labels, strict=False)
     ]
     steps = [f"{name} {p:.2f}" for name, p in zip(names, record.probabilities, strict=True)]
-    return (" > " if record.path else ", ").join([*steps, "(stopped)"] if record.stopped else steps)
+    if record.stopped:
+        steps = [*steps, "(stopped)"]
+    return (" > " if record.path else ", ").join(steps)
 
 
 def _columns(record: Record, taxonomy: Taxonomy | None) -> list[list[tuple[int, float]]]:
@@ -179,12 +181,13 @@ def _draw_level(
             zorder=3,
         )
         axes.add_patch(box)
+        colour, alpha = (CHOSEN, 0.28) if is_chosen else (PALE, 1)
         bar = Rectangle(
             (left, bottom),
             _WIDTH * probability,
             tall,
-            facecolor=CHOSEN if is_chosen else PALE,
-            alpha=0.28 if is_chosen else 1,
+            facecolor=colour,
+            alpha=alpha,
             linewidth=0,
             zorder=4,
         )

@@ -7,6 +7,7 @@ handed out, one batch at a time, so a folder of any size can be gone through.
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -257,12 +258,15 @@ class Levels:
 
             levels = sum_upwards(logits[0], self.tree) if self.flat else list(logits)
             # on an uneven tree what the leaves sum to is less than 1, and is meant to be
-            chances = [y.exp() if self.flat else y.softmax(-1) for y in levels]
+            to_chances = torch.exp if self.flat else partial(torch.softmax, dim=-1)
+            chances = [to_chances(y) for y in levels]
             decided = decode(levels, self.tree, self.decoder)
             final = decided if self.threshold is None else back_off(decided, self.threshold)
             labels, probabilities = final.labels, final.probabilities
             stopped = (labels != decided.labels).any(1).tolist()
-        highest = [p.topk(min(top, p.shape[1])) for p in chances] if top else []
+        highest = []
+        if top:
+            highest = [p.topk(min(top, p.shape[1])) for p in chances]
         records = []
         for i, row in enumerate(labels.tolist()):
             if -1 in row:

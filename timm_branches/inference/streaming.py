@@ -5,6 +5,7 @@ A temporal model over a video or a camera, frame after frame, and the step that 
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ def detach_state(state: dict[str, State]) -> dict[str, State]:
 
     Backpropagation ends here then (truncated BPTT).
     """
-    return {name: tuple(tensor.detach() for tensor in tensors) for name, tensors in state.items()}
+    return {name: tuple(map(torch.detach, tensors)) for name, tensors in state.items()}
 
 
 class StreamingClassifier:
@@ -89,7 +90,9 @@ class StreamingClassifier:
         with _evaluating(self.model), torch.no_grad():
             outputs, self.state = self.model.forward_stream(x[:, None], self.state, self.names)
         answers = {name: self._answer(name, y) for name, y in outputs.items()}
-        return answers if frame.ndim == 4 else {name: y[0] for name, y in answers.items()}
+        if frame.ndim == 4:
+            return answers
+        return {name: y[0] for name, y in answers.items()}
 
     def run(
         self, frames: "Iterable[np.ndarray | torch.Tensor]"
@@ -174,14 +177,12 @@ class StreamingStep(nn.Module):
                 parts = [f"state{i}" for i in range(len(state))]
             self.state_names += [f"{name}_{part}" for part in parts]
         self.input_names = ["frame", *self.state_names]
-        self.output_names = [
-            *(f"logits_{name}" for name in self.names),
-            *(f"new_{name}" for name in self.state_names),
-        ]
+        self.output_names = [f"logits_{name}" for name in self.names]
+        self.output_names += [f"new_{name}" for name in self.state_names]
 
     def initial_state(self, batch_size: int = 1) -> State:
         """The states before the first frame of `batch_size` streams."""
-        return tuple(tensor for state in self._zeros(batch_size).values() for tensor in state)
+        return tuple(chain.from_iterable(self._zeros(batch_size).values()))
 
     def _zeros(self, batch_size: int) -> dict[str, State]:
         return {name: self.model.head(name).zero_state(batch_size) for name in self.temporal}  # type: ignore[operator]
@@ -197,10 +198,10 @@ class StreamingStep(nn.Module):
                 "start."
             )
         rest = iter(state)
-        states = {name: tuple(next(rest) for _ in zeros) for name, zeros in self._zeros(1).items()}
+        states = {name: tuple(islice(rest, len(z))) for name, z in self._zeros(1).items()}
         outputs, new = self.model.forward_stream(frame[:, None], states, self.names)
         logits = [y if y.ndim == 2 else y[:, 0] for y in outputs.values()]
-        return (*logits, *(tensor for name in self.temporal for tensor in new[name]))
+        return (*logits, *chain.from_iterable(new[name] for name in self.temporal))
 
 
 def _streaming_heads(model: BranchModel, heads: Sequence[str] | None) -> list[str]:

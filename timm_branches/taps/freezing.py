@@ -156,13 +156,12 @@ class FreezableBackbone(nn.Module):
         everything = FrozenPart(
             frozenset(own), frozenset(name for name, _ in self.backbone.named_modules())
         )
-        part = (
-            FrozenPart(frozenset(), frozenset())
-            if stage is None
-            else everything
-            if whole
-            else part_up_to(self.backbone, self.reader, stage)
-        )
+        if stage is None:
+            part = FrozenPart(frozenset(), frozenset())
+        elif whole:
+            part = everything
+        else:
+            part = part_up_to(self.backbone, self.reader, stage)
         self._frozen_stages = stage
         self._frozen = everything.parameters <= part.parameters | self._untrained
         self._frozen_modules = everything.modules if self._frozen else part.modules

@@ -27,7 +27,7 @@ def token_grid(tokens: int, image: Sequence[int], module: str) -> tuple[int, int
     height, width = int(image[0]), int(image[1])
     tokens = int(tokens)
     ratio = height / width
-    fits = [(h, tokens // h) for h in range(1, tokens + 1) if tokens % h == 0] if tokens > 0 else []
+    fits = [(h, tokens // h) for h in range(1, tokens + 1) if tokens % h == 0]
     if not fits:
         raise ValueError(
             f"the {tokens} tokens of {module!r} are no grid for an image of {height}x{width}."

@@ -135,10 +135,11 @@ class TapTable(list[StageInfo]):
         cells = [("stage", "module", "channels", "stride")]
         cells += [(str(r.stage), r.module, str(r.channels), str(r.stride)) for r in self]
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        return "\n".join(
-            "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
-            for row in cells
-        )
+        lines = []
+        for row in cells:
+            padded = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+            lines.append("  ".join(padded).rstrip())
+        return "\n".join(lines)
 
     def get(self, stage: int) -> StageInfo:
         """The row of a stage number.

@@ -184,7 +184,8 @@ class TapReader:
         modules = [info for info in infos if info.stage is None]
         stages = [info for info in infos if info.stage is not None]
         hooked = all(info.module in self.hookable for info in stages)
-        self.wanted = frozenset(info.module for info in (infos if hooked else modules))
+        wanted = infos if hooked else modules
+        self.wanted = frozenset(info.module for info in wanted)
         self.last = self._last_run(infos) if hooked else None
         self.to_stage_end = not hooked
         self.captured = {}

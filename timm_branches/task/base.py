@@ -192,11 +192,12 @@ class HeadsTask(TrainingTask):
         """
         images, lengths = input if isinstance(input, tuple) else (input, None)
         heads = self.needed_heads()
-        output = self.trainable_module(
-            images,
-            heads=None if set(heads) == set(base_model(self).names) else heads,
-            **({} if lengths is None else {"lengths": lengths}),
-        )
+        options: dict[str, Any] = {"heads": heads}
+        if set(heads) == set(base_model(self).names):
+            options["heads"] = None
+        if lengths is not None:
+            options["lengths"] = lengths
+        output = self.trainable_module(images, **options)
         loss, losses = self.compare(
             output, target, lengths, share=self.distributed and self.training
         )
@@ -232,7 +233,11 @@ class HeadsTask(TrainingTask):
         output = model(images) if lengths is None else model(images, lengths=lengths)
         frames = images.shape[1] if lengths is None else lengths[:, None].to(images.device)
         # 0 behind the lengths
-        return {name: y.sum(1) / frames if y.ndim == 3 else y for name, y in output.items()}
+        means = dict(output)
+        for name, y in output.items():
+            if y.ndim == 3:  # (B, T, K)
+                means[name] = y.sum(1) / frames
+        return means
 
     # -- names
 

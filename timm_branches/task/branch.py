@@ -424,7 +424,7 @@ class BranchTask(HeadsTask):
         if self.taxonomy is not None:
             names = self.taxonomy.classes
         else:
-            names = [[str(k) for k in range(count)] for count in self.level_classes]
+            names = [list(map(str, range(count))) for count in self.level_classes]
         result = []
         matrices = evaluator.confusion_matrices()
         for level, matrix, classes in zip(self.level_names, matrices, names, strict=True):

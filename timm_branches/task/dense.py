@@ -83,14 +83,10 @@ class DenseTask(HeadsTask):
                 f"{list(model.names)}."
             )
         self.sources = self.levels or {str(head): str(head)}  # the decoder that gives each output
-        names = [
-            name
-            for output, source in self.sources.items()
-            for name in (
-                *(f"{output}_{key}" for key in getattr(model.head(source), "aux", {})),
-                output,
-            )
-        ]
+        names = []
+        for output, source in self.sources.items():
+            names += [f"{output}_{key}" for key in getattr(model.head(source), "aux", {})]
+            names.append(output)
         if schedule is not None and len(names) == 1:
             raise ValueError(
                 "schedule= weighs the stages of a decoder with deep_supervision=True, or the "
@@ -98,10 +94,9 @@ class DenseTask(HeadsTask):
             )
         super().__init__(model, names, schedule, device, verbose=verbose)
         self.shares = isinstance(loss, str)
-        self.settings = {
-            "loss": loss if isinstance(loss, str) else name_of_function(loss),
-            **{name: _plain(value) for name, value in settings.items()},
-        }
+        self.settings = {"loss": loss if isinstance(loss, str) else name_of_function(loss)}
+        for name, value in settings.items():
+            self.settings[name] = _plain(value)
         self.ignore_index = int(settings.get("ignore_index", -1))
         self.losses = _losses(loss, list(self.sources), settings, by_level=bool(self.levels))
         self.taxonomy = model.taxonomy if self.levels else None
@@ -287,7 +282,9 @@ def _levels(model: BranchModel, decoders: Sequence[str]) -> dict[str, str]:
     if answers_all_levels(model.head_specs, tree):
         return dict.fromkeys(tree.levels, decoders[0])
     heads = model.names[: tree.num_levels]
-    return {name: name for name in heads} if set(heads) <= set(decoders) else {}
+    if not set(heads) <= set(decoders):
+        return {}
+    return {name: name for name in heads}
 
 
 def _losses(
@@ -315,8 +312,8 @@ def _losses(
             f"class_weights= of levels is a dict with weights for some of {list(outputs)}, got "
             f"{list(weights) if isinstance(weights, Mapping) else weights!r}."
         )
-    own = {
-        output: {"class_weights": weights[output]} if output in weights else {}
-        for output in outputs
-    }
+    own: dict[str, dict[str, Any]] = {output: {} for output in outputs}
+    for output in outputs:
+        if output in weights:
+            own[output]["class_weights"] = weights[output]
     return {output: get_dense_loss(loss, **settings, **own[output]) for output in outputs}

@@ -1,12 +1,11 @@
 """What every evaluator offers: the contract between tasks, `evaluate`, `fit`, logs and tables."""
 
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 __all__ = ["Evaluator"]
 
 
-@runtime_checkable
 class Evaluator(Protocol):
     """Counts batches and gives metrics by name; a task's `create_evaluator` makes a fresh one.
 

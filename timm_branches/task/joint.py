@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ class JointTask(HeadsTask):
         verbose: bool = True,
     ):
         models = {id(base_model(task)) for task in tasks.values()}
-        names = [name for task in tasks.values() for name in task.names]
+        names = list(chain.from_iterable(task.names for task in tasks.values()))
         if len(models) != 1 or len(set(names)) < len(names):
             raise ValueError(
                 f"tasks must share one model and have different heads, got {len(models)} models "
@@ -82,9 +83,10 @@ class JointTask(HeadsTask):
             return super().set_epoch(epoch)
         for task in self.tasks.values():
             task.set_epoch(epoch)
-        self.weights = tuple(
-            self.task_weights[name] * w for name, task in self.tasks.items() for w in task.weights
-        )
+        weights: list[float] = []
+        for name, task in self.tasks.items():
+            weights += [self.task_weights[name] * weight for weight in task.weights]
+        self.weights = tuple(weights)
         self.active = tuple(name for name, w in zip(self.names, self.weights, strict=True) if w > 0)
 
     def _apply(self, fn: Any, recurse: bool = True) -> JointTask:
@@ -125,9 +127,8 @@ class JointTask(HeadsTask):
 
     def parameters_of_loss(self) -> list[nn.Parameter]:
         """Those of all tasks."""
-        return [
-            parameter for task in self.tasks.values() for parameter in task.parameters_of_loss()
-        ]
+        parameters = (task.parameters_of_loss() for task in self.tasks.values())
+        return list(chain.from_iterable(parameters))
 
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
         """Each task's state."""
@@ -151,12 +152,10 @@ class JointTask(HeadsTask):
 
     def needed_heads(self) -> tuple[str, ...]:
         """Those of all tasks that count."""
-        needed = {
-            head
-            for name, task in self.tasks.items()
-            if self.task_weights[name]
-            for head in task.needed_heads()
-        }
+        needed: set[str] = set()
+        for name, task in self.tasks.items():
+            if self.task_weights[name]:
+                needed |= set(task.needed_heads())
         return tuple(name for name in base_model(self).names if name in needed)
 
     def compare(
@@ -231,11 +230,10 @@ class JointTask(HeadsTask):
 
     def confusions(self, evaluator: _JointEvaluator) -> list[tuple[str, torch.Tensor, list[str]]]:
         """Those of all tasks."""
-        return [
-            found
-            for name, task in self.tasks.items()
-            for found in task.confusions(evaluator.parts[name])
-        ]
+        matrices = []
+        for name, task in self.tasks.items():
+            matrices += task.confusions(evaluator.parts[name])
+        return matrices
 
 
 class _JointEvaluator:
@@ -246,21 +244,18 @@ class _JointEvaluator:
 
     def __init__(self, parts: Mapping[str, Any]):
         self.parts = dict(parts)
-        count = Counter(metric for part in parts.values() for metric in part.metric_names)
-        self.renamed = {
-            (name, metric): f"{name}_{metric}" if count[metric] > 1 else metric
-            for name, part in parts.items()
-            for metric in part.metric_names
-        }
-        self._lower = {
-            self.renamed[name, metric]: part.lower_is_better(metric)
-            for name, part in parts.items()
-            for metric in part.metric_names
-        }
+        count = Counter(chain.from_iterable(part.metric_names for part in parts.values()))
+        self.renamed: dict[tuple[str, str], str] = {}
+        self._lower: dict[str, bool] = {}
+        headline: list[str] = []
+        for name, part in parts.items():
+            for metric in part.metric_names:
+                shown = f"{name}_{metric}" if count[metric] > 1 else metric
+                self.renamed[name, metric] = shown
+                self._lower[shown] = part.lower_is_better(metric)
+            headline += [self.renamed[name, metric] for metric in part.headline]
+        self.headline = tuple(headline)
         self.metric_names = tuple(self.renamed.values())
-        self.headline = tuple(
-            self.renamed[name, metric] for name, part in parts.items() for metric in part.headline
-        )
         self.metrics: dict[str, float] = {}
 
     @property

@@ -6,7 +6,7 @@ Documented at `Taxonomy.merge`, which calls :func:`merge_forests`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import zip_longest
+from itertools import chain, zip_longest
 
 from timm_branches.taxonomy.forest import Forest
 from timm_branches.taxonomy.paths import NodePath
@@ -40,7 +40,7 @@ def _check_kinds(a: Forest, b: Forest) -> None:
         (a, b, "this tree but has children in the other"),
         (b, a, "the other tree but has children in this one"),
     ):
-        inner = {node for level in other.nodes for node in level} - set(other.leaves)
+        inner = set(chain.from_iterable(other.nodes)) - set(other.leaves)
         if both := [leaf for leaf in one.leaves if leaf in inner]:
             raise ValueError(f"cannot merge: {_shown(both)} is a leaf of {where}.")
 

@@ -8,6 +8,7 @@ It knows nothing of networks or images, nor of where a hierarchy comes from: tha
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from numbers import Integral
 from typing import Any
 
@@ -24,7 +25,7 @@ from timm_branches.taxonomy.paths import (
     draw,
     find,
 )
-from timm_branches.taxonomy.tables import LevelTables, as_labels, build_tables
+from timm_branches.taxonomy.tables import LevelTables, as_labels, build_tables, label_row
 
 __all__ = ["Forest"]
 
@@ -218,15 +219,12 @@ class Forest:
         """
         found = [self._find(name, "nodes") for name in paths]
         at = self.tables.node_index
-        rows = [
-            [at[path[: d + 1]] if d < len(path) else -1 for d in range(self.num_levels)]
-            for path in found
-        ]
+        rows = [label_row(path, at, self.num_levels) for path in found]
         return torch.tensor(rows, dtype=torch.long, device="cpu").reshape(-1, self.num_levels)
 
     def _find(self, name: Any, kind: str) -> NodePath:
         """The path of the leaf or node ('leaves', 'nodes') that is meant by a name."""
-        nodes = (path for level in self.nodes for path in level)
+        nodes = chain.from_iterable(self.nodes)
         if kind not in self._ends:
             self._ends[kind] = by_end(self.leaves if kind == "leaves" else nodes)
         return find(name, self._ends[kind], nodes)
@@ -419,4 +417,4 @@ class Forest:
 
     def __str__(self) -> str:
         """The tree as text; leaves with their index."""
-        return draw([path for level in self.nodes for path in level], self.tables.leaf_index)
+        return draw(list(chain.from_iterable(self.nodes)), self.tables.leaf_index)

@@ -3,6 +3,7 @@
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
+from itertools import chain
 
 __all__ = ["natural_order", "path_order", "twins", "warnings_of_twins"]
 
@@ -53,7 +54,7 @@ def twins(names: Iterable[str]) -> list[tuple[str, str]]:
 
 def warnings_of_twins(leaves: Iterable[Sequence[str]]) -> list[str]:
     """A sentence for each pair of names in these class paths that a person would take for one."""
-    names = sorted({name for leaf in leaves for name in leaf})
+    names = sorted(set(chain.from_iterable(leaves)))
     return [
         f"{a!r} and {b!r} differ by case, spaces or the form of Unicode alone; they are two classes"
         for a, b in twins(names)

@@ -134,17 +134,13 @@ def by_end(paths: Iterable[NodePath]) -> dict[str, list[NodePath]]:
 def display_names(paths: Sequence[NodePath]) -> tuple[str, ...]:
     """Each path's shortest end that no other of the paths shares."""
     ends = by_end(paths)
-    return tuple(
-        next(
-            (
-                end
-                for end in ("/".join(path[-k:]) for k in range(1, len(path)))
-                if len(ends[end]) == 1
-            ),
-            "/".join(path),
-        )
-        for path in paths
-    )
+    names = []
+    for path in paths:
+        length = 1
+        while length < len(path) and len(ends["/".join(path[-length:])]) > 1:
+            length += 1
+        names.append("/".join(path[-length:]))
+    return tuple(names)
 
 
 def find(name: Any, ends: Mapping[str, list[NodePath]], nodes: Iterable[NodePath]) -> NodePath:
@@ -173,7 +169,7 @@ def find(name: Any, ends: Mapping[str, list[NodePath]], nodes: Iterable[NodePath
         )
     if any(name in ("/".join(path), path[-1]) for path in nodes):
         raise ValueError(f"{name!r} is not a leaf but an inner node; encode_partial takes those.")
-    count = len({path for paths in ends.values() for path in paths})
+    count = len(set().union(*ends.values()))
     raise ValueError(f"no class {name!r} among {count} in this taxonomy{hint(name, ends)}")
 
 
@@ -189,7 +185,8 @@ def draw(nodes: Iterable[NodePath], index: Mapping[NodePath, int]) -> str:
         below = children.get(path, [])
         for child in below:
             last = child is below[-1]
-            draw_below(child, prefix + stem, "└─ " if last else "├─ ", "   " if last else "│  ")
+            branch, line = ("└─ ", "   ") if last else ("├─ ", "│  ")
+            draw_below(child, prefix + stem, branch, line)
 
     for root in children[()]:
         draw_below(root, "", "", "")

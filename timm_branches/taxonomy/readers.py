@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ def _leaves(table: Table, columns: Sequence[Any] | None) -> tuple[list[NodePath]
 
 def _pick_columns(header: Sequence[Any], columns: Sequence[Any] | None, source: str) -> list[Any]:
     """The columns asked for, all by default, after making sure that each is there once."""
-    wanted = list(header) if columns is None else [str(name) for name in columns]
+    wanted = list(header) if columns is None else list(map(str, columns))
     if unknown := [name for name in wanted if name not in header]:
         raise ValueError(f"{source} has no column {unknown[0]!r}; its columns are {header}.")
     if len(set(header)) < len(header) or not all(str(name).strip() for name in header):
@@ -268,7 +269,7 @@ def _climb(classes: Sequence[str], edges: Mapping[str, str | None]) -> list[Node
                 raise ValueError(f"cycle: {' -> '.join([*path[::-1], parent])}.")
             path.insert(0, parent)
         paths.append(tuple(path))
-    used = {name for path in paths for name in path}
+    used = set(chain.from_iterable(paths))
     if unused := [name for name in edges if name not in used]:
         raise ValueError(
             f"{unused[0]!r} has a parent but is neither a class nor above "

@@ -270,14 +270,17 @@ def _from_columns(frame: Any, source: str) -> Table:
         values = frame[header[place]]
         class_names = _class_names(frame, name)
         if class_names is not None:
-            values = [
-                class_names[value] if value is not None and value >= 0 else "" for value in values
-            ]
+            numbers, values = values, []
+            for number in numbers:
+                known = number is not None and number >= 0
+                values.append(class_names[number] if known else "")
         cells.append([cell_text(value) for value in values])
     filled = [row for row in range(len(cells[0])) if any(column[row] for column in cells)]
     table.empty_rows = len(cells[0]) - len(filled)
     for (_, name), column in zip(kept, cells, strict=True):
-        table.columns[name] = column if not table.empty_rows else [column[row] for row in filled]
+        if table.empty_rows:
+            column = [column[row] for row in filled]
+        table.columns[name] = column
     table.lines = filled
     return table
 

@@ -5,14 +5,14 @@ Every level's class index of each leaf and of each node.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from timm_branches.taxonomy.paths import NodePath
 
-__all__ = ["LevelTables", "as_labels", "build_tables"]
+__all__ = ["LevelTables", "as_labels", "build_tables", "label_row"]
 
 
 class LevelTables(NamedTuple):
@@ -34,15 +34,14 @@ def build_tables(leaves: Sequence[NodePath], nodes: Sequence[Sequence[NodePath]]
 
     def rows(paths: Sequence[NodePath]) -> torch.Tensor:
         # device='cpu': a model built under torch.device('meta') must not take the tables along
-        data = [
-            [node_index[path[: d + 1]] if d < len(path) else -1 for d in range(len(nodes))]
-            for path in paths
-        ]
+        data = [label_row(path, node_index, len(nodes)) for path in paths]
         return torch.tensor([*data, [-1] * len(nodes)], dtype=torch.long, device="cpu")
 
-    is_leaf = tuple(
-        torch.tensor([path in leaf_index for path in level], device="cpu") for level in nodes
-    )
+    are_leaves = []
+    for paths in nodes:
+        flags = [path in leaf_index for path in paths]
+        are_leaves.append(torch.tensor(flags, device="cpu"))
+    is_leaf = tuple(are_leaves)
     leaf = rows(leaves)
     depth = (leaf >= 0).sum(1)
     heights = []
@@ -55,6 +54,14 @@ def build_tables(leaves: Sequence[NodePath], nodes: Sequence[Sequence[NodePath]]
     return LevelTables(
         leaf_index, node_index, leaf, tuple(map(rows, nodes)), is_leaf, tuple(heights)
     )
+
+
+def label_row(path: NodePath, node_index: Mapping[NodePath, int], num_levels: int) -> list[int]:
+    """The class of a path on each level, -1 below its end."""
+    row = [-1] * num_levels
+    for depth in range(len(path)):
+        row[depth] = node_index[path[: depth + 1]]
+    return row
 
 
 def as_labels(labels: Any, count: int, what: str) -> torch.Tensor:

@@ -360,10 +360,9 @@ class Taxonomy(Forest):
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe data from which :meth:`from_dict` makes an equal taxonomy."""
         plain = Taxonomy(self.leaves, self.levels)
-        order = [
-            None if mine == theirs else [list(path) for path in mine]
-            for mine, theirs in zip(self.nodes, plain.nodes, strict=True)
-        ]
+        order: list[list[list[str]] | None] = []
+        for mine, theirs in zip(self.nodes, plain.nodes, strict=True):
+            order.append(None if mine == theirs else list(map(list, mine)))
         data = {
             "format": _FORMAT,
             "version": 1,
@@ -449,10 +448,9 @@ class Taxonomy(Forest):
                 f"pruning would leave none of the {self.num_leaves} leaves; name those to keep."
             )
         used = {path[: d + 1] for path in leaves for d in range(len(path))}
-        order = [
-            [node for node in level if node in used]
-            for level in self.nodes[: max(map(len, leaves))]
-        ]
+        order = []
+        for level in self.nodes[: max(map(len, leaves))]:
+            order.append([node for node in level if node in used])
         return Taxonomy(leaves, self.levels[: len(order)], order)
 
     def merge(self, other: Taxonomy, same_names: bool = False) -> Taxonomy:

@@ -98,10 +98,12 @@ def cifar100() -> Taxonomy:
         (8, 20, 100)
     """
     parent = {fine: superclass for superclass, _, members in _CIFAR100 for fine in members.split()}
+    superclasses = [superclass for superclass, _, _ in _CIFAR100]
+    groups = [group for _, group, _ in _CIFAR100]
     return Taxonomy.from_parents(
         sorted(parent),  # CIFAR-100 numbers its classes alphabetically
-        [parent, [group for _, group, _ in _CIFAR100]],
-        names=[[superclass for superclass, _, _ in _CIFAR100], _CIFAR100_GROUPS],
+        [parent, groups],
+        names=[superclasses, _CIFAR100_GROUPS],
         levels=["coarse", "middle", "fine"],
     )
 

@@ -98,18 +98,16 @@ def comparison_table(results: Results, columns: Mapping[str, str], decimals: int
         text = f"{fmean(values):.{decimals}f}"
         return f"{text} ± {stdev(values):.{decimals}f}" if len(values) > 1 else text
 
-    rows = [
-        ["", *columns.values()],
-        *([name, *(cell(runs, c) for c in columns)] for name, runs in results.items()),
-    ]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join(
-            text.ljust(w) if i == 0 else text.rjust(w)
-            for i, (text, w) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
+    rows = [["", *columns.values()]]
+    for name, runs in results.items():
+        rows.append([name, *(cell(runs, column) for column in columns)])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for first, *others in rows:
+        line = first.ljust(widths[0])
+        for text, width in zip(others, widths[1:], strict=True):
+            line += "  " + text.rjust(width)
+        lines.append(line.rstrip())
     lines.insert(1, "-" * max(map(len, lines)))
     return "\n".join(lines)
 
@@ -144,9 +142,9 @@ def verdict(
             raise ValueError(
                 f"no {metric!r} of {name!r} among the results of {', '.join(results)}."
             )
-    difference = paired_difference(
-        [run[metric] for run in results[method]], [run[metric] for run in results[baseline]]
-    )
+    ours = [run[metric] for run in results[method]]
+    theirs = [run[metric] for run in results[baseline]]
+    difference = paired_difference(ours, theirs)
     what = f"{method} against {baseline}, {title or metric}: {difference}"
     if difference.count == 1:
         return f"No verdict from a single seed. {what}."

@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from timm_branches.figures import COLOURS, FAINT, INK, new_figure, restrain, save_figure
 
@@ -65,7 +68,7 @@ def history_figure(rows: Sequence[Mapping[str, Any]], metric: str = "") -> Figur
         >>> [axes.get_ylabel() for axes in figure.axes]
         ['top-1 accuracy (%)', 'loss weight']
     """
-    keys = list(dict.fromkeys(key for row in rows for key in row))
+    keys = list(dict.fromkeys(chain.from_iterable(rows)))
     weighted = [key.removeprefix("weight_") for key in keys if key.startswith("weight_")]
     if metric and f"eval_{metric}" in keys and not any(key.endswith("_top1") for key in keys):
         measured, weighted = [metric], []
@@ -80,7 +83,7 @@ def history_figure(rows: Sequence[Mapping[str, Any]], metric: str = "") -> Figur
             f"The keys are {keys}."
         )
     by_epoch = {_value(row.get("epoch", i)): row for i, row in enumerate(rows)}
-    by_epoch = {epoch: by_epoch[epoch] for epoch in sorted(e for e in by_epoch if math.isfinite(e))}
+    by_epoch = {epoch: by_epoch[epoch] for epoch in sorted(filter(math.isfinite, by_epoch))}
     epochs = list(by_epoch)
     if not epochs:
         raise ValueError("There is nothing to plot: no row has an epoch.")
@@ -155,7 +158,9 @@ def collapse_figure(
                 )
         for name, runs in histories.items():
             colour = _colour(name, names)
-            curves = [[_value(row[f"eval_{level}_top1"]) for row in run] for run in runs]
+            curves = []
+            for run in runs:
+                curves.append([_value(row[f"eval_{level}_top1"]) for row in run])
             epochs = [row["epoch"] for row in runs[0]]
             for curve in curves if len(curves) > 1 else ():
                 axes.plot(epochs, curve, color=colour, linewidth=0.7, alpha=0.4)
@@ -182,7 +187,7 @@ def _draw_accuracy(
     restrain(axes)
     axes.set_ylabel(title)
     axes.grid(axis="y", color=FAINT, linewidth=0.8)
-    seen = [v for column in values.values() for v in column if math.isfinite(v)]
+    seen = list(filter(math.isfinite, chain.from_iterable(values.values())))
     low, high = (min(seen), max(seen)) if seen else (0.0, 100.0)
     margin = max(1.0, 0.06 * (high - low))
     axes.set_ylim(max(0.0, low - margin), min(101.0, high + margin))
@@ -228,7 +233,8 @@ def _draw_weights(
     edges = [e - 0.5 for e in epochs] + [epochs[-1] + 0.5]
     base = [0.0] * len(epochs)
     for level, column in values.items():
-        summit = [b + (v if math.isfinite(v) else 0.0) for b, v in zip(base, column, strict=True)]
+        heights = np.nan_to_num(column, nan=0.0, posinf=0.0, neginf=0.0)
+        summit = (np.array(base) + heights).tolist()
         axes.fill_between(
             edges,
             base + base[-1:],
@@ -259,9 +265,10 @@ def _apart(values: list[float], lower: float, upper: float) -> list[float]:
         ):
             (a, n), (b, m) = groups[-2:]
             groups[-2:] = [[(a * n + b * m) / (n + m), n + m]]
-    return [
-        centre + step * (i - (count - 1) / 2) for centre, count in groups for i in range(int(count))
-    ]
+    places = []
+    for centre, count in groups:
+        places += [centre + step * (i - (count - 1) / 2) for i in range(int(count))]
+    return places
 
 
 def plot_confusion(
@@ -302,8 +309,6 @@ def confusion_figure(matrix: Any, class_names: Sequence[str], title: str = "") -
         ValueError: The matrix is not square, has another size than there are names, or holds a
             negative count.
     """
-    import numpy as np
-
     counts = np.asarray(matrix.detach().cpu() if hasattr(matrix, "detach") else matrix, dtype=float)
     n = len(class_names)
     if counts.shape != (n, n) or n == 0:
@@ -316,7 +321,9 @@ def confusion_figure(matrix: Any, class_names: Sequence[str], title: str = "") -
     share = np.divide(counts, total, out=np.full_like(counts, np.nan), where=total > 0)
 
     side = min(max(0.62 * n, 2.6), 8.5)
-    names = [name if len(name) <= 22 else name[:21] + "…" for name in map(str, class_names)]
+    names = []
+    for name in map(str, class_names):
+        names.append(name if len(name) <= 22 else name[:21] + "…")
     longest = max(map(len, names)) * 0.075
     figure = new_figure(side + longest + 1.4, side + min(longest, 1.6) + 0.9)
     axes = figure.subplots()

@@ -83,9 +83,10 @@ class CsvLog:
 
         Whole numbers as int, others as float, missing values as None, else text.
         """
-        return [
-            {column: _parse(row.get(column, "")) for column in self._columns} for row in self._rows
-        ]
+        rows = []
+        for row in self._rows:
+            rows.append({column: _parse(row.get(column, "")) for column in self._columns})
+        return rows
 
     def _load(self) -> None:
         text = self.path.read_text(encoding="utf-8")

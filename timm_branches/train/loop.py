@@ -379,7 +379,9 @@ class _Run:
     def _load(self, state: dict[str, Any], path: str) -> None:
         """Weights and memories; what the settings say of the optimizer stays as it is asked for."""
         groups = self.optimizer.param_groups
-        asked = [{key: group.get(key) for key in _SETTINGS_OF_GROUPS} for group in groups]
+        asked = []
+        for group in groups:
+            asked.append({key: group.get(key) for key in _SETTINGS_OF_GROUPS})
         try:
             self.task.load_checkpoint_state(state["state_dict"], state.get("task_state"))
             if self.config.model_ema:
@@ -849,7 +851,8 @@ class _Run:
         try:
             from timm_branches.train.curves import plot_confusion, plot_history
 
-            if any(key.startswith("cosine_") for row in self.result.history for key in row):
+            keys = set().union(*self.result.history)
+            if any(key.startswith("cosine_") for key in keys):
                 from timm_branches.gradients import plot_conflicts
 
                 plot_conflicts(self.result.history, self.result.output / "conflicts.png")

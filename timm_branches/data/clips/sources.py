@@ -336,9 +336,9 @@ def read_clip_csv(
     for row, (start, end) in enumerate(zip(starts, ends, strict=True)):
         bounds.append(_bounds(start, end, table.place(row)))
     paths = resolve_paths(table, labelled.path_column, table_root(path, root))
-    source.images = FileClips(
-        paths, in_chans, [start for start, _ in bounds], [end for _, end in bounds]
-    )
+    first_frames = [first for first, _ in bounds]
+    ends_of_clips = [end_of_clip for _, end_of_clip in bounds]
+    source.images = FileClips(paths, in_chans, first_frames, ends_of_clips)
     if source.groups is None:
         source.groups = number_groups(paths)
     return source
