@@ -4,6 +4,7 @@ In eval mode, on other inputs, and in a few steps of training.
 """
 
 import copy
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -22,13 +23,11 @@ _RATES = (1e-3, 1e-4)  # Adam's; a network that the first one throws off course 
 def _tensors(output: Any) -> list[torch.Tensor]:
     if isinstance(output, torch.Tensor):
         return [output]
-    values = (
-        output.values()
-        if isinstance(output, dict)
-        else output
-        if isinstance(output, (tuple, list))
-        else ()
-    )
+    values: Iterable[Any] = ()
+    if isinstance(output, dict):
+        values = output.values()
+    elif isinstance(output, (tuple, list)):
+        values = output
     return [t for value in values for t in _tensors(value)]
 
 
@@ -75,9 +74,13 @@ def input_problems(module: nn.Module, x: torch.Tensor) -> list[str]:
             (grad,) = torch.autograd.grad(total, leaf, allow_unused=True)
         except RuntimeError:  # a backward pass that fails is told of by another check
             pass
-    seen = {
-        t for t in frames if grad is not None and bool((grad if t is None else grad[:, t]).any())
-    }
+    seen = set()
+    for frame in frames:
+        if grad is None:
+            continue
+        part = grad if frame is None else grad[:, frame]
+        if part.any():
+            seen.add(frame)
     if isinstance(module, BranchModel) and x.ndim == 5 and len(seen) < len(frames):
         for name in module.temporal_heads:
             seen |= set(frame_gradients(module, x, lambda y: y.square().sum(), head=name).seen)

@@ -64,11 +64,13 @@ def branch_cosines(
         names = [name for name in found if levels is None or name in levels]
         reached = [_reached(found[name]) for name in names]
         everywhere = set.intersection(*reached) if reached else set()
-        shared = {
-            stage: [p for p in group.values() if id(p) in everywhere]
-            for stage, group in groups.items()
-        }
-        stages = [stage for stage in shared if shared[stage]] if where is None else [where]
+        shared: dict[str, list[nn.Parameter]] = {}
+        for stage, group in groups.items():
+            shared[stage] = [p for p in group.values() if id(p) in everywhere]
+        if where is None:
+            stages = [stage for stage in shared if shared[stage]]
+        else:
+            stages = [where]
         if len(names) < 2 or not stages or not shared[stages[-1]]:
             return {}
         gram = inner_products([gradients(found[name], shared[stages[-1]]) for name in names])

@@ -38,17 +38,11 @@ class FrameGradients:
     findings: list[str]
 
     def __str__(self) -> str:
-        lines = (
-            []
-            if self.norms is None
-            else [
-                table(
-                    "frame",
-                    [str(t) for t in range(len(self.norms))],
-                    [["gradient norm", *(f"{float(v):.1e}" for v in self.norms)]],
-                )
-            ]
-        )
+        lines = []
+        if self.norms is not None:
+            columns = [str(frame) for frame in range(len(self.norms))]
+            norms = [f"{float(norm):.1e}" for norm in self.norms]
+            lines.append(table("frame", columns, [["gradient norm", *norms]]))
         return "\n".join([*lines, *(self.findings or ["the loss sees every frame."])])
 
 
@@ -116,11 +110,10 @@ def frame_gradients(
             raise ValueError(
                 f"{name!r} is not run in the forward pass: name the part that makes the features."
             )
-        given = (
-            torch.autograd.grad(value, [leaf for leaf, _ in calls], allow_unused=True)
-            if value.requires_grad
-            else [None] * len(calls)
-        )
+        leaves = [leaf for leaf, _ in calls]
+        given: Sequence[torch.Tensor | None] = [None] * len(calls)
+        if value.requires_grad:
+            given = torch.autograd.grad(value, leaves, allow_unused=True)
     trained = [p for p in cnn.parameters() if p.requires_grad]
     attached = all(live for _, live in calls)
     valid = None
@@ -128,13 +121,12 @@ def frame_gradients(
         lengths = torch.as_tensor(lengths).cpu()
         lengths = lengths.sum(1) if lengths.ndim == 2 else lengths
         valid = torch.arange(clips.shape[1]) < lengths[:, None]
-    norms = _by_frame(
-        [leaf if g is None else g for (leaf, _), g in zip(calls, given, strict=True)],
-        [g is not None for g in given],
-        clips.shape[:2],
-        valid,
-        name,
-    )
+    grads = []
+    arrived = []
+    for leaf, gradient in zip(leaves, given, strict=True):
+        grads.append(leaf if gradient is None else gradient)
+        arrived.append(gradient is not None)
+    norms = _by_frame(grads, arrived, clips.shape[:2], valid, name)
     findings = []
     if trained and not attached:
         findings.append(
@@ -191,10 +183,10 @@ def _by_frame(
 ) -> torch.Tensor:
     """Norms (B, T) of the gradients at the features of the calls."""
     batch, time = shape
-    rows = [
-        (g if here else torch.zeros_like(g)).detach().flatten(1).norm(dim=1).cpu()
-        for g, here in zip(grads, arrived, strict=True)
-    ]
+    rows = []
+    for gradient, here in zip(grads, arrived, strict=True):
+        values = gradient if here else torch.zeros_like(gradient)
+        rows.append(values.detach().flatten(1).norm(dim=1).cpu())
     count = batch * time if valid is None else int(valid.sum())
     if len(rows) == 1 and len(rows[0]) == count:
         if valid is None:

@@ -305,10 +305,11 @@ def _input_findings(x: torch.Tensor, groups: int) -> dict[str, str]:
     for start in range(0, len(rows) if width > 1 else 0, width):
         part = rows[start : start + width]
         same = _sets(_same(part))
-        equal += [[start + i for i in one] for one in same]
-        rescaled += [
-            [start + i for i in one] for one in _sets(_proportional(part)) if one not in same
-        ]
+        for one in same:
+            equal.append([start + channel for channel in one])
+        for one in _sets(_proportional(part)):
+            if one not in same:
+                rescaled.append([start + channel for channel in one])
     where = "in every filter" if groups == 1 else "in every filter of their group"
     clauses = [
         f"input channels {_listed(one)} are identical, so the gradients of these channels are "
@@ -409,9 +410,9 @@ def _sets(same: torch.Tensor) -> list[list[int]]:
 def _listed(numbers: list[int]) -> str:
     if len(numbers) > 2 and numbers[-1] - numbers[0] == len(numbers) - 1:
         return f"{numbers[0]} to {numbers[-1]}"
-    shown = [str(number) for number in numbers[:8]] + (
-        [f"{len(numbers) - 8} more"] if len(numbers) > 8 else []
-    )
+    shown = [str(number) for number in numbers[:8]]
+    if len(numbers) > 8:
+        shown.append(f"{len(numbers) - 8} more")
     return " and ".join(filter(None, [", ".join(shown[:-1]), shown[-1]]))
 
 

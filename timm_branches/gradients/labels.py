@@ -111,9 +111,9 @@ def _hint(
     if _fits(columns, every, classes, taxonomy):
         return ""
     known = [column[column >= 0] for column in columns]
-    if all(len(column) and int(column.min()) >= 1 for column in known) and _fits(
-        [column - 1 for column in columns], every, classes, taxonomy
-    ):
+    from_one = all(len(column) and int(column.min()) >= 1 for column in known)
+    lowered = [column - 1 for column in columns]
+    if from_one and _fits(lowered, every, classes, taxonomy):
         return "They seem to count from 1: subtract 1."
     orders = permutations(every) if 1 < count <= _MOST_LEVELS else ()
     for order in orders:

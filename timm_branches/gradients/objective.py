@@ -74,9 +74,10 @@ class Objective:
         parts = batch if isinstance(batch, (tuple, list)) else (batch,)
         if self.task and len(parts) != 2:
             raise ValueError(f"a task takes a batch of (input, target), got {len(parts)} part(s).")
-        self.input, *self.targets = (
-            p.to(self.device) if isinstance(p, torch.Tensor) else p for p in parts
-        )
+        moved = []
+        for part in parts:
+            moved.append(part.to(self.device) if isinstance(part, torch.Tensor) else part)
+        self.input, *self.targets = moved
         self._losses, self._weights = losses, dict(weights or {})
 
     def __call__(self, module: nn.Module | None = None) -> Evaluated:
@@ -149,11 +150,11 @@ class Objective:
         model = self.module
         if not isinstance(model, BranchModel):
             return set()
-        return {
-            name
-            for name, taps in zip(model.names, model.head_taps, strict=True)
-            if any(model.taps[i].tap.detach for i in taps)
-        }
+        names = set()
+        for name, taps in zip(model.names, model.head_taps, strict=True):
+            if any(model.taps[i].tap.detach for i in taps):
+                names.add(name)
+        return names
 
     @contextmanager
     def undisturbed(self) -> Iterator[None]:
@@ -165,12 +166,11 @@ class Objective:
         processes or compiled.
         """
         held = [(m, m.training, dict(m._buffers)) for m in (self.task or self.module).modules()]
-        values = {
-            id(b): b.detach().clone()
-            for _, _, buffers in held
-            for b in buffers.values()
-            if b is not None
-        }
+        values = {}
+        for _, _, buffers in held:
+            for buffer in buffers.values():
+                if buffer is not None:
+                    values[id(buffer)] = buffer.detach().clone()
         grads = [(p, p.grad) for p in (self.task or self.module).parameters()]
         task: Any = self.task
         wrapped = (
@@ -229,11 +229,12 @@ def group_by_stage(model: nn.Module, stages: Mapping[str, Any] | None = None) ->
     names = {id(p): name for name, p in model.named_parameters()}
     if stages is not None:
         return {stage: _listed(stage, part, names) for stage, part in stages.items()}
-    owner = (
-        _branch_stages(model)
-        if isinstance(model, BranchModel)
-        else {name: name.split(".")[0] if "." in name else "(own)" for name in names.values()}
-    )
+    owner: dict[str, str] = {}
+    if isinstance(model, BranchModel):
+        owner = _branch_stages(model)
+    else:
+        for name in names.values():
+            owner[name] = name.split(".")[0] if "." in name else "(own)"
     groups: Groups = {stage: {} for stage in dict.fromkeys(owner.values())}
     for name, p in model.named_parameters():
         groups[owner[name]][name] = p

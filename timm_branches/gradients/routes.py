@@ -49,14 +49,12 @@ class PathGradients:
     findings: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        norms = [
-            [path, *(number(self.norms[path][stage], ".2e") for stage in self.stages)]
-            for path in self.paths
-        ]
-        shares = [
-            [path, *(number(self.shares[path][stage], ".1%") for stage in self.stages)]
-            for path in self.paths
-        ]
+        norms = []
+        for path in self.paths:
+            norms.append([path, *(number(self.norms[path][s], ".2e") for s in self.stages)])
+        shares = []
+        for path in self.paths:
+            shares.append([path, *(number(self.shares[path][s], ".1%") for s in self.stages)])
         return "\n\n".join(
             [
                 table("gradient norm through", self.stages, norms),
@@ -233,7 +231,9 @@ def _compare(
         if not reached:  # the decoder's own, or another head's
             continue
         stages.append(stage)
-        rows = [[grads[key] for key in reached] for grads in through.values()]
+        rows = []
+        for grads in through.values():
+            rows.append([grads[key] for key in reached])
         rows.append([full[key] for key in reached])
         gram = inner_products(rows)  # (paths + 1, paths + 1), the last of the full gradient
         total = float(gram[-1, -1])

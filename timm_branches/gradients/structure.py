@@ -119,13 +119,11 @@ def softmax_twice(loss: torch.Tensor) -> bool:
 
 def is_probability(output: Any) -> list[str]:
     """Names of the outputs whose classes are probabilities: not negative, and summing to 1."""
-    named = (
-        output
-        if isinstance(output, Mapping)
-        else dict(enumerate(output))
-        if isinstance(output, (tuple, list))
-        else {"output": output}
-    )
+    named: Mapping[Any, Any] = {"output": output}
+    if isinstance(output, Mapping):
+        named = output
+    elif isinstance(output, (tuple, list)):
+        named = dict(enumerate(output))
     result = []
     for name, y in named.items():
         if not isinstance(y, torch.Tensor) or not y.is_floating_point() or y.ndim < 2:

@@ -91,7 +91,8 @@ def dendrogram_figure(
     axes = figure.subplots()
     axes.add_collection(LineCollection(lines, colors=colours, linewidths=1.4))
     axes.set(xlim=(high + 0.04 * span, right), ylim=(total - 0.5, -0.5), xlabel="distance")
-    _name_leaves(axes, [classes[leaf] for leaf in order], [shades[leaf] for leaf in order])
+    leaf_names = [classes[leaf] for leaf in order]
+    _name_leaves(axes, leaf_names, [shades[leaf] for leaf in order])
     if title:
         figure.suptitle(title, fontsize=12, color=INK, x=0.02, ha="left")
     _draw_cuts(axes, heights, num_classes, span)

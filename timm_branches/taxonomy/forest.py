@@ -51,10 +51,10 @@ class Forest:
     ) -> None:
         paths = check_leaves(leaves)
         depth = max(map(len, paths))
-        nodes = [
-            list(dict.fromkeys(path[: d + 1] for path in paths if len(path) > d))
-            for d in range(depth)
-        ]
+        nodes = []
+        for level in range(1, depth + 1):
+            starts = (path[:level] for path in paths if len(path) >= level)
+            nodes.append(list(dict.fromkeys(starts)))
         put = object.__setattr__  # __setattr__ refuses, see there
         put(self, "leaves", paths)
         put(self, "levels", check_levels(levels, depth))
