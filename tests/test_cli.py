@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from PIL import Image
 from timm_branches import Taxonomy, create_branch_model, save_model
 from timm_branches.cli import main
 from timm_branches.inference.predict import predict
+from timm_branches.train.script import run_script
 
 ROOT = Path(__file__).parents[1]
 
@@ -418,3 +420,86 @@ def test_the_wheel_has_the_recipes(tmp_path):
         text=True,
     )
     assert done.stdout.startswith("bcnn ")
+
+
+TREE = Taxonomy(["animal/cat", "animal/dog", "plant/rose"], levels=["kind", "name"])
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory):
+    """Class folders of 7, 5 and 3 images."""
+    root = tmp_path_factory.mktemp("labelled")
+    random = np.random.default_rng(0)
+    for leaf, count in zip(TREE.leaves, (7, 5, 3), strict=True):
+        folder = root.joinpath("test", *leaf)
+        folder.mkdir(parents=True)
+        for index in range(count):
+            pixels = random.integers(0, 255, (40, 40, 3), dtype=np.uint8) // (1 + index % 4)
+            Image.fromarray(pixels).save(folder / f"{index}.png")
+    return root
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_evaluate(labelled, tmp_path, capsys, flat):
+    """Against what `predict` says of each image."""
+    torch.manual_seed(1)
+    options = {"num_classes": 3, "taps": [5], "names": ["leaf"]}
+    if not flat:
+        options = {"taps": [3, 5], "taxonomy": TREE}
+    model = create_branch_model("test_resnet", img_size=40, **options)
+    file = str(save_model(model, tmp_path / "model.safetensors"))
+    TREE.save_json(tmp_path / "tree.json")
+    tree = ["--taxonomy", str(tmp_path / "tree.json")] if flat else []
+    out = tmp_path / "out.json"
+    assert main(["evaluate", file, str(labelled), "--output", str(out), *tree]) == 0
+    results = json.loads(out.read_text())
+    hits = {}
+    for level, names in zip(TREE.levels, TREE.classes, strict=True):
+        hits |= {(level, name): [] for name in names}
+    for record in predict(file, labelled, taxonomy=tree[1] if flat else None):
+        truth = Path(record.file).parts[-3:-1]
+        for level, name, said in zip(TREE.levels, truth, record.path, strict=True):
+            hits[level, name].append(name == said)
+    assert results["images"] == 15
+    for (level, name), right in hits.items():
+        row = results["classes"][level][name]
+        assert row["images"] == len(right)
+        assert row["top1"] == pytest.approx(100 * sum(right) / len(right))
+    every = [right for (level, _), rights in hits.items() if level == "name" for right in rights]
+    assert results["metrics"]["name_top1"] == pytest.approx(100 * sum(every) / 15)
+    assert main(["evaluate", file, str(labelled), *tree, "--format", "csv"]) == 0
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert [row["class"] for row in rows] == ["animal", "plant", "cat", "dog", "rose"]
+    assert main(["evaluate", file, str(labelled), *tree]) == 0
+    assert "Percent right, and images, of 15 images" in capsys.readouterr().out
+
+
+def test_evaluate_refuses(labelled, model_file, tmp_path, capsys):
+    clips = create_branch_model("test_resnet", head="lstm", taxonomy=["a", "b"], img_size=32)
+    clips_file = save_model(clips, tmp_path / "clips.safetensors")
+    own = create_branch_model("test_resnet", taps=[3, 5], taxonomy=TREE, img_size=32)
+    own_file = save_model(own, tmp_path / "own.safetensors")
+    for arguments, message in (
+        ([clips_file, labelled], "is for models that classify images"),
+        ([model_file, labelled], "give --taxonomy"),
+        ([model_file, labelled, "--taxonomy", "cifar10"], "the model's heads have"),
+        ([own_file, labelled, "--taxonomy", "cifar10"], "--taxonomy has no effect"),
+        ([own_file, labelled, "--split", "nose"], "nose"),
+        ([own_file, labelled, "--decoder", "nose"], "nose"),
+        ([own_file, labelled, "--device", "nose"], "no device 'nose'"),
+        ([own_file, tmp_path / "nose"], "nose"),
+    ):
+        assert main(["evaluate", *map(str, arguments)]) == 2, message
+        err = capsys.readouterr().err
+        assert message in err
+        assert err.count("\n") == 1
+
+
+def test_a_recipe_without_its_extra(capsys):
+    def needs():
+        import_module("no_such_module")
+
+    with pytest.raises(SystemExit) as end:
+        run_script(needs)
+    assert end.value.code == 2
+    assert "pip install 'timm_branches[recipes]'" in capsys.readouterr().err

@@ -5,7 +5,7 @@ import json
 import os
 import sys
 
-from timm_branches.cli import predict, recipes
+from timm_branches.cli import evaluate, predict, recipes
 from timm_branches.cli.text import printable
 
 __all__ = ["main"]
@@ -38,6 +38,7 @@ def _make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     recipes.add_parsers(commands)
     predict.add_parser(commands)
+    evaluate.add_parser(commands)
     export = commands.add_parser("export", help="write a model as ONNX or for torch.export")
     export.add_argument("model", help="model.safetensors, a folder, or hf-hub:user/name")
     export.add_argument("output", help="the file to write: .onnx or .pt2")
@@ -59,6 +60,8 @@ def _run(args: argparse.Namespace) -> int:
         _recipes(args)
     elif args.command == "predict":
         return predict.run(args)
+    elif args.command == "evaluate":
+        return evaluate.run(args)
     elif args.command == "export":
         _export(args)
     elif args.command == "list":

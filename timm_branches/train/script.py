@@ -96,6 +96,10 @@ def run_script(main: Callable[[], None]) -> None:
     setup_logging()
     try:
         main()
+    except ModuleNotFoundError as error:
+        if str(error).startswith("No module named"):
+            error.msg += ": pip install 'timm_branches[recipes]' brings what the recipes need"
+        _end(error)
     except (ValueError, OSError, FloatingPointError, ImportError) as error:
         _end(error)
     except RuntimeError as error:
