@@ -2,11 +2,12 @@
 
 import math
 import random
+import warnings
 
 import numpy as np
 import pytest
 import torch
-from scipy.cluster.hierarchy import fcluster, linkage
+from scipy.cluster.hierarchy import cut_tree, fcluster, linkage
 from scipy.spatial.distance import pdist
 
 from timm_branches.taxonomy import (
@@ -328,3 +329,20 @@ class TestCuts:
         tree = Taxonomy.from_linkage(self.tied, ["a", "b", "x", "y", "a+b"], [3])
         assert tree.num_classes == (3, 5)
         assert len(set(tree.classes[0])) == 3
+
+
+def test_as_many_groups_as_asked_for_where_distances_fall():
+    """Centroid linkage is not monotonic: SciPy's own cut miscounts some of these."""
+    generator = np.random.default_rng(0)
+    miscounted = 0
+    for _ in range(60):
+        count = int(generator.integers(5, 30))
+        merges = linkage(generator.normal(size=(count, 3)), "centroid")
+        wanted = sorted(set(generator.integers(2, count, size=3).tolist()))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            groups = cut_linkage(merges, wanted)
+        assert [len(set(column.tolist())) for column in groups.T] == wanted
+        theirs = cut_tree(merges, n_clusters=wanted).T
+        miscounted += [len(set(column.tolist())) for column in theirs] != wanted
+    assert miscounted > 0

@@ -173,7 +173,7 @@ def cut_linkage(linkage: Any, num_classes: Sequence[int]) -> torch.Tensor:
     """The groups of classes after stopping a clustering at given numbers of groups.
 
     The cut counts merges, so it has exactly as many groups as asked for even where merges are
-    equally near.
+    equally near, or nearer than the ones before. (SciPy's `cut_tree` gives another number there.)
 
     Args:
         linkage: (K - 1, 4), from :func:`linkage_from_confusion`, :func:`linkage_from_embeddings` or
@@ -201,9 +201,8 @@ def cut_linkage(linkage: Any, num_classes: Sequence[int]) -> torch.Tensor:
             f"{merges.shape}."
         )
     count, wanted = len(merges) + 1, list(num_classes)
-    if not all(isinstance(n, Integral) and 2 <= n < count for n in wanted) or wanted != sorted(
-        set(wanted)
-    ):
+    in_range = all(isinstance(n, Integral) and 2 <= n < count for n in wanted)
+    if not in_range or wanted != sorted(set(wanted)):
         raise ValueError(
             "num_classes must be increasing whole numbers, coarsest level first, each at least 2 "
             f"and less than the {count} classes themselves; got {wanted}."
