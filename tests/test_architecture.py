@@ -95,3 +95,44 @@ def test_nobody_imports_a_recipe():
     for folder in ("recipes", "benchmarks"):
         for file in sorted((ROOT / folder).glob("*.py")):
             list(imports_of(file))  # asserts
+
+
+# a loop in a loop counts twice
+FOLDED = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp, ast.IfExp)
+STATEMENTS = (ast.Assign, ast.AugAssign, ast.AnnAssign, ast.Return, ast.Expr, ast.Raise, ast.Assert)
+
+
+def folded(tree):
+    """The lines of statements with more than one comprehension or conditional expression."""
+    for node in ast.walk(tree):
+        parts = []
+        if isinstance(node, STATEMENTS):
+            parts = [node]
+        elif isinstance(node, ast.If | ast.While):
+            parts = [node.test]
+        elif isinstance(node, ast.For):
+            parts = [node.iter]
+        elif isinstance(node, ast.With):
+            parts = node.items
+        count = 0
+        for part in parts:
+            for inner in ast.walk(part):
+                if isinstance(inner, FOLDED):
+                    count += len(getattr(inner, "generators", (None,)))
+        if count > 1:
+            yield node.lineno
+
+
+@pytest.mark.parametrize("folder", ["timm_branches", "recipes"])
+def test_statements_are_read_once(folder):
+    lines = []
+    for file in sorted((ROOT / folder).rglob("*.py")):
+        tree = ast.parse(file.read_text())
+        lines += [f"{file.relative_to(ROOT)}:{line}" for line in folded(tree)]
+    assert lines == []
+
+
+def test_folded_statements_are_found():
+    """What the test above rests on."""
+    code = "a = [b if c else d for b in e]\nf = [g for h in i for g in h]\nj = [k for k in l]\n"
+    assert list(folded(ast.parse(code))) == [1, 2]

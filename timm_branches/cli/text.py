@@ -10,7 +10,12 @@ __all__ = ["printable", "spare", "write_output"]
 
 def printable(text: str) -> str:
     """On one line whatever a file is called: control characters and broken Unicode as escapes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    shown = ""
+    for character in text:
+        if not character.isprintable():
+            character = character.encode("unicode_escape").decode()
+        shown += character
+    return shown
 
 
 def write_output(path: str | None, inputs: Sequence[str], write: Callable[[TextIO], None]) -> None:

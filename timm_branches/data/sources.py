@@ -230,7 +230,9 @@ def derive_tree(
         ValueError: No class is named.
     """
     unique = {node for node in nodes if node}
-    inner = {node[:depth] for node in unique for depth in range(1, len(node))}
+    inner: set[Node] = set()
+    for node in unique:
+        inner |= {node[:depth] for depth in range(1, len(node))}
     # natural order ('2' before '10'), as timm numbers class folders
     leaves = sorted(unique - inner, key=path_order)
     if not leaves:

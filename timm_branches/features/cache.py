@@ -309,7 +309,8 @@ def _features(model: BranchModel, inputs: list[torch.Tensor], dtype: torch.dtype
             f"the heads {sorted(model.temporal_heads)} read clips, the dataset has images: make a "
             "ClipDataset."
         )
-    sizes = {tuple(x.shape[1:] if is_clip else x.shape) for x in inputs}
+    first = 1 if is_clip else 0  # a clip's length may differ
+    sizes = {tuple(x.shape[first:]) for x in inputs}
     if len(sizes) > 1:
         raise ValueError(
             f"samples of a batch have the shapes {sorted(sizes)}; a transform makes them equal."

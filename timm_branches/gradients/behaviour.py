@@ -28,7 +28,10 @@ def _tensors(output: Any) -> list[torch.Tensor]:
         values = output.values()
     elif isinstance(output, (tuple, list)):
         values = output
-    return [t for value in values for t in _tensors(value)]
+    tensors = []
+    for value in values:
+        tensors += _tensors(value)
+    return tensors
 
 
 @torch.no_grad()

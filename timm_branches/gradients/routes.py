@@ -128,7 +128,9 @@ def path_gradients(
     groups: dict[str, dict[str, nn.Parameter]] = {}
     for stage, group in group_by_stage(model, stages).items():
         groups[stage] = {name: p for name, p in group.items() if p.requires_grad}
-    parameters = {id(p): p for group in groups.values() for p in group.values()}
+    parameters: dict[int, nn.Parameter] = {}
+    for group in groups.values():
+        parameters |= {id(p): p for p in group.values()}
     with objective.undisturbed():
         maps, leaves, value = _split(encode, decode, loss, objective)
         slopes = gradients(value, list(leaves.values()))

@@ -200,7 +200,9 @@ class StreamingStep(nn.Module):
         rest = iter(state)
         states = {name: tuple(islice(rest, len(z))) for name, z in self._zeros(1).items()}
         outputs, new = self.model.forward_stream(frame[:, None], states, self.names)
-        logits = [y if y.ndim == 2 else y[:, 0] for y in outputs.values()]
+        logits = []
+        for y in outputs.values():
+            logits.append(y if y.ndim == 2 else y[:, 0])
         return (*logits, *chain.from_iterable(new[name] for name in self.temporal))
 
 

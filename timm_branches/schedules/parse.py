@@ -26,11 +26,10 @@ _STARTS = {
     "bcnn-cifar100": (0, 14, 24, 34),
     "bcnn-vgg16-bn": (0, 13, 23, 33),
 }
-PRESETS: dict[str, dict[int, Weights]] = {
-    name + suffix: dict(zip(starts, phases, strict=True))
-    for suffix, phases in (("", _BCNN), ("-keep", _KEEP))
-    for name, starts in _STARTS.items()
-}
+PRESETS: dict[str, dict[int, Weights]] = {}
+for _suffix, _phases in (("", _BCNN), ("-keep", _KEEP)):
+    for _name, _starts in _STARTS.items():
+        PRESETS[_name + _suffix] = dict(zip(_starts, _phases, strict=True))
 _EQUAL = "equal"  # another name of 'constant' for any number of levels
 
 

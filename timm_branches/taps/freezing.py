@@ -134,10 +134,13 @@ class FreezableBackbone(nn.Module):
 
     def _stages(self) -> list[int]:
         """The stages that the backbone, cut behind its last tap, still computes."""
-        deepest = max(
-            info.stage.index if info.stage else self.reader.within[info.module] - 1
-            for info in self.reader.taps
-        )
+        depths = []
+        for info in self.reader.taps:
+            if info.stage is not None:
+                depths.append(info.stage.index)
+            else:
+                depths.append(self.reader.within[info.module] - 1)
+        deepest = max(depths)
         return [row.stage for row in self.reader.table if row.index <= deepest]
 
     def _check_stage(self, given: int | str) -> int:

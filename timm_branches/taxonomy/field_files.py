@@ -44,7 +44,8 @@ def category_paths(content: Mapping[str, Any]) -> tuple[dict[Any, NodePath], lis
         ({2: ('animal', 'dog')}, ['supercategory', 'name'])
     """
     categories = sorted(content["categories"], key=lambda category: category["id"])
-    levels: list[str] = [rank for rank in RANKS if any(rank in c for c in categories)]
+    known = set().union(*categories)
+    levels: list[str] = [rank for rank in RANKS if rank in known]
     if not levels and any("supercategory" in c for c in categories):
         levels = ["supercategory"]
     paths: dict[Any, NodePath] = {}

@@ -24,7 +24,8 @@ def natural_order(name: str) -> Key:
     """
     parts = _NUMBER.split(name.lower())
     # texts stand at even places and numbers at odd ones, so that like is compared with like
-    key = tuple(int(part) if place % 2 else part for place, part in enumerate(parts))
+    parts[1::2] = map(int, parts[1::2])
+    key = tuple(parts)
     return key, name
 
 

@@ -262,7 +262,9 @@ def _from_columns(frame: Any, source: str) -> Table:
             "A table is a file's path, a data frame, a datasets.Dataset or a mapping of columns; "
             f"got {type(frame).__name__}."
         )
-    names = ["" if name is None else str(name).strip() for name in header]
+    names = []
+    for name in header:
+        names.append("" if name is None else str(name).strip())
     table = Table(source, {}, [])
     kept = _keep_columns(names, table)
     cells = []
@@ -275,7 +277,7 @@ def _from_columns(frame: Any, source: str) -> Table:
                 known = number is not None and number >= 0
                 values.append(class_names[number] if known else "")
         cells.append([cell_text(value) for value in values])
-    filled = [row for row in range(len(cells[0])) if any(column[row] for column in cells)]
+    filled = [number for number, row in enumerate(zip(*cells, strict=True)) if any(row)]
     table.empty_rows = len(cells[0]) - len(filled)
     for (_, name), column in zip(kept, cells, strict=True):
         if table.empty_rows:

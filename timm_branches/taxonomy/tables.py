@@ -29,7 +29,9 @@ class LevelTables(NamedTuple):
 
 def build_tables(leaves: Sequence[NodePath], nodes: Sequence[Sequence[NodePath]]) -> LevelTables:
     """The tables of a forest with these leaves, and these nodes on each level."""
-    node_index = {path: i for level in nodes for i, path in enumerate(level)}
+    node_index: dict[NodePath, int] = {}
+    for level_paths in nodes:
+        node_index |= {path: index for index, path in enumerate(level_paths)}
     leaf_index = {path: i for i, path in enumerate(leaves)}
 
     def rows(paths: Sequence[NodePath]) -> torch.Tensor:

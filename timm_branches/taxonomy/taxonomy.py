@@ -447,7 +447,9 @@ class Taxonomy(Forest):
             raise ValueError(
                 f"pruning would leave none of the {self.num_leaves} leaves; name those to keep."
             )
-        used = {path[: d + 1] for path in leaves for d in range(len(path))}
+        used: set[NodePath] = set()
+        for path in leaves:
+            used |= {path[:depth] for depth in range(1, len(path) + 1)}
         order = []
         for level in self.nodes[: max(map(len, leaves))]:
             order.append([node for node in level if node in used])

@@ -97,7 +97,9 @@ def cifar100() -> Taxonomy:
         >>> cifar100().num_classes
         (8, 20, 100)
     """
-    parent = {fine: superclass for superclass, _, members in _CIFAR100 for fine in members.split()}
+    parent: dict[str, str] = {}
+    for superclass, _, members in _CIFAR100:
+        parent |= dict.fromkeys(members.split(), superclass)
     superclasses = [superclass for superclass, _, _ in _CIFAR100]
     groups = [group for _, group, _ in _CIFAR100]
     return Taxonomy.from_parents(

@@ -26,7 +26,9 @@ def read_wordnet(classes: Iterable[Any]) -> list[NodePath]:
         chains = [min(synset.hypernym_paths(), key=len) for synset in synsets]
     except LookupError as error:
         raise _missing_data(error) from error
-    labels = [item if isinstance(item, str) else item.name() for item in items]
+    labels = []
+    for item in items:
+        labels.append(item if isinstance(item, str) else item.name())
     first: dict[str, str] = {}
     lemmas: dict[str, str] = {}
     root: _Node = {}
@@ -62,7 +64,9 @@ def _name_below(
         paths[node] = (*path, labels[node])
         return
     children = [_skip_single(key, child) for key, child in node.items()]
-    titles = [labels[child] if isinstance(child, int) else lemmas[key] for key, child in children]
+    titles = []
+    for key, child in children:
+        titles.append(labels[child] if isinstance(child, int) else lemmas[key])
     for (key, child), title in zip(children, titles, strict=True):
         if isinstance(child, int):
             paths[child] = (*path, title)
