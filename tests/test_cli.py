@@ -480,7 +480,8 @@ def test_evaluate_refuses(labelled, model_file, tmp_path, capsys):
     own = create_branch_model("test_resnet", taps=[3, 5], taxonomy=TREE, img_size=32)
     own_file = save_model(own, tmp_path / "own.safetensors")
     for arguments, message in (
-        ([clips_file, labelled], "is for models that classify images"),
+        ([own_file, labelled, "--frames", "3"], "--frames has no effect"),
+        ([clips_file, labelled, "--targets", "x"], "--targets has no effect"),
         ([model_file, labelled], "give --taxonomy"),
         ([model_file, labelled, "--taxonomy", "cifar10"], "the model's heads have"),
         ([own_file, labelled, "--taxonomy", "cifar10"], "--taxonomy has no effect"),

@@ -1,13 +1,12 @@
-"""`timm-branches evaluate`: how often a model is right on labelled images, by level and class."""
+"""`timm-branches evaluate`: how good a model is on data whose answers are known."""
 
 import argparse
-import csv
-import json
 import os
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TextIO
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from timm_branches.cli.text import printable, write_output
+from timm_branches.cli.results import FORMATS, Results, write_results
+from timm_branches.cli.text import refuse
 
 if TYPE_CHECKING:
     from timm_branches.model import BranchModel
@@ -15,19 +14,21 @@ if TYPE_CHECKING:
 
 __all__ = ["add_parser", "run"]
 
-FORMATS = ("text", "json", "csv")
-
 
 def add_parser(commands: Any) -> None:
     """Add the command and its flags."""
     parser = commands.add_parser(
         "evaluate",
-        help="how often a model is right on images with labels, by level and class",
-        description="Measure a model that classifies images on data with labels, with its own "
-        "transform and tree; labels are compared by name.",
+        help="how often a model is right, by level and class",
+        description="Measure a model on images, clips, masks or clean images whose answers are "
+        "known, with its own transform and tree; labels are compared by name.",
     )
     parser.add_argument("model", help="model.safetensors, a folder, or hf-hub:user/name")
-    parser.add_argument("data", help="class folders, a table, a tar, or the name of a data set")
+    parser.add_argument(
+        "data",
+        help="class folders, a table, a tar, or the name of a data set; of masks and restored "
+        "images a folder of images beside --targets, or one with test and testannot",
+    )
     parser.add_argument("--split", default="test", help="train, val, test or all (default: test)")
     parser.add_argument("--taxonomy", help="the tree of a model that was saved without one")
     parser.add_argument(
@@ -35,28 +36,80 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--format", choices=FORMATS, help="default: by the output's ending")
     parser.add_argument("--output", metavar="FILE", help="write here instead of to stdout")
+    parser.add_argument(
+        "--pictures", metavar="FOLDER", help="draw a confusion matrix for each level"
+    )
     parser.add_argument("--device", help="cpu, cuda or cuda:1 (default: a GPU if there is one)")
-    parser.add_argument("-b", "--batch-size", type=int, default=64, help="images a batch")
-    parser.add_argument("-j", "--workers", type=int, default=0, help="processes that read images")
+    parser.add_argument("-b", "--batch-size", type=int, help="images a batch (default: 64)")
+    parser.add_argument("-j", "--workers", type=int, help="processes that read images")
+    clips = parser.add_argument_group("clips (default: as in training)")
+    clips.add_argument("--frames", type=int, metavar="T", help="how many are looked at")
+    clips.add_argument("--sampling", help="uniform, dense or all")
+    clips.add_argument("--stride", type=int, help="of dense sampling: frames to the next")
+    pixels = parser.add_argument_group("masks and restored images")
+    pixels.add_argument("--targets", metavar="FOLDER", help="the masks, or the clean images")
+    pixels.add_argument("--mask-colors", metavar="FILE", help="a .csv or .json of colours")
+    pixels.add_argument("--ignore-index", type=int, help="a mask's value for what does not count")
+    pixels.add_argument("--kind", choices=("masks", "images"), help="as for predict")
+    pixels.add_argument("--tile", type=int, metavar="PIXELS", help="as for predict")
+
+
+_CLIPS = ("frames", "sampling", "stride")
+_PIXELS = ("targets", "mask_colors", "ignore_index", "kind", "tile")
 
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate, and write the table."""
-    import torch
+    from timm_branches.cli.models import load_onto_device
 
-    from timm_branches.data import create_dataset, create_loader
-    from timm_branches.factory import load_model
-    from timm_branches.inference.predict import find_device, model_transform
-    from timm_branches.taxonomy import get_taxonomy
+    model = load_onto_device(args.model, args.device)
+    if len(model.dense_heads) == len(model.names):
+        from timm_branches.cli.evaluate_pixels import evaluate_pixels
+
+        what = "answers for every pixel"
+        refuse(args, what, "taxonomy", "decoder", "batch_size", "workers", *_CLIPS)
+        results = evaluate_pixels(args, model)
+    elif model.dense_heads:
+        raise ValueError(
+            f"the model has decoders, {list(model.dense_heads)}, beside heads for labels: evaluate "
+            "is for models with heads of one kind."
+        )
+    elif model.temporal_heads:
+        refuse(args, "reads clips", *_PIXELS)
+        results = _evaluate_labels(args, model, "clips")
+    else:
+        refuse(args, "classifies images", *_PIXELS, *_CLIPS)
+        results = _evaluate_labels(args, model, "images")
+    write_results(results, args.output, args.format, args.pictures)
+    return 0
+
+
+def _evaluate_labels(args: argparse.Namespace, model: "BranchModel", unit: str) -> Results:
     from timm_branches.train import evaluate
 
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_model(args.model).to(find_device(device))
-    if model.dense_heads or model.temporal_heads:
-        raise ValueError(
-            "evaluate is for models that classify images; the recipes segment, denoise and "
-            "cnn_lstm measure theirs at the end of a run."
-        )
+    tree = _tree(args, model)
+    task, decoder = _task(model, tree)
+    make_loader = {"images": _image_loader, "clips": _clip_loader}[unit]
+    loader = make_loader(args, model, tree)
+    evaluator = evaluate(task, loader, decoder=args.decoder or decoder)
+    matrices = evaluator.confusion_matrices()
+    return Results(
+        model=os.fspath(args.model),
+        data=f"{args.data}, {args.split}",
+        count=len(loader.dataset),
+        unit=unit,
+        metrics=dict(evaluator.metrics),
+        columns=_columns(tree),
+        classes=_by_class(matrices, tree, unit),
+        class_unit=unit,
+        facts={"decoder": args.decoder or decoder},
+        matrices=matrices,
+    )
+
+
+def _tree(args: argparse.Namespace, model: "BranchModel") -> "Taxonomy":
+    from timm_branches.taxonomy import get_taxonomy
+
     tree = model.taxonomy
     if args.taxonomy is not None:
         if tree is not None:
@@ -64,30 +117,7 @@ def run(args: argparse.Namespace) -> int:
         tree = get_taxonomy(args.taxonomy)
     if tree is None:
         raise ValueError("the model was saved without a tree: give --taxonomy.")
-    task, decoder = _task(model, tree)
-    data = create_dataset(
-        args.data,
-        args.split,
-        tree,
-        in_chans=model.in_chans,
-        transform=model_transform(model),
-        value_range=model.pretrained_cfg.get("value_range"),
-    )
-    loader = create_loader(data, args.batch_size, num_workers=args.workers)
-    evaluator = evaluate(task, loader, decoder=args.decoder or decoder)
-    results: dict[str, Any] = {
-        "model": os.fspath(args.model),
-        "data": f"{args.data}, {args.split}",
-        "images": len(data),
-        "decoder": args.decoder or decoder,
-        "metrics": dict(evaluator.metrics),
-        "classes": _by_class(evaluator.confusion_matrices(), tree),
-    }
-    ending = os.path.splitext(args.output or "")[1].lower().removeprefix(".")
-    kind = args.format or (ending if ending in FORMATS else "text")
-    write = {"text": _write_text, "json": _write_json, "csv": _write_csv}[kind]
-    write_output(args.output, [args.model], lambda file: write(results, tree, file))
-    return 0
+    return tree
 
 
 def _task(model: "BranchModel", tree: "Taxonomy") -> tuple[Any, str]:
@@ -105,8 +135,50 @@ def _task(model: "BranchModel", tree: "Taxonomy") -> tuple[Any, str]:
     )
 
 
-def _by_class(matrices: Any, tree: "Taxonomy") -> dict[str, dict[str, dict[str, Any]]]:
-    """For each level and class its images and how many percent of them were named right."""
+def _image_loader(args: argparse.Namespace, model: "BranchModel", tree: "Taxonomy") -> Any:
+    from timm_branches.data import create_dataset, create_loader
+    from timm_branches.inference.predict import model_transform
+
+    data = create_dataset(
+        args.data,
+        args.split,
+        tree,
+        in_chans=model.in_chans,
+        transform=model_transform(model),
+        value_range=model.pretrained_cfg.get("value_range"),
+    )
+    batch_size = 64 if args.batch_size is None else args.batch_size
+    return create_loader(data, batch_size, num_workers=args.workers or 0)
+
+
+def _clip_loader(args: argparse.Namespace, model: "BranchModel", tree: "Taxonomy") -> Any:
+    from timm_branches.data import create_clip_dataset, create_clip_loader
+    from timm_branches.inference.clips import training_sampler
+    from timm_branches.inference.predict import model_transform
+
+    sampler = training_sampler(model)
+    given = any(getattr(args, name) is not None for name in _CLIPS)
+    frames = (args.frames, args.sampling, args.stride or 1)
+    if not given:
+        frames = (sampler.num_frames, sampler.sampling, sampler.stride)
+    data = create_clip_dataset(
+        args.data,
+        args.split,
+        tree,
+        *frames,
+        in_chans=model.in_chans,
+        transform=model_transform(model),
+        strict=True,
+        value_range=model.pretrained_cfg.get("value_range"),
+    )
+    batch_size = 8 if args.batch_size is None else args.batch_size
+    return create_clip_loader(data, batch_size, num_workers=args.workers or 0)
+
+
+def _by_class(
+    matrices: Sequence[Any], tree: "Taxonomy", unit: str
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """For each level and class its samples and how many percent of them were named right."""
     levels: dict[str, dict[str, dict[str, Any]]] = {}
     for level, names, matrix in zip(tree.levels, tree.classes, matrices, strict=True):
         levels[level] = {}
@@ -116,44 +188,13 @@ def _by_class(matrices: Any, tree: "Taxonomy") -> dict[str, dict[str, dict[str, 
         right = matrix.diagonal().tolist()
         for name, count, hits in zip(names, counts, right, strict=True):
             share = 100 * hits / count if count else None
-            levels[level][name] = {"images": int(count), "top1": share}
+            levels[level][name] = {unit: int(count), "top1": share}
     return levels
 
 
 def _columns(tree: "Taxonomy") -> Mapping[str, str]:
     titles = {f"{level}_top1": level for level in tree.levels}
+    if tree.num_levels == 1:
+        return titles
     titles |= {"full_path": "full path", "consistency": "consistency", "hf": "hF"}
     return titles | {"distance": "distance", "severity": "severity"}
-
-
-def _write_text(results: dict[str, Any], tree: "Taxonomy", file: TextIO) -> None:
-    from timm_branches.train.compare import comparison_table
-
-    name = os.path.basename(results["model"])
-    print(comparison_table({name: [results["metrics"]]}, _columns(tree)), file=file)
-    for level, classes in results["classes"].items():
-        print(f"\n{printable(level)}", file=file)
-        for label, row in classes.items():
-            share = "-" if row["top1"] is None else f"{row['top1']:.1f}"
-            print(f"{share:>7}  {row['images']:>6}  {printable(label)}", file=file)
-    print(
-        f"\nPercent right, and images, of {results['images']:,} images ({results['data']}); "
-        f"decoder {results['decoder']}. Distances in levels.",
-        file=file,
-    )
-
-
-def _write_json(results: dict[str, Any], tree: "Taxonomy", file: TextIO) -> None:
-    from timm_branches.train.script import nan_to_null
-
-    results = {**results, "metrics": nan_to_null(results["metrics"])}
-    file.write(json.dumps(results, indent=2, allow_nan=False) + "\n")
-
-
-def _write_csv(results: dict[str, Any], tree: "Taxonomy", file: TextIO) -> None:
-    table = csv.writer(file, lineterminator="\n")
-    table.writerow(["level", "class", "images", "top1"])
-    for level, classes in results["classes"].items():
-        for label, row in classes.items():
-            share = "" if row["top1"] is None else f"{row['top1']:.6g}"
-            table.writerow([level, label, row["images"], share])

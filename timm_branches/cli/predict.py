@@ -10,12 +10,12 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from timm_branches.cli.text import printable, spare, write_output
+from timm_branches.cli.text import printable, refuse, spare, write_output
 
 if TYPE_CHECKING:
     from timm_branches.inference.predict import Predictions, Record
 
-__all__ = ["add_parser", "refuse", "run"]
+__all__ = ["add_parser", "run"]
 
 FORMATS = ("text", "json", "csv")
 _CLIP_FORMATS = (*FORMATS, "srt")
@@ -109,13 +109,10 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Classify, and write what was found."""
-    import torch
+    from timm_branches.cli.models import load_onto_device
+    from timm_branches.inference.predict import predict
 
-    from timm_branches.factory import load_model
-    from timm_branches.inference.predict import find_device, predict
-
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_model(args.model).to(find_device(device))
+    model = load_onto_device(args.model, args.device)
     if len(model.dense_heads) == len(model.names):
         from timm_branches.cli import dense
 
@@ -269,15 +266,3 @@ class _Pictures:
 def _digits(probability: float) -> float:
     """What a float32 can tell apart, and no more."""
     return float(f"{probability:.6g}")
-
-
-def refuse(args: argparse.Namespace, what: str, *names: str) -> None:
-    """Say which flags that were given have no effect on a model.
-
-    Raises:
-        ValueError: One was given.
-    """
-    for name in names:
-        if getattr(args, name) not in (None, False):
-            flag = f"--{name.replace('_', '-')}"
-            raise ValueError(f"{flag} has no effect on a model that {what}.")

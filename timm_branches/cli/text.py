@@ -1,11 +1,12 @@
 """Text for a terminal or a file."""
 
+import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import TextIO
 
-__all__ = ["printable", "spare", "write_output"]
+__all__ = ["printable", "refuse", "spare", "write_output"]
 
 
 def printable(text: str) -> str:
@@ -60,3 +61,16 @@ def spare(path: str, inputs: Sequence[str]) -> None:
     for name in inputs:
         if os.path.exists(name) and os.path.samefile(name, path):
             raise ValueError(f"{path} is among what is read: write somewhere else.")
+
+
+def refuse(args: argparse.Namespace, what: str, *names: str) -> None:
+    """Say which flags that were given have no effect on a model.
+
+    Raises:
+        ValueError: One was given.
+    """
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value is not False:
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{flag} has no effect on a model that {what}.")

@@ -25,7 +25,7 @@ from timm_branches.inference.predict import (
 from timm_branches.model import BranchModel
 from timm_branches.taxonomy.order import natural_order
 
-__all__ = ["ClipPredictions", "ClipRecord", "find_clips", "predict_clips"]
+__all__ = ["ClipPredictions", "ClipRecord", "find_clips", "predict_clips", "training_sampler"]
 
 _CHUNK = 64  # frames that go through a model at once where it can go on from a state
 
@@ -167,7 +167,7 @@ class ClipPredictions:
         self.num_workers, self.strict = num_workers, strict
         self.by_frame = _answers_by_frame(model, levels.heads)
         if sampler is None:
-            sampler = FrameSampler() if self.by_frame else _sampler_of(model)
+            sampler = FrameSampler() if self.by_frame else training_sampler(model)
         self.sampler = sampler
 
     def __len__(self) -> int:
@@ -270,8 +270,12 @@ def _can_stream(model: BranchModel) -> bool:
     return True
 
 
-def _sampler_of(model: BranchModel) -> FrameSampler:
-    """The frames that the model's file says; all where it says nothing."""
+def training_sampler(model: BranchModel) -> FrameSampler:
+    """The frames that the model's file says; all where it says nothing.
+
+    Raises:
+        ValueError: The file says something else.
+    """
     facts = model.extra.get("frames")
     if not isinstance(facts, dict):
         return FrameSampler()

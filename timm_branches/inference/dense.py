@@ -207,7 +207,7 @@ class DensePredictions:
                 yield DenseRecord(name, pixels, image=self._image(pixels, name))
 
     def _mask(self, pixels: np.ndarray, name: str) -> np.ndarray:
-        outputs = self._forward(pixels, name)
+        outputs = self.outputs(pixels, name)
         tree = self.model.taxonomy
         by_level = tree is not None and set(tree.levels) <= set(outputs)
         levels = tree.levels if tree is not None and by_level else list(outputs)
@@ -226,13 +226,28 @@ class DensePredictions:
         return torch.cat(labels).reshape(pixels.shape[:2]).cpu().numpy().astype(kind)
 
     def _image(self, pixels: np.ndarray, name: str) -> np.ndarray:
-        (output,) = self._forward(pixels, name).values()
-        y = output[0].float().cpu() * self._std + self._mean  # (C, H, W)
-        return (y.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+        y = self.restored(pixels, name)[0].clamp(0, 1)  # (C, H, W)
+        return (y * 255).round().byte().permute(1, 2, 0).numpy()
+
+    def restored(self, pixels: np.ndarray, name: str) -> torch.Tensor:
+        """The restored image (1, C, H, W), as :meth:`outputs`; its values are around [0, 1]."""
+        (output,) = self.outputs(pixels, name).values()
+        return output.float().cpu() * self._std + self._mean
 
     @torch.inference_mode()
-    def _forward(self, pixels: np.ndarray, name: str) -> dict[str, torch.Tensor]:
-        """The decoders' outputs (1, K, H, W) for an image (H, W, C)."""
+    def outputs(self, pixels: np.ndarray, name: str) -> dict[str, torch.Tensor]:
+        """The decoders' outputs for one image.
+
+        Args:
+            pixels: The image (H, W, C), uint8, or float32 in [0, 1].
+            name: What it is called in messages.
+
+        Returns:
+            For each decoder its output (1, K, H, W).
+
+        Raises:
+            ValueError: They are not finite.
+        """
         parameter = next(self.model.parameters())
         x = ((to_unit_tensor(pixels) - self._mean) / self._std)[None]
         tile = self.tile
