@@ -92,7 +92,7 @@ def create_branch_model(
             `scriptable`, ...).
 
     Returns:
-        A :class:`BranchModel`; `model(images)` is `{name: logits}` in tap order.
+        A :class:`BranchModel`; what `model(images)` gives is logits by name, in tap order.
 
     Raises:
         ValueError: An unknown model, tap, head or option, or counts that do not fit each other.

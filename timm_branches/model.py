@@ -160,7 +160,7 @@ class BranchModel(FreezableBackbone):
                 the backbone.
 
         Returns:
-            `{name: logits}` in tap order. Logits are (B, K); for clips (B, T, K), or (B, K) from
+            Logits by name, in tap order. They are (B, K); for clips (B, T, K), or (B, K) from
             a temporal head with `output='clip'`. Frames behind a clip's length have zeros.
             Decoders give maps (B, K, H, W) of the images' size, with deep supervision in training
             those of their other stages too, as `name_aux1` and so on. A decoder that is the only

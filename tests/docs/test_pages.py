@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")])
+DOCS = [page for page in ROOT.glob("docs/**/*.md") if "_build" not in page.parts]
+PAGES = sorted([*ROOT.glob("*.md"), *DOCS, *ROOT.glob("benchmarks/*.md")])
 # ```python is run; so is the set-up that a page needs but does not show, <!-- python ... -->
 BLOCK = re.compile(
     r"^(?:```(?P<kind>python|pycon)\n(?P<code>.*?)^```|<!-- python\n(?P<hidden>.*?)^-->)",

@@ -23,8 +23,7 @@ class FlattenMlpHead(nn.Module):
     (B, C, H, W) -> (B, classes).
 
     Without classes there are no hidden layers either, only the pooling: a feature extractor should
-        not carry
-    25 million parameters that nothing trains.
+    not carry 25 million parameters that nothing trains.
 
     Args:
         in_features: Channels C of the map.

@@ -374,10 +374,9 @@ def create_loader(
     """A DataLoader that repeats exactly, whatever the number of workers and ranks.
 
     For training, order and augmentation are functions of (seed, epoch): call
-        `loader.set_epoch(epoch)` before each
-    epoch. For evaluation the order is the dataset's; ranks that would have one sample less repeat
-    one at their very end, so that all make equally many steps, and
-    `timm.task.evaluation_sample_limit(loader)` says how many count.
+    `loader.set_epoch(epoch)` before each epoch. For evaluation the order is the dataset's; ranks
+    that would have one sample less repeat one at their very end, so that all make equally many
+    steps, and `timm.task.evaluation_sample_limit(loader)` says how many count.
 
     Args:
         dataset: A :class:`HierarchicalDataset` or any other map-style dataset; augmentations are

@@ -84,7 +84,7 @@ def register_reader(prefix: str, reader: Callable[..., Source] | None = None) ->
 
     Args:
         prefix: The word before the first slash.
-        reader: A function of (rest, split=, in_chans=, taxonomy=, **options) that returns a
+        reader: A function of `(rest, split=, in_chans=, taxonomy=, **options)` that returns a
             :class:`Source`; left out, this is a decorator.
 
     Raises:

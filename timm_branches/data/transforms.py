@@ -60,10 +60,9 @@ class SampleTransform:
     sample does not depend on how many workers or ranks there are, differs between epochs, and
     repeats with the seed. An albumentations `Compose` by itself ignores global seeds and repeats
     itself in every worker; its `set_random_seed` hands the same seed to every transform in it,
-    which makes a flip and a dropout of the same probability happen always together.
-    Here all transforms share one generator, whose state is set anew: some 5 us a sample, against
-        some 50 us for
-    `set_random_seed` and 60 us for five transforms of a 32 px image.
+    which makes a flip and a dropout of the same probability happen always together. Here all
+    transforms share one generator, whose state is set anew: some 5 us a sample, against some 50 us
+    for `set_random_seed` and 60 us for five transforms of a 32 px image.
 
     Args:
         size: Height and width of the result.

@@ -36,8 +36,7 @@ def pixel_cross_entropy(
     torch's own is NaN where no pixel is labelled.
 
     One channel is a binary mask: its logit z counts as the logits (0, z) of background and
-        foreground, which makes this
-    the binary cross-entropy.
+    foreground, which makes this the binary cross-entropy.
 
     Args:
         logits: (B, K, H, W).
@@ -81,19 +80,17 @@ def dice_loss(
     is a binary mask: p is its sigmoid, and the foreground the only class.
 
     A class that no pixel of the batch is labelled with is left out of the mean: it has no overlap
-        to gain, and pixels
-    that it is wrongly given are missing at the classes that they belong to. A binary mask has no
-    such other class: of a batch without foreground the loss is 1 - smooth / (sum p + smooth), which
-    pushes the foreground down.
+    to gain, and pixels that it is wrongly given are missing at the classes that they belong to. A
+    binary mask has no such other class: of a batch without foreground the loss is 1 - smooth / (sum
+    p + smooth), which pushes the foreground down.
 
     Sums are over this process's batch: under DDP the mean over processes is not the Dice loss of
     the global batch.
 
     Sources: Milletari et al., "V-Net", 3DV 2016 (arXiv 1606.04797), section 3, who square the terms
-        of the denominator;
-    without squares, and for classes, Sudre et al., "Generalised Dice overlap as a deep learning
-    loss function for highly unbalanced segmentations", DLMIA 2017 (arXiv 1707.03237), DL_2, here
-    without class weights.
+    of the denominator; without squares, and for classes, Sudre et al., "Generalised Dice overlap as
+    a deep learning loss function for highly unbalanced segmentations", DLMIA 2017 (arXiv
+    1707.03237), DL_2, here without class weights.
 
     Args:
         logits: (B, K, H, W).
@@ -137,9 +134,8 @@ def charbonnier_loss(output: torch.Tensor, target: torch.Tensor, eps: float = 1e
     The mean of sqrt((output - target)^2 + eps^2).
 
     Source: Lai et al., "Deep Laplacian Pyramid Networks for Fast and Accurate Super-Resolution",
-        CVPR 2017 (arXiv
-    1704.03915), equation (2), whose eps is the default; they sum over pixels, here it is their
-    mean.
+    CVPR 2017 (arXiv 1704.03915), equation (2), whose eps is the default; they sum over pixels, here
+    it is their mean.
 
     Args:
         output: (B, C, H, W).
@@ -244,8 +240,7 @@ def median_frequency_weights(masks: Iterable[torch.Tensor], num_classes: int) ->
     weight 0.
 
     Source: Eigen and Fergus, "Predicting Depth, Surface Normals and Semantic Labels with a Common
-        Multi-Scale
-    Convolutional Architecture", ICCV 2015 (arXiv 1411.4734), section 4.3.2.
+    Multi-Scale Convolutional Architecture", ICCV 2015 (arXiv 1411.4734), section 4.3.2.
 
     Args:
         masks: Class indices (H, W), below 0 for unlabelled pixels.

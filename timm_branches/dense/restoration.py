@@ -173,8 +173,7 @@ def structural_similarity(
     edge, on reflected pixels, and gives other values.)
 
     Source: Wang et al., "Image quality assessment: from error visibility to structural similarity",
-        IEEE Transactions
-    on Image Processing 13, 2004, equation (13), K1 = 0.01, K2 = 0.03.
+    IEEE Transactions on Image Processing 13, 2004, equation (13), K1 = 0.01, K2 = 0.03.
 
     Args:
         output: (B, C, H, W), at least 11 x 11 pixels.

@@ -106,12 +106,11 @@ def package_segmentation(
     - -1 where nothing was measured (7 percent, mostly edges of objects), and the few pixels left.
 
     So the few pixels where tyres touch the floor are labelled floor. It is one scene at half its
-    size, 250 by 370
-    pixels, cut into four strips: for training one with the bench and one with engine and shelf, 222
-        columns together;
-    between them one for validation, with the rear wheel (46); the right one is for test, with the
-    front wheel (90). A result says whether a network learns and whether it carries over to another
-    part of this scene, not what it is worth on other photographs.
+    size, 250 by 370 pixels, cut into four strips: for training one with the bench and one with
+    engine and shelf, 222 columns together; between them one for validation, with the rear wheel
+    (46); the right one is for test, with the front wheel (90). A result says whether a network
+    learns and whether it carries over to another part of this scene, not what it is worth on other
+    photographs.
 
     Args:
         repeats: How often a training strip counts in an epoch, with another random crop each time.

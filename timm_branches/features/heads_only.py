@@ -56,9 +56,8 @@ def feature_layout(model: BranchModel) -> tuple[dict[str, Feature], list[list[st
     The order in which they are stored does not depend on that of the heads.
 
     A map that a head pools first is stored pooled: pooling its single pixel again changes nothing,
-        so the head need
-    not know. ('catavgmax' would double its channels again; there the map is stored.) Heads at the
-    same tap share it.
+    so the head need not know. ('catavgmax' would double its channels again; there the map is
+    stored.) Heads at the same tap share it.
 
     Raises:
         ValueError: A head is a decoder, which reads the images too.
@@ -95,16 +94,14 @@ class HeadsOnly(BranchModel):
     They are the input of its heads.
 
     It is the same model, seen from another side, not a copy: weights, names, taxonomy and mode are
-        shared. So it goes
-    into a task and through `fit` as the model does, what is trained are the model's heads, and
-    `save_model` of either writes the whole model.
+    shared. So it goes into a task and through `fit` as the model does, what is trained are the
+    model's heads, and `save_model` of either writes the whole model.
 
     Args:
         model: The frozen model.
 
     Shapes: features (B, F) -> `{name: (B, K)}`; of clips (B, T, F) -> what the model gives for
-        clips. F features are
-    those of :func:`timm_branches.data.cache_features`.
+    clips. F features are those of :func:`timm_branches.data.cache_features`.
 
     Raises:
         ValueError: The backbone is not wholly frozen, or a head is a decoder, which reads the

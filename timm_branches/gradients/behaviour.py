@@ -63,9 +63,8 @@ def input_problems(module: nn.Module, x: torch.Tensor) -> list[str]:
     In eval mode, where samples do not mix.
 
     The gradient tells what a difference in float32 would not: an LSTM may have all but forgotten
-        the first frames.
-    Where none arrives (a frozen part run without autograd), the frame is replaced and the outputs
-    are compared.
+    the first frames. Where none arrives (a frozen part run without autograd), the frame is replaced
+    and the outputs are compared.
     """
     frames = list(range(x.shape[1])) if x.ndim == 5 else [None]
     leaf = x.clone().requires_grad_()

@@ -37,9 +37,9 @@ def branch_cosines(
         losses: For a module, as :func:`gradient_report` takes them.
 
     Returns:
-        `{(a, b): cosine}` for each two levels, in their order. Levels that are off, pairs of
-        which one has a gradient of 0 or one that is not finite, and everything if nothing trainable
-        is shared, are left out.
+        The cosine by pair `(a, b)`, for each two levels, in their order. Levels that are off, pairs
+        of which one has a gradient of 0 or one that is not finite, and everything if nothing
+        trainable is shared, are left out.
 
     Raises:
         ValueError: No stage `where`.

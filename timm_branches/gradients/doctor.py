@@ -76,16 +76,14 @@ def check_model(
     """Check a model, its loss and a batch before training with them.
 
     The checks are: labels fit the heads and the taxonomy; losses are finite; cross-entropy gets
-        logits and no two
-    Linears collapse into one; every trainable parameter gets a finite gradient, from every loss
-    that depends on it, through no dead ReLU; BatchNorm of a frozen part does not go on collecting
-    statistics; evaluation is deterministic; the output depends on the input, and on every frame of
-    a clip; and a copy of the model learns this one batch.
+    logits and no two Linears collapse into one; every trainable parameter gets a finite gradient,
+    from every loss that depends on it, through no dead ReLU; BatchNorm of a frozen part does not go
+    on collecting statistics; evaluation is deterministic; the output depends on the input, and on
+    every frame of a clip; and a copy of the model learns this one batch.
 
-    What was asked for is no problem: frozen parts, `Tap(detach=True)`, levels whose loss weight
-        is 0. The model is
-    left as it was. All of it costs about as much as `steps` + 10 training steps, and the memory
-    of a copy.
+    What was asked for is no problem: frozen parts, `Tap(detach=True)`, levels whose loss weight is
+    0. The model is left as it was. All of it costs about as much as `steps` + 10 training steps,
+    and the memory of a copy.
 
     Args:
         model: A task, such as :class:`timm_branches.task.BranchTask`, or any module.

@@ -45,10 +45,9 @@ def watch_linear_pairs(model: nn.Module) -> Iterator[list[tuple[str, str]]]:
     """Collect pairs of Linear layers that one Linear could replace, of what is run inside.
 
     Two Linears with nothing non-linear between are W2 (W1 x + b1) + b2, a single Linear unless its
-    rank, which is at
-    most the width between them, is a restriction: a bottleneck narrower than both ends is left in
-        peace. BatchNorm and
-    dropout between them do not count, they are affine for a given batch.
+    rank, which is at most the width between them, is a restriction: a bottleneck narrower than both
+    ends is left in peace. BatchNorm and dropout between them do not count, they are affine for a
+    given batch.
     """
     pairs: list[tuple[str, str]] = []
     made: dict[Any, tuple[str, nn.Linear]] = {}

@@ -248,9 +248,8 @@ class SkipDecoder(nn.Module):
         in_chans: Channels of the image.
 
     Shapes: maps (B, C_i, H_i, W_i) and image (B, in_chans, H, W) -> (B, num_classes, H, W). In
-        training with deep
-    supervision `{'main': ..., 'aux1': ..., ...}`, all of that shape, 'aux1' from the deepest
-    stage.
+    training with deep supervision `{'main': ..., 'aux1': ..., ...}`, all of that shape, 'aux1' from
+    the deepest stage.
 
     Raises:
         ValueError: `channels` of another number than there are stages, `residual` without as

@@ -17,8 +17,8 @@ class UncertaintyWeighting(nn.Module):
     long run, so fixed weights cannot be combined with it. The sum may become negative.
 
     Source: Kendall, Gal and Cipolla, "Multi-Task Learning Using Uncertainty to Weigh Losses for
-        Scene Geometry and
-    Semantics", CVPR 2018 (arXiv 1705.07115), equation (10) and the text below it.
+    Scene Geometry and Semantics", CVPR 2018 (arXiv 1705.07115), equation (10) and the text below
+    it.
 
     The parameter `log_var` (L,) must be given to the optimizer beside the model's. timm's optimizer
     factory does not decay it, since it has one dimension only.

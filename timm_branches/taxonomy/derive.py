@@ -35,8 +35,7 @@ def linkage_from_confusion(matrix: Any, method: str = "average") -> np.ndarray:
     samples only the other direction counts.
 
     Source: the affinity is that of Bengio, Weston and Grangier, "Label embedding trees for large
-        multi-class tasks",
-    NeurIPS 2010; they split it with spectral clustering.
+    multi-class tasks", NeurIPS 2010; they split it with spectral clustering.
 
     Args:
         matrix: counts (K, K), rows labels, columns predictions: tensor, array or lists.

@@ -114,9 +114,8 @@ def fashion_mnist() -> Taxonomy:
     """H-CNN's tree for Fashion-MNIST: 2 / 6 / 10 classes.
 
     Source: Seo and Shin, "Hierarchical convolutional neural networks for fashion image
-        classification", Expert Systems
-    with Applications 116 (2019). The grouping is read from a public implementation
-    (tasrif-khondaker/H-CapsNet).
+    classification", Expert Systems with Applications 116 (2019). The grouping is read from a public
+    implementation (tasrif-khondaker/H-CapsNet).
 
     Example:
         >>> fashion_mnist().encode(['T-shirt/top', 'Bag']).tolist()
@@ -150,8 +149,7 @@ def mnist() -> Taxonomy:
     {0, 6}, {2, 8}, {1, 7}, {4, 9} and {3, 5} share a parent.
 
     Source: the sizes are those of Zhu and Bain, arXiv:1709.09890, whose code for MNIST is not
-        public; the grouping is
-    the one of a public re-implementation (tasrif-khondaker/H-CapsNet).
+    public; the grouping is the one of a public re-implementation (tasrif-khondaker/H-CapsNet).
 
     Example:
         >>> mnist().expand(7).tolist()
@@ -180,8 +178,8 @@ def digits() -> Taxonomy:
     """A tree of strokes for scikit-learn's digits: 3 / 10 classes.
 
     Grouped by appearance: digits with a closed loop (0, 6, 8, 9), of open curves (2, 3, 5), and of
-        straight strokes
-    (1, 4, 7). The grouping is ours; unlike one by parity or size it is something the image shows.
+    straight strokes (1, 4, 7). The grouping is ours; unlike one by parity or size it is something
+    the image shows.
 
     Example:
         >>> digits().classes[0]
