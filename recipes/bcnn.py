@@ -77,6 +77,7 @@ from timm_branches.train.arguments import (
     weights_of_classes,
 )
 from timm_branches.train.compare import comparison_table, verdict
+from timm_branches.train.recipe_parser import RecipeParser
 from timm_branches.train.script import hardware, nan_to_null, new_output, run_script, slug
 
 HEADS = {"pool": PoolHead, "flatten": FlattenHead}
@@ -179,11 +180,34 @@ RECIPES: dict[str, dict] = {
 # -- arguments
 
 
-def make_parser() -> argparse.ArgumentParser:
+# the flags that --help shows
+COMMON = (
+    "data",
+    "recipe",
+    "taxonomy",
+    "batch_size",
+    "workers",
+    "augment",
+    "model",
+    "pretrained",
+    "checkpoint_path",
+    "taps",
+    "flat",
+    "compare",
+    "output",
+    "epochs",
+    "lr",
+    "amp",
+    "resume",
+    "check",
+    "check_only",
+    "config",
+)
+
+
+def make_parser() -> RecipeParser:
     """All flags."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = RecipeParser(__doc__, COMMON)
     parser.add_argument(
         "data",
         nargs="?",
@@ -414,6 +438,7 @@ class Experiment:
                 "--resume auto."
             )
         self.output = new_output(args.output, args.resume)
+        RecipeParser.write(args, self.output)
         in_chans = channels_of(args)
         self.train, self.val, self.test = create_splits(
             args.data,

@@ -82,6 +82,7 @@ from timm_branches.train.arguments import (
     weights_of_classes,
 )
 from timm_branches.train.compare import comparison_table
+from timm_branches.train.recipe_parser import RecipeParser
 from timm_branches.train.script import hardware, nan_to_null, new_output, run_script, slug
 
 # the job without arguments: a network of two convolutions on digits of 16 pixels
@@ -124,11 +125,36 @@ def resolved_augment(args: argparse.Namespace) -> str:
     return "auto"
 
 
-def make_parser() -> argparse.ArgumentParser:
+# the flags that --help shows
+COMMON = (
+    "data",
+    "frames",
+    "sampling",
+    "batch_size",
+    "workers",
+    "model",
+    "pretrained",
+    "checkpoint_path",
+    "taps",
+    "head",
+    "hidden_size",
+    "rnn_output",
+    "freeze",
+    "cache",
+    "output",
+    "epochs",
+    "lr",
+    "amp",
+    "resume",
+    "check",
+    "check_only",
+    "config",
+)
+
+
+def make_parser() -> RecipeParser:
     """All flags, in groups."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = RecipeParser(__doc__, COMMON)
     parser.add_argument(
         "data",
         nargs="?",
@@ -423,6 +449,7 @@ class Experiment:
             except RuntimeError as error:  # no clip at all can be read
                 raise ValueError(str(error)) from error
         self.output = new_output(args.output, args.resume)
+        RecipeParser.write(args, self.output)
 
     def make_model(self, head: LSTMHead | GRUHead | PoolHead) -> BranchModel:
         """A network, the same for the same seed, frozen as far as was asked for."""

@@ -59,6 +59,7 @@ from timm_branches.train.arguments import (
     try_images,
 )
 from timm_branches.train.compare import comparison_table
+from timm_branches.train.recipe_parser import RecipeParser
 from timm_branches.train.script import hardware, new_output, run_script
 
 HEADS = {"unet": UNetHead, "rednet": RedNetHead}
@@ -99,11 +100,35 @@ OVERFIT_STEPS = 300
 # -- arguments
 
 
-def make_parser() -> argparse.ArgumentParser:
+# the flags that --help shows
+COMMON = (
+    "data",
+    "recipe",
+    "noisy",
+    "clean",
+    "sigma",
+    "blur",
+    "patch_size",
+    "batch_size",
+    "workers",
+    "model",
+    "pretrained",
+    "taps",
+    "head",
+    "output",
+    "epochs",
+    "lr",
+    "amp",
+    "resume",
+    "check",
+    "check_only",
+    "config",
+)
+
+
+def make_parser() -> RecipeParser:
     """All flags."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = RecipeParser(__doc__, COMMON)
     parser.add_argument(
         "data",
         nargs="?",
@@ -365,6 +390,7 @@ class Experiment:
 
         self.images: Mapping[str, Any] = self.find_images()
         self.output = new_output(args.output, args.resume)
+        RecipeParser.write(args, self.output)
 
     def find_images(self) -> Mapping[str, Any]:
         """Folders, pairs of folders or arrays, by split."""

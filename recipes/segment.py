@@ -81,6 +81,7 @@ from timm_branches.train.arguments import (
 from timm_branches.train.compare import comparison_table
 from timm_branches.train.lr import create_scheduler
 from timm_branches.train.process import seed_everything
+from timm_branches.train.recipe_parser import RecipeParser
 from timm_branches.train.script import hardware, new_output, run_script, slug
 
 # what the comparison with segmentation_models_pytorch leaves out: it has no such thing, or its loop
@@ -104,11 +105,37 @@ NOT_IN_SMP = (
 # -- arguments
 
 
-def make_parser() -> argparse.ArgumentParser:
+# the flags that --help shows
+COMMON = (
+    "data",
+    "images",
+    "masks",
+    "classes",
+    "ignore_index",
+    "taxonomy",
+    "crop",
+    "batch_size",
+    "workers",
+    "model",
+    "pretrained",
+    "taps",
+    "head",
+    "loss",
+    "tile",
+    "output",
+    "epochs",
+    "lr",
+    "amp",
+    "resume",
+    "check",
+    "check_only",
+    "config",
+)
+
+
+def make_parser() -> RecipeParser:
     """The arguments, with the defaults of own data."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = RecipeParser(__doc__, COMMON)
     parser.add_argument(
         "data",
         nargs="?",
@@ -616,6 +643,7 @@ class Experiment:
         # without a test split no epoch is chosen; smp's Unet has none to choose from
         self.last_epoch = self.data.test is None or args.smp
         self.output = new_output(args.output, args.resume)
+        RecipeParser.write(args, self.output)
         # by the name of a method
         self.seconds: dict[str, float] = {}
         self.epochs: dict[str, int] = {}

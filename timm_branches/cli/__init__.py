@@ -4,8 +4,9 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Callable
 
-from timm_branches.cli import evaluate, predict, recipes
+from timm_branches.cli import check, evaluate, predict, recipes
 from timm_branches.cli.text import printable
 
 __all__ = ["main"]
@@ -18,11 +19,19 @@ def main(argv: list[str] | None = None) -> int:
     person got wrong.
     """
     parser = _make_parser()
-    args = parser.parse_args(argv)
+    given = list(sys.argv[1:] if argv is None else argv)
+    if given[:1] == ["check"] and given[1:] not in ([], ["-h"], ["--help"]):
+        return _catch(lambda: check.run(given, parser))
+    args = parser.parse_args(given)
     if args.command is None and not args.version:
         parser.error("name a command.")
+    return _catch(lambda: _run(args))
+
+
+def _catch(command: Callable[[], int]) -> int:
+    """The exit status of a command; what a person got wrong becomes one line."""
     try:
-        return _run(args)
+        return command()
     # whoever read the output has seen enough; Python must not find out again on its way out
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -39,6 +48,7 @@ def _make_parser() -> argparse.ArgumentParser:
     recipes.add_parsers(commands)
     predict.add_parser(commands)
     evaluate.add_parser(commands)
+    check.add_parser(commands)
     export = commands.add_parser("export", help="write a model as ONNX or for torch.export")
     export.add_argument("model", help="model.safetensors, a folder, or hf-hub:user/name")
     export.add_argument("output", help="the file to write: .onnx or .pt2")
@@ -50,6 +60,8 @@ def _make_parser() -> argparse.ArgumentParser:
     taps.add_argument("model", help="any timm architecture")
     info = commands.add_parser("info", help="what a model's file says of itself")
     info.add_argument("file", help="model.safetensors")
+    completion = commands.add_parser("completion", help="print a shell's completion script")
+    completion.add_argument("shell", choices=("bash", "zsh", "tcsh"))
     return parser
 
 
@@ -76,6 +88,8 @@ def _run(args: argparse.Namespace) -> int:
         print(list_taps(args.model))
     elif args.command == "info":
         _info(args.file)
+    elif args.command == "completion":
+        _completion(args.shell)
     else:
         _versions()
     return 0
@@ -123,6 +137,16 @@ def _info(file: str) -> None:
         raise ValueError(f"{file} is a safetensors file but not one of timm_branches.")
     config = json.loads(metadata["config"])
     print(json.dumps({**config, "extra": json.loads(metadata["extra"])}, indent=2))
+
+
+def _completion(shell: str) -> None:
+    try:
+        import shtab
+    except ImportError:
+        raise ImportError(
+            "completion needs shtab: pip install 'timm_branches[completion]'."
+        ) from None
+    print(shtab.complete(_make_parser(), shell))
 
 
 def _versions() -> None:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from timm_branches.model import BranchModel
     from timm_branches.taxonomy import Taxonomy
 
-__all__ = ["add_parser", "run"]
+__all__ = ["add_parser", "find_tree", "make_loader", "make_task", "run"]
 
 
 def add_parser(commands: Any) -> None:
@@ -87,9 +87,8 @@ def run(args: argparse.Namespace) -> int:
 def _evaluate_labels(args: argparse.Namespace, model: "BranchModel", unit: str) -> Results:
     from timm_branches.train import evaluate
 
-    tree = _tree(args, model)
-    task, decoder = _task(model, tree)
-    make_loader = {"images": _image_loader, "clips": _clip_loader}[unit]
+    tree = find_tree(args, model)
+    task, decoder = make_task(model, tree)
     loader = make_loader(args, model, tree)
     evaluator = evaluate(task, loader, decoder=args.decoder or decoder)
     matrices = evaluator.confusion_matrices()
@@ -107,7 +106,12 @@ def _evaluate_labels(args: argparse.Namespace, model: "BranchModel", unit: str) 
     )
 
 
-def _tree(args: argparse.Namespace, model: "BranchModel") -> "Taxonomy":
+def find_tree(args: argparse.Namespace, model: "BranchModel") -> "Taxonomy":
+    """The tree of the model, or the one that was given for it.
+
+    Raises:
+        ValueError: There is none, or there are two.
+    """
     from timm_branches.taxonomy import get_taxonomy
 
     tree = model.taxonomy
@@ -120,8 +124,12 @@ def _tree(args: argparse.Namespace, model: "BranchModel") -> "Taxonomy":
     return tree
 
 
-def _task(model: "BranchModel", tree: "Taxonomy") -> tuple[Any, str]:
-    """What evaluates a model, and how it is decoded by default."""
+def make_task(model: "BranchModel", tree: "Taxonomy") -> tuple[Any, str]:
+    """What evaluates a model, and how it is decoded by default.
+
+    Raises:
+        ValueError: Its heads are not those of the tree.
+    """
     from timm_branches.task import BranchTask, FlatTask
 
     classes = tuple(model.num_classes[name] for name in model.names)
@@ -133,6 +141,12 @@ def _task(model: "BranchModel", tree: "Taxonomy") -> tuple[Any, str]:
         f"the tree has {list(tree.num_classes)} classes on its levels and {tree.num_leaves} "
         f"leaves; the model's heads have {model.num_classes}."
     )
+
+
+def make_loader(args: argparse.Namespace, model: "BranchModel", tree: "Taxonomy") -> Any:
+    """Batches of labelled images or clips, prepared as the model takes them."""
+    make = _clip_loader if model.temporal_heads else _image_loader
+    return make(args, model, tree)
 
 
 def _image_loader(args: argparse.Namespace, model: "BranchModel", tree: "Taxonomy") -> Any:

@@ -34,7 +34,10 @@ def add_parser(commands: Any) -> None:
         "model", help="model.safetensors, a folder in the Hub's layout, or hf-hub:user/name"
     )
     parser.add_argument(
-        "images", nargs="+", help="image files, folders (searched for images), tars of images"
+        "images",
+        nargs="+",
+        help="files, folders (searched), tars of images, patterns such as '*.jpg', tables with a "
+        "column of paths, or - for paths on standard input",
     )
     parser.add_argument(
         "--format",
@@ -109,9 +112,12 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Classify, and write what was found."""
+    from timm_branches.cli.inputs import expand_inputs
     from timm_branches.cli.models import load_onto_device
     from timm_branches.inference.predict import predict
 
+    tables = [given for given in args.images if os.path.isfile(given)]
+    args.images = expand_inputs(args.images)
     model = load_onto_device(args.model, args.device)
     if len(model.dense_heads) == len(model.names):
         from timm_branches.cli import dense
@@ -149,7 +155,7 @@ def run(args: argparse.Namespace) -> int:
     records = _readable(found, errors, picture)
     write_output(
         args.output,
-        [args.model, *args.images, *found.images.names],
+        [args.model, *tables, *args.images, *found.images.names],
         lambda file: write(records, found, file),
     )
     if errors:

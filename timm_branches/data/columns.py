@@ -9,7 +9,7 @@ from timm_branches.data.splits import SPLIT_NAMES, split_of
 from timm_branches.taxonomy.table_files import Table
 from timm_branches.taxonomy.taxonomy import Taxonomy
 
-__all__ = ["Columns", "choose_columns"]
+__all__ = ["Columns", "choose_columns", "find_path_column"]
 
 _PATHS = (
     "path image file filename filepath file_path file_name image_path image_file img img_path "
@@ -96,7 +96,7 @@ def choose_columns(
             the levels are cannot be told.
     """
     _check_asked(table, [*(levels or ()), path_column, split_column, group_column])
-    path = path_column or _find_path(table)
+    path = path_column or find_path_column(table)
     split = split_column or _by_name(table, _SPLITS, path)
     if split is not None and split_column is None and not _holds_splits(table, split):
         if split.lower() == "split":
@@ -136,7 +136,12 @@ def _by_name(table: Table, names: Sequence[str], path: str) -> str | None:
     return None
 
 
-def _find_path(table: Table) -> str:
+def find_path_column(table: Table) -> str:
+    """The column of a table that names files, by its name or by what it holds.
+
+    Raises:
+        ValueError: There is none.
+    """
     by_name = {column.lower().replace(" ", "_"): column for column in reversed(table.header)}
     for name in _PATHS:
         if name in by_name:

@@ -3,6 +3,7 @@
 A handful of tests, each with a sentence on what is wrong and what to do.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,7 +72,11 @@ CHECKS = (
 
 
 def check_model(
-    model: nn.Module, batch: Any, losses: Losses | None = None, steps: int = 10
+    model: nn.Module,
+    batch: Any,
+    losses: Losses | None = None,
+    steps: int = 10,
+    progress: Callable[[str], None] | None = None,
 ) -> Diagnosis:
     """Check a model, its loss and a batch before training with them.
 
@@ -91,6 +96,8 @@ def check_model(
             enough.
         losses: For a module, as :func:`gradient_report` takes them.
         steps: Training steps (Adam) for the last check; 0 leaves it out.
+        progress: Called with the name of each check as it begins; on a large network they take a
+            minute together.
 
     Returns:
         A :class:`Diagnosis`.
@@ -110,7 +117,7 @@ def check_model(
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
         raise ValueError(f"steps= takes a whole number from 0, got {steps!r}.")
     objective = Objective(model, batch, losses)
-    doctor = _Doctor(objective, steps)
+    doctor = _Doctor(objective, steps, progress or (lambda name: None))
     with objective.undisturbed():
         doctor.examine()
     done = {*doctor.failed, *doctor.result.passed}
@@ -119,8 +126,8 @@ def check_model(
 
 
 class _Doctor:
-    def __init__(self, objective: Objective, steps: int):
-        self.objective, self.steps = objective, steps
+    def __init__(self, objective: Objective, steps: int, begin: Callable[[str], None]):
+        self.objective, self.steps, self.begin = objective, steps, begin
         self.root: Any = objective.task or objective.module
         self.result = Diagnosis()
         self.failed: set[str] = set()
@@ -137,6 +144,7 @@ class _Doctor:
         objective = self.objective
         task: Any = objective.task
         if task is not None and hasattr(task, "level_classes"):
+            self.begin("labels")
             problems, computable = label_problems(
                 objective.targets[0], task.level_names, task.level_classes, task.taxonomy
             )
@@ -145,13 +153,17 @@ class _Doctor:
                 return
         self.root.train()
         statistics = _statistics(objective.module)
+        self.begin("forward pass")
         found, seen, pairs, problems = self._forward()
         if not self._note("forward pass", problems) or found is None:
             return
+        self.begin("structure")
         self._note("structure", _structure_problems(found, pairs))
         self._note("frozen BatchNorm", _moved_statistics(objective.module, statistics))
+        self.begin("backward pass")
         if self._note("backward pass", _backward_problems(found, objective.module)):
             del found
+            self.begin("gradients")
             report = self.result.report = measure(
                 objective, group_by_stage(objective.module), _VANISHING
             )
@@ -159,12 +171,15 @@ class _Doctor:
         self.root.eval()
         x = objective.input
         if isinstance(x, torch.Tensor) and x.is_floating_point():
+            self.begin("evaluation")
             # cuDNN's LSTM has no backward pass in eval
             with torch.backends.cudnn.flags(enabled=False):
                 if self._note("evaluation", evaluation_problems(objective.module, x)):
+                    self.begin("input")
                     self._note("input", input_problems(objective.module, x[:2]))
         if self.steps and self.result.report is not None:
             self.root.train()
+            self.begin("learning")
             self._note("learning", learning_problems(objective, self.steps, self.result.report))
 
     def _forward(self) -> tuple[Evaluated | None, Watch, list[tuple[str, str]], list[str]]:

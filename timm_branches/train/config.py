@@ -87,6 +87,7 @@ class FitConfig:
     check: bool = _setting(
         False, "look for common faults in model and labels on one batch before training"
     )
+    check_only: bool = _setting(False, "look for faults as --check does, and stop")
     conflicts: int = _setting(
         0, "times an epoch at which the cosines between the branches' gradients are logged"
     )
@@ -232,6 +233,7 @@ def add_fit_arguments(parser: argparse.ArgumentParser) -> None:
                 type=convert,
                 default=f.default,
                 choices=f.metadata.get("choices"),
-                help=f"{f.metadata['help']} (default: {f.default})".replace("%", "%%"),
+                # a recipe may have another
+                help=f"{f.metadata['help'].replace('%', '%%')} (default: %(default)s)",
                 metavar=None if f.metadata.get("choices") else convert.__name__.upper(),
             )

@@ -115,14 +115,17 @@ def fit(
             where the images were at fault. The checkpoint of the last good epoch stays.
         ValueError: A setting that cannot be honoured, or a checkpoint of another run.
         KeyboardInterrupt: After SIGINT, when everything is saved.
-        SystemExit: After SIGTERM, with status 143, when everything is saved.
+        SystemExit: After SIGTERM, with status 143, when everything is saved; with
+            `config.check_only` after the check, with status 0.
     """
     config = config or FitConfig()
     began = time.monotonic()
     run = _Run(task, train_loader, eval_loader, config, mixup, facts or {})
     try:
-        if config.check:
+        if config.check or config.check_only:
             run.check()
+        if config.check_only:
+            raise SystemExit(0)
         try_evaluation(task, eval_loader, run.amp)
         with StopSignals() as run.signals:
             for epoch in range(run.start_epoch, config.epochs):
@@ -480,11 +483,16 @@ class _Run:
         if self.translate is not None:
             labels = self.translate(labels)
         batch = (images_to(images, self.device, None), targets_to(labels, self.device))
-        diagnosis = check_model(self.task, batch)
+        progress = self._say_check if self.primary else None
+        diagnosis = check_model(self.task, batch, progress=progress)
         if not diagnosis.ok:
             raise ValueError("--check found: " + " ".join(diagnosis.problems))
         if self.primary:
             _logger.info("--check: %d checks passed.", len(diagnosis.passed))
+
+    @staticmethod
+    def _say_check(name: str) -> None:
+        _logger.info("--check: %s ...", name)
 
     def epoch(self, epoch: int) -> None:
         """Train, evaluate, log and save one epoch."""

@@ -25,6 +25,7 @@ _WITHOUT_MEANING = {
     "resume",
     "device",
     "check",
+    "check_only",
     "checkpoint_minutes",
     "keep",
     "tensorboard",
