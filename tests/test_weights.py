@@ -345,7 +345,7 @@ class TestPickle:
             monkeypatch.setattr(name, refuse)
         with pytest.raises(ValueError, match="was written by torch.save"):
             load_model(path)
-        with pytest.raises(ValueError, match="not a whole safetensors file"):
+        with pytest.raises(ValueError, match="was written by torch.save"):
             load_weights(model, path)
         good = save_model(model, tmp_path / "model.safetensors")
         assert_same(load_model(good), model)

@@ -250,4 +250,5 @@ def _classifier_prefixes(backbone: nn.Module) -> tuple[tuple[str, ...], tuple[st
     """How tensors of a backbone's own classifier begin, and those that stand beside it."""
     layers = _layers(backbone, "classifier")
     beside = [layer.rpartition(".")[0] for layer in layers if "." in layer]
-    return tuple(f"{layer}." for layer in layers), tuple(f"{layer}." for layer in beside)
+    own = tuple(f"{layer}." for layer in layers)
+    return own, tuple(f"{parent}." for parent in beside)
