@@ -13,14 +13,14 @@ FLOORS = [
     {"arguments", "files", "schedules", "taps", "backbones"},
     {"figures", "heads", "taxonomy", "tensor_files"},
     {"data", "description", "hierarchy", "model"},
-    {"dense", "weights"},
+    {"dense", "state_dicts", "weights"},
     {"factory", "features", "task"},
     {"gradients", "inference"},
     {"train", "__init__"},
     {"cli"},
     {"__main__"},
 ]
-CORE = {"taps", "heads", "model", "description", "weights", "factory"}
+CORE = {"taps", "heads", "model", "description", "state_dicts", "weights", "factory"}
 WALLS = [
     (CORE, {"data", "task", "train", "hierarchy", "schedules", "features", "dense", "gradients"}),
     ({"taxonomy", "hierarchy", "schedules"}, CORE | {"backbones"}),

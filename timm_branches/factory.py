@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.models import create_model, load_model_config_from_hf, load_state_dict, parse_model_name
+from timm.models import create_model, load_model_config_from_hf, parse_model_name
 from timm.models._hub import load_model_config_from_path
 from torch import nn
 
@@ -27,9 +27,16 @@ from timm_branches.description import (
 )
 from timm_branches.heads import HEADS, Head, head_to_dict, parse_head
 from timm_branches.model import BranchModel, answers_all_levels, module_key
+from timm_branches.state_dicts import Checkpoint, read_state
 from timm_branches.taps.notation import Tap, check_name
 from timm_branches.taxonomy import Taxonomy, get_taxonomy
-from timm_branches.weights import fill_model, load_weights, read_metadata, read_weights
+from timm_branches.weights import (
+    file_taxonomy,
+    fill_model,
+    in_order_of,
+    read_metadata,
+    read_weights,
+)
 
 __all__ = ["create_branch_model", "load_model"]
 
@@ -86,8 +93,10 @@ def create_branch_model(
             others it only sizes `'flatten'` heads and the preprocessing.
         drop_rate: Dropout of the backbone, where it has some, and of heads that do not set their
             own.
-        checkpoint_path: A timm checkpoint for the backbone, or a file that `save_model` wrote for
-            this model.
+        checkpoint_path: A timm checkpoint for the backbone, or a branch model's own, by whatever it
+            was written: `save_model`, `torch.save`, timm's CheckpointSaver, accelerate, Trainer,
+            Lightning. All that fits is loaded, what is left out is said in a warning. Heads of
+            other classes than the file's start anew; a backbone that does not fit is refused.
         **kwargs: Whatever else the backbone takes (`drop_path_rate`, `output_stride`,
             `scriptable`, ...).
 
@@ -95,7 +104,8 @@ def create_branch_model(
         A :class:`BranchModel`; what `model(images)` gives is logits by name, in tap order.
 
     Raises:
-        ValueError: An unknown model, tap, head or option, or counts that do not fit each other.
+        ValueError: An unknown model, tap, head or option, counts that do not fit each other, or a
+            checkpoint of another backbone.
 
     Example:
         >>> model = create_branch_model('resnet18', taps=[3, 4, 5], num_classes=[2, 7, 25])
@@ -124,13 +134,10 @@ def create_branch_model(
     classes = _classes(num_classes, taxonomy, backbone, head_names, shared)
     nominal = _input_size(backbone, size, in_chans)
     # before the model, which prunes the backbone: a checkpoint has all of it
-    ours = _is_ours(checkpoint_path)
-    loaded: set[str] | None = None
-    if checkpoint_path and not ours:
-        loaded = _load_backbone(backbone, os.fspath(checkpoint_path))
+    checkpoint = None
+    if checkpoint_path:
+        checkpoint = _read_checkpoint(os.fspath(checkpoint_path), backbone)
     model = BranchModel(backbone, groups, heads, classes, head_names, nominal, drop_rate, taxonomy)
-    if loaded is not None:
-        _check_complete(backbone, loaded, checkpoint_path)
 
     model_name, kwargs = _without_source(model_name, kwargs)
     if size is None:
@@ -147,8 +154,8 @@ def create_branch_model(
         drop_rate=drop_rate,
         **kwargs,
     )
-    if ours:
-        load_weights(model, checkpoint_path)
+    if checkpoint is not None:
+        _load_checkpoint(model, checkpoint)
     return model
 
 
@@ -399,73 +406,30 @@ def _without_source(name: str, kwargs: dict) -> tuple[str, dict]:
     return name, {**{k: v for k, v in (arguments or {}).items() if k not in ours}, **kwargs}
 
 
-def _load_backbone(backbone: nn.Module, path: str) -> set[str]:
-    """Load a plain timm checkpoint.
-
-    Its classifier, of whatever size, is not needed. Returns the keys it has.
-    """
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"checkpoint_path={path!r}: there is no such file.")
-    own = backbone.state_dict()
+def _read_checkpoint(path: str, backbone: nn.Module) -> Checkpoint | None:
+    """What a checkpoint has for a whole backbone and for heads; a JAX archive is loaded at once."""
     if path.lower().endswith((".npz", ".npy")):
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"checkpoint_path={path!r}: there is no such file.")
         backbone.load_pretrained(path)  # type: ignore[operator]
-        return set(own)
+        return None
+    if not _is_ours(path):
+        return Checkpoint(read_state(path), backbone, path)
+    metadata, tensors = read_weights(path)
+    return Checkpoint(tensors, backbone, path, file_taxonomy(metadata, path))
+
+
+def _load_checkpoint(model: BranchModel, checkpoint: Checkpoint) -> None:
+    """Fill a model with all that fits; one of our files says which classes its heads know."""
+    renamed: tuple[str, ...] = ()
+    why = ""
+    path, saved = checkpoint.path, checkpoint.taxonomy
     try:
-        read = load_state_dict(path)
-    except Exception as error:
-        raise ValueError(
-            f"checkpoint_path={path!r} cannot be read as a checkpoint: {error}"
-        ) from error
-    classifier = _classifier_prefixes(backbone)
-    state = {}
-    for key, value in read.items():
-        name = key.removeprefix("backbone.")
-        if not key.startswith("heads.") and not name.startswith(classifier):
-            state[name] = value
-    _check_tensors(backbone, state, own, path)
-    with torch.no_grad():
-        backbone.load_state_dict(state, strict=False)
-    # older checkpoints lack these counters, which no result depends on
-    counters = {key for key in own if key.endswith("num_batches_tracked")}
-    return set(state) | counters
-
-
-def _classifier_prefixes(backbone: nn.Module) -> tuple[str, ...]:
-    """How the names of the tensors of a backbone's own classifier begin."""
-    config = getattr(backbone, "pretrained_cfg", None) or {}
-    classifier = config.get("classifier") or ()
-    layers = (classifier,) if isinstance(classifier, str) else tuple(classifier)
-    return tuple(f"{layer}." for layer in layers)
-
-
-def _check_tensors(
-    backbone: nn.Module, state: dict[str, torch.Tensor], own: dict[str, torch.Tensor], path: str
-) -> None:
-    """Refuse a checkpoint with tensors that the backbone does not have, or in other shapes."""
-    unexpected = []
-    shapes = []
-    for key, value in state.items():
-        if key not in own:
-            unexpected.append(key)
-        elif value.shape != own[key].shape:
-            shapes.append(f"{key} {tuple(value.shape)} for {tuple(own[key].shape)}")
-    if unexpected or shapes:
-        missing = [key for key in own if key not in state]
-        raise ValueError(
-            f"{path} does not fit {type(backbone).__name__}: {len(missing)} tensors missing "
-            f"{missing[:3]}, {len(unexpected)} unexpected {unexpected[:3]}, {len(shapes)} of "
-            f"another shape {shapes[:3]}."
-        )
-
-
-def _check_complete(backbone: nn.Module, loaded: set[str], path: str | os.PathLike) -> None:
-    """Refuse a checkpoint that lacks tensors of what the taps need of a backbone."""
-    missing = [key for key in backbone.state_dict() if key not in loaded]
-    if missing:
-        raise ValueError(
-            f"{path} does not fit {type(backbone).__name__}: {len(missing)} tensors missing "
-            f"{missing[:3]}."
-        )
+        checkpoint.of_heads = in_order_of(model, checkpoint.of_heads, saved, path)
+    except ValueError as difference:
+        renamed, why = model.level_heads, str(difference)
+    checkpoint.load_backbone(model.backbone, model.in_chans)
+    checkpoint.load_heads(model, renamed, why)
 
 
 def load_model(path: str | os.PathLike, map_location: str | torch.device = "cpu") -> BranchModel:

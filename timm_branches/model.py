@@ -337,6 +337,13 @@ class BranchModel(FreezableBackbone):
             raise KeyError(f"no head {name!r}: the model's heads are {list(self.names)}.")
         return self.heads[self._keys[name]]
 
+    @property
+    def level_heads(self) -> tuple[str, ...]:
+        """Names of the heads that answer for the taxonomy's levels; those behind are free."""
+        if self.taxonomy is None:
+            return ()
+        return self.names if self._shared else self.names[: self.taxonomy.num_levels]
+
     def head_prefix(self, name: str) -> str:
         """Where the tensors of the head with this name stand in the state dict."""
         return f"heads.{self._keys[name]}"

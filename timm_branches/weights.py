@@ -26,7 +26,9 @@ from timm_branches.tensor_files import digest_tensors, parse_json, read_tensors,
 __all__ = [
     "describe_model",
     "digest_tensors",
+    "file_taxonomy",
     "fill_model",
+    "in_order_of",
     "load_weights",
     "read_metadata",
     "read_weights",
@@ -113,26 +115,39 @@ def load_weights(model: BranchModel, path: "str | os.PathLike") -> None:
             classes of other names.
     """
     metadata, tensors = read_weights(path)
-    fill_model(model, _in_order_of(model, tensors, metadata, path), path)
+    saved = file_taxonomy(metadata, path)
+    fill_model(model, in_order_of(model, tensors, saved, path), path)
 
 
-def _in_order_of(
-    model: BranchModel,
-    tensors: dict[str, torch.Tensor],
-    metadata: dict[str, str],
-    path: "str | os.PathLike",
-) -> dict[str, torch.Tensor]:
-    """A file's tensors with the rows of the last layers in the order of the model's classes."""
+def file_taxonomy(metadata: dict[str, str], path: "str | os.PathLike") -> Taxonomy | None:
+    """The tree of the model in a file, if it has one.
+
+    Raises:
+        ValueError: The file does not say how its model is built.
+    """
     try:
         config = read_object(metadata.get("config"), "the description")
         described = check_arguments(config.get("model")).get("taxonomy")
-        if described is None or model.taxonomy is None:
-            return tensors
-        saved = Taxonomy.from_dict(described)
+        return None if described is None else Taxonomy.from_dict(described)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} does not say how its model is built, or says it wrongly: {error}"
         ) from error
+
+
+def in_order_of(
+    model: BranchModel,
+    tensors: dict[str, torch.Tensor],
+    saved: Taxonomy | None,
+    path: "str | os.PathLike",
+) -> dict[str, torch.Tensor]:
+    """A file's tensors with the rows of the last layers in the order of the model's classes.
+
+    Raises:
+        ValueError: The file's tree has other classes than the model's.
+    """
+    if saved is None or model.taxonomy is None:
+        return tensors
     translation = match_taxonomies(
         saved,
         model.taxonomy,
@@ -207,14 +222,28 @@ def _tensors(model: BranchModel) -> tuple[dict[str, torch.Tensor], dict[str, str
 
 def read_weights(path: "str | os.PathLike") -> tuple[dict[str, str], dict[str, torch.Tensor]]:
     """Metadata and tensors, aliases included, of a file whose checksum is right."""
+    if _is_pickled(path):
+        raise ValueError(
+            f"{path} was written by torch.save (or timm's CheckpointSaver, or Lightning): it has "
+            "tensors, but does not say how its model is built. Build the model as it was built "
+            "then: create_branch_model(..., checkpoint_path=) loads the file."
+        )
     metadata, tensors = read_tensors(path, _FORMAT, _VERSION)
     if metadata is None:
         raise ValueError(
             f"{path} is a safetensors file but not one of timm_branches (it does not say how its "
-            "model is built). Plain timm weights go into create_branch_model(..., "
-            "checkpoint_path=)."
+            "model is built). Plain timm weights, and what accelerate and Trainer write, go into "
+            "create_branch_model(..., checkpoint_path=)."
         )
     return metadata, tensors | _aliases(metadata, tensors, path)
+
+
+def _is_pickled(path: "str | os.PathLike") -> bool:
+    """Whether a file begins as those of torch.save do, of today or of before 2020."""
+    if not os.path.isfile(path):
+        return False
+    with open(path, "rb") as file:
+        return file.read(4).startswith((b"PK\x03\x04", b"\x80\x02"))
 
 
 def _aliases(

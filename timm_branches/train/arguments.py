@@ -39,7 +39,12 @@ def add_model_arguments(group: Any, model: str) -> None:
     """
     group.add_argument("--model", default=model, help=f"any timm backbone (default: {model})")
     group.add_argument("--pretrained", action=argparse.BooleanOptionalAction, default=False)
-    group.add_argument("--checkpoint-path", default="", help="timm checkpoint for the backbone")
+    group.add_argument(
+        "--checkpoint-path",
+        default="",
+        help="checkpoint to start from: timm's, or a branch model's, whose heads are loaded if "
+        "their classes are the same",
+    )
 
 
 def add_image_arguments(group: Any) -> None:
