@@ -98,6 +98,7 @@ def _new_model(args: argparse.Namespace) -> "BranchModel":
             f"{args.model} is no file, no recipe ({names}) and no architecture of timm."
         )
     tree = create_dataset(args.data, args.split, args.taxonomy).taxonomy
+    assert tree is not None
     args.taxonomy = None
     taps = [max(1, 6 - tree.num_levels + i) for i in range(tree.num_levels)]
     device = find_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -73,7 +73,7 @@ class RecipeParser(argparse.ArgumentParser):
         for action in self._actions:
             value = getattr(parsed, action.dest, None)
             if action.dest not in _NOT_KEPT and value is not None:
-                settings[action.dest] = value
+                settings[action.dest] = list(value) if isinstance(value, tuple) else value
         return settings
 
     def _arguments_of(self, settings: Mapping[str, Any], path: str) -> Iterator[str]:
@@ -98,8 +98,10 @@ class RecipeParser(argparse.ArgumentParser):
     def _one_argument(
         self, actions: list[argparse.Action], name: str, value: Any, path: str
     ) -> Iterator[str]:
-        action = actions[0]
-        consts = [action.const for action in actions if action.nargs == 0]
+        # beside a flag with a value there may be a short name for one of its values
+        valued = [action for action in actions if action.nargs != 0]
+        action = valued[0] if valued else actions[0]
+        consts = [] if valued else [action.const for action in actions]
         is_switch = isinstance(action, argparse.BooleanOptionalAction) or consts in (
             [True],
             [False],
