@@ -100,8 +100,9 @@ class RecipeParser(argparse.ArgumentParser):
     ) -> Iterator[str]:
         # beside a flag with a value there may be a short name for one of its values
         valued = [action for action in actions if action.nargs != 0]
-        action = valued[0] if valued else actions[0]
-        consts = [] if valued else [action.const for action in actions]
+        action, consts = actions[0], [action.const for action in actions]
+        if valued:
+            action, consts = valued[0], []
         is_switch = isinstance(action, argparse.BooleanOptionalAction) or consts in (
             [True],
             [False],
@@ -125,6 +126,8 @@ class RecipeParser(argparse.ArgumentParser):
             if consts and value not in consts:
                 raise ValueError(f"{path}: {name} takes one of {consts}, got {value!r}.")
             self.set_defaults(**{name: value})
+        elif many and not value:
+            self.set_defaults(**{name: value})  # no flag says so
         elif many:
             yield from (action.option_strings[-1], *map(str, value))
         else:
