@@ -224,3 +224,21 @@ class TestCommand:
         err = capsys.readouterr().err
         assert message in err
         assert err.count("\n") == 1
+
+
+def test_an_answer_is_not_taken_for_that_of_another_image(pictures, tmp_path, capsys):
+    """Images of one name in two folders, one after the other into the same folder."""
+    model = str(save_model(make(num_classes=3), tmp_path / "model.safetensors"))
+    out = tmp_path / "out"
+    command = ["predict", model, "--kind", "masks", "--output", str(out)]
+    assert main([*command, str(pictures / "a.png")]) == 0
+    assert main([*command, str(pictures / "a.png")]) == 0  # its own answer is kept
+    assert main([*command, str(pictures / "sub" / "a.png")]) == 2
+    err = capsys.readouterr().err
+    assert f"a.png is the answer for {pictures / 'a.png'}" in err
+    (out / "sources.jsonl").write_text('["a.png"')  # cut in the middle of a line
+    assert main([*command, str(pictures / "a.png")]) == 2
+    assert "of unknown origin" in capsys.readouterr().err
+    (out / "a.png").unlink()
+    assert main([*command, str(pictures / "a.png")]) == 0
+    assert main([*command, str(pictures / "a.png")]) == 0

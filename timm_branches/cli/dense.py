@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["run"]
 
 _NOTE = "predictions.json"
+_SOURCES = "sources.jsonl"
 
 
 def run(args: argparse.Namespace, model: "BranchModel") -> int:
@@ -49,13 +50,17 @@ def run(args: argparse.Namespace, model: "BranchModel") -> int:
         raise ValueError("--overlay has no effect on a model that restores images.")
     targets = _targets(predictions.images.names, args.images)
     _begin(folder, predictions, args)
-    inputs = {os.path.realpath(name) for name in predictions.images.names}
+    sources = [_source_of(name) for name in predictions.images.names]
+    known = _read_sources(folder)
     todo = []
-    for index, name in enumerate(targets):
-        if os.path.realpath(folder / name) in inputs:
+    for index, (name, source) in enumerate(zip(targets, sources, strict=True)):
+        if os.path.realpath(folder / name) in sources:
             raise ValueError(f"{folder / name} is among what is read: write somewhere else.")
         if not (folder / name).exists():
             todo.append(index)
+        elif known.get(name) != source:
+            whose = f"the answer for {known[name]}" if name in known else "of unknown origin"
+            raise ValueError(f"{folder / name} is {whose}, not for {source}: give another folder.")
     done = len(targets) - len(todo)
     if done:
         print(f"{done} of {len(targets)} are there already in {folder}", file=sys.stderr)
@@ -69,6 +74,7 @@ def run(args: argparse.Namespace, model: "BranchModel") -> int:
             errors += 1
             tqdm.write(f"timm-branches: {printable(record.error)}", file=sys.stderr)
             continue
+        _note_source(folder, targets[index], sources[index])
         _write(record, folder / targets[index], predictions, args.overlay)
     print(f"{len(todo) - errors} written to {folder}")
     if errors:
@@ -109,6 +115,36 @@ def _begin(folder: Path, predictions: "DensePredictions", args: argparse.Namespa
         return
     folder.mkdir(parents=True, exist_ok=True)
     atomic_write(path, (json.dumps(facts, indent=2) + "\n").encode())
+
+
+def _source_of(name: str) -> str:
+    """An image's place, wherever the command is called from; of a tar `/photos.tar:cat/1.jpg`."""
+    archive, colon, member = name.partition(":")
+    if not os.path.exists(name) and os.path.isfile(archive):
+        return os.path.realpath(archive) + colon + member
+    return os.path.realpath(name)
+
+
+def _read_sources(folder: Path) -> dict[str, str]:
+    """Which image each answer in the folder is for."""
+    path = folder / _SOURCES
+    if not path.exists():
+        return {}
+    sources: dict[str, str] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            target, source = json.loads(line)
+        except ValueError:  # cut where the machine stopped; the answer was not written either
+            continue
+        sources[target] = source
+    return sources
+
+
+def _note_source(folder: Path, target: str, source: str) -> None:
+    """Add an answer's image to the list, before the answer itself."""
+    with open(folder / _SOURCES, "a", encoding="utf-8") as file:
+        # on a line of its own, whatever a stopped machine left of the last one
+        file.write(f"\n{json.dumps([target, source])}\n")
 
 
 def _targets(names: Sequence[str], inputs: Sequence[str]) -> list[str]:

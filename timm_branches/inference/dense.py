@@ -185,6 +185,8 @@ class DensePredictions:
         """The records of some of the images, by their positions."""
         from timm_branches.data import create_loader
 
+        if not len(indices):
+            return
         samples = _Pixels(self.images, indices)
         loader = create_loader(
             samples,
