@@ -78,6 +78,7 @@ from timm_branches.train.arguments import (
 )
 from timm_branches.train.compare import comparison_table, verdict
 from timm_branches.train.recipe_parser import RecipeParser
+from timm_branches.train.report import Answers, examine, write_report
 from timm_branches.train.script import hardware, nan_to_null, new_output, run_script, slug
 
 HEADS = {"pool": PoolHead, "flatten": FlattenHead}
@@ -469,6 +470,9 @@ class Experiment:
         }
         if args.drop_path is not None:  # not every backbone takes it
             self.options["drop_path_rate"] = args.drop_path
+        # for the report: every training's log, and the first B-CNN
+        self.histories: dict[str, list[dict]] = {}
+        self.shown: BranchTask | None = None
 
     # -- what can be trained
 
@@ -612,8 +616,11 @@ class Experiment:
         )
         facts = {"data": str(args.data), "seed": seed}
         run = fit(task, loader, val_loader, config, mixup, facts=facts)
-        best = method.make_task(load_model(run.model_path))
-        return best.to(self.device), run
+        best = method.make_task(load_model(run.model_path)).to(self.device)
+        self.histories[f"{name}, seed {seed}"] = run.history
+        if self.shown is None and name.startswith("B-CNN"):
+            self.shown = best
+        return best, run
 
     def set_transforms(self, method: Method, model: BranchModel) -> None:
         """Let the data be read as the network takes them, and the model's file say how."""
@@ -647,6 +654,17 @@ class Experiment:
             args.cutmix,
             label_smoothing=args.smoothing,
             num_classes=task.level_classes,
+        )
+
+    def answers(self) -> Answers | None:
+        """What the B-CNN, or the first of several, says of each image."""
+        data = self.evaluation_data()
+        data.transform = self.transform
+        if self.shown is None:
+            return None
+        reading = reading_options(self.args)
+        return examine(
+            self.shown, data, self.args.batch_size, num_workers=self.args.workers, **reading
         )
 
     def evaluation_data(self) -> HierarchicalDataset:
@@ -1016,9 +1034,23 @@ def main(args: argparse.Namespace) -> None:
         seeds = f"Seeds {args.seed} to {args.seed + args.seeds - 1}"
     seconds = time.monotonic() - began
     print(f"\n{comparison_table(results, columns(experiment.tree))}\n\n{closing}")
-    print(
+    explained = (
         f"Percent, distances in levels, on the {count} {split} images, models of the best epoch on "
-        f"validation. {seeds}, {facts['hardware']}, {seconds:.0f} s. Files: {experiment.output}"
+        f"validation. {seeds}, {facts['hardware']}, {seconds:.0f} s."
+    )
+    print(f"{explained} Files: {experiment.output}")
+    write_report(
+        experiment.output,
+        f"B-CNN on {args.data}",
+        results,
+        columns(experiment.tree),
+        f"{closing}\n{explained}",
+        experiment.histories,
+        answers=experiment.answers,
+        settings=args.settings,
+        data=experiment.summary,
+        device=experiment.device,
+        plots=args.plots,
     )
 
 

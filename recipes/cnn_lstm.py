@@ -83,6 +83,7 @@ from timm_branches.train.arguments import (
 )
 from timm_branches.train.compare import comparison_table
 from timm_branches.train.recipe_parser import RecipeParser
+from timm_branches.train.report import Answers, examine, write_report
 from timm_branches.train.script import hardware, nan_to_null, new_output, run_script, slug
 
 # the job without arguments: a network of two convolutions on digits of 16 pixels
@@ -450,6 +451,8 @@ class Experiment:
                 raise ValueError(str(error)) from error
         self.output = new_output(args.output, args.resume)
         RecipeParser.write(args, self.output)
+        # for the report: every training's log
+        self.histories: dict[str, list[dict]] = {}
 
     def make_model(self, head: LSTMHead | GRUHead | PoolHead) -> BranchModel:
         """A network, the same for the same seed, frozen as far as was asked for."""
@@ -567,6 +570,7 @@ class Experiment:
             replace(self.config, output=str(self.output / slug(name))),
             facts={"data": str(args.data), "seed": args.seed},
         )
+        self.histories[name] = run.history
         best = load_model(run.model_path).to(self.device)
         best.frames_per_pass = args.frames_per_pass
         test_loader = create_clip_loader(test, args.batch_size, num_workers=args.workers)
@@ -654,7 +658,8 @@ def main(args: argparse.Namespace) -> None:
         return
     results["chance"] = chance(experiment.test, experiment.tree)
     write_results(experiment, results, unreadable)
-    print_table(experiment, results, seconds=time.monotonic() - began)
+    explained = print_table(experiment, results, seconds=time.monotonic() - began)
+    report(experiment, results, run, explained)
     if args.data != "digits":
         without = "; they were left out." if unreadable else "."
         print(f"{unreadable} clips could not be read{without}")
@@ -682,20 +687,53 @@ def write_results(
     replace_file(experiment.output / "results.json", lambda path: Path(path).write_text(text))
 
 
-def print_table(experiment: Experiment, results: dict[str, dict[str, Any]], seconds: float) -> None:
-    """The methods' accuracy on each level, and what the numbers are."""
-    tree = experiment.tree
-    columns = {}
+def report(
+    experiment: Experiment, results: dict[str, dict[str, Any]], run: FitResult, explained: str
+) -> None:
+    """Write report.html, with what the network with time says of each clip."""
+
+    def answers() -> Answers:
+        args = experiment.args
+        task = BranchTask(load_model(run.model_path).to(experiment.device))
+        loading = {"num_workers": args.workers, **reading_options(args)}
+        return examine(
+            task, experiment.test, args.batch_size, make_loader=create_clip_loader, **loading
+        )
+
+    write_report(
+        experiment.output,
+        f"CNN+{experiment.args.head.upper()} on {experiment.args.data}",
+        {name: [metrics] for name, metrics in results.items()},
+        columns(experiment.tree),
+        explained,
+        experiment.histories,
+        answers=answers,
+        settings=experiment.args.settings,
+        data=experiment.summary,
+        device=experiment.device,
+        plots=experiment.args.plots,
+    )
+
+
+def columns(tree: Taxonomy) -> dict[str, str]:
+    """Which metrics the table shows, and their titles."""
+    titles = {}
     for level, num_classes in zip(tree.levels, tree.num_classes, strict=True):
-        columns[f"{level}_top1"] = f"{level} ({num_classes})"
+        titles[f"{level}_top1"] = f"{level} ({num_classes})"
+    return titles
+
+
+def print_table(experiment: Experiment, results: dict[str, dict[str, Any]], seconds: float) -> str:
+    """The methods' accuracy on each level, and what the numbers are, which is returned."""
     rows = {name: [metrics] for name, metrics in results.items()}
-    print(f"\n{comparison_table(rows, columns)}\n")
-    print(
+    print(f"\n{comparison_table(rows, columns(experiment.tree))}\n")
+    explained = (
         f"Percent, on the {len(experiment.test)} {experiment.evaluated_on} clips, models of the "
         "best epoch on validation; chance is to name always the class that most clips have. "
-        f"Seed {experiment.args.seed}, {hardware(experiment.device)}, {seconds:.0f} s. "
-        f"Files: {experiment.output}"
+        f"Seed {experiment.args.seed}, {hardware(experiment.device)}, {seconds:.0f} s."
     )
+    print(f"{explained} Files: {experiment.output}")
+    return explained
 
 
 def counting_digits(seed: int = 0, **frames: Any) -> tuple[ClipDataset, ClipDataset, ClipDataset]:

@@ -43,7 +43,7 @@ import torch
 from torch.utils.data import Dataset, Subset
 
 from timm_branches import BranchModel, RedNetHead, UNetHead, create_branch_model, load_model
-from timm_branches.data import DenoisingDataset, RestorationDataset, create_loader
+from timm_branches.data import DataSummary, DenoisingDataset, RestorationDataset, create_loader
 from timm_branches.dense import RestorationEvaluator, package_photographs, tiled_inference
 from timm_branches.dense import peak_signal_noise_ratio as psnr_of
 from timm_branches.files import replace_file
@@ -60,6 +60,7 @@ from timm_branches.train.arguments import (
 )
 from timm_branches.train.compare import comparison_table
 from timm_branches.train.recipe_parser import RecipeParser
+from timm_branches.train.report import write_report
 from timm_branches.train.script import hardware, new_output, run_script
 
 HEADS = {"unet": UNetHead, "rednet": RedNetHead}
@@ -391,6 +392,9 @@ class Experiment:
         self.images: Mapping[str, Any] = self.find_images()
         self.output = new_output(args.output, args.resume)
         RecipeParser.write(args, self.output)
+        # for the report: every training's log, and what was understood of the images
+        self.histories: dict[str, list[dict]] = {}
+        self.summary: DataSummary | None = None
 
     def find_images(self) -> Mapping[str, Any]:
         """Folders, pairs of folders or arrays, by split."""
@@ -484,7 +488,8 @@ class Experiment:
         if "test" in self.images:
             splits["test"] = self.dataset("test", degradation.fixed())
         try_images(args, **splits)
-        model.data_summary = say_what_was_understood(**splits).to_dict()
+        self.summary = say_what_was_understood(**splits)
+        model.data_summary = self.summary.to_dict()
         model.pretrained_cfg.update(image_options(args))
         loader = create_loader(
             train,
@@ -510,6 +515,7 @@ class Experiment:
             replace(self.config, output=str(folder)),
             facts={"degradation": name, "seed": args.seed},
         )
+        self.histories[name] = run.history
         task = RestorationTask(load_model(run.model_path), args.loss, args.tile).to(self.device)
         return task, {"best_epoch": run.best_epoch, "seconds": round(run.seconds, 1)}
 
@@ -700,13 +706,27 @@ def main(args: argparse.Namespace) -> None:
     if args.plots:
         draw(rows, experiment.output / "pictures.png")
     columns = {"psnr": "PSNR (dB)", "ssim": "SSIM"}
-    table = comparison_table({name: [values] for name, values in results.items()}, columns)
+    table_rows = {name: [values] for name, values in results.items()}
     images = "image" if count == 1 else "images"
     seconds = time.monotonic() - began
-    print(f"\n{table}")
-    print(
-        f"\nMeans over the {count} {split} {images}, network of the best epoch on validation. "
-        f"Seed {args.seed}, {facts['hardware']}, {seconds:.0f} s. Files: {experiment.output}"
+    print(f"\n{comparison_table(table_rows, columns)}")
+    explained = (
+        f"Means over the {count} {split} {images}, network of the best epoch on validation. "
+        f"Seed {args.seed}, {facts['hardware']}, {seconds:.0f} s."
+    )
+    print(f"\n{explained} Files: {experiment.output}")
+    write_report(
+        experiment.output,
+        f"Restored images, {args.model}",
+        table_rows,
+        columns,
+        explained,
+        experiment.histories,
+        "psnr",
+        settings=args.settings,
+        data=experiment.summary,
+        device=experiment.device,
+        plots=args.plots,
     )
 
 

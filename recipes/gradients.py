@@ -323,7 +323,8 @@ def decoder(output: Path) -> None:
             if norm:
                 names.append(f"{stage}, {path}")
                 norms.append(norm)
-                shares.append(f" {gradients.shares[path][stage]:.1%}")
+                share = round(gradients.shares[path][stage] or 0.0, 3) + 0.0  # no -0.0 %
+                shares.append(f" {share:.1%}")
                 colours.append(COLOURS[number])
     figure = new_figure(7, 3)
     axes = figure.subplots()

@@ -25,8 +25,9 @@ import json
 import math
 import shlex
 import sys
+import textwrap
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -82,6 +83,7 @@ from timm_branches.train.compare import comparison_table
 from timm_branches.train.lr import create_scheduler
 from timm_branches.train.process import seed_everything
 from timm_branches.train.recipe_parser import RecipeParser
+from timm_branches.train.report import write_report
 from timm_branches.train.script import hardware, new_output, run_script, slug
 
 # what the comparison with segmentation_models_pytorch leaves out: it has no such thing, or its loop
@@ -648,6 +650,8 @@ class Experiment:
         self.seconds: dict[str, float] = {}
         self.epochs: dict[str, int] = {}
         self.methods: dict[str, Callable] = {}
+        # for the report: every training's log
+        self.histories: dict[str, list[dict]] = {}
 
     def make_models(self) -> dict[str, BranchModel]:
         """The network; on a tree of several levels also the same network on the leaves alone.
@@ -694,6 +698,7 @@ class Experiment:
         if absent:
             summary.warnings.append(absent)
             say(f"warning: {absent}")
+        self.summary = summary
         for model in self.models.values():
             model.data_summary = summary.to_dict()
             model.pretrained_cfg.update(image_options(self.args))
@@ -760,6 +765,7 @@ class Experiment:
                 facts={"data": str(source), "classes": list(self.classes)},
             )
             best = load_model(run.model_path).to(self.device).eval()
+            self.histories[name] = run.history
             self.seconds[name] = run.seconds
             self.epochs[name] = run.best_epoch
             self.methods[name] = partial(self.tasks[name].answer, best)
@@ -817,36 +823,43 @@ def count_parameters(model: torch.nn.Module) -> float:
 
 @torch.no_grad()
 def draw(
-    path: Path, predict: Callable, data: Any, classes: Sequence[str], device: torch.device
+    path: Path,
+    methods: Mapping[str, Callable],
+    data: Any,
+    classes: Sequence[str],
+    device: torch.device,
 ) -> None:
-    """Up to three images beside their labels and the prediction, as PNG."""
+    """Up to three images beside their labels and what each method says, as PNG."""
     from matplotlib import colormaps
     from matplotlib.patches import Patch
 
     count = min(3, len(data))
     last = max(1, count - 1)
     samples = [data[i * (len(data) - 1) // last] for i in range(count)]
-    height, width = samples[0][0].shape[1:]
     palette = colormaps["tab20" if len(classes) > 10 else "tab10"]
     colours = np.array(palette.colors)  # type: ignore[attr-defined]
     colours = colours[np.arange(len(classes)) % len(colours)]  # (classes, 3)
 
-    panel_width = min(3, 5 * width / height)  # in inches
-    panel_height = panel_width * height / width
-    figure = new_figure(max(5, 3 * panel_width), 0.9 + count * panel_height)
-    axes = figure.subplots(count, 3, squeeze=False)
-    for ax, title in zip(axes[0], ("image", "labels (white: none)", "prediction"), strict=True):
-        ax.set_title(title, fontsize=10)
+    titles = ["image", "labels (white: none)"]
+    titles += [textwrap.fill(name, 20) for name in methods]
+    # in inches: panels as wide and high as the images, so that no area is left over
+    sides = [image.shape[1] / image.shape[2] for image, _ in samples]  # height of width 1
+    panel_width = max(1.5, min(3.0, 4.5 / max(sides)))
+    lines = 1 + max(title.count("\n") for title in titles)
+    height = panel_width * sum(sides) + 0.2 * lines + 0.2 * count + 0.5
+    figure = new_figure((panel_width + 0.1) * len(titles), height)
+    axes = figure.subplots(count, len(titles), squeeze=False, height_ratios=sides)
+    for ax, title in zip(axes[0], titles, strict=True):
+        ax.set_title(title, fontsize=9, parse_math=False)
     transform: Any = dataset_of(data).transform
     mean = torch.tensor(transform.mean).view(-1, 1, 1)
     std = torch.tensor(transform.std).view(-1, 1, 1)
     for row, (image, mask) in zip(axes, samples, strict=True):
-        logits = predict(image[None].to(device))
-        if isinstance(logits, dict):
-            logits = list(logits.values())[-1]  # of the finest level
-        prediction = logits[0].argmax(0).cpu()  # (H, W)
         photograph = (image * std + mean).clamp(0, 1).movedim(0, -1).numpy()
-        panels = [photograph, painted(mask, colours), painted(prediction, colours)]
+        panels = [photograph, painted(mask, colours)]
+        for predict in methods.values():
+            prediction = finest(predict(image[None].to(device)))[0].argmax(0).cpu()  # (H, W)
+            panels.append(painted(prediction, colours))
         for ax, pixels in zip(row, panels, strict=True):
             ax.imshow(pixels, interpolation="nearest")
             ax.set_axis_off()
@@ -861,6 +874,11 @@ def draw(
         fontsize=9,
     )
     save_figure(figure, path)
+
+
+def finest(logits: Any) -> torch.Tensor:
+    """Logits (B, K, H, W) of the finest level, of a method that may answer on several."""
+    return list(logits.values())[-1] if isinstance(logits, dict) else logits
 
 
 def painted(labels: torch.Tensor, colours: np.ndarray) -> np.ndarray:
@@ -883,12 +901,13 @@ def main(args: argparse.Namespace) -> None:
     if not is_primary():
         return
     write_results(experiment, results, split, len(data))
-    print_table(experiment, results, f"{len(data)} {split} image{'s' * (len(data) > 1)}")
+    images = f"{len(data)} {split} image{'s' * (len(data) > 1)}"
+    explained = print_table(experiment, results, images)
     print(f"In all {time.monotonic() - began:.0f} s. Files: {experiment.output}")
     if args.plots:
-        first = next(iter(experiment.methods.values()))
         path = experiment.output / "pictures.png"
-        draw(path, first, data, experiment.classes, experiment.device)
+        draw(path, experiment.methods, data, experiment.classes, experiment.device)
+    report(experiment, results, explained)
 
 
 def write_results(
@@ -911,24 +930,51 @@ def write_results(
     replace_file(experiment.output / "results.json", lambda path: Path(path).write_text(text))
 
 
-def print_table(experiment: Experiment, results: dict[str, dict[str, float]], images: str) -> None:
-    """A column for each method, a row for each metric that any has."""
+def report(experiment: Experiment, results: dict[str, dict[str, float]], explained: str) -> None:
+    """Write report.html: a row for each metric that any method has, a column for each method."""
+    write_report(
+        experiment.output,
+        f"Masks, {experiment.args.model}",
+        rows_by_metric(results),
+        {name: name for name in results},
+        explained,
+        experiment.histories,
+        "miou",
+        settings=experiment.args.settings,
+        data=experiment.summary,
+        device=experiment.device,
+        plots=experiment.args.plots,
+    )
+
+
+def rows_by_metric(results: dict[str, dict[str, float]]) -> dict[str, list[dict[str, float]]]:
+    """For each metric its value by method."""
     rows: dict[str, list[dict[str, float]]] = {}
     for method, metrics in results.items():
         for row, value in metrics.items():
             rows.setdefault(row, [{}])[0][method] = value
+    return rows
+
+
+def print_table(experiment: Experiment, results: dict[str, dict[str, float]], images: str) -> str:
+    """A column for each method, a row for each metric that any has, and what they are.
+
+    The last is returned.
+    """
     columns = {name: name for name in results}
-    print(f"\n{comparison_table(rows, columns)}\n")
+    print(f"\n{comparison_table(rows_by_metric(results), columns)}\n")
     chosen = "the last epoch"
     if not experiment.last_epoch:
         epochs = ", ".join(str(epoch + 1) for epoch in experiment.epochs.values())
         chosen = f"the best epoch on validation ({epochs})"
     seconds = ", ".join(f"{name} {value:.0f} s" for name, value in experiment.seconds.items())
-    print(
+    explained = (
         f"Percent, on the pixels of the {images}; model of {chosen}. "
         "Baselines: logistic regression on single pixels. "
         f"Seed {experiment.config.seed}, {hardware(experiment.device)}; training: {seconds}."
     )
+    print(explained)
+    return explained
 
 
 if __name__ == "__main__":

@@ -191,13 +191,15 @@ def conflicts_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
             absent.
 
     Returns:
-        A matplotlib Figure with one axes, or two where there are weights.
+        A matplotlib Figure with one axes, or two where there are weights that change. Epochs are
+        counted from 1, as on the console.
 
     Raises:
         ValueError: No row has a cosine.
 
     Example:
         >>> epochs = [{'epoch': 0, 'cosine_coarse_fine': 0.3, 'weight_coarse': 1.0}]
+        >>> epochs += [{'epoch': 1, 'cosine_coarse_fine': 0.1, 'weight_coarse': 0.5}]
         >>> figure = conflicts_figure(epochs)
         >>> [axes.get_ylabel() for axes in figure.axes]
         ['cosine of gradients', 'loss weight']
@@ -205,7 +207,8 @@ def conflicts_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
     keys = list(dict.fromkeys(chain.from_iterable(rows)))
     pairs = [key for key in keys if key.startswith("cosine_")]
     levels = [key.removeprefix("weight_") for key in keys if key.startswith("weight_")]
-    by_epoch = {float(row.get("epoch", i)): row for i, row in enumerate(rows)}
+    # people count from 1
+    by_epoch = {float(row.get("epoch", i)) + 1: row for i, row in enumerate(rows)}
     epochs = sorted(by_epoch)
     measured = []
     for epoch in epochs:
@@ -216,8 +219,12 @@ def conflicts_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
             "There is nothing to plot: no row has a number under cosine_<a>_<b>. The keys are "
             f"{keys}."
         )
-    figure = new_figure(7.2, 5.0 if levels else 3.8)
-    if levels:
+    changing = False
+    for level in levels:
+        found = {_or_nan(row.get(f"weight_{level}")) for row in by_epoch.values()}
+        changing |= len(set(filter(math.isfinite, found))) > 1
+    figure = new_figure(7.2, 5.0 if changing else 3.8)
+    if changing:
         top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1.1])
         _draw_weights(bottom, epochs, by_epoch, levels)
     else:

@@ -57,15 +57,17 @@ def history_figure(rows: Sequence[Mapping[str, Any]], metric: str = "") -> Figur
             `eval_psnr`).
 
     Returns:
-        A matplotlib Figure with one axes, or two where there are weights. Levels are those of
+        A matplotlib Figure with one axes, or two where there are weights that change: constant
+        ones are a line of text. Epochs are counted from 1, as on the console. Levels are those of
         `weight_<level>` in the order of the columns, then those that only have an accuracy.
 
     Raises:
         ValueError: There is no row, or none has a key `weight_<level>` or `eval_<level>_top1`.
 
     Example:
-        >>> figure = history_figure([{'epoch': 0, 'eval_fine_top1': 40.0, 'weight_fine': 1.0}])
-        >>> [axes.get_ylabel() for axes in figure.axes]
+        >>> rows = [{'epoch': 0, 'eval_fine_top1': 40.0, 'weight_fine': 0.5}]
+        >>> rows += [{'epoch': 1, 'eval_fine_top1': 60.0, 'weight_fine': 1.0}]
+        >>> [axes.get_ylabel() for axes in history_figure(rows).axes]
         ['top-1 accuracy (%)', 'loss weight']
     """
     keys = list(dict.fromkeys(chain.from_iterable(rows)))
@@ -84,19 +86,20 @@ def history_figure(rows: Sequence[Mapping[str, Any]], metric: str = "") -> Figur
         )
     by_epoch = {_value(row.get("epoch", i)): row for i, row in enumerate(rows)}
     by_epoch = {epoch: by_epoch[epoch] for epoch in sorted(filter(math.isfinite, by_epoch))}
-    epochs = list(by_epoch)
-    if not epochs:
+    if not by_epoch:
         raise ValueError("There is nothing to plot: no row has an epoch.")
+    epochs = [epoch + 1 for epoch in by_epoch]  # people count from 1
+    weights = {level: _column(by_epoch, f"weight_{level}") for level in weighted}
+    changing = any(map(_changes, weights.values()))
 
-    figure = new_figure(7.2, 5.0 if weighted else 3.8)
-    if weighted:
+    figure = new_figure(7.2, 5.0 if changing else 3.8)
+    if changing:
         top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1.1])
-        _draw_weights(
-            bottom, epochs, {lv: _column(by_epoch, f"weight_{lv}") for lv in weighted}, levels
-        )
+        _draw_weights(bottom, epochs, weights, levels)
         lowest = bottom
     else:
         top = lowest = figure.subplots()
+        _write_weights(top, weights)
     _draw_accuracy(
         top, epochs, {lv: _column(by_epoch, column.format(lv)) for lv in levels}, levels, title
     )
@@ -153,15 +156,14 @@ def collapse_figure(
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         for row in next(iter(histories.values()))[0]:
             if row[f"weight_{level}"] == 0:
-                axes.axvspan(
-                    row["epoch"] - 0.5, row["epoch"] + 0.5, color="#EEEEEE", linewidth=0, zorder=0
-                )
+                centre = row["epoch"] + 1
+                axes.axvspan(centre - 0.5, centre + 0.5, color="#EEEEEE", linewidth=0, zorder=0)
         for name, runs in histories.items():
             colour = _colour(name, names)
             curves = []
             for run in runs:
                 curves.append([_value(row[f"eval_{level}_top1"]) for row in run])
-            epochs = [row["epoch"] for row in runs[0]]
+            epochs = [row["epoch"] + 1 for row in runs[0]]  # people count from 1
             for curve in curves if len(curves) > 1 else ():
                 axes.plot(epochs, curve, color=colour, linewidth=0.7, alpha=0.4)
             mean = [sum(values) / len(values) for values in zip(*curves, strict=True)]
@@ -247,6 +249,23 @@ def _draw_weights(
         )
         base = summit
     axes.set_ylim(min(0.0, *base), max(base) or 1.0)
+
+
+def _changes(column: Sequence[float]) -> bool:
+    known = [value for value in column if math.isfinite(value)]
+    return bool(known) and min(known) < max(known)
+
+
+def _write_weights(axes: Axes, weights: Mapping[str, Sequence[float]]) -> None:
+    """A constant weight is a number, not a picture; a single one says nothing."""
+    parts = []
+    for level, column in weights.items():
+        known = [value for value in column if math.isfinite(value)]
+        if known:
+            parts.append(f"{level} {known[0]:.3g}")
+    if len(parts) > 1:
+        words = f"loss weights of all epochs: {', '.join(parts)}"
+        axes.set_title(words, fontsize=8, color="#777777", loc="right", parse_math=False)
 
 
 def _apart(values: list[float], lower: float, upper: float) -> list[float]:

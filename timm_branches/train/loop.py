@@ -359,7 +359,7 @@ class _Run:
             self._bring(Path(path).parent)
         if self.start_epoch >= self.config.epochs and self.config.resume != "auto":
             raise ValueError(
-                f"{source} is of epoch {state['epoch']} (0-based): nothing is left of "
+                f"{source} is of epoch {state['epoch'] + 1}: nothing is left of "
                 f"--epochs {self.config.epochs}."
             )
 
@@ -525,7 +525,7 @@ class _Run:
         self.progress = _Progress()
         self._finish_epoch(epoch, row, metrics)
         if self._agree(self.signals.received is not None) and epoch + 1 < self.config.epochs:
-            self._stop(f"after epoch {epoch}")
+            self._stop(f"after epoch {epoch + 1}")
 
     def _set_loader_epoch(self, epoch: int) -> None:
         # torch's DataLoader leaves it to its sampler
@@ -725,7 +725,7 @@ class _Run:
         self._saved_at = time.monotonic()
         if stop:
             done = f"{self.progress.batch} of {len(self.loader)} batches"
-            self._stop(f"after {done} of epoch {self._epoch}")
+            self._stop(f"after {done} of epoch {self._epoch + 1}")
 
     # -- what must not get into the weights
 
@@ -812,12 +812,12 @@ class _Run:
         # several processes would have to agree before each batch
         if self.signals.received is not None and not is_distributed():
             self._save_inside(epoch)
-            self._stop(f"in the evaluation of epoch {epoch}")
+            self._stop(f"in the evaluation of epoch {epoch + 1}")
 
     def _stop(self, where: str) -> None:
         if self.primary:
             _logger.warning(
-                "Stopped %s (counted from 0). Everything is in %s: the same command with --resume "
+                "Stopped %s. Everything is in %s: the same command with --resume "
                 "auto goes on from there.",
                 where,
                 self.checkpoints.last,
