@@ -126,6 +126,34 @@ def test_a_video(video):
         assert answer.probabilities == pytest.approx(p, rel=1e-3)
 
 
+def test_a_long_video_is_read_in_chunks(video, monkeypatch, capsys, tmp_path):
+    """The answers are those of the whole, and never more than a chunk's frames are held."""
+    from timm_branches.inference import clips as module
+
+    model = make("frame", "gru")
+    (whole,) = predict_clips(model, video)
+    monkeypatch.setattr(module, "_CHUNK", 8)
+    shapes = []
+    go_on = model.forward_stream
+
+    def watched(x, *rest):
+        shapes.append(x.shape[1])
+        return go_on(x, *rest)
+
+    monkeypatch.setattr(model, "forward_stream", watched)
+    (record,) = predict_clips(model, video)
+    assert shapes == [8] * 6 + [2]
+    assert record.frames == tuple(range(50))
+    assert record.rate == 25
+    for answer, same in zip(record.answers, whole.answers, strict=True):
+        assert answer.labels == same.labels
+        assert answer.probabilities == pytest.approx(same.probabilities, rel=1e-4)
+    cut = tmp_path / "cut.mp4"
+    cut.write_bytes(video.read_bytes()[:2000])
+    (damaged,) = predict_clips(model, cut, strict=False)
+    assert str(cut) in damaged.error
+
+
 def test_refused(clips, tmp_path):
     with pytest.raises(ValueError, match="reads no clips"):
         predict_clips(create_branch_model("test_resnet", num_classes=3), clips)

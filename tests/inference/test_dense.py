@@ -242,3 +242,25 @@ def test_an_answer_is_not_taken_for_that_of_another_image(pictures, tmp_path, ca
     (out / "a.png").unlink()
     assert main([*command, str(pictures / "a.png")]) == 0
     assert main([*command, str(pictures / "a.png")]) == 0
+
+
+def test_the_mask_of_a_model_with_labels(pictures, tmp_path, capsys):
+    model = create_branch_model(
+        "test_resnet",
+        taps=[5, (1, 2, 3)],
+        head=["pool", "unet"],
+        names=["label", "mask"],
+        num_classes=[2, 3],
+        img_size=32,
+    ).eval()
+    file = str(save_model(model, tmp_path / "model.safetensors", extra={"classes": list("abc")}))
+    picture = pictures / "a.jpg"
+    command = ["predict", file, str(picture)]
+    assert main([*command, "--head", "mask", "--output", str(tmp_path / "out")]) == 0
+    mask = np.array(Image.open(tmp_path / "out" / "a.png"))
+    assert np.array_equal(mask, logits_of(model, picture)["mask"][0].argmax(0).numpy())
+    capsys.readouterr()
+    assert main(command) == 0
+    assert "label" in capsys.readouterr().out
+    assert main([*command, "--head", "label"]) == 2
+    assert "choose a decoder of the model (mask)" in capsys.readouterr().err

@@ -41,6 +41,7 @@ def run(args: argparse.Namespace, model: "BranchModel") -> int:
     predictions = predict_pixels(
         model,
         args.images,
+        args.head,
         kind=args.kind,
         tile=args.tile,
         num_workers=args.workers,
@@ -95,6 +96,7 @@ def _begin(folder: Path, predictions: "DensePredictions", args: argparse.Namespa
     state = dict(predictions.model.state_dict())
     facts: dict[str, Any] = {
         "model": digest_tensors(state, {}),
+        "heads": list(predictions.heads),
         "kind": predictions.kind,
         "tile": predictions.tile,
         "overlay": args.overlay,

@@ -78,6 +78,9 @@ def add_parser(commands: Any) -> None:
         "--overlay", action="store_true", help="of masks: draw them over the images, too"
     )
     parser.add_argument(
+        "--head", help="of a model with labels and masks: the decoder that is to answer"
+    )
+    parser.add_argument(
         "--kind",
         choices=("masks", "images"),
         help="what the channels of a decoder are, where its file does not say",
@@ -119,7 +122,10 @@ def run(args: argparse.Namespace) -> int:
     tables = [given for given in args.images if os.path.isfile(given)]
     args.images = expand_inputs(args.images)
     model = load_onto_device(args.model, args.device)
-    if len(model.dense_heads) == len(model.names):
+    if args.head is not None and args.head not in model.dense_heads:
+        decoders = ", ".join(model.dense_heads) or "none"
+        raise ValueError(f"--head {args.head}: choose a decoder of the model ({decoders}).")
+    if args.head is not None or len(model.dense_heads) == len(model.names):
         from timm_branches.cli import dense
 
         flags = ("format", "decoder", "threshold", "taxonomy", "picture", "batch_size")

@@ -10,8 +10,13 @@ from torch.utils.data import Dataset
 
 from timm_branches.arguments import check_number
 from timm_branches.data.clips.sampling import FrameSampler
-from timm_branches.data.clips.sources import FileClips
-from timm_branches.data.clips.video import frame_rate, is_video_name
+from timm_branches.data.clips.sources import FileClips, check_count
+from timm_branches.data.clips.video import (
+    count_frames,
+    frame_rate,
+    is_video_name,
+    iterate_frames,
+)
 from timm_branches.data.folders import walk
 from timm_branches.data.images import is_image_name
 from timm_branches.data.transforms import SampleTransform
@@ -169,6 +174,10 @@ class ClipPredictions:
         if sampler is None:
             sampler = FrameSampler() if self.by_frame else training_sampler(model)
         self.sampler = sampler
+        videos = not any(os.path.isdir(file) for file in files)
+        all_frames = self.by_frame and sampler.sampling == "all"
+        # an hour of video holds more frames than memory does
+        self._reads_in_chunks = videos and all_frames and _can_stream(model)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -176,6 +185,10 @@ class ClipPredictions:
     def __iter__(self) -> Iterator[ClipRecord]:
         from timm_branches.data import create_loader
 
+        if self._reads_in_chunks:
+            for file in self.files:
+                yield self._read_in_chunks(file)
+            return
         samples = _Clips(self.files, self.model, self.sampler)
         loader = create_loader(
             samples,
@@ -198,6 +211,47 @@ class ClipPredictions:
             rate = None if os.path.isdir(file) else frame_rate(file)
             yield ClipRecord(file, answers, tuple(frames), rate)
 
+    def _read_in_chunks(self, file: str) -> ClipRecord:
+        """The answers for all frames of a video, of which a few at a time are in memory."""
+        logits: list[list[torch.Tensor]] = []
+        state = None
+        try:
+            expected = count_frames(file)
+            for clip in _chunks(file, self.model):
+                part, state = self._go_on(clip, state)
+                logits.append(part)
+            count = sum(len(part[0]) for part in logits)
+            check_count(file, count, expected)
+        except UNREADABLE as error:
+            if self.strict:
+                raise
+            return ClipRecord(file, error=_message(file, error))
+        joined = [torch.cat(parts) for parts in zip(*logits, strict=True)]  # (T, K) each
+        self._check_finite(joined, file)
+        answers = tuple(Record(file, **record) for record in self._levels.read(joined, 0))
+        return ClipRecord(file, answers, tuple(range(count)), frame_rate(file))
+
+    @torch.inference_mode()
+    def _go_on(self, clip: torch.Tensor, state: Any) -> tuple[list[torch.Tensor], Any]:
+        """Logits (T, K) of each head for the next frames (T, C, H, W), and the state after."""
+        parameter = next(self.model.parameters())
+        training = self.model.training
+        self.model.eval()
+        try:
+            x = clip[None].to(parameter.device, parameter.dtype)
+            outputs, state = self.model.forward_stream(x, state, list(self._levels.heads))
+        finally:
+            self.model.train(training)
+        return [outputs[name][0].float().cpu() for name in self._levels.heads], state
+
+    def _check_finite(self, logits: Sequence[torch.Tensor], file: str) -> None:
+        for name, y in zip(self._levels.heads, logits, strict=True):
+            if not y.isfinite().all():
+                raise ValueError(
+                    f"head {name!r} of the model gives numbers that are not finite for {file}: the "
+                    "model has diverged in training, or its input is out of bounds."
+                )
+
     @torch.inference_mode()
     def _forward(self, clip: torch.Tensor, file: str) -> list[torch.Tensor]:
         """Logits (1, K) of each head for a clip (T, C, H, W), or (T, K)."""
@@ -212,16 +266,11 @@ class ClipPredictions:
                 outputs = self.model(x, heads=list(self._levels.heads))
         finally:
             self.model.train(training)
-        logits = []
-        for name in self._levels.heads:
-            y = outputs[name][0].float().cpu()
-            if not y.isfinite().all():
-                raise ValueError(
-                    f"head {name!r} of the model gives numbers that are not finite for {file}: the "
-                    "model has diverged in training, or its input is out of bounds."
-                )
-            logits.append(y if self.by_frame else y[None])
-        return logits
+        logits = [outputs[name][0].float().cpu() for name in self._levels.heads]
+        self._check_finite(logits, file)
+        if self.by_frame:
+            return logits
+        return [y[None] for y in logits]
 
     def _stream(self, clip: torch.Tensor) -> dict[str, torch.Tensor]:
         """The answers for a long clip, some frames after the other."""
@@ -309,6 +358,23 @@ class _Clips(Dataset):
         try:
             frames = self.clips.read(index, choose)  # (T, H, W, C)
         except UNREADABLE as error:
-            name, reason = str(self.clips.paths[index]), " ".join(str(error).split())
-            return reason if name in reason else f"{name}: {reason}"
+            return _message(str(self.clips.paths[index]), error)
         return torch.stack([self.transform(frame) for frame in frames]), chosen
+
+
+def _message(name: str, error: Exception) -> str:
+    reason = " ".join(str(error).split())
+    return reason if name in reason else f"{name}: {reason}"
+
+
+def _chunks(file: str, model: BranchModel) -> Iterator[torch.Tensor]:
+    """The frames of a video as the model takes them, (T, C, H, W) with T at most a chunk's."""
+    transform = model_transform(model)
+    frames: list[torch.Tensor] = []
+    for frame in iterate_frames(file, in_chans=model.in_chans):
+        frames.append(transform(frame))
+        if len(frames) == _CHUNK:
+            yield torch.stack(frames)
+            frames = []
+    if frames:
+        yield torch.stack(frames)

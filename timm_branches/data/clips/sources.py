@@ -36,7 +36,7 @@ from timm_branches.taxonomy.order import natural_order
 from timm_branches.taxonomy.table_files import read_table
 from timm_branches.taxonomy.taxonomy import Taxonomy
 
-__all__ = ["ArrayClips", "FileClips", "read_clip_csv", "read_clip_folder"]
+__all__ = ["ArrayClips", "FileClips", "check_count", "read_clip_csv", "read_clip_folder"]
 
 Choose = Callable[[int], Sequence[int] | np.ndarray]
 
@@ -106,6 +106,21 @@ class ArrayClips:
         return digest.hexdigest()
 
 
+def check_count(path: str, count: int, expected: int) -> None:
+    """Refuse a video with fewer frames than its header says.
+
+    A header may count a few frames too many; more than that are missing from a damaged file.
+
+    Raises:
+        ClipError: More are missing.
+    """
+    if count < expected - max(2, expected // 50):
+        raise ClipError(
+            f"{str(ClipEndsEarly(path, count)).rstrip('.')}, where {expected} are expected; is the "
+            "file complete?"
+        )
+
+
 class FileClips:
     """Clips in video files and in folders of frames.
 
@@ -163,12 +178,7 @@ class FileClips:
         try:
             clip = self._read_video(path, start, end, choose)
         except ClipEndsEarly as error:
-            # A header may count a few frames too many; more than that are missing from a damaged
-            # file.
-            if error.count < end - max(2, end // 50):
-                raise ClipError(
-                    f"{str(error).rstrip('.')}, where {end} are expected; is the file complete?"
-                ) from error
+            check_count(path, error.count, end)
             end = error.count
             clip = self._read_video(path, start, end, choose)
         self._ends[index] = end

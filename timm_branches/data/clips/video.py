@@ -15,7 +15,9 @@ __all__ = [
     "ClipEndsEarly",
     "ClipError",
     "count_frames",
+    "frame_rate",
     "is_video_name",
+    "iterate_frames",
     "read_frames",
 ]
 
@@ -221,12 +223,32 @@ def read_frames(path: str, indices: Sequence[int], in_chans: int = 3) -> list[np
         ClipEndsEarly: If there are fewer frames.
         ImportError: If PyAV is not installed.
     """
-    images: list[np.ndarray] = []
+    return list(iterate_frames(path, indices, in_chans))
+
+
+def iterate_frames(
+    path: str, indices: Sequence[int] | None = None, in_chans: int = 3
+) -> Iterator[np.ndarray]:
+    """The frames of :func:`read_frames` one after the other, so that one of them is in memory.
+
+    Args:
+        path: The video.
+        indices: Positions from 0, ascending; None is all frames.
+        in_chans: 3 for RGB, 1 for grey.
+
+    Yields:
+        uint8 arrays (H, W, in_chans).
+
+    Raises:
+        ClipError: If the file or a frame cannot be decoded.
+        ClipEndsEarly: If there are fewer frames than the indices say.
+        ImportError: If PyAV is not installed.
+    """
     with _open_video(path) as (container, stream):
-        count = 0
+        count = found = 0
         for number, frame in enumerate(_decode(path, container, stream)):
             count = number + 1
-            if number != indices[len(images)]:
+            if indices is not None and number != indices[found]:
                 continue
             if frame.is_corrupt:
                 raise ClipError(f"frame {number} of {path} is damaged.")
@@ -234,7 +256,9 @@ def read_frames(path: str, indices: Sequence[int], in_chans: int = 3) -> list[np
             # there any more.
             picture = frame.reformat(format="rgb24", threads=1).to_ndarray()  # (H, W, 3)
             image = as_displayed(picture, _display_matrix(frame))
-            images.append(match_channels(np.ascontiguousarray(image), in_chans))
-            if len(images) == len(indices):
-                return images
-    raise ClipEndsEarly(path, count)
+            found += 1
+            yield match_channels(np.ascontiguousarray(image), in_chans)
+            if indices is not None and found == len(indices):
+                return
+    if indices is not None or not count:
+        raise ClipEndsEarly(path, count)
