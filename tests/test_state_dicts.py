@@ -51,6 +51,8 @@ def inside(state):
         prefixed("model."),
         prefixed("module.model."),
         prefixed("net."),
+        prefixed("trainable_module."),  # a BranchTask, in accelerate or Trainer
+        prefixed("task.trainable_module."),  # and in a LightningModule
         inside,
         lambda state: {"state_dict": prefixed("model.")(state), "epoch": 3},
         lambda state: {"state_dict": {}, "state_dict_ema": state},

@@ -21,8 +21,8 @@ __all__ = ["Checkpoint", "read_state"]
 
 _logger = logging.getLogger(__name__)
 
-# what DDP, Lightning, smp and hand-written loops put before a model's own names
-_WRAPPERS = ("module.", "model.", "encoder.", "net.", "network.")
+# what DDP, Lightning, smp, our tasks and hand-written loops put before a model's own names
+_WRAPPERS = ("module.", "model.", "encoder.", "net.", "network.", "task.", "trainable_module.")
 _SHOWN = 3
 
 
