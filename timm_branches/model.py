@@ -12,13 +12,15 @@ The way of images or clips through `BranchModel`:
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from itertools import accumulate, chain, pairwise
 from typing import Any
 
 import torch
 from timm.models import group_modules, group_parameters
+from timm.models._features import feature_take_indices
 from torch import nn
 
 from timm_branches.arguments import as_items, check_number
@@ -317,6 +319,120 @@ class BranchModel(FreezableBackbone):
         deepest = self._deepest()
         return self._maps(x, [deepest])[0]
 
+    def forward_head(
+        self,
+        x: torch.Tensor | Mapping[str, torch.Tensor | Sequence[torch.Tensor]],
+        pre_logits: bool = False,
+    ) -> dict[str, torch.Tensor]:
+        """What classifiers say of maps that are there already, by name.
+
+        Args:
+            x: The map (B, C, H, W) that :meth:`forward_features` gives, for the heads at that tap;
+                or maps by the heads' names, as :meth:`forward_taps` gives them, for these heads.
+            pre_logits: Give what each head's last layer reads, (B, `head_hidden_size[name]`), which
+                is what `reset_classifier(0)` leaves.
+
+        Raises:
+            ValueError: No head reads that map, an unknown name, or a head that needs more than
+                maps: one for clips, or a decoder.
+
+        Example:
+            >>> from timm_branches import create_branch_model
+            >>> model = create_branch_model('test_resnet', taps=[3, 5], num_classes=[2, 7]).eval()
+            >>> x = torch.randn(1, 3, 64, 64)
+            >>> list(model.forward_head(model.forward_features(x)))
+            ['stage5']
+            >>> model.forward_head(model.forward_taps(x), pre_logits=True)['stage3'].shape[1]
+            48
+        """
+        given = x if isinstance(x, Mapping) else self._heads_of_deepest(x)
+        chosen = [self.names[i] for i in self.head_indices(list(given))]
+        others = [n for n in chosen if n in self.temporal_heads or n in self.dense_heads]
+        if others:
+            raise ValueError(
+                f"forward_head answers for classifiers of images, which need no more than a map; "
+                f"{others} read clips or images as well: call the model itself."
+            )
+        outputs: dict[str, torch.Tensor] = {}
+        for name in chosen:
+            maps = given[name]
+            read = [maps] if isinstance(maps, torch.Tensor) else list(maps)
+            if pre_logits:
+                outputs[name] = self._before_last_layer(name, read)
+            else:
+                outputs[name] = self.head(name)(*read)
+        return outputs
+
+    def _heads_of_deepest(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The map of `forward_features` for each head that reads it and nothing else."""
+        deepest = self.taps[self._deepest()].module
+        given: dict[str, torch.Tensor] = {}
+        for name, which in zip(self.names, self.head_taps, strict=True):
+            if [self.taps[i].module for i in which] == [deepest]:
+                given[name] = x
+        if not given:
+            raise ValueError(
+                f"no head reads the map at {deepest!r} alone: call the model itself, or give "
+                "forward_head what forward_taps gives."
+            )
+        return given
+
+    def _before_last_layer(self, name: str, maps: Sequence[torch.Tensor]) -> torch.Tensor:
+        """What the last layer of a head reads; heads from outside need to have no option for it."""
+        head, read = self.head(name), []
+        last: Any = head.fc
+        handle = last.register_forward_pre_hook(lambda module, args: read.append(args[0]))
+        try:
+            head(*maps)
+        finally:
+            handle.remove()
+        if len(read) != 1:
+            raise ValueError(
+                f"the head {name!r} calls its last layer {len(read)} times: what it reads is not "
+                "one tensor."
+            )
+        return read[0]
+
+    def forward_intermediates(
+        self,
+        x: torch.Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
+        """Maps at the taps, as timm's models give those of their stages; `feature_info` says which.
+
+        Args:
+            x: Images (B, C, H, W).
+            indices: Positions in `feature_info`, the last n if int, all if None.
+            norm: Only False: maps are taken as they are at the tap.
+            stop_early: Let the final features be those of the deepest tap among `indices`.
+            output_fmt: Only 'NCHW'.
+            intermediates_only: Leave out the final features.
+
+        Returns:
+            (what :meth:`forward_features` gives, maps in tap order), or the maps alone.
+
+        Raises:
+            ValueError: Another `output_fmt`, or `norm`.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}.")
+        if norm:
+            raise ValueError(
+                "norm=True has no effect on a branch model, whose maps are taken as they are at "
+                "the tap: leave it out."
+            )
+        take, _ = feature_take_indices(len(self.taps), indices)
+        which = sorted(take)
+        if intermediates_only:
+            return self._maps(x, which)
+        last = self._deepest(which) if stop_early else self._deepest()
+        *maps, features = self._maps(x, [*which, last])
+        return features, maps
+
     def align(self, images: torch.Tensor, heads: Sequence[int] | None = None) -> torch.Tensor:
         """Images (B, C, H, W) as decoders read them: padded so that the maps cover them exactly.
 
@@ -429,14 +545,16 @@ class BranchModel(FreezableBackbone):
             )
         self._frames_per_pass = value
 
-    def _deepest(self) -> int:
+    def _deepest(self, among: Sequence[int] | None = None) -> int:
+        """The number of the deepest tap, of all or among these."""
+
         def depth(i: int) -> tuple[int, bool, int]:
             info, reader = self.taps[i], self.reader
             if info.stage is not None:
                 return info.stage.index + 1, False, 0
             return reader.within[info.module], True, reader.order[info.module]
 
-        return max(range(len(self.taps)), key=depth)
+        return max(range(len(self.taps)) if among is None else among, key=depth)
 
     # -- timm's contract
 
@@ -454,6 +572,36 @@ class BranchModel(FreezableBackbone):
     def num_features(self) -> int:
         """Channels of the map at the deepest tap, which is what `forward_features` gives."""
         return self.taps[self._deepest()].channels
+
+    @property
+    def head_hidden_size(self) -> dict[str, int]:
+        """Width of what the last layer of each head reads, by the head's name."""
+        sizes: dict[str, int] = {}
+        for name in self.names:
+            head = self.head(name)
+            for owner, attribute in (
+                (head.fc, "in_features"),
+                (head.fc, "in_channels"),
+                (head, "num_features"),
+            ):
+                size = getattr(owner, attribute, None)
+                if isinstance(size, int):
+                    sizes[name] = size
+                    break
+            else:
+                raise ValueError(f"the head {name!r} does not say what its last layer reads.")
+        return sizes
+
+    @property
+    def global_pool(self) -> dict[str, str]:
+        """How each head makes a vector of its map, by the head's name; '' for those that do not.
+
+        It is chosen when the model is made, by `PoolHead(pool_type=...)`.
+        """
+        pools: dict[str, str] = {}
+        for name, spec in zip(self.names, self.head_specs, strict=True):
+            pools[name] = getattr(spec, "pool_type", "flatten" if spec.kind == "flatten" else "")
+        return pools
 
     @property
     def in_chans(self) -> int:
@@ -522,8 +670,72 @@ class BranchModel(FreezableBackbone):
                 self.head(name).reset_classifier(count)  # type: ignore[operator]
         self.taxonomy = taxonomy
         self._shared = shared
-        self.config = {**self.config, "num_classes": classes, "taxonomy": taxonomy}
-        self.pretrained_cfg = self._prefixed_cfg()
+        self.config |= {"num_classes": list(classes), "taxonomy": taxonomy}
+        # no more than that changes: the preprocessing may be that of the model's file
+        self.pretrained_cfg["num_classes"] = next(iter(self.num_classes.values()))
+
+    def set_input_size(self, img_size: int | Sequence[int]) -> None:
+        """Take images of another size, as timm's ViT and Swin do; the weights stay.
+
+        Backbones bound to a size are adapted by timm (tables of positions are resampled); for
+        others it changes the nominal size alone, that of the preprocessing. The model's file is of
+        the new size.
+
+        Args:
+            img_size: Side of the images, or (height, width).
+
+        Raises:
+            ValueError: No such size, a backbone that cannot be adapted, or a head that is bound to
+                the size of its map ('flatten'). The model is as before then.
+
+        Example:
+            >>> from timm_branches import create_branch_model
+            >>> model = create_branch_model('test_vit', taps=[5], num_classes=2)
+            >>> model.set_input_size(96)
+            >>> model.input_size, model.taps[0].size
+            ((3, 96, 96), (6, 6))
+        """
+        sides: list[Any] = [img_size, img_size]
+        if not isinstance(img_size, int):
+            sides = as_items("img_size=", img_size, "(224, 224)")
+            if len(sides) != 2:
+                raise ValueError(f"img_size= takes a side or (height, width), got {img_size!r}.")
+        for side in sides:
+            check_number("img_size=", side, 1, 65_536, whole=True)
+        size = (int(sides[0]), int(sides[1]))
+        trial = deepcopy(self).eval()  # what fails, fails before this model is changed
+        try:
+            trial._resize(size)
+            images = torch.zeros(1, *trial.input_size).to(next(trial.parameters()))
+            with torch.no_grad():
+                trial(images[:, None] if trial.temporal_heads else images)
+        except (AssertionError, RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"img_size={size}: this model cannot take it ({str(error).rstrip('.')}). Make one "
+                "with create_branch_model(..., img_size=)."
+            ) from error
+        self._resize(size)
+
+    def _resize(self, size: tuple[int, int]) -> None:
+        backbone: Any = self.backbone
+        before = dict(getattr(backbone, "_model_args", {}))
+        if hasattr(backbone, "set_input_size"):
+            backbone.set_input_size(img_size=size)
+        self.input_size = (self.input_size[0], *size)
+        self.reader.resize(backbone, self.input_size)
+        for i, name in enumerate(self.names):
+            if name in self.dense_heads:
+                which = self.head_taps[i]
+                taps_read = [self.taps[j] for j in which]
+                self._multiples[i] = self._aligned_taps(backbone, taps_read, which)[0]
+        # timm notes what else it changed, such as Swin's windows
+        for key, value in getattr(backbone, "_model_args", {}).items():
+            if key not in before or before[key] != value:
+                self.config[key] = list(value) if isinstance(value, tuple) else value
+        self.config["img_size"] = list(size)
+        self.pretrained_cfg["input_size"] = self.input_size
+        for key in ("test_input_size", "test_crop_pct"):
+            self.pretrained_cfg.pop(key, None)
 
     def no_weight_decay(self) -> set[str]:
         """The backbone's parameters without weight decay, prefixed.

@@ -167,6 +167,12 @@ def test_reset_classifier():
     assert model.head.hidden is hidden
     assert model.get_classifier().out_features == model.num_classes == 7
     model.reset_classifier(0)
+    assert model(x).shape == (2, 5)
+    assert model.head.hidden is hidden
+    assert model.head_hidden_size == 5
+    model.reset_classifier(4)
+    assert model.head.hidden is hidden
+    model.reset_classifier(0, "avg")
     assert model(x).shape == (2, model.num_features)
     assert model.head_hidden_size == model.num_features
     model.reset_classifier(0, "")

@@ -147,11 +147,12 @@ class BCNN(BlockNet):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Give the classifier other outputs.
 
-        Hidden layers stay unless they go (0 classes) or no longer fit.
+        Hidden layers stay with their weights where they fit.
 
         Args:
-            num_classes: New number of outputs, 0 for pooled features.
-            global_pool: New pooling; None keeps the one there is.
+            num_classes: New number of outputs. 0 leaves what `forward_head(pre_logits=True)` gives,
+                the hidden layers' output; with another pooling than before, pooled features.
+            global_pool: New pooling, '' for bare maps; None keeps the one there is.
         """
         # a head without classes has no parameters that tell the device, the blocks always have
         self.head = self.head.reset(num_classes, global_pool, **get_device_dtype(self))

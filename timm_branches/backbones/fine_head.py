@@ -22,8 +22,10 @@ class FlattenMlpHead(nn.Module):
 
     (B, C, H, W) -> (B, classes).
 
-    Without classes there are no hidden layers either, only the pooling: a feature extractor should
-    not carry 25 million parameters that nothing trains.
+    Made without classes it has no hidden layers either, only the pooling: a feature extractor
+    should not carry 25 million parameters that nothing trains. One whose classes are taken away
+    (:meth:`reset`) keeps them, because they are trained and their output is what timm calls
+    `pre_logits`.
 
     Args:
         in_features: Channels C of the map.
@@ -100,8 +102,12 @@ class FlattenMlpHead(nn.Module):
     ) -> "FlattenMlpHead":
         """A head with other outputs and pooling.
 
-        Hidden layers that still fit are kept with their weights.
+        Hidden layers that still fit are kept with their weights; without classes they are the
+        output, unless the pooling changes.
         """
+        if num_classes == 0 and pool_type in (None, self.pool_type):
+            self.fc = nn.Identity()
+            return self
         head = FlattenMlpHead(
             self.in_features,
             num_classes,

@@ -403,6 +403,15 @@ class TapReader:
                 changed.add(info.module)
         return frozenset(changed)
 
+    def resize(self, backbone: nn.Module, input_size: tuple[int, int, int]) -> None:
+        """Measure the taps at another nominal input (C, H, W).
+
+        Raises:
+            ValueError: A map cannot be computed at this size; it is named.
+        """
+        self.input_size = input_size
+        self._measure(backbone)
+
     def _measure(self, backbone: nn.Module) -> None:
         """Channels and size of each map at the nominal input size."""
         try:
