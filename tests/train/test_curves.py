@@ -46,22 +46,22 @@ def labels(axes):
 def test_history_shows_accuracy_and_weights_in_the_same_colours():
     top, bottom = history_figure(rows()).axes
     assert [line.get_label() for line in top.lines] == ["coarse", "medium", "fine"]
-    assert top.lines[2].get_xdata().tolist() == [0, 1, 2, 3]
+    assert top.lines[2].get_xdata().tolist() == [1, 2, 3, 4]  # people count from 1
     assert top.lines[2].get_ydata().tolist() == [40, 41, 42, 43]
     assert sorted(labels(top)) == ["coarse  83.0", "fine  43.0", "medium  63.0"]
     assert [band.get_label() for band in bottom.collections] == ["coarse", "medium", "fine"]
     for line, band in zip(top.lines, bottom.collections, strict=True):
         assert same_color(line.get_color(), band.get_facecolor()[0][:3])
-    assert top.get_xlim() == bottom.get_xlim() == (-0.5, 3.5)
+    assert top.get_xlim() == bottom.get_xlim() == (0.5, 4.5)
     assert bottom.get_ylim() == pytest.approx((0, 1))
 
 
 def test_weight_bands_are_stacked_and_change_between_epochs():
     bands = history_figure(rows()).axes[1].collections
     heights = [{tuple(np.round(v, 6)) for v in band.get_paths()[0].vertices} for band in bands]
-    assert {(-0.5, 0.98), (0.5, 0.98), (0.5, 0.1), (1.5, 0.1)} <= heights[0]
-    assert {(0.5, 0.1), (0.5, 0.9), (1.5, 0.9), (1.5, 0.3)} <= heights[1]
-    assert {(2.5, 1.0), (3.5, 1.0), (3.5, 0.0)} <= heights[2]
+    assert {(0.5, 0.98), (1.5, 0.98), (1.5, 0.1), (2.5, 0.1)} <= heights[0]
+    assert {(1.5, 0.1), (1.5, 0.9), (2.5, 0.9), (2.5, 0.3)} <= heights[1]
+    assert {(3.5, 1.0), (4.5, 1.0), (4.5, 0.0)} <= heights[2]
 
 
 def test_missing_values_and_repeated_epochs(tmp_path):
@@ -74,13 +74,14 @@ def test_missing_values_and_repeated_epochs(tmp_path):
     log.append({"note": "neither epoch nor numbers"})
     top, _ = history_figure(log.read()).axes
     assert top.lines[2].get_ydata().tolist() == [40, 41, 99, 43]
-    assert top.lines[0].get_xdata().tolist() == [0, 1, 3]
+    assert top.lines[0].get_xdata().tolist() == [1, 2, 4]
 
 
 def test_one_epoch_and_no_weights():
-    top, bottom = history_figure(rows()[:1]).axes
+    (top,) = history_figure(rows()[:1]).axes  # weights that never change are no picture
     assert top.lines[0].get_marker() == "o"
-    assert bottom.get_xlim() == (-0.5, 0.5)
+    said = "loss weights of all epochs: coarse 0.98, medium 0.01, fine 0.01"
+    assert top.get_title(loc="right") == said
     (only,) = history_figure([{"epoch": 3, "eval_flat_top1": 50.0}]).axes
     assert labels(only) == ["flat  50.0"]
     assert len(history_figure([{"epoch": 0, "weight_a": 0.5}]).axes[0].lines) == 0
@@ -170,7 +171,7 @@ def test_collapse_shows_each_schedule_and_shades_what_is_off():
     mean = next(line for line in coarse.lines if line.get_label() == "B-CNN")
     assert mean.get_ydata() == pytest.approx([75, 76, 77, 78])
     shaded = [patch.get_x() for patch in coarse.patches]
-    assert shaded == [2.5]  # the last epoch alone
+    assert shaded == [3.5]  # the last epoch alone, which is the fourth
     assert not fine.patches
 
 
