@@ -22,10 +22,12 @@ from timm_branches.data.sources import (
     read_folder,
     read_tar,
     read_torchvision,
+    register_reader,
 )
 from timm_branches.data.splits import SPLIT_NAMES, SPLITS, wanted_splits
 from timm_branches.data.stratify import grouped_indices, keep_one_of_each, stratified_indices
 from timm_branches.data.summary import DataSummary
+from timm_branches.data.timm_readers import read_hfds, read_wds, refuse_hfids, refuse_tfds
 from timm_branches.taxonomy.matching import match_taxonomies
 from timm_branches.taxonomy.table_files import is_table_name
 from timm_branches.taxonomy.taxonomy import Taxonomy
@@ -41,6 +43,12 @@ __all__ = [
     "create_splits",
     "split_dataset",
 ]
+
+
+register_reader("hfds", read_hfds)
+register_reader("wds", read_wds)
+register_reader("hfids", refuse_hfids)
+register_reader("tfds", refuse_tfds)
 
 
 def to_unit_tensor(image: np.ndarray) -> torch.Tensor:
@@ -355,8 +363,9 @@ def read_source(
     if path.lower().endswith(".json") and os.path.isfile(path):
         _refuse_columns(columns, f"{path}, which is no table")
         return read_categories(path, in_chans, tree)
-    prefix, _, remainder = path.partition("/")
-    if prefix in READERS:
+    prefix, slash, remainder = path.partition("/")
+    prefix = prefix if prefix in READERS else prefix.lower()  # timm's are found in capitals, too
+    if slash and prefix in READERS:
         options = {"split": split, "in_chans": in_chans, "taxonomy": tree, **columns}
         return with_taxonomy(READERS[prefix](remainder, **options), tree)
     _refuse_columns(columns, f"{path}, which is no table")
@@ -471,8 +480,9 @@ def create_dataset(
             'mnist'; a folder of class folders, which may be nested and lie below train, val and
             test; a .tar, .tar.gz, .tar.bz2 or .tar.xz of such a folder; a table (.csv, .tsv,
             .parquet, a data frame) with a path and the names of its classes in each row; a
-            :class:`Source`; or 'prefix/...' of a registered reader. A folder of the same name as a
-            data set is written './mnist'.
+            :class:`Source`; timm's 'hfds/...' and 'wds/...', whose labels may be several columns or
+            fields (`levels`); or 'prefix/...' of a registered reader. A folder of the same name as
+            a data set is written './mnist'.
         split: 'train', 'val', 'test', 'trainval' or 'all'. Where the source has no splits, all is
             'train'.
         taxonomy: The tree of labels, or what `get_taxonomy` takes; class names are matched to it.

@@ -70,10 +70,15 @@ def add_table_arguments(group: Any) -> None:
     """
     group.add_argument(
         "--levels",
+        "--target-key",
         nargs="+",
         help="a table's columns of the levels, coarsest first (default: found)",
     )
-    group.add_argument("--path-column", help="a table's column of paths (default: found)")
+    group.add_argument(
+        "--path-column",
+        "--input-key",
+        help="a table's column of paths, or of the images of hfds/ and wds/ (default: found)",
+    )
     group.add_argument("--split-column", help="a table's column of splits (default: found)")
     group.add_argument(
         "--group-column", help="a table's column of what splitting never divides (default: found)"

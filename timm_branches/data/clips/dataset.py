@@ -244,6 +244,8 @@ def _read(path: Any, taxonomy: Any, in_chans: int, columns: dict[str, Any]) -> S
             f"{', '.join(columns)} name columns of a table and have no effect on {path}."
         )
     prefix, _, remainder = path.partition("/")
+    if prefix in ("hfds", "hfids", "tfds", "wds"):
+        raise ValueError(f"{path} holds images; clips come from a folder or a table of videos.")
     if prefix in READERS:
         source = READERS[prefix](remainder, split="all", in_chans=in_chans, taxonomy=tree)
         return with_taxonomy(source, tree)
