@@ -10,9 +10,9 @@ PACKAGE = ROOT / "timm_branches"
 
 # from the ground up: a unit (a folder or a file of the package) imports only from lower floors
 FLOORS = [
-    {"arguments", "files", "schedules", "taps", "backbones"},
+    {"arguments", "files", "hub", "schedules", "taps", "backbones"},
     {"figures", "heads", "taxonomy", "tensor_files"},
-    {"data", "description", "hierarchy", "model"},
+    {"data", "description", "hierarchy", "model", "model_card"},
     {"dense", "state_dicts", "weights"},
     {"factory", "features", "task"},
     {"gradients", "inference"},
@@ -20,7 +20,8 @@ FLOORS = [
     {"cli"},
     {"__main__"},
 ]
-CORE = {"taps", "heads", "model", "description", "state_dicts", "weights", "factory"}
+CORE = {"taps", "heads", "hub", "model", "model_card", "description"}
+CORE |= {"state_dicts", "weights", "factory"}
 WALLS = [
     (CORE, {"data", "task", "train", "hierarchy", "schedules", "features", "dense", "gradients"}),
     ({"taxonomy", "hierarchy", "schedules"}, CORE | {"backbones"}),

@@ -154,7 +154,11 @@ class TestRoundTrip:
     def test_hub_layout(self, tmp_path):
         model = small(taxonomy=TREE, num_classes=None)
         folder = save_pretrained(model, tmp_path / "a" / "b")
-        assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors"]
+        assert sorted(p.name for p in folder.iterdir()) == [
+            "README.md",
+            "config.json",
+            "model.safetensors",
+        ]
         twin = load_model(folder)
         assert_same(model, twin)
         assert twin.taxonomy == TREE

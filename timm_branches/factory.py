@@ -26,16 +26,18 @@ from timm_branches.description import (
     read_object,
 )
 from timm_branches.heads import HEADS, Head, head_to_dict, parse_head
-from timm_branches.model import BranchModel, answers_all_levels, module_key
+from timm_branches.model import BranchModel, ModelConfig, answers_all_levels, module_key
 from timm_branches.state_dicts import Checkpoint, read_state
 from timm_branches.taps.notation import Tap, check_name
 from timm_branches.taxonomy import Taxonomy, get_taxonomy
 from timm_branches.weights import (
+    card_of,
     file_taxonomy,
     fill_model,
     in_order_of,
     read_metadata,
     read_weights,
+    save_pretrained,
 )
 
 __all__ = ["create_branch_model", "load_model"]
@@ -142,7 +144,7 @@ def create_branch_model(
     model_name, kwargs = _without_source(model_name, kwargs)
     if size is None:
         size = kwargs.pop("img_size", None)
-    model.config = dict(
+    model.config = ModelConfig(
         model_name=model_name,
         taps=list(map(_group_to_dict, groups)),
         num_classes=list(classes),
@@ -503,11 +505,14 @@ def _unregistered(heads: Any) -> ValueError | None:
     return None
 
 
-def _download(repository: str) -> str:
+def _download(repository: str, **options: Any) -> str:
     """Fetch a model's two files from the Hub; returns the folder they lie in."""
     from huggingface_hub import snapshot_download
 
     name, _, revision = repository.partition("@")
-    return snapshot_download(
-        name, revision=revision or None, allow_patterns=["config.json", "model.safetensors"]
-    )
+    if revision:
+        options["revision"] = revision
+    return snapshot_download(name, allow_patterns=["config.json", "model.safetensors"], **options)
+
+
+BranchModel.use_files(write=save_pretrained, read=load_model, download=_download, card=card_of)

@@ -10,6 +10,7 @@ The way of images or clips through `BranchModel`:
 6. `_compute` again: each head answers, padding is cut off, `_by_name` names the answers.
 """
 
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -27,15 +28,38 @@ from timm_branches.arguments import as_items, check_number
 from timm_branches.heads import Head, State, check_module
 from timm_branches.heads.alignment import common_multiple, crop_to, pad_to_multiple
 from timm_branches.heads.folding import read_clips, warn_of_batch_statistics
+from timm_branches.hub import HubModel
 from timm_branches.taps.freezing import FreezableBackbone
 from timm_branches.taps.notation import Tap
 from timm_branches.taps.reader import TapInfo, TapReader, dry_run
 from timm_branches.taxonomy import Taxonomy
 
-__all__ = ["BranchModel"]
+__all__ = ["BranchModel", "ModelConfig"]
 
 
-class BranchModel(FreezableBackbone):
+class ModelConfig(dict):
+    """The arguments that rebuild a model, as `create_branch_model` takes them.
+
+    A dict with the two methods that trainers and loggers call on a model's `config`.
+
+    Example:
+        >>> ModelConfig(model_name='resnet18', taxonomy=Taxonomy(['a/b', 'a/c'])).to_dict().keys()
+        dict_keys(['model_name', 'taxonomy'])
+    """
+
+    def to_dict(self) -> dict[str, Any]:
+        """A plain dict; the tree in it is one, too."""
+        arguments = dict(self)
+        if arguments.get("taxonomy") is not None:
+            arguments["taxonomy"] = arguments["taxonomy"].to_dict()
+        return arguments
+
+    def to_json_string(self) -> str:
+        """As JSON, for people to read: options that JSON cannot hold (classes) are described."""
+        return json.dumps(self.to_dict(), indent=2, default=repr) + "\n"
+
+
+class BranchModel(FreezableBackbone, HubModel):
     """Heads at taps of a timm backbone, all fed by one pass of it. Made by `create_branch_model`.
 
     Args:
@@ -59,7 +83,7 @@ class BranchModel(FreezableBackbone):
         head_taps: For each head its taps, as positions in `taps`.
         taxonomy: The label hierarchy or None; the first heads are its levels, or a lone decoder
             gives them all.
-        config: What rebuilds the model, as `create_branch_model` takes it.
+        config: What rebuilds the model, as `create_branch_model` takes it, a :class:`ModelConfig`.
         extra: Facts that its file keeps beside it, JSON-safe, such as the classes of masks, their
             colours, and which frames of a clip are looked at.
         data_summary: What was understood of the data that it was trained on, JSON-safe; kept in
@@ -90,7 +114,7 @@ class BranchModel(FreezableBackbone):
         self.taxonomy = taxonomy
         self.input_size = tuple(input_size)
         self.drop_rate = drop_rate
-        self.config: dict[str, Any] = {}
+        self.config = ModelConfig()
         self.data_summary: dict[str, Any] | None = None
         self.extra: dict[str, Any] = {}
         self._keys = {name: module_key(name) for name in self.names}

@@ -8,6 +8,7 @@ the new one.
 
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,16 @@ from torch import nn
 
 from timm_branches.arguments import shown
 from timm_branches.description import check_arguments, check_tensors, read_object
-from timm_branches.files import replace_file
+from timm_branches.files import atomic_write
 from timm_branches.heads import check_registered
 from timm_branches.model import BranchModel
+from timm_branches.model_card import model_card
 from timm_branches.taxonomy import Taxonomy
 from timm_branches.taxonomy.matching import match_taxonomies
 from timm_branches.tensor_files import digest_tensors, parse_json, read_tensors, save_tensors
 
 __all__ = [
+    "card_of",
     "describe_model",
     "digest_tensors",
     "file_taxonomy",
@@ -85,21 +88,52 @@ def save_model(model: BranchModel, path: "str | os.PathLike", extra: dict | None
 
 
 def save_pretrained(
-    model: BranchModel, folder: "str | os.PathLike", extra: dict | None = None
+    model: BranchModel,
+    folder: "str | os.PathLike",
+    extra: dict | None = None,
+    table: str | None = None,
+    license: str | None = None,
 ) -> Path:
-    """Write a folder in the Hugging Face Hub's layout: `config.json` and `model.safetensors`.
+    """Write a folder in the Hugging Face Hub's layout.
 
-    `huggingface-cli upload user/name folder` puts it on the Hub,
-    `load_model('hf-hub:user/name')` reads it there.
+    `config.json`, `model.safetensors` and, unless there is one, the card `README.md`.
+    `model.push_to_hub('user/name')` puts such a folder on the Hub, `load_model('hf-hub:user/name')`
+    and `BranchModel.from_pretrained('user/name')` read it there.
+
+    Args:
+        model: Made by `create_branch_model`.
+        folder: It is made.
+        extra: As in :func:`save_model`.
+        table: Results for the card, in Markdown or as plain text.
+        license: The model's licence by the Hub's name (`'mit'`, `'cc-by-4.0'`), for the card.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: The model cannot be saved.
     """
     folder = Path(folder)
+    description, card = describe_model(model), card_of(model, table, license)
     folder.mkdir(parents=True, exist_ok=True)
     save_model(model, folder / "model.safetensors", extra)
-    text = json.dumps({"library_name": _FORMAT, **describe_model(model)}, indent=2) + "\n"
-    replace_file(
-        folder / "config.json", lambda temporary: Path(temporary).write_text(text, encoding="utf-8")
-    )
+    text = json.dumps({"library_name": _FORMAT, **description}, indent=2) + "\n"
+    atomic_write(folder / "config.json", text.encode())
+    readme = folder / "README.md"
+    if not readme.exists():
+        atomic_write(readme, card.encode())
+    elif table is not None or license is not None:
+        warnings.warn(
+            f"{readme} is there already and stays as it is, without the table or licence given: "
+            "remove it for a new one.",
+            stacklevel=2,
+        )
     return folder
+
+
+def card_of(model: BranchModel, table: str | None = None, license: str | None = None) -> str:
+    """The card of a model, see :func:`save_pretrained`."""
+    return model_card(describe_model(model), table, license)
 
 
 def load_weights(model: BranchModel, path: "str | os.PathLike") -> None:
@@ -274,11 +308,9 @@ def describe_model(model: BranchModel) -> dict:
     Raises:
         ValueError: It was made with an option that JSON cannot hold.
     """
-    arguments = dict(model.config)
+    arguments = model.config.to_dict()
     for head in arguments.get("head", ()):
         check_registered(head)
-    if arguments.get("taxonomy") is not None:
-        arguments["taxonomy"] = arguments["taxonomy"].to_dict()
     for key, value in arguments.items():
         try:
             json.dumps(value)
