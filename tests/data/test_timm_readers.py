@@ -113,6 +113,8 @@ class TestParquet:
         name = self.write(tmp_path / "photos")
         with pytest.raises(ValueError, match=r"no column 'form'"):
             create_dataset(name, levels=["form", "digit"])
+        with pytest.raises(ValueError, match=r"levels="):
+            create_dataset(name, levels="digit")
         with pytest.raises(ValueError, match=r"no column 'picture'"):
             create_dataset(name, path_column="picture")
         with pytest.raises(FileNotFoundError, match=r"hfds/./nowhere is neither a folder"):
