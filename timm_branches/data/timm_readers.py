@@ -108,6 +108,8 @@ def read_hfds(
         ) from error
     source = f"hfds/{name}"
     _check_levels(columns)
+    if not name:
+        raise FileNotFoundError(f"{source} names no data set; give a folder, or user/name.")
     try:
         found = datasets.get_dataset_split_names(name)
         features = datasets.load_dataset(name, split=found[0]).features
