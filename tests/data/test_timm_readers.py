@@ -113,10 +113,14 @@ class TestParquet:
         name = self.write(tmp_path / "photos")
         with pytest.raises(ValueError, match=r"no column 'form'"):
             create_dataset(name, levels=["form", "digit"])
+        with pytest.raises(ValueError, match=r"levels="):
+            create_dataset(name, levels="digit")
         with pytest.raises(ValueError, match=r"no column 'picture'"):
             create_dataset(name, path_column="picture")
         with pytest.raises(FileNotFoundError, match=r"hfds/./nowhere is neither a folder"):
             create_dataset("hfds/./nowhere")
+        with pytest.raises(FileNotFoundError, match=r"hfds/ names no data set"):
+            create_dataset("hfds/")
         with pytest.raises(ValueError, match=r"hfids/.* is a stream.*hfds/"):
             create_dataset(name.replace("hfds", "hfids", 1))
         with pytest.raises(ValueError, match=r"holds images; clips come from"):

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from timm_branches.arguments import as_items
 from timm_branches.data.decode import ValueRange, decode_image, read_file
 from timm_branches.data.images import PackedImages, TarImages, open_tar
 from timm_branches.data.sources import Source, label_table
@@ -25,6 +26,12 @@ from timm_branches.taxonomy.table_files import Table, read_table
 from timm_branches.taxonomy.taxonomy import Taxonomy
 
 __all__ = ["read_hfds", "read_wds", "refuse_hfids", "refuse_tfds"]
+
+
+def _check_levels(columns: dict[str, Any]) -> None:
+    """Let a single text be no list of letters."""
+    if columns.get("levels") is not None:
+        columns["levels"] = list(as_items("levels=", columns["levels"], "['shape', 'digit']"))
 
 
 # ---- Hugging Face datasets
@@ -100,6 +107,9 @@ def read_hfds(
             f"hfds/{name} needs Hugging Face's datasets: pip install datasets."
         ) from error
     source = f"hfds/{name}"
+    _check_levels(columns)
+    if not name:
+        raise FileNotFoundError(f"{source} names no data set; give a folder, or user/name.")
     try:
         found = datasets.get_dataset_split_names(name)
         features = datasets.load_dataset(name, split=found[0]).features
@@ -112,8 +122,7 @@ def read_hfds(
     parts, left_out = _open_splits(name, found, column)
     rows = datasets.concatenate_datasets(list(parts.values()))
     names = _row_names(rows, column, source)
-    table = _as_table(rows, column, names, columns)
-    table.source = source
+    table = _as_table(rows, column, names, columns, source)
     labelled = label_table(table, taxonomy, path_column=column, **columns).source
     labelled.summary.left_out |= left_out
     labelled.images = RowImages(rows, column, names, in_chans)
@@ -168,7 +177,9 @@ def _row_names(rows: Any, column: str, source: str) -> list[str]:
     return [path or f"row {row} of {source}" for row, path in enumerate(paths)]
 
 
-def _as_table(rows: Any, column: str, names: list[str], columns: Mapping[str, Any]) -> Table:
+def _as_table(
+    rows: Any, column: str, names: list[str], columns: Mapping[str, Any], source: str
+) -> Table:
     """The columns that may be labels, splits or groups, and the images' names for the images."""
     import datasets
 
@@ -176,15 +187,25 @@ def _as_table(rows: Any, column: str, names: list[str], columns: Mapping[str, An
     for name, kind in rows.features.items():
         if name != column and isinstance(kind, datasets.ClassLabel | datasets.Value):
             kept.append(name)
-    if columns.get("levels"):
-        asked = {*columns["levels"], columns.get("split_column"), columns.get("group_column")}
-        kept = [name for name in kept if name in asked]
+    levels = columns.get("levels")
+    if levels is not None:
+        asked = [*levels, columns.get("split_column"), columns.get("group_column")]
+        asked = list(filter(None, asked))
+        wrong = [name for name in asked if name not in kept]
+        if wrong:
+            raise ValueError(
+                f"{source} has no column {wrong[0]!r} with a name or a number a row; such columns "
+                f"are {kept}."
+            )
+        kept = list(dict.fromkeys(asked))
     if not kept:
         raise ValueError(
-            f"{names[0]} and its like have no labels: the columns are {list(rows.features)}, none "
-            "of which holds a name or a number a row. Name the levels: levels= (--target-key)."
+            f"{source} has no labels: of its columns {list(rows.features)} none holds a name or a "
+            "number a row."
         )
-    return read_table(rows.select_columns(kept).add_column(column, names))
+    table = read_table(rows.select_columns(kept).add_column(column, names))
+    table.source = source
+    return table
 
 
 def refuse_hfids(name: str, **options: Any) -> NoReturn:
@@ -291,6 +312,7 @@ def read_wds(
             or as of a table.
     """
     source = f"wds/{name}"
+    _check_levels(columns)
     shards, left_out = _find_shards(name, source)
     endings = columns.pop("path_column", None)
     images: list[PackedImages | TarImages] = []
