@@ -9,6 +9,7 @@ from PIL import Image
 
 from timm_branches import Taxonomy, create_branch_model, save_model
 from timm_branches.cli import main
+from timm_branches.hierarchy.decode import DECODERS, decode
 from timm_branches.inference import export_model, predict
 
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -165,3 +166,38 @@ def test_command(tmp_path, capsys):
     assert (tmp_path / "model.onnx").exists()
     assert main(["export", str(model), str(tmp_path / "model.foo")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("decoder", list(DECODERS))
+@pytest.mark.parametrize("ending", ["onnx", "pt2"])
+def test_a_decoder_inside(tmp_path, decoder, ending):
+    """Labels and probabilities are those of `decode`, for a batch of another size."""
+    tree = Taxonomy(["animal/cat", "animal/dog", "plant/rose", "rock"], ["kind", "name"])
+    torch.manual_seed(0)
+    model = create_branch_model("test_resnet", taps=[3, 5], taxonomy=tree, img_size=32).eval()
+    path = tmp_path / f"model.{ending}"
+    written = export_model(model, path, decoder=decoder)
+    assert written.outputs[-2:] == ("labels", "probabilities")
+    x = torch.randn(7, 3, 32, 32)
+    with torch.no_grad():
+        logits = list(model(x).values())
+    expected = decode(logits, tree, decoder)
+    if ending == "onnx":
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        labels, probabilities = map(torch.from_numpy, session.run(None, {"images": x.numpy()})[-2:])
+    else:
+        labels, probabilities = torch.export.load(path).module()(x)[-2:]
+    assert torch.equal(labels, expected.labels)
+    torch.testing.assert_close(probabilities, expected.probabilities, rtol=1e-4, atol=1e-5)
+
+
+def test_a_decoder_that_does_not_fit(tmp_path):
+    model = create_branch_model("test_resnet", num_classes=3, img_size=32)
+    with pytest.raises(ValueError, match="without a tree"):
+        export_model(model, tmp_path / "a.pt2", decoder="best-path")
+    with pytest.raises(ValueError, match="choose one of independent"):
+        export_model(model, tmp_path / "a.pt2", decoder="nose")
+    frames = {"kind": "gru", "output": "frame"}
+    clips = create_branch_model("test_resnet", head=frames, taxonomy=["a", "b"], img_size=32)
+    with pytest.raises(ValueError, match="not frame by frame"):
+        export_model(clips, tmp_path / "a.pt2", frames=3, decoder="best-path")

@@ -53,6 +53,7 @@ def _make_parser() -> argparse.ArgumentParser:
     export.add_argument("model", help="model.safetensors, a folder, or hf-hub:user/name")
     export.add_argument("output", help="the file to write: .onnx or .pt2")
     export.add_argument("--frames", type=int, metavar="T", help="of clips: how many frames one has")
+    export.add_argument("--decoder", help="put it inside: labels and probabilities of a path")
     commands.add_parser("list", help="recipes, backbones, trees, heads and decoders")
     tree = commands.add_parser("tree", help="draw a tree as text")
     tree.add_argument("tree", help="a ready-made tree's name, a .csv or .json, or class folders")
@@ -106,7 +107,7 @@ def _recipes(args: argparse.Namespace) -> None:
 def _export(args: argparse.Namespace) -> None:
     from timm_branches.inference.export import export_model
 
-    written = export_model(args.model, args.output, args.frames)
+    written = export_model(args.model, args.output, args.frames, args.decoder)
     name, shape = written.input
     print(f"{written.path}: {name} ({', '.join(map(str, shape))}) -> {', '.join(written.outputs)}")
     print(f"Compared with the model: at most {written.difference:.1e} of the largest output off.")

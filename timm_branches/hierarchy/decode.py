@@ -153,7 +153,8 @@ def _tame(scores: torch.Tensor) -> torch.Tensor:
     +inf becomes the largest number, rows of nothing but -inf become all equal.
     """
     top = scores.detach().amax(-1, keepdim=True)
-    if not top.isfinite().all():
+    # an exported program has no such question in it
+    if torch.compiler.is_exporting() or not top.isfinite().all():
         scores = scores.clamp(max=torch.finfo(scores.dtype).max).masked_fill(top == -torch.inf, 0)
     return scores
 
@@ -183,7 +184,7 @@ def _masses(p: torch.Tensor, tables: _Tables) -> list[torch.Tensor]:
         is_all = tables.order is None and len(level.leaves) == p.shape[1]
         leaves = p if is_all else p.index_select(1, level.leaves)
         if len(level.inner_nodes):
-            mass = p.new_zeros(len(p), len(level.parents)).index_add_(
+            mass = p.new_zeros(p.shape[0], len(level.parents)).index_add_(
                 1, tables.levels[depth + 1].parents, masses[-1]
             )
             mass.index_copy_(1, level.leaf_nodes, leaves)
@@ -313,8 +314,8 @@ def _independent(scores: list[torch.Tensor], taxonomy: Taxonomy) -> Prediction:
 def _top_down(scores: list[torch.Tensor], taxonomy: Taxonomy) -> Prediction:
     tables = _tables(taxonomy, scores[0].device)
     # the root above all
-    node = torch.zeros(len(scores[0]), dtype=torch.long, device=scores[0].device)
-    path = scores[0].new_ones(len(node), 1)
+    node = torch.zeros(scores[0].shape[0], dtype=torch.long, device=scores[0].device)
+    path = scores[0].new_ones(node.shape[0], 1)
     ended = torch.zeros_like(node, dtype=torch.bool)
     labels, probabilities = [], []
     for values, level in zip(scores, tables.levels, strict=True):

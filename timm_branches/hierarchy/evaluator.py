@@ -140,9 +140,10 @@ class HierarchyEvaluator:
         self.metric_names = tuple(self._metrics)
         self.metrics: dict[str, float] = {}
         headline = [f"{name}_top1" for name in self.levels]
-        headline.append("full_path")
-        if taxonomy is not None:
-            headline.append("consistency")
+        if len(self.levels) > 1:  # a single level is the whole path
+            headline.append("full_path")
+            if taxonomy is not None:
+                headline.append("consistency")
         self.headline = tuple(headline)
         self.reset()
 

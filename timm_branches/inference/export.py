@@ -13,6 +13,7 @@ from torch import nn
 
 from timm_branches.arguments import check_number
 from timm_branches.files import replace_file
+from timm_branches.hierarchy.decode import DECODERS
 from timm_branches.model import BranchModel
 from timm_branches.weights import describe_model
 
@@ -42,20 +43,29 @@ class Exported(NamedTuple):
 
 
 class _Named(nn.Module):
-    """The model with its outputs as a tuple."""
+    """The model with its outputs as a tuple; behind them what a decoder makes of them."""
 
-    def __init__(self, model: BranchModel) -> None:
+    def __init__(self, model: BranchModel, decoder: str | None) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.decoder = model, decoder
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return tuple(self.model(x).values())
+        outputs = self.model(x)
+        if self.decoder is None:
+            return tuple(outputs.values())
+        tree = self.model.taxonomy
+        assert tree is not None
+        logits = [outputs[name] for name in self.model.names]
+        # not `decode`, which goes piece by piece for the sake of a CPU's cache
+        answer = DECODERS[self.decoder]([level.float() for level in logits], tree)
+        return (*outputs.values(), *answer)
 
 
 def export_model(
     model: BranchModel | str | os.PathLike,
     path: str | os.PathLike,
     frames: int | None = None,
+    decoder: str | None = None,
 ) -> Exported:
     """Write a model for other programs, and compare what is written with the model itself.
 
@@ -70,6 +80,8 @@ def export_model(
         path: The file to write, .onnx or .pt2.
         frames: T of the clips, which is fixed in what is written; None is what the model's file
             says of its training.
+        decoder: Put one of `timm_branches.hierarchy.decode` inside, such as 'best-path': there are
+            two more outputs, `labels` (B, L), -1 below a shallow leaf, and `probabilities` (B, L).
 
     Returns:
         What was written.
@@ -97,14 +109,18 @@ def export_model(
     training = model.training
     model.eval()
     try:
-        named = _Named(model)
+        named = _Named(model, decoder)
         x = _draw(model, (_BATCH, *shape))
         outputs = tuple(model(x))
+        if decoder is not None:
+            _check_decoder(model, decoder)
+            outputs += ("labels", "probabilities")
+            named(x)  # what it keeps of the tree is computed now, not in the program
         written: Exported | None = None
         for dynamic in _dynamic_sizes(model):
             try:
                 run, save = _export(model, named, x, path, name, outputs, dynamic)
-                difference = _compare(model, run, shape, resize=len(dynamic) > 1)
+                difference = _compare(model, named, run, shape, resize=len(dynamic) > 1)
             except Exception as error:  # exporters raise whatever they like
                 if len(dynamic) > 1:
                     continue  # the backbone has one size
@@ -147,6 +163,25 @@ def _shape(model: BranchModel, frames: int | None) -> tuple[int, ...]:
     return (frames, *model.input_size)
 
 
+def _check_decoder(model: BranchModel, decoder: str) -> None:
+    tree = model.taxonomy
+    if decoder not in DECODERS:
+        raise ValueError(f"decoder={decoder!r}: choose one of {', '.join(DECODERS)}.")
+    if tree is None or model.dense_heads:
+        raise ValueError("decoder= has no effect on a model without a tree, or with masks.")
+    classes = [model.num_classes[name] for name in model.names]
+    if classes != list(tree.num_classes):
+        raise ValueError(
+            f"decoder= takes heads of the tree's levels, with {list(tree.num_classes)} classes; "
+            f"the model has {classes}."
+        )
+    frames = 2 if model.temporal_heads else None
+    with torch.no_grad():
+        outputs = model(_draw(model, (_BATCH, *_shape(model, frames))))
+    if any(y.ndim != 2 for y in outputs.values()):
+        raise ValueError("decoder= is for models that answer for a whole clip, not frame by frame.")
+
+
 def _dynamic_sizes(model: BranchModel) -> list[dict[int, str]]:
     """Which dimensions may differ, the most wanted first."""
     batch = {0: "batch"}
@@ -164,7 +199,7 @@ def _draw(model: BranchModel, shape: tuple[int, ...]) -> torch.Tensor:
 
 def _export(
     model: BranchModel,
-    named: nn.Module,
+    named: _Named,
     x: torch.Tensor,
     path: Path,
     name: str,
@@ -172,7 +207,7 @@ def _export(
     dynamic: dict[int, str],
 ) -> tuple[Callable[[torch.Tensor], list[torch.Tensor]], Callable[[str], Any]]:
     """What runs the exported model, and what writes it to a file."""
-    facts = json.dumps({**describe_model(model), "extra": model.extra})
+    facts = json.dumps({**describe_model(model), "extra": model.extra, "decoder": named.decoder})
     dims = dict.fromkeys(dynamic, torch.export.Dim.DYNAMIC)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of parts of torch's exporter that are to change
@@ -211,6 +246,7 @@ def _export(
 @torch.no_grad()
 def _compare(
     model: BranchModel,
+    named: nn.Module,
     run: Callable[[torch.Tensor], list[torch.Tensor]],
     shape: tuple[int, ...],
     resize: bool,
@@ -227,14 +263,15 @@ def _compare(
     largest = 0.0
     for size in shapes:
         x = _draw(model, size)
-        for y, expected in zip(run(x), model(x).values(), strict=True):
+        for y, expected in zip(run(x), named(x), strict=True):
             if y.shape != expected.shape:
                 raise ValueError(
                     f"the export gives {tuple(y.shape)} where the model gives "
                     f"{tuple(expected.shape)}."
                 )
+            y, expected = y.float().cpu(), expected.float().cpu()  # labels, too
             scale = float(expected.abs().max().clamp(min=1e-6))
-            largest = max(largest, float((y.cpu() - expected.cpu()).abs().max()) / scale)
+            largest = max(largest, float((y - expected).abs().max()) / scale)
     if not largest < 1e-3:
         raise ValueError(f"the export is off by {largest:.1%} of the largest output.")
     return largest

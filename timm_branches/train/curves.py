@@ -78,7 +78,9 @@ def history_figure(rows: Sequence[Mapping[str, Any]], metric: str = "") -> Figur
     else:
         measured = [key[5:-5] for key in keys if key.startswith("eval_") and key.endswith("_top1")]
         column, title = "eval_{}_top1", "top-1 accuracy (%)"
-    levels = list(dict.fromkeys(weighted + [level for level in measured if level]))
+    # what has no curve comes last: a flat twin's levels bear the colours of its B-CNN's
+    with_curve = [level for level in weighted if level in measured]
+    levels = list(dict.fromkeys([*with_curve, *filter(None, measured), *weighted]))
     if not levels:
         raise ValueError(
             "There is nothing to plot: no row has a key weight_<level> or eval_<level>_top1. "

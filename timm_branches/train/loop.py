@@ -490,6 +490,11 @@ class _Run:
         if self.primary:
             _logger.info("--check: %d checks passed.", len(diagnosis.passed))
 
+    def _unit(self) -> str:
+        """What a sample is called in a line for people."""
+        clips = getattr(base_model(self.task), "temporal_heads", ())
+        return "clips" if clips else "img"
+
     @staticmethod
     def _say_check(name: str) -> None:
         _logger.info("--check: %s ...", name)
@@ -580,7 +585,7 @@ class _Run:
             self._save(epoch)
             if self.config.progress:
                 headline = self.evaluator.headline if metrics else ()
-                _logger.info(_line(row, self.config.epochs, headline))
+                _logger.info(_line(row, self.config.epochs, headline, self._unit()))
         self.result.history.append(row)
 
     def _is_better(self, value: float | None) -> bool:
@@ -882,10 +887,10 @@ class _Run:
             )
 
 
-def _line(row: dict, epochs: int, headline: Iterable[str]) -> str:
+def _line(row: dict, epochs: int, headline: Iterable[str], unit: str) -> str:
     parts = [f"epoch {row['epoch'] + 1}/{epochs}", f"loss {row['train_loss']:.4f}"]
     for name in headline:
         value = row[f"eval_{name}"]
         if value is not None:
             parts.append(f"{name.removesuffix('_top1')} {value:.2f}")
-    return "  ".join([*parts, f"lr {row['lr']:.2g}", f"{row['images_per_second']:.0f} img/s"])
+    return "  ".join([*parts, f"lr {row['lr']:.2g}", f"{row['images_per_second']:.0f} {unit}/s"])

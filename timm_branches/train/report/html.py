@@ -57,6 +57,8 @@ summary { cursor: pointer; }
 .bar { display: inline-block; width: 3.4rem; height: .7rem; border-radius: 3px; margin-right: .5rem;
   background: var(--faint); overflow: hidden; }
 .bar i { display: block; height: 100%; }
+.legend { white-space: nowrap; }
+.legend .bar { width: 1.1rem; margin-right: .1rem; }
 .value { color: var(--grey); font-size: .88rem; }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: .8rem; }
 .card { background: var(--panel); border-radius: 6px; padding: .5rem; font-size: .85rem;

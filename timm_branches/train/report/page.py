@@ -186,6 +186,8 @@ def _curve(rows: History, metric: str, name: str) -> str:
 def _log(rows: History, most: int = 200) -> list[list[Any]]:
     """The numbers of each epoch, counted from 1; of a long training the last ones."""
     keys = list(dict.fromkeys(chain.from_iterable(rows)))
+    if sum(key.startswith("eval_") and key.endswith("_top1") for key in keys) == 1:
+        keys = [key for key in keys if key != "eval_full_path"]  # one level is the whole path
     shown = []
     for key in keys:
         measured = key.startswith("eval_") and key.endswith(_SHOWN_OF_LOG)

@@ -28,9 +28,10 @@ def tree_outline(answers: Answers) -> str:
         f'<span class="bar"><i style="background:{colour};width:100%"></i></span>'
         for colour in _SCALE
     )
+    note = f"Accuracy of each class on its level, {text(answers.decoder)}. The worst stand first."
     return (
-        f'<p class="note">Accuracy of each class on its level, {text(answers.decoder)}: 0 % '
-        f'{legend} 100 %. The worst stand first.</p>\n<div class="tree">{lines}</div>'
+        f'<p class="note">{note}</p>\n<p class="note legend">0 % {legend} 100 %</p>\n'
+        f'<div class="tree">{lines}</div>'
     )
 
 
