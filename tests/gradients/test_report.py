@@ -432,7 +432,7 @@ class TestConflicts:
             for entry in conflicts_figure(rows).axes[0].get_lines()
             if entry.get_label() == "a, b_c"
         ]
-        assert list(line.get_xdata()) == [0, 2, 4]
+        assert list(line.get_xdata()) == [1, 3, 5]  # people count epochs from 1
         assert list(line.get_ydata()) == [0, 0.25, 0.5]
         assert plot_conflicts(rows, tmp_path / "c.png").exists()
         with pytest.raises(ValueError, match="nothing to plot"):
