@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
 
@@ -388,6 +389,17 @@ def test_looking(capsys):
     out = capsys.readouterr().out
     for word in ("bcnn", "bcnn_vgg16", "cifar100", "rednet", "best-path"):
         assert word in out
+    (presets,) = [line for line in out.splitlines() if line.startswith("presets:")]
+    assert "bcnn --recipe modern-cifar10" in presets
+    assert "denoise --recipe train400-sigma25" in presets
+    for command in ("train", "predict", "evaluate", "check", "export"):
+        with pytest.raises(SystemExit) if command != "train" else nullcontext():
+            main([command, "--help"])
+        text = capsys.readouterr().out
+        assert 4 <= text.count("\n") <= 40, command  # one screen
+    with pytest.raises(SystemExit):
+        main(["predict", "--help-all"])
+    assert "--stride" in capsys.readouterr().out
     assert main(["--version"]) == 0
     assert "timm_branches 0." in capsys.readouterr().out
 

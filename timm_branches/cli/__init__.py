@@ -20,6 +20,8 @@ def main(argv: list[str] | None = None) -> int:
     """
     parser = _make_parser()
     given = list(sys.argv[1:] if argv is None else argv)
+    if given[:1] == ["train"] and given[1:] in ([], ["-h"], ["--help"]):
+        given = ["recipes", "list"]  # each of them has help of its own
     if given[:1] == ["check"] and given[1:] not in ([], ["-h"], ["--help"]):
         return _catch(lambda: check.run(given, parser))
     args = parser.parse_args(given)
@@ -119,9 +121,13 @@ def _list() -> None:
     from timm_branches.hierarchy.decode import DECODERS
     from timm_branches.taxonomy.trees import TREES
 
+    presets = []
+    for name in recipes.list_recipes():
+        presets += [f"{name} --recipe {preset}" for preset in recipes.list_presets(name)]
     own = [name for name in backbones.__all__ if name.islower()]
     for title, names in (
         ("recipes", list(recipes.list_recipes())),
+        ("presets", presets),
         ("backbones", [*own, "and every architecture of timm (timm.list_models())"]),
         ("trees", list(TREES)),
         ("heads", list(HEADS)),

@@ -17,11 +17,19 @@ __all__ = ["add_parser", "find_tree", "make_loader", "make_task", "run"]
 
 def add_parser(commands: Any) -> None:
     """Add the command and its flags."""
+    from timm_branches.train.recipe_parser import add_short_help
+
     parser = commands.add_parser(
         "evaluate",
+        add_help=False,
         help="how often a model is right, by level and class",
         description="Measure a model on images, clips, masks or clean images whose answers are "
         "known, with its own transform and tree; labels are compared by name.",
+    )
+    add_short_help(
+        parser,
+        ("model", "data", "split", "targets", "ignore_index", "format", "output", "pictures")
+        + ("decoder", "device", "batch_size", "workers"),
     )
     parser.add_argument("model", help="model.safetensors, a folder, or hf-hub:user/name")
     parser.add_argument(

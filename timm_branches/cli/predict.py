@@ -23,12 +23,20 @@ _CLIP_FORMATS = (*FORMATS, "srt")
 
 def add_parser(commands: Any) -> None:
     """Add the command and its flags."""
+    from timm_branches.train.recipe_parser import add_short_help
+
     parser = commands.add_parser(
         "predict",
+        add_help=False,
         help="let a model answer: classes, clips, masks or restored images",
         description="Let a model answer for images: a path through its tree each; for videos and "
         "folders of frames, if it reads clips; and pictures in a folder, if it answers for every "
         "pixel. What cannot be read is named on stderr and left out, and the exit status is 1.",
+    )
+    add_short_help(
+        parser,
+        ("model", "images", "format", "output", "decoder", "threshold", "picture", "overlay")
+        + ("device", "batch_size", "workers"),
     )
     parser.add_argument(
         "model", help="model.safetensors, a folder in the Hub's layout, or hf-hub:user/name"

@@ -12,7 +12,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-__all__ = ["add_parsers", "copy_recipe", "find_recipe", "list_recipes", "run_recipe"]
+__all__ = [
+    "add_parsers",
+    "copy_recipe",
+    "find_recipe",
+    "list_presets",
+    "list_recipes",
+    "run_recipe",
+]
 
 
 def add_parsers(commands: Any) -> None:
@@ -48,6 +55,17 @@ def list_recipes() -> dict[str, str]:
         text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
         recipes[path.stem] = text.split("\n")[0]
     return recipes
+
+
+def list_presets(name: str) -> list[str]:
+    """What a recipe takes as `--recipe`, read from its table of settings."""
+    tree = ast.parse(find_recipe(name).read_text(encoding="utf-8"))
+    for statement in tree.body:
+        if not isinstance(statement, ast.AnnAssign) or not isinstance(statement.value, ast.Dict):
+            continue
+        if ast.unparse(statement.target) == "RECIPES":
+            return [ast.literal_eval(key) for key in statement.value.keys if key is not None]
+    return []
 
 
 def find_recipe(name: str) -> Path:

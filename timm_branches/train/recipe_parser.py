@@ -9,9 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from timm_branches.files import atomic_write
-from timm_branches.train.process import is_primary
 
-__all__ = ["RecipeParser"]
+__all__ = ["RecipeParser", "add_short_help"]
 
 FILE_NAME = "config.yaml"
 # what says how a run is called, not what it is
@@ -41,11 +40,7 @@ class RecipeParser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
             add_help=False,
         )
-        self.common = tuple(common)
-        self.add_argument(
-            "-h", "--help", action=_ShortHelp, nargs=0, help="the flags that most people need"
-        )
-        self.add_argument("--help-all", action="help", help="all flags")
+        add_short_help(self, common)
         self.add_argument(
             "-c",
             "--config",
@@ -141,13 +136,35 @@ class RecipeParser(argparse.ArgumentParser):
             args: What :meth:`parse_args` returned.
             folder: The run's folder.
         """
+        # a command's help does not wait for torch
+        import yaml
+
+        from timm_branches.train.process import is_primary
+
         if not is_primary():
             return
-        import yaml
 
         text = yaml.safe_dump(args.settings, allow_unicode=True, sort_keys=False)
         head = f"# {shlex.join(['python', *sys.argv])}\n".encode(errors="backslashreplace")
         atomic_write(os.path.join(folder, FILE_NAME), head + text.encode())
+
+
+def add_short_help(parser: argparse.ArgumentParser, common: Sequence[str]) -> None:
+    """Give a parser without help a `--help` of one screen, and `--help-all`.
+
+    Args:
+        parser: The parser, made with `add_help=False`.
+        common: Names of the arguments that `--help` shows.
+    """
+    parser.add_argument(
+        "-h",
+        "--help",
+        action=_ShortHelp,
+        nargs=0,
+        const=tuple(common),
+        help="what most people need",
+    )
+    parser.add_argument("--help-all", action="help", help="all flags")
 
 
 def read_settings(path: str) -> dict[str, Any]:
@@ -183,10 +200,12 @@ def _config_of(arguments: Sequence[str]) -> str | None:
 class _ShortHelp(argparse.Action):
     def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
         formatter = parser.formatter_class(parser.prog, max_help_position=32, width=100)
-        shown = [action for action in parser._actions if action.dest in parser.common]
+        shown = [action for action in parser._actions if action.dest in self.const]
         formatter.add_text((parser.description or "").split("\n\n")[0])
         formatter.start_section("what most people need (--help-all shows all flags)")
         formatter.add_arguments(shown)
         formatter.end_section()
-        print(f"usage: {parser.prog} [DATA] [FLAGS]\n\n{formatter.format_help()}", end="")
+        names = [action.dest.upper() for action in parser._actions if not action.option_strings]
+        usage = " ".join([parser.prog, *names, "[FLAGS]"])
+        print(f"usage: {usage}\n\n{formatter.format_help()}", end="")
         parser.exit()
