@@ -181,29 +181,8 @@ RECIPES: dict[str, dict] = {
 # -- arguments
 
 
-# the flags that --help shows
-COMMON = (
-    "data",
-    "recipe",
-    "taxonomy",
-    "batch_size",
-    "workers",
-    "augment",
-    "model",
-    "pretrained",
-    "checkpoint_path",
-    "taps",
-    "flat",
-    "compare",
-    "output",
-    "epochs",
-    "lr",
-    "amp",
-    "resume",
-    "check",
-    "check_only",
-    "config",
-)
+# the flags of its own that --help shows
+COMMON = ("recipe", "taxonomy", "augment", "checkpoint_path", "flat", "compare")
 
 
 def make_parser() -> RecipeParser:

@@ -126,30 +126,16 @@ def resolved_augment(args: argparse.Namespace) -> str:
     return "auto"
 
 
-# the flags that --help shows
+# the flags of its own that --help shows
 COMMON = (
-    "data",
     "frames",
     "sampling",
-    "batch_size",
-    "workers",
-    "model",
-    "pretrained",
     "checkpoint_path",
-    "taps",
     "head",
     "hidden_size",
     "rnn_output",
     "freeze",
     "cache",
-    "output",
-    "epochs",
-    "lr",
-    "amp",
-    "resume",
-    "check",
-    "check_only",
-    "config",
 )
 
 

@@ -101,30 +101,8 @@ OVERFIT_STEPS = 300
 # -- arguments
 
 
-# the flags that --help shows
-COMMON = (
-    "data",
-    "recipe",
-    "noisy",
-    "clean",
-    "sigma",
-    "blur",
-    "patch_size",
-    "batch_size",
-    "workers",
-    "model",
-    "pretrained",
-    "taps",
-    "head",
-    "output",
-    "epochs",
-    "lr",
-    "amp",
-    "resume",
-    "check",
-    "check_only",
-    "config",
-)
+# the flags of its own that --help shows
+COMMON = ("recipe", "noisy", "clean", "sigma", "blur", "patch_size", "head")
 
 
 def make_parser() -> RecipeParser:

@@ -107,32 +107,8 @@ NOT_IN_SMP = (
 # -- arguments
 
 
-# the flags that --help shows
-COMMON = (
-    "data",
-    "images",
-    "masks",
-    "classes",
-    "ignore_index",
-    "taxonomy",
-    "crop",
-    "batch_size",
-    "workers",
-    "model",
-    "pretrained",
-    "taps",
-    "head",
-    "loss",
-    "tile",
-    "output",
-    "epochs",
-    "lr",
-    "amp",
-    "resume",
-    "check",
-    "check_only",
-    "config",
-)
+# the flags of its own that --help shows
+COMMON = ("images", "masks", "classes", "ignore_index", "taxonomy", "crop", "head", "loss", "tile")
 
 
 def make_parser() -> RecipeParser:

@@ -36,16 +36,20 @@ def mask_model(tmp_path):
     return save_model(model, tmp_path / "mask.safetensors", extra=extra)
 
 
+@pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("annot", [True, False])
-def test_masks(mask_model, tmp_path, capsys, annot):
+def test_masks(mask_model, tmp_path, capsys, annot, nested):
     root = tmp_path / "data"
     masks = root / ("testannot" if annot else "labels")
     truths = {}
     for index in range(3):
         size = (40 + 8 * index, 56)
-        save(root / "test", f"{index}.png", RANDOM.integers(0, 255, (*size, 3), dtype=np.uint8))
+        # below folders of their own, as a city's are
+        city = f"city{index % 2}" if nested else "."
+        image = RANDOM.integers(0, 255, (*size, 3), dtype=np.uint8)
+        save(root / "test" / city, f"{index}.png", image)
         truths[f"{index}.png"] = RANDOM.choice([0, 1, 2, 255], size).astype(np.uint8)
-        save(masks, f"{index}.png", truths[f"{index}.png"])
+        save(masks / city, f"{index}.png", truths[f"{index}.png"])
     where = [root] if annot else [root / "test", "--targets", masks]
     out, pictures = tmp_path / "out.json", tmp_path / "pictures"
     arguments = [mask_model, *where, "--ignore-index", 255]

@@ -29,7 +29,7 @@ def evaluate_pixels(args: argparse.Namespace, model: "BranchModel") -> Results:
     names, partners = match_files(images, targets)
     predictions = predict_pixels(model, names, kind=args.kind, tile=args.tile)
     if predictions.kind == "masks":
-        results = _evaluate_masks(args, predictions, targets)
+        results = _evaluate_masks(args, predictions, images, targets)
     else:
         for flag in ("mask_colors", "ignore_index"):
             if getattr(args, flag) is not None:
@@ -65,8 +65,11 @@ def image_and_target_folders(args: argparse.Namespace) -> tuple[str, str]:
 
 
 def _evaluate_masks(
-    args: argparse.Namespace, predictions: "DensePredictions", targets: str
+    args: argparse.Namespace, predictions: "DensePredictions", images: str, targets: str
 ) -> Results:
+    import numpy as np
+    import torch
+
     from timm_branches.data import SegmentationDataset
     from timm_branches.dense import SegmentationEvaluator
 
@@ -76,7 +79,7 @@ def _evaluate_masks(
     if colors is None and "colors" in model.extra:
         colors = dict(zip(predictions.colors, predictions.classes, strict=True))
     data = SegmentationDataset(
-        os.path.dirname(predictions.images.names[0]) if args.targets is None else args.data,
+        images,
         targets,
         tree or list(predictions.classes),
         args.ignore_index,
@@ -86,10 +89,9 @@ def _evaluate_masks(
     )
     evaluator = SegmentationEvaluator(predictions.classes, taxonomy=tree)
     for index in _progress(len(data)):
-        image, mask = data[index]  # mask (H, W), -1 is unknown
-        pixels = data.pixels(index)[0]
-        evaluator.update(predictions.outputs(pixels, predictions.images.names[index]), mask[None])
-        assert image.shape[1:] == mask.shape
+        pixels, mask = data.pixels(index)  # (H, W, C) and (H, W), -1 is unknown
+        labels = torch.from_numpy(mask.astype(np.int64))[None]
+        evaluator.update(predictions.outputs(pixels, predictions.images.names[index]), labels)
     metrics = dict(evaluator.compute())
     matrices = evaluator.confusion_matrices()
     classes = _by_class(evaluator.class_iou(), matrices)

@@ -13,6 +13,11 @@ from timm_branches.files import atomic_write
 __all__ = ["RecipeParser", "add_short_help"]
 
 FILE_NAME = "config.yaml"
+# what the short help of every recipe shows
+_OF_ALL = (
+    *("data", "batch_size", "workers", "model", "pretrained", "taps", "output", "epochs", "lr"),
+    *("amp", "resume", "check", "check_only", "config"),
+)
 # what says how a run is called, not what it is
 _NOT_KEPT = ("help", "help_all", "config", "resume")
 
@@ -25,7 +30,8 @@ class RecipeParser(argparse.ArgumentParser):
 
     Args:
         description: What the recipe does; its first paragraph and examples.
-        common: Names of the arguments that most people need.
+        common: Names of the arguments that most people need, beside those of all recipes (data,
+            model, epochs and the like).
 
     Example:
         >>> parser = RecipeParser('Train something.', common=['epochs'])
@@ -40,7 +46,7 @@ class RecipeParser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
             add_help=False,
         )
-        add_short_help(self, common)
+        add_short_help(self, (*_OF_ALL, *common))
         self.add_argument(
             "-c",
             "--config",
