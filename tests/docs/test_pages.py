@@ -34,8 +34,22 @@ def anchors(page):
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
+@pytest.fixture
+def registries():
+    """What an example adds to a registry goes again: other tests would meet it."""
+    found = []
+    for module in list(sys.modules.values()):
+        if getattr(module, "__name__", "").startswith("timm_branches"):
+            found += [v for k, v in vars(module).items() if k.isupper() and isinstance(v, dict)]
+    before = [dict(registry) for registry in found]
+    yield
+    for registry, entries in zip(found, before, strict=True):
+        registry.clear()
+        registry.update(entries)
+
+
 @pytest.mark.parametrize("page", [p for p in PAGES if BLOCK.search(p.read_text())], ids=name_of)
-def test_code(page, tmp_path, monkeypatch):
+def test_code(page, tmp_path, monkeypatch, registries):
     monkeypatch.chdir(tmp_path)  # an example may write a file
     text = page.read_text()
     namespace = {"__name__": "__page__"}

@@ -339,6 +339,21 @@ def _top_down(scores: list[torch.Tensor], taxonomy: Taxonomy) -> Prediction:
 @register_decoder("best-path")
 def _best_path(scores: list[torch.Tensor], taxonomy: Taxonomy) -> Prediction:
     tables = _tables(taxonomy, scores[0].device)
+    product = _best_path_scores(scores, tables)
+    return _path(product.max(-1).indices, _masses(product.softmax(-1), tables), tables)
+
+
+def best_path_scores(
+    level_logits: Sequence[torch.Tensor] | Mapping[str, torch.Tensor], taxonomy: Taxonomy
+) -> torch.Tensor:
+    """Log of the product of the levels' probabilities (N, leaves) down to each leaf.
+
+    A path of d < L levels counts as the geometric mean to the power L. Not normalised.
+    """
+    return _best_path_scores(*_check(level_logits, taxonomy))
+
+
+def _best_path_scores(scores: list[torch.Tensor], tables: _Tables) -> torch.Tensor:
     total: torch.Tensor | None = None
     by_level = []
     for depth, (values, level) in enumerate(zip(scores, tables.levels, strict=True)):
@@ -351,8 +366,7 @@ def _best_path(scores: list[torch.Tensor], taxonomy: Taxonomy) -> Prediction:
             if depth + 1 < len(scores):  # the geometric mean, to the power of all levels
                 leaves = leaves * (len(scores) / (depth + 1))
             by_level.append(leaves)
-    product = _tame(_to_leaves(by_level, tables))
-    return _path(product.max(-1).indices, _masses(product.softmax(-1), tables), tables)
+    return _tame(_to_leaves(by_level, tables))
 
 
 @register_decoder("leaf-marginal")
