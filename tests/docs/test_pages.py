@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from timm_branches.cli import make_parser
+
 ROOT = Path(__file__).parents[2]
 DOCS = [page for page in ROOT.glob("docs/**/*.md") if "_build" not in page.parts]
 PAGES = sorted([*ROOT.glob("*.md"), *DOCS, *ROOT.glob("benchmarks/*.md")])
@@ -21,6 +23,9 @@ BLOCK = re.compile(
 )
 LINK = re.compile(r"!?\[[^\]]*\]\((?!https?:)([^)#]*)(#[^)]*)?\)")
 COMMAND = re.compile(r"^(?:\$ )?(?:python|torchrun --nproc-per-node \d+) (recipes/\w+\.py)(.*)$")
+# of the console; a recipe's flags follow its name
+SHELL = re.compile(r"^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
+CONSOLE = re.compile(r"(?:^|\| )timm-branches (.*)")
 SCRIPTS = sorted(ROOT.glob("recipes/*.py"))
 
 
@@ -92,7 +97,41 @@ def commands():
             if match:
                 arguments = shlex.split(match[2], comments=True)
                 result.append((name_of(page), match[1], arguments))
+    for page, arguments in console_commands():
+        if arguments[0] in ("train", "check") and arguments[1:2] and runs_recipe(arguments[1]):
+            flags = arguments[2:]
+            if "--config" in flags:  # a file of an earlier run
+                del flags[flags.index("--config") : flags.index("--config") + 2]
+            result.append((page, f"recipes/{arguments[1]}.py", flags))
     return result
+
+
+def runs_recipe(name):
+    return any(script.stem == name for script in SCRIPTS)
+
+
+def console_commands():
+    """Every line of the console in a page, as (page, arguments)."""
+    found = []
+    for page in PAGES:
+        for block in SHELL.findall(page.read_text()):
+            for line in block.replace("\\\n", " ").split("\n"):
+                for command in CONSOLE.findall(line):
+                    found.append((name_of(page), shlex.split(command, comments=True)))
+    return found
+
+
+def test_console_commands(capsys):
+    """Those that no recipe reads."""
+    shown = console_commands()
+    assert len(shown) > 20
+    for page, arguments in shown:
+        if arguments[0] in ("train", "check") and arguments[1:2] and runs_recipe(arguments[1]):
+            continue
+        try:
+            make_parser().parse_args(arguments)
+        except SystemExit:
+            pytest.fail(f"{page}: timm-branches {shlex.join(arguments)}: {capsys.readouterr().err}")
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=name_of)

@@ -50,7 +50,7 @@ def test_an_update_is_skipped_and_nothing_changes(tmp_path, value, opt, caplog):
         task, Poison(loader_of(data, 4), {2}, value), None, settings(tmp_path / "a", **options)
     )
     assert result.skipped_steps == 1
-    assert "Image 1 of batch 2 holds" in caplog.text
+    assert "Image 2 of batch 3 holds" in caplog.text
     assert "channel 0, row 5, column 9" in caplog.text
     without = torch.utils.data.Subset(data, [i for i in range(16) if not 8 <= i < 12])
     other = make_task()
@@ -79,7 +79,7 @@ def test_the_whole_group_is_skipped(tmp_path):
 def test_the_limit_stops_the_run(tmp_path):
     options = settings(tmp_path, max_skipped_steps=2)
     task = make_task()
-    with pytest.raises(FloatingPointError, match="Image 1 of batch 3 holds nan at channel 0"):
+    with pytest.raises(FloatingPointError, match="Image 2 of batch 4 holds nan at channel 0"):
         fit(task, Poison(loader_of(make_data(16), 4), {0, 1, 3}), None, options)
     assert all(tensor.isfinite().all() for tensor in weights_of(task).values())
 
@@ -123,7 +123,7 @@ def test_a_gradient_names_its_layer_at_that_step(tmp_path):
     handle = weight.register_hook(spoil)
     data = loader_of(make_data(16), 4)
     with pytest.raises(
-        FloatingPointError, match=r"fc\.weight of head 'fine', .* in epoch 0, batch 1"
+        FloatingPointError, match=r"fc\.weight of head 'fine', .* in epoch 1, batch 2"
     ):
         fit(task, data, None, settings(tmp_path / "a"))
     handle.remove()
@@ -183,9 +183,9 @@ def test_a_label_outside_its_level(tmp_path, value, where):
 @pytest.mark.parametrize(
     ("shape", "at", "where"),
     [
-        ((2, 3, 4, 5), (1, 2, 3, 4), "Image 1 of batch 7 holds inf at channel 2, row 3, column 4"),
+        ((2, 3, 4, 5), (1, 2, 3, 4), "Image 2 of batch 8 holds inf at channel 2, row 3, column 4"),
         ((2, 3, 1, 4, 5), (0, 2, 0, 3, 4), "at frame 2, channel 0, row 3, column 4"),
-        ((4, 9), (2, 8), "Image 2 of batch 7 holds inf at column 8"),
+        ((4, 9), (2, 8), "Image 3 of batch 8 holds inf at column 8"),
     ],
 )
 def test_where_a_bad_number_is(shape, at, where):

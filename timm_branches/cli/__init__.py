@@ -18,7 +18,7 @@ def main(argv: list[str] | None = None) -> int:
     0 is success, 1 that some images could not be read, 2 (and one line on stderr) is for what a
     person got wrong.
     """
-    parser = _make_parser()
+    parser = make_parser()
     given = list(sys.argv[1:] if argv is None else argv)
     if given[:1] == ["train"] and given[1:] in ([], ["-h"], ["--help"]):
         given = ["recipes", "list"]  # each of them has help of its own
@@ -43,7 +43,7 @@ def _catch(command: Callable[[], int]) -> int:
         return 2
 
 
-def _make_parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="timm-branches", description=__doc__)
     parser.add_argument("--version", action="store_true", help="print versions and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
@@ -153,7 +153,7 @@ def _completion(shell: str) -> None:
         raise ImportError(
             "completion needs shtab: pip install 'timm_branches[completion]'."
         ) from None
-    print(shtab.complete(_make_parser(), shell))
+    print(shtab.complete(make_parser(), shell))
 
 
 def _versions() -> None:

@@ -12,6 +12,7 @@ import os
 import tarfile
 import zlib
 from collections.abc import Iterable, Sequence
+from tarfile import EOFHeaderError, HeaderError, ReadError  # type: ignore[attr-defined]
 from typing import Any
 
 import numpy as np
@@ -405,7 +406,8 @@ def open_tar(path: str, in_chans: int = 3) -> tuple[list[str], PackedImages | Ta
         # Streaming ('|*') reads a compressed tar once, front to back; only a plain one is read in
         # place later.
         compressed = not _is_plain_tar(path)
-        with tarfile.open(path, "r|*" if compressed else "r:") as tar:
+        mode: Any = "r|*" if compressed else "r:"
+        with tarfile.open(path, mode, tarinfo=_WholeHeader) as tar:
             for info in tar:
                 name = os.path.normpath(info.name).replace(os.sep, "/")
                 if not info.isfile() or not is_image_name(name):
@@ -419,6 +421,7 @@ def open_tar(path: str, in_chans: int = 3) -> tuple[list[str], PackedImages | Ta
                             "in memory. Decompress it (gunzip): a plain .tar is read in place."
                         )
                     packed += tar.extractfile(info).read()  # type: ignore[union-attr]
+            _check_end(tar)
     except (tarfile.TarError, EOFError, OSError) as error:
         if isinstance(error, FileNotFoundError):
             raise
@@ -435,6 +438,32 @@ def open_tar(path: str, in_chans: int = 3) -> tuple[list[str], PackedImages | Ta
             for offset in offsets
         ]
     return names, TarImages(path, offsets, sizes, labels, headers, in_chans)
+
+
+class _WholeHeader(tarfile.TarInfo):
+    """A member's header; tarfile itself takes a tar that is cut at one, or damaged, for its end."""
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> "_WholeHeader":
+        """The next header.
+
+        Raises:
+            ReadError: There is none, or half of one, where the mark of the end should be.
+        """
+        try:
+            return super().fromtarfile(archive)
+        except EOFHeaderError:  # the empty block at the end
+            raise
+        except HeaderError as error:
+            raise ReadError(f"{error} at byte {archive.offset}") from error
+
+
+def _check_end(archive: tarfile.TarFile) -> None:
+    """Raise a ReadError if something follows the end of a tar, which `cat a.tar b.tar` makes."""
+    assert archive.fileobj is not None
+    while block := archive.fileobj.read(1 << 20):
+        if block.strip(b"\0"):
+            raise ReadError("more follows behind its end; unpack tars that were joined")
 
 
 def _is_plain_tar(path: str) -> bool:

@@ -43,8 +43,8 @@ def check_losses(pending: list[tuple[int, dict[str, torch.Tensor]]], epoch: int)
     if len(bad):
         index, name = names[int(bad[0])]
         raise FloatingPointError(
-            f"The loss of level {name!r} became {float(values[int(bad[0])])} in batch {index} of "
-            f"epoch {epoch} (both counted from 0). {_HELP}"
+            f"The loss of level {name!r} became {float(values[int(bad[0])])} in batch "
+            f"{index + 1} of epoch {epoch + 1}. {_HELP}"
         )
 
 
@@ -67,8 +67,8 @@ def bad_pixel(images: Any, index: int, name: str | None = None) -> str | None:
     where = ", ".join(f"{axis} {at}" for axis, at in zip(axes, place[1:], strict=True))
     called = "" if name is None else f" ({name})"
     return (
-        f"Image {place[0]} of batch {index}{called} holds {float(values[tuple(place)])} at {where} "
-        "(all counted from 0)."
+        f"Image {place[0] + 1} of batch {index + 1}{called} holds {float(values[tuple(place)])} at "
+        f"{where} (counted from 0)."
     )
 
 
@@ -106,8 +106,8 @@ def check_weights(task: HeadsTask, epoch: int) -> None:
             bad.append(f"{name} of {part}")
     if bad:
         raise FloatingPointError(
-            f"{len(bad)} weights, among them {bad[0]}, became NaN or infinite in epoch {epoch} "
-            f"(counted from 0). {_HELP}"
+            f"{len(bad)} weights, among them {bad[0]}, became NaN or infinite in epoch "
+            f"{epoch + 1}. {_HELP}"
         )
 
 

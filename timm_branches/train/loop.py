@@ -768,8 +768,8 @@ class _Run:
             if names:
                 self._skip_or_stop(
                     f"{len(names)} gradients, among them that of {names[0]}, became NaN or "
-                    f"infinite in epoch {self._epoch}, batch {self.progress.batch} (both counted "
-                    "from 0). Training stops; the files of the last good epoch stay. A smaller "
+                    f"infinite in epoch {self._epoch + 1}, batch {self.progress.batch + 1}. "
+                    "Training stops; the files of the last good epoch stay. A smaller "
                     "--lr or --clip-grad 1 help most often."
                 )
         if not self.config.max_skipped_steps:
