@@ -131,10 +131,34 @@ def test_check_refuses(tmp_path, capsys):
     for arguments, message in (
         (["test_resnet"], "name the data"),
         (["nose", str(tmp_path)], "no file, no recipe"),
-        ([file, str(tmp_path)], "check the recipe"),
+        ([file, str(tmp_path)], "has no folders train and trainannot"),
+        ([file, str(tmp_path), "--taxonomy", "cifar10"], "--taxonomy"),
+        (["test_resnet", "digits", "--targets", str(tmp_path)], "--targets"),
     ):
         assert main(["check", *arguments]) == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["masks", "images"])
+def test_check_pixels(tmp_path, capsys, kind):
+    random = np.random.default_rng(0)
+    for folder in ("train", "trainannot"):
+        (tmp_path / folder).mkdir()
+    for i in range(4):
+        pixels = random.integers(0, 255, (70, 80, 3), dtype=np.uint8)
+        target = (pixels[..., 0] > 128).astype(np.uint8) if kind == "masks" else pixels
+        Image.fromarray(pixels).save(tmp_path / "train" / f"{i}.png")
+        Image.fromarray(target).save(tmp_path / "trainannot" / f"{i}.png")
+    classes = 2 if kind == "masks" else 3
+    model = create_branch_model("test_resnet", taps=[(2, 3)], head="unet", num_classes=classes)
+    file = str(save_model(model, tmp_path / "model.safetensors"))
+    assert main(["check", file, str(tmp_path), "--kind", kind, "-b", "4"]) == 0
+    assert "gradients, evaluation, input, learning" in capsys.readouterr().out
+    if kind == "masks":
+        target[:] = 7
+        Image.fromarray(target).save(tmp_path / "trainannot" / "0.png")
+        assert main(["check", file, str(tmp_path), "--kind", kind, "-b", "4"]) == 2
+        assert "7" in capsys.readouterr().err
 
 
 def test_completion(capsys):

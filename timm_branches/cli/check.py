@@ -6,6 +6,8 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from timm_branches.cli import recipes
+from timm_branches.cli.evaluate import PIXEL_FLAGS, add_pixel_arguments
+from timm_branches.cli.text import refuse
 
 if TYPE_CHECKING:
     from timm_branches.model import BranchModel
@@ -23,14 +25,13 @@ def add_parser(commands: Any) -> None:
         "not learn. Of a recipe all its flags may follow: `timm-branches check bcnn photos/ "
         "--model vgg16_bn`.",
     )
-    parser.add_argument(
-        "model", help="a recipe's name, a timm architecture, or a model's file of labels or clips"
-    )
+    parser.add_argument("model", help="a recipe's name, a timm architecture, or a model's file")
     parser.add_argument("data", nargs="?", help="as for evaluate, or as the recipe takes it")
     parser.add_argument("--split", default="train", help="train, val, test or all (default: train)")
     parser.add_argument("--taxonomy", help="the tree of a model that was saved without one")
     parser.add_argument("-b", "--batch-size", type=int, default=8, help="samples (default: 8)")
     parser.add_argument("--device", help="cpu, cuda or cuda:1 (default: a GPU if there is one)")
+    add_pixel_arguments(parser)
 
 
 def run(arguments: list[str], parser: argparse.ArgumentParser) -> int:
@@ -73,10 +74,11 @@ def _task_and_loader(args: argparse.Namespace) -> tuple[Any, Any]:
 
         model = load_onto_device(args.model, args.device)
     if model.dense_heads:
-        raise ValueError(
-            "check takes models of labels and clips; of masks and restored images check the recipe:"
-            " timm-branches check segment DATA."
-        )
+        from timm_branches.cli.evaluate_pixels import make_pixel_task
+
+        refuse(args, "answers for every pixel", "taxonomy")
+        return make_pixel_task(args, model)
+    refuse(args, "answers with labels", *PIXEL_FLAGS)
     args.workers = args.frames = args.sampling = args.stride = None
     tree = find_tree(args, model)
     task, _ = make_task(model, tree)

@@ -12,7 +12,15 @@ if TYPE_CHECKING:
     from timm_branches.model import BranchModel
     from timm_branches.taxonomy import Taxonomy
 
-__all__ = ["add_parser", "find_tree", "make_loader", "make_task", "run"]
+__all__ = [
+    "PIXEL_FLAGS",
+    "add_parser",
+    "add_pixel_arguments",
+    "find_tree",
+    "make_loader",
+    "make_task",
+    "run",
+]
 
 
 def add_parser(commands: Any) -> None:
@@ -54,6 +62,11 @@ def add_parser(commands: Any) -> None:
     clips.add_argument("--frames", type=int, metavar="T", help="how many are looked at")
     clips.add_argument("--sampling", help="uniform, dense or all")
     clips.add_argument("--stride", type=int, help="of dense sampling: frames to the next")
+    add_pixel_arguments(parser)
+
+
+def add_pixel_arguments(parser: argparse.ArgumentParser) -> None:
+    """Where masks or clean images are, and how they are read."""
     pixels = parser.add_argument_group("masks and restored images")
     pixels.add_argument("--targets", metavar="FOLDER", help="the masks, or the clean images")
     pixels.add_argument("--mask-colors", metavar="FILE", help="a .csv or .json of colours")
@@ -63,7 +76,7 @@ def add_parser(commands: Any) -> None:
 
 
 _CLIPS = ("frames", "sampling", "stride")
-_PIXELS = ("targets", "mask_colors", "ignore_index", "kind", "tile")
+PIXEL_FLAGS = ("targets", "mask_colors", "ignore_index", "kind", "tile")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -83,10 +96,10 @@ def run(args: argparse.Namespace) -> int:
             "is for models with heads of one kind."
         )
     elif model.temporal_heads:
-        refuse(args, "reads clips", *_PIXELS)
+        refuse(args, "reads clips", *PIXEL_FLAGS)
         results = _evaluate_labels(args, model, "clips")
     else:
-        refuse(args, "classifies images", *_PIXELS, *_CLIPS)
+        refuse(args, "classifies images", *PIXEL_FLAGS, *_CLIPS)
         results = _evaluate_labels(args, model, "images")
     write_results(results, args.output, args.format, args.pictures)
     return 0

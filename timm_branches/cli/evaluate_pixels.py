@@ -3,17 +3,21 @@
 import argparse
 import os
 import sys
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from timm_branches.cli.results import Results
+from timm_branches.cli.text import refuse
 
 if TYPE_CHECKING:
     from timm_branches.inference.dense import DensePredictions
     from timm_branches.model import BranchModel
 
-__all__ = ["evaluate_pixels", "image_and_target_folders"]
+__all__ = ["evaluate_pixels", "image_and_target_folders", "make_pixel_task"]
+
+_CROP = 64  # pixels a side, enough to look for faults on
 
 
 def evaluate_pixels(args: argparse.Namespace, model: "BranchModel") -> Results:
@@ -31,11 +35,7 @@ def evaluate_pixels(args: argparse.Namespace, model: "BranchModel") -> Results:
     if predictions.kind == "masks":
         results = _evaluate_masks(args, predictions, images, targets)
     else:
-        for flag in ("mask_colors", "ignore_index"):
-            if getattr(args, flag) is not None:
-                raise ValueError(
-                    f"--{flag.replace('_', '-')} has no effect on a model that restores images."
-                )
+        refuse(args, "restores images", "mask_colors", "ignore_index")
         results = _evaluate_images(args, predictions, partners)
     results.data = f"{images}, {targets}"
     return results
@@ -64,29 +64,80 @@ def image_and_target_folders(args: argparse.Namespace) -> tuple[str, str]:
     return images, targets
 
 
+def make_pixel_task(args: argparse.Namespace, model: "BranchModel") -> tuple[Any, Any]:
+    """The loss of a model on crops of labelled images, and a loader of these.
+
+    Raises:
+        ValueError: Folders are missing, files have no partner, or masks hold other values.
+    """
+    from timm_branches.data import RestorationDataset, create_loader
+    from timm_branches.data.pair_transform import PairTransform
+    from timm_branches.data.pairs import match_files
+    from timm_branches.dense import RestorationEvaluator, SegmentationEvaluator
+    from timm_branches.inference.dense import predict_pixels
+    from timm_branches.task import DenseTask
+
+    images, targets = image_and_target_folders(args)
+    names, _ = match_files(images, targets)
+    predictions = predict_pixels(model, names, kind=args.kind)
+    if predictions.kind == "masks":
+        cfg = model.pretrained_cfg
+        transform = PairTransform(_CROP, hflip=0, mean=cfg["mean"], std=cfg["std"])
+        data: Any = _masks_of(args, predictions, images, targets, transform)
+        evaluator = partial(
+            SegmentationEvaluator, predictions.classes, taxonomy=predictions.model.taxonomy
+        )
+        task = DenseTask(model, "ce", evaluator, verbose=False)
+    else:
+        refuse(args, "restores images", "mask_colors", "ignore_index")
+        data = RestorationDataset(
+            images,
+            targets,
+            is_training=True,
+            patch_size=_CROP,
+            in_chans=model.in_chans,
+            value_range=model.pretrained_cfg.get("value_range"),
+        )
+        task = DenseTask(model, "l1", RestorationEvaluator, verbose=False)
+    return task, create_loader(data, args.batch_size, is_training=True)
+
+
+def _masks_of(
+    args: argparse.Namespace,
+    predictions: "DensePredictions",
+    images: str,
+    targets: str,
+    transform: Any = None,
+) -> Any:
+    """Images and masks, whose values or colours are those of the model's classes."""
+    from timm_branches.data import SegmentationDataset
+
+    model = predictions.model
+    colors: Any = args.mask_colors
+    if colors is None and "colors" in model.extra:
+        colors = dict(zip(predictions.colors, predictions.classes, strict=True))
+    return SegmentationDataset(
+        images,
+        targets,
+        model.taxonomy or list(predictions.classes),
+        args.ignore_index,
+        transform,
+        mask_colors=colors,
+        in_chans=model.in_chans,
+        value_range=model.pretrained_cfg.get("value_range"),
+    )
+
+
 def _evaluate_masks(
     args: argparse.Namespace, predictions: "DensePredictions", images: str, targets: str
 ) -> Results:
     import numpy as np
     import torch
 
-    from timm_branches.data import SegmentationDataset
     from timm_branches.dense import SegmentationEvaluator
 
-    model = predictions.model
-    tree = model.taxonomy
-    colors: Any = args.mask_colors
-    if colors is None and "colors" in model.extra:
-        colors = dict(zip(predictions.colors, predictions.classes, strict=True))
-    data = SegmentationDataset(
-        images,
-        targets,
-        tree or list(predictions.classes),
-        args.ignore_index,
-        mask_colors=colors,
-        in_chans=model.in_chans,
-        value_range=model.pretrained_cfg.get("value_range"),
-    )
+    tree = predictions.model.taxonomy
+    data = _masks_of(args, predictions, images, targets)
     evaluator = SegmentationEvaluator(predictions.classes, taxonomy=tree)
     for index in _progress(len(data)):
         pixels, mask = data.pixels(index)  # (H, W, C) and (H, W), -1 is unknown
