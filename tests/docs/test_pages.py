@@ -2,6 +2,8 @@
 
 import ast
 import doctest
+import importlib
+import pkgutil
 import re
 import shlex
 import subprocess
@@ -11,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import timm_branches
 from timm_branches.cli import make_parser
 
 ROOT = Path(__file__).parents[2]
@@ -43,9 +46,11 @@ def anchors(page):
 def registries():
     """What an example adds to a registry goes again: other tests would meet it."""
     found = []
-    for module in list(sys.modules.values()):
-        if getattr(module, "__name__", "").startswith("timm_branches"):
-            found += [v for k, v in vars(module).items() if k.isupper() and isinstance(v, dict)]
+    # all are imported first: what a module registers when it is imported stays
+    for info in pkgutil.walk_packages(timm_branches.__path__, "timm_branches."):
+        if not info.name.endswith("__main__"):
+            values = vars(importlib.import_module(info.name))
+            found += [v for k, v in values.items() if k.isupper() and isinstance(v, dict)]
     before = [dict(registry) for registry in found]
     yield
     for registry, entries in zip(found, before, strict=True):
