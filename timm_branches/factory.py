@@ -464,6 +464,7 @@ def load_model(path: str | os.PathLike, map_location: str | torch.device = "cpu"
         arguments = check_arguments(config.get("model"))
         summary = read_object(metadata.get("data_summary", "{}"), "the summary of the data")
         extra = read_object(metadata.get("extra", "{}"), "what it keeps beside the model")
+        calibration = read_object(metadata.get("calibration", "{}"), "its calibration")
     except ValueError as error:
         raise _wrong_description(source, error) from error
     unknown = _unregistered(arguments["head"])
@@ -484,6 +485,7 @@ def load_model(path: str | os.PathLike, map_location: str | torch.device = "cpu"
     fill_model(model, tensors, path)
     model.data_summary = summary or None
     model.extra = extra
+    model.calibration = calibration or None
     return model.to(map_location).eval()
 
 

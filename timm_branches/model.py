@@ -88,6 +88,8 @@ class BranchModel(FreezableBackbone, HubModel):
             colours, and which frames of a clip are looked at.
         data_summary: What was understood of the data that it was trained on, JSON-safe; kept in
             its file.
+        calibration: A temperature and thresholds for answers that keep a promise, see
+            :func:`timm_branches.train.calibrate`; kept in its file.
         frames_per_pass: Frames of a clip that go through the backbone at once; None, the default,
             takes all. It bounds memory and changes results only where BatchNorm takes its
             statistics from a batch.
@@ -117,6 +119,7 @@ class BranchModel(FreezableBackbone, HubModel):
         self.config = ModelConfig()
         self.data_summary: dict[str, Any] | None = None
         self.extra: dict[str, Any] = {}
+        self.calibration: dict[str, Any] | None = None
         self._keys = {name: module_key(name) for name in self.names}
         self.heads = nn.ModuleDict()
         self._multiples: list[int] = []  # for each head what the size of its images is padded to
@@ -693,6 +696,7 @@ class BranchModel(FreezableBackbone, HubModel):
             if name in chosen or count != self.num_classes[name]:
                 self.head(name).reset_classifier(count)  # type: ignore[operator]
         self.taxonomy = taxonomy
+        self.calibration = None  # of the old classes
         self._shared = shared
         self.config |= {"num_classes": list(classes), "taxonomy": taxonomy}
         # no more than that changes: the preprocessing may be that of the model's file

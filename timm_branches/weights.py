@@ -7,6 +7,7 @@ the new one.
 """
 
 import json
+import logging
 import os
 import warnings
 from pathlib import Path
@@ -29,6 +30,7 @@ __all__ = [
     "card_of",
     "describe_model",
     "digest_tensors",
+    "digest_weights",
     "file_taxonomy",
     "fill_model",
     "in_order_of",
@@ -38,6 +40,8 @@ __all__ = [
     "save_model",
     "save_pretrained",
 ]
+
+_logger = logging.getLogger(__name__)
 
 _FORMAT = "timm_branches"
 _VERSION = 1
@@ -83,6 +87,16 @@ def save_model(model: BranchModel, path: "str | os.PathLike", extra: dict | None
     }
     if model.data_summary is not None:
         metadata["data_summary"] = json.dumps(model.data_summary)
+    calibration = model.calibration
+    if calibration is not None and calibration.get("weights") != digest_tensors(tensors, {}):
+        _logger.warning(
+            "The model has been trained or changed since it was calibrated: %s is written without "
+            "its calibration. Calibrate it again.",
+            path,
+        )
+        calibration = None
+    if calibration is not None:
+        metadata["calibration"] = _as_json("model.calibration", calibration)
     save_tensors(path, tensors, metadata)
     return path
 
@@ -129,6 +143,11 @@ def save_pretrained(
             stacklevel=2,
         )
     return folder
+
+
+def digest_weights(model: BranchModel) -> str:
+    """A checksum of all tensors that a model's file holds."""
+    return digest_tensors(_tensors(model)[0], {})
 
 
 def card_of(model: BranchModel, table: str | None = None, license: str | None = None) -> str:

@@ -7,8 +7,10 @@ import torch
 
 from timm_branches.hierarchy.calibration import (
     climb,
+    fit_calibration,
     fit_temperature,
     fit_threshold,
+    information,
     tight_thresholds,
 )
 from timm_branches.hierarchy.decode import Prediction, decode
@@ -130,3 +132,127 @@ def test_what_is_refused():
         fit_temperature(logits, torch.full_like(labels, -1), UNEVEN)
     with pytest.raises(ValueError, match="must be finite"):
         fit_temperature(logits * math.nan, labels, UNEVEN)
+
+
+def in_levels(logits, tree):
+    return sum_upwards(logits, tree)
+
+
+class TestPromises:
+    """Over random splits: the mean of what is right is the target's, not less."""
+
+    @staticmethod
+    def shares(tree, measure, splits=60, **options):
+        """`measure` of the answers to each split's other half: shares that are not wrong."""
+        logits, labels = synthetic(tree, 3000, scale=1.7)
+        found = []
+        for seed in range(splits):
+            order = torch.randperm(3000, generator=torch.Generator().manual_seed(seed))
+            fit, test = order[:600], order[600:]
+            levels = in_levels(logits[fit], tree)
+            calibration = fit_calibration(
+                levels, labels[fit], tree, decoder="leaf-marginal", **options
+            )
+            answers = calibration.answer(in_levels(logits[test], tree), tree)
+            found.append(measure(answers, labels[test]))
+        return torch.tensor(found).mean(0)
+
+    @trees
+    @pytest.mark.parametrize("target", [0.8, 0.95])
+    def test_whole_answers(self, tree, target):
+        def measure(answers, labels):
+            return right(answers.prediction, labels).double().mean().item()
+
+        mean = self.shares(tree, measure, target=target)
+        assert target - 0.004 < mean < target + 0.015
+
+    @trees
+    def test_each_level(self, tree):
+        targets = dict(zip(tree.levels, (0.99, 0.9, 0.8), strict=True))
+
+        def measure(answers, labels):
+            predicted = answers.prediction.labels
+            wrong = (predicted != labels) & (predicted >= 0)
+            return (1 - wrong.double().mean(0)).tolist()
+
+        means = self.shares(tree, measure, target=targets)
+        for mean, target in zip(means.tolist(), targets.values(), strict=True):
+            # the levels above may hold an answer back, so that more is right than was asked
+            assert target - 0.004 < mean
+
+    @trees
+    def test_each_class(self, tree):
+        """A single threshold for all keeps the promise for some classes alone."""
+        level = tree.levels[0]
+
+        def measure(answers, labels):
+            of_class = answers.whole.labels[:, 0]
+            good = right(answers.prediction, labels).double()
+            return [good[of_class == k].mean().item() for k in range(tree.num_classes[0])]
+
+        means = self.shares(tree, measure, target=0.85, by=level)
+        assert (means > 0.85 - 0.01).all()
+        assert (means < 0.85 + 0.03).all()
+
+
+@trees
+def test_information(tree):
+    for leaf, path in enumerate(tree.leaves):
+        row = tree.expand(leaf)
+        for depth in range(len(path) + 1):
+            labels = row.masked_fill(torch.arange(len(row)) >= depth, -1)[None]
+            below = sum(other[:depth] == path[:depth] for other in tree.leaves)
+            want = 1 - math.log(below) / math.log(tree.num_leaves)
+            assert information(labels, tree).item() == pytest.approx(want)
+    assert information(torch.zeros(2, 1, dtype=torch.long), Taxonomy(["one"])).tolist() == [1, 1]
+
+
+def test_ties_keep_the_promise():
+    """All samples alike: either all are answered or none."""
+    tree = Taxonomy(["a/b", "a/c", "d"])
+    logits = torch.tensor([[2.0, 1.0, 0.0]], dtype=torch.double).expand(100, 3)
+    labels = tree.expand(torch.tensor([0] * 70 + [1] * 20 + [2] * 10))
+    levels = in_levels(logits, tree)
+    for target, depth in ((0.6, 2), (0.85, 1), (0.95, 0)):
+        found = fit_calibration(levels, labels, tree, target, decoder="leaf-marginal")
+        answers = found.answer(levels, tree).prediction.labels
+        assert ((answers >= 0).sum(1) == depth).all()
+        assert found.right >= target
+
+
+def test_certainty_beyond_float32():
+    """Probabilities that float32 rounds to 1 are still told apart."""
+    tree = Taxonomy(["a", "b"])
+    margin = torch.linspace(20, 60, 100)
+    logits = [torch.stack([margin, torch.zeros(100)], 1)]
+    labels = (margin < 30).long()[:, None]
+    found = fit_calibration(logits, labels, tree, 0.9, decoder="leaf-marginal")
+    answers = found.answer(logits, tree).prediction.labels[:, 0]
+    assert 0.1 < (answers >= 0).double().mean() < 1
+
+
+def test_samples_without_a_leaf(caplog):
+    logits, labels = synthetic(UNEVEN, 300)
+    levels = in_levels(logits, UNEVEN)
+    coarse = labels.clone()
+    coarse[:50, 1:] = -1
+    known = (coarse == labels).all(1)
+    found = fit_calibration(levels, coarse, UNEVEN, 0.9, decoder="leaf-marginal")
+    assert found.count == known.sum()
+    assert "samples have no known leaf and are left out" in caplog.text
+    with pytest.raises(ValueError, match="No sample has a known leaf"):
+        fit_calibration(levels, torch.full_like(labels, -1), UNEVEN, 0.9)
+    with pytest.raises(ValueError, match="300 rows of logits and 5 of labels"):
+        fit_calibration(levels, labels[:5], UNEVEN, 0.9)
+
+
+def test_absent_leaves(caplog):
+    logits, labels = synthetic(UNEVEN, 300)
+    keep = labels[:, 0] != 0
+    levels = [level[keep] for level in in_levels(logits, UNEVEN)]
+    found = fit_calibration(levels, labels[keep], UNEVEN, 0.9, decoder="leaf-marginal")
+    assert found.absent == ("animal/pet/cat", "animal/pet/dog", "animal/bird")
+    assert "3 of 5 leaves have no sample" in caplog.text
+    caplog.clear()
+    fit_calibration(levels, labels[keep], UNEVEN, 0.99, "level2", decoder="leaf-marginal")
+    assert "answered by too few samples to promise 99 %" in caplog.text

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from timm_branches.cli import check, evaluate, predict, recipes
+from timm_branches.cli import calibrate, check, evaluate, predict, recipes
 from timm_branches.cli.text import printable
 
 __all__ = ["main"]
@@ -50,6 +50,7 @@ def make_parser() -> argparse.ArgumentParser:
     recipes.add_parsers(commands)
     predict.add_parser(commands)
     evaluate.add_parser(commands)
+    calibrate.add_parser(commands)
     check.add_parser(commands)
     export = commands.add_parser("export", help="write a model as ONNX or for torch.export")
     export.add_argument("model", help="model.safetensors, a folder, or hf-hub:user/name")
@@ -77,6 +78,8 @@ def _run(args: argparse.Namespace) -> int:
         return predict.run(args)
     elif args.command == "evaluate":
         return evaluate.run(args)
+    elif args.command == "calibrate":
+        calibrate.run(args)
     elif args.command == "export":
         _export(args)
     elif args.command == "list":
@@ -107,9 +110,17 @@ def _recipes(args: argparse.Namespace) -> None:
 
 
 def _export(args: argparse.Namespace) -> None:
+    from timm_branches.factory import load_model
     from timm_branches.inference.export import export_model
 
-    written = export_model(args.model, args.output, args.frames, args.decoder)
+    model = load_model(args.model)
+    written = export_model(model, args.output, args.frames, args.decoder)
+    if model.calibration is not None:
+        print(
+            "timm-branches: the calibration is no part of what is written: its logits, and a "
+            "decoder's probabilities, are those of the network.",
+            file=sys.stderr,
+        )
     name, shape = written.input
     print(f"{written.path}: {name} ({', '.join(map(str, shape))}) -> {', '.join(written.outputs)}")
     print(f"Compared with the model: at most {written.difference:.1e} of the largest output off.")
@@ -143,7 +154,11 @@ def _info(file: str) -> None:
     if metadata is None:
         raise ValueError(f"{file} is a safetensors file but not one of timm_branches.")
     config = json.loads(metadata["config"])
-    print(json.dumps({**config, "extra": json.loads(metadata["extra"])}, indent=2))
+    kept = {"extra": json.loads(metadata["extra"])}
+    if "calibration" in metadata:
+        kept["calibration"] = json.loads(metadata["calibration"])
+        kept["calibration"].pop("confidences", None)  # up to a thousand numbers
+    print(json.dumps({**config, **kept}, indent=2))
 
 
 def _completion(shell: str) -> None:

@@ -65,7 +65,8 @@ def _say(name: str) -> None:
 
 
 def _task_and_loader(args: argparse.Namespace) -> tuple[Any, Any]:
-    from timm_branches.cli.evaluate import find_tree, make_loader, make_task
+    from timm_branches.cli.evaluate import find_tree, make_loader
+    from timm_branches.train.calibrate import make_task
 
     if not os.path.exists(args.model) and not args.model.startswith("hf-hub:"):
         model = _new_model(args)

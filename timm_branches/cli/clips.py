@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 from tqdm import tqdm
 
+from timm_branches.cli.calibrate import say_calibration, say_drift
 from timm_branches.cli.text import printable, write_output
 
 if TYPE_CHECKING:
@@ -45,7 +46,9 @@ def run(args: argparse.Namespace, model: "BranchModel") -> int:
         sampler,
         args.workers,
         strict=args.strict,
+        calibrated=args.calibration,
     )
+    say_calibration(model, predictions)
     kind = args.format or _format_of(args.output)
     if kind == "srt" and not (predictions.by_frame and len(predictions) == 1):
         raise ValueError("--format srt is for one video and a model that answers frame by frame.")
@@ -57,6 +60,7 @@ def run(args: argparse.Namespace, model: "BranchModel") -> int:
         [args.model, *predictions.files],
         lambda file: write(records, predictions, file),
     )
+    say_drift(predictions)
     if errors:
         print(
             f"timm-branches: {len(errors)} of {len(predictions)} clips could not be read",

@@ -2,9 +2,11 @@
 
 import argparse
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from timm_branches.cli.calibrate import ends
 from timm_branches.cli.results import FORMATS, Results, write_results
 from timm_branches.cli.text import refuse
 
@@ -18,7 +20,6 @@ __all__ = [
     "add_pixel_arguments",
     "find_tree",
     "make_loader",
-    "make_task",
     "run",
 ]
 
@@ -49,6 +50,12 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--taxonomy", help="the tree of a model that was saved without one")
     parser.add_argument(
         "--decoder", help="as for predict (default: best-path, of flat models leaf-marginal)"
+    )
+    parser.add_argument(
+        "--calibration",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="also ask whether a calibrated model keeps its promise (default: yes)",
     )
     parser.add_argument("--format", choices=FORMATS, help="default: by the output's ending")
     parser.add_argument("--output", metavar="FILE", help="write here instead of to stdout")
@@ -106,23 +113,37 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _evaluate_labels(args: argparse.Namespace, model: "BranchModel", unit: str) -> Results:
+    from timm_branches.inference.calibrated import CalibratedEvaluator, model_calibration
     from timm_branches.train import evaluate
+    from timm_branches.train.calibrate import make_task
 
     tree = find_tree(args, model)
     task, decoder = make_task(model, tree)
     loader = make_loader(args, model, tree)
-    evaluator = evaluate(task, loader, decoder=args.decoder or decoder)
+    calibrated = []
+    calibration = model_calibration(model, tree) if args.calibration else None
+    if calibration is not None:
+        calibrated.append(CalibratedEvaluator(calibration, tree, task.level_logits))
+    evaluator = evaluate(task, loader, decoder=args.decoder or decoder, also=calibrated)
     matrices = evaluator.confusion_matrices()
+    metrics = dict(evaluator.metrics)
+    facts = {"decoder": args.decoder or decoder}
+    for each in calibrated:
+        answers = each.compute()
+        metrics |= answers
+        facts["calibrated"] = f"{each.calibration.promise()}; {ends(answers, tree, unit)}"
+        for warning in each.warnings():
+            print(f"timm-branches: {warning}", file=sys.stderr)
     return Results(
         model=os.fspath(args.model),
         data=f"{args.data}, {args.split}",
         count=len(loader.dataset),
         unit=unit,
-        metrics=dict(evaluator.metrics),
+        metrics=metrics,
         columns=_columns(tree),
         classes=_by_class(matrices, tree, unit),
         class_unit=unit,
-        facts={"decoder": args.decoder or decoder},
+        facts=facts,
         matrices=matrices,
     )
 
@@ -143,25 +164,6 @@ def find_tree(args: argparse.Namespace, model: "BranchModel") -> "Taxonomy":
     if tree is None:
         raise ValueError("the model was saved without a tree: give --taxonomy.")
     return tree
-
-
-def make_task(model: "BranchModel", tree: "Taxonomy") -> tuple[Any, str]:
-    """What evaluates a model, and how it is decoded by default.
-
-    Raises:
-        ValueError: Its heads are not those of the tree.
-    """
-    from timm_branches.task import BranchTask, FlatTask
-
-    classes = tuple(model.num_classes[name] for name in model.names)
-    if model.taxonomy is not None and classes == tuple(tree.num_classes):
-        return BranchTask(model, verbose=False), "best-path"
-    if len(classes) == 1 and classes[0] == tree.num_leaves:
-        return FlatTask(model, tree), "leaf-marginal"
-    raise ValueError(
-        f"the tree has {list(tree.num_classes)} classes on its levels and {tree.num_leaves} "
-        f"leaves; the model's heads have {model.num_classes}."
-    )
 
 
 def make_loader(args: argparse.Namespace, model: "BranchModel", tree: "Taxonomy") -> Any:

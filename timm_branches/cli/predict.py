@@ -10,6 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from timm_branches.cli.calibrate import say_calibration, say_drift
 from timm_branches.cli.text import printable, refuse, spare, write_output
 
 if TYPE_CHECKING:
@@ -70,6 +71,13 @@ def add_parser(commands: Any) -> None:
         type=float,
         metavar="P",
         help="stop at the deepest level that is at least this probable, from 0 to 1",
+    )
+    parser.add_argument(
+        "--calibration",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="answer as finely as a calibrated model's promise allows (default: yes, unless a "
+        "threshold or decoder is given)",
     )
     parser.add_argument(
         "--taxonomy",
@@ -159,7 +167,9 @@ def run(args: argparse.Namespace) -> int:
         None,
         args.strict,
         top=5 if args.picture else 0,
+        calibrated=args.calibration,
     )
+    say_calibration(model, found)
     kind = args.format or next(
         (f for f in FORMATS if str(args.output).lower().endswith(f".{f}")), "text"
     )
@@ -172,6 +182,7 @@ def run(args: argparse.Namespace) -> int:
         [args.model, *tables, *args.images, *found.images.names],
         lambda file: write(records, found, file),
     )
+    say_drift(found)
     if errors:
         print(
             f"timm-branches: {len(errors)} of {len(found)} images could not be read",

@@ -63,6 +63,7 @@ def predict_clips(
     num_workers: int = 0,
     device: torch.device | str | None = None,
     strict: bool = True,
+    calibrated: bool = True,
 ) -> "ClipPredictions":
     """Classify clips on every level of a model's tree, as a whole or frame by frame.
 
@@ -81,6 +82,7 @@ def predict_clips(
             on a GPU if there is one.
         strict: Raise at the first clip that cannot be read; otherwise it has a record with its
             `error`.
+        calibrated: As in :func:`timm_branches.inference.predict`.
 
     Returns:
         :class:`ClipPredictions`: iterate over it for one :class:`ClipRecord` a clip, in order.
@@ -106,7 +108,7 @@ def predict_clips(
             "images with it."
         )
     check_number("num_workers=", num_workers, 0, whole=True)
-    levels = Levels(model, taxonomy, decoder, threshold)
+    levels = Levels(model, taxonomy, decoder, threshold, calibrated)
     names = find_clips([clips] if isinstance(clips, (str, os.PathLike)) else list(clips))
     if device is not None:
         model.to(find_device(device))
@@ -156,6 +158,7 @@ class ClipPredictions:
         taxonomy: The tree, or None.
         by_frame: Whether the model answers frame by frame.
         sampler: Which frames are looked at.
+        calibration: What the answers are calibrated to, or None.
     """
 
     def __init__(
@@ -169,8 +172,9 @@ class ClipPredictions:
     ) -> None:
         self.model, self.files, self._levels = model, files, levels
         self.levels, self.taxonomy = levels.names, levels.taxonomy
+        self.calibration = levels.calibration
         self.num_workers, self.strict = num_workers, strict
-        self.by_frame = _answers_by_frame(model, levels.heads)
+        self.by_frame = answers_by_frame(model, levels.heads)
         if sampler is None:
             sampler = FrameSampler() if self.by_frame else training_sampler(model)
         self.sampler = sampler
@@ -182,9 +186,14 @@ class ClipPredictions:
     def __len__(self) -> int:
         return len(self.files)
 
+    def drift(self) -> str | None:
+        """A sentence, if the clips iterated over are unlike those of the calibration."""
+        return self._levels.drift()
+
     def __iter__(self) -> Iterator[ClipRecord]:
         from timm_branches.data import create_loader
 
+        self._levels.begin()
         if self._reads_in_chunks:
             for file in self.files:
                 yield self._read_in_chunks(file)
@@ -285,7 +294,7 @@ class ClipPredictions:
         return {name: torch.cat(part, dim=1) for name, part in parts.items()}
 
 
-def _answers_by_frame(model: BranchModel, heads: Sequence[str]) -> bool:
+def answers_by_frame(model: BranchModel, heads: Sequence[str]) -> bool:
     """Whether the heads give (B, T, K), found by a short clip of nothing.
 
     Raises:

@@ -15,6 +15,8 @@ from torch.utils.data import Dataset
 
 from timm_branches.data.image_list import ImageList
 from timm_branches.hierarchy import sum_upwards
+from timm_branches.hierarchy.calibration import Calibration
+from timm_branches.inference.calibrated import confidence_drift, model_calibration
 from timm_branches.model import BranchModel
 from timm_branches.taxonomy import Taxonomy, get_taxonomy, match_taxonomies
 
@@ -66,6 +68,7 @@ def predict(
     device: "torch.device | str | None" = None,
     strict: bool = True,
     top: int = 0,
+    calibrated: bool = True,
 ) -> "Predictions":
     """Classify images on every level of a model's tree.
 
@@ -91,6 +94,8 @@ def predict(
         strict: Raise at the first image that cannot be read; otherwise it has a record with its
             `error`.
         top: How many candidates of each level to keep in the records.
+        calibrated: Answer by the model's calibration, if it has one
+            (:func:`timm_branches.train.calibrate`) and neither `decoder` nor `threshold` is given.
 
     Returns:
         :class:`Predictions`: iterate over it for one :class:`Record` an image, in order.
@@ -118,7 +123,7 @@ def predict(
             f"batch_size must be at least 1, num_workers and top at least 0; got {batch_size}, "
             f"{num_workers} and {top}."
         )
-    levels = Levels(model, taxonomy, decoder, threshold)
+    levels = Levels(model, taxonomy, decoder, threshold, calibrated)
     listed = ImageList(images, model.in_chans, model.pretrained_cfg.get("value_range"))
     if device is not None:
         model.to(find_device(device))
@@ -134,6 +139,7 @@ class Predictions:
         images: The images, to look at beside what was predicted.
         levels: Names of the levels, coarsest first; of the heads for a model without a tree.
         taxonomy: The tree, or None.
+        calibration: What the answers are calibrated to, or None.
     """
 
     def __init__(
@@ -148,15 +154,21 @@ class Predictions:
     ) -> None:
         self.model, self.images, self._levels = model, images, levels
         self.levels, self.taxonomy = levels.names, levels.taxonomy
+        self.calibration = levels.calibration
         self.batch_size, self.num_workers = batch_size, num_workers
         self.strict, self.top = strict, top
 
     def __len__(self) -> int:
         return len(self.images)
 
+    def drift(self) -> str | None:
+        """A sentence, if the images iterated over are unlike those of the calibration."""
+        return self._levels.drift()
+
     def __iter__(self) -> Iterator[Record]:
         from timm_branches.data import create_loader
 
+        self._levels.begin()
         samples = _Samples(self.images, model_transform(self.model))
         loader = create_loader(
             samples,
@@ -215,7 +227,12 @@ class Levels:
     """How a model's outputs become rows of labels: its tree, or the one given, and the decoder."""
 
     def __init__(
-        self, model: BranchModel, taxonomy: Any, decoder: str | None, threshold: float | None
+        self,
+        model: BranchModel,
+        taxonomy: Any,
+        decoder: str | None,
+        threshold: float | None,
+        calibrated: bool = True,
     ) -> None:
         given = None if taxonomy is None else get_taxonomy(taxonomy)
         tree = given if model.taxonomy is None else model.taxonomy
@@ -239,6 +256,20 @@ class Levels:
         # times
         self.decoder = decoder or ("leaf-marginal" if self.flat else "best-path")
         self.names: tuple[str, ...] = self.heads if tree is None else tree.levels
+        self.calibration: Calibration | None = None
+        if calibrated and decoder is None and threshold is None:
+            self.calibration = model_calibration(model, tree)
+        self._sure: list[torch.Tensor] = []  # the likeliest leaves' probabilities, calibrated
+
+    def begin(self) -> None:
+        """Forget what was answered."""
+        self._sure.clear()
+
+    def drift(self) -> str | None:
+        """A sentence, if what was answered so far is unlike the data of the calibration."""
+        if self.calibration is None or not self._sure:
+            return None
+        return confidence_drift(self.calibration, torch.cat(self._sure))
 
     def read(self, logits: Sequence[torch.Tensor], top: int) -> list[dict[str, Any]]:
         """What a record holds, for each row of a batch's logits.
@@ -260,8 +291,12 @@ class Levels:
             # on an uneven tree what the leaves sum to is less than 1, and is meant to be
             to_chances = torch.exp if self.flat else partial(torch.softmax, dim=-1)
             chances = [to_chances(y) for y in levels]
-            decided = decode(levels, self.tree, self.decoder)
-            final = decided if self.threshold is None else back_off(decided, self.threshold)
+            if self.calibration is not None:
+                final, decided, log_p = self.calibration.answer(levels, self.tree)
+                self._sure.append(log_p.amax(1).exp())
+            else:
+                decided = decode(levels, self.tree, self.decoder)
+                final = decided if self.threshold is None else back_off(decided, self.threshold)
             labels, probabilities = final.labels, final.probabilities
             stopped = (labels != decided.labels).any(1).tolist()
         highest = []

@@ -1,5 +1,6 @@
 """Training: the loop, its settings, checkpoints, logs and plots."""
 
+from timm_branches.train.calibrate import calibrate
 from timm_branches.train.config import FitConfig, add_fit_arguments
 from timm_branches.train.evaluation import evaluate, try_evaluation
 from timm_branches.train.loop import FitResult, fit
@@ -11,6 +12,7 @@ __all__ = [
     "FitResult",
     "PiecewiseLR",
     "add_fit_arguments",
+    "calibrate",
     "evaluate",
     "fit",
     "is_primary",

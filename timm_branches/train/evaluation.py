@@ -1,7 +1,7 @@
 """`evaluate`: a task's evaluator over a loader, exactly; and a trial of it before a training."""
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -29,6 +29,7 @@ def evaluate(
     amp: Any = nullcontext,
     own_transform: bool = True,
     each_batch: Callable[[], None] | None = None,
+    also: Sequence[Any] = (),
     **options: Any,
 ) -> Any:
     """Run a task's evaluator over a loader of (images, labels (N, L)), exactly, over all processes.
@@ -42,6 +43,7 @@ def evaluate(
             :func:`timm_branches.inference.model_transform` makes it; a model that was trained on
             normalised images would else be shown others.
         each_batch: Called before each batch; what it raises ends the evaluation.
+        also: Whatever else looks at outputs and labels in the same pass, by its `update`.
         **options: What the evaluator takes, such as `decoder`.
 
     Raises:
@@ -68,7 +70,9 @@ def evaluate(
             labels = translate(labels)
         task.check_targets(labels, loader)
         bad.update(output)
-        evaluator.update(output, targets_to(labels, task.device))
+        labels = targets_to(labels, task.device)
+        for each in (evaluator, *also):
+            each.update(output, labels)
     model.train(was_training)
     bad.warn()
     evaluator.metrics = evaluator.compute(distributed=is_distributed())

@@ -120,6 +120,10 @@ def fit(
     """
     config = config or FitConfig()
     began = time.monotonic()
+    model = base_model(task)
+    if model.calibration is not None:
+        _logger.warning("The model is trained on: its calibration no longer fits, and goes.")
+        model.calibration = None
     run = _Run(task, train_loader, eval_loader, config, mixup, facts or {})
     try:
         if config.check or config.check_only:
