@@ -222,10 +222,15 @@ def test_command_line(model, photos, tmp_path, capsys):
     out, err = capsys.readouterr()
     assert "(stopped)" not in out
     assert "calibration is not used" in err
-    assert main(["evaluate", path, str(photos), "--format", "json"]) == 0
+    shown = tmp_path / "pictures"
+    evaluated = ["evaluate", path, str(photos), "--format", "json", "--pictures", str(shown)]
+    assert main(evaluated) == 0
+    assert (shown / "coverage.png").stat().st_size > 5000
     results = json.loads(capsys.readouterr().out)
     assert results["calibrated"].startswith("right on 90 %; down to name for ")
     assert 75 < results["metrics"]["answers_right"] <= 100
+    metrics = results["metrics"]
+    assert metrics["information@90"] >= metrics["information@95"] >= 0
     assert main(["evaluate", path, str(photos), "--no-calibration", "--format", "json"]) == 0
     assert "calibrated" not in json.loads(capsys.readouterr().out)
 

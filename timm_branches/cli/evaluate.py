@@ -60,7 +60,9 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--format", choices=FORMATS, help="default: by the output's ending")
     parser.add_argument("--output", metavar="FILE", help="write here instead of to stdout")
     parser.add_argument(
-        "--pictures", metavar="FOLDER", help="draw a confusion matrix for each level"
+        "--pictures",
+        metavar="FOLDER",
+        help="draw a confusion matrix for each level, and what is said at which risk",
     )
     parser.add_argument("--device", help="cpu, cuda or cuda:1 (default: a GPU if there is one)")
     parser.add_argument("-b", "--batch-size", type=int, help="images a batch (default: 64)")
@@ -113,6 +115,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _evaluate_labels(args: argparse.Namespace, model: "BranchModel", unit: str) -> Results:
+    from timm_branches.hierarchy.coverage import CoverageEvaluator
     from timm_branches.inference.calibrated import CalibratedEvaluator, model_calibration
     from timm_branches.train import evaluate
     from timm_branches.train.calibrate import make_task
@@ -121,13 +124,22 @@ def _evaluate_labels(args: argparse.Namespace, model: "BranchModel", unit: str) 
     task, decoder = make_task(model, tree)
     loader = make_loader(args, model, tree)
     calibrated = []
+    temperature = 1.0
     calibration = model_calibration(model, tree) if args.calibration else None
     if calibration is not None:
+        temperature = calibration.temperature
         calibrated.append(CalibratedEvaluator(calibration, tree, task.level_logits))
-    evaluator = evaluate(task, loader, decoder=args.decoder or decoder, also=calibrated)
+    coverage = CoverageEvaluator(tree, decoder, temperature, task.level_logits)
+    beside = [coverage, *calibrated]
+    evaluator = evaluate(task, loader, decoder=args.decoder or decoder, also=beside)
     matrices = evaluator.confusion_matrices()
-    metrics = dict(evaluator.metrics)
+    metrics = dict(evaluator.metrics) | coverage.compute()
     facts = {"decoder": args.decoder or decoder}
+    if "information@95" in metrics and tree.num_levels > 1:
+        facts["information kept at 95 % right"] = (
+            f"{metrics['information@95']:.1f} % by climbing the tree, "
+            f"{metrics['leaf_information@95']:.1f} % by a leaf or nothing"
+        )
     for each in calibrated:
         answers = each.compute()
         metrics |= answers
@@ -145,6 +157,7 @@ def _evaluate_labels(args: argparse.Namespace, model: "BranchModel", unit: str) 
         class_unit=unit,
         facts=facts,
         matrices=matrices,
+        curves=coverage.curves(),
     )
 
 

@@ -31,6 +31,7 @@ class Results:
         measure: 'top1' or 'iou', in percent.
         facts: What else is to be known, by name, such as the decoder.
         matrices: A confusion matrix (K, K) for each level, None where there are too many classes.
+        curves: Risk against coverage of answers, by name.
     """
 
     model: str
@@ -44,6 +45,7 @@ class Results:
     measure: str = "top1"
     facts: dict[str, Any] = field(default_factory=dict)
     matrices: Sequence[Any] = ()
+    curves: Mapping[str, Any] = field(default_factory=dict)
 
 
 def write_results(
@@ -118,7 +120,8 @@ def _write_csv(results: Results, file: TextIO) -> None:
 
 
 def _draw(results: Results, folder: Path) -> None:
-    """A confusion matrix for each level."""
+    """A confusion matrix for each level, and what is said at which risk."""
+    from timm_branches.hierarchy.coverage import plot_coverage
     from timm_branches.train.curves import plot_confusion
     from timm_branches.train.script import slug
 
@@ -129,3 +132,5 @@ def _draw(results: Results, folder: Path) -> None:
     for (level, classes), matrix in zip(results.classes.items(), results.matrices, strict=True):
         if matrix is not None:
             plot_confusion(matrix, list(classes), folder / f"confusion_{slug(level)}.png", level)
+    if results.curves:
+        plot_coverage(results.curves, folder / "coverage.png")

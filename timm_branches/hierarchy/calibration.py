@@ -308,7 +308,7 @@ class Calibration:
             taxonomy: The tree.
         """
         log_p = _posterior(level_logits, taxonomy, self.decoder, self.temperature)
-        whole = _whole_paths(log_p, taxonomy)
+        whole = whole_paths(log_p, taxonomy)
         table = torch.tensor(self.thresholds, dtype=log_p.dtype, device=log_p.device)
         rows = table[_groups(whole.labels, taxonomy, self.by)]
         return CalibratedAnswers(climb(whole, rows), whole, log_p)
@@ -445,7 +445,7 @@ def fit_calibration(
     if not len(labels):
         raise ValueError("No sample has a known leaf: there is nothing to calibrate on.")
     temperature = fit_temperature(log_p, labels, taxonomy)
-    whole = _whole_paths((log_p / temperature).log_softmax(1), taxonomy)
+    whole = whole_paths((log_p / temperature).log_softmax(1), taxonomy)
     _check_paths(whole, labels, taxonomy)
     if "" in targets:
         thresholds = _thresholds_by_class(whole, labels, taxonomy, targets[""], by)
@@ -497,7 +497,7 @@ def _posterior(
     return leaf_log_posterior(levels, taxonomy, decoder, temperature)
 
 
-def _whole_paths(log_p: torch.Tensor, taxonomy: Taxonomy) -> Prediction:
+def whole_paths(log_p: torch.Tensor, taxonomy: Taxonomy) -> Prediction:
     """The paths to the likeliest leaves, with the probability of each class on them."""
     tables = node_tables(taxonomy, log_p.device)
     labels = taxonomy.expand(log_p.argmax(1))
