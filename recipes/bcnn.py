@@ -41,6 +41,7 @@ from timm_branches import (
     Taxonomy,
     create_branch_model,
     load_model,
+    save_model,
 )
 from timm_branches.data import (
     HierarchicalDataset,
@@ -51,14 +52,18 @@ from timm_branches.data import (
     create_splits,
     create_transform,
 )
+from timm_branches.features import HeadsOnly, cache_features
 from timm_branches.files import replace_file
 from timm_branches.hierarchy import HierarchyEvaluator
+from timm_branches.hierarchy.coverage import CoverageEvaluator
+from timm_branches.inference.calibrated import CalibratedEvaluator, model_calibration
 from timm_branches.schedules import LossWeightSchedule, StepSchedule, get_schedule
 from timm_branches.task import BranchTask, FlatTask, base_model
 from timm_branches.train import (
     FitConfig,
     FitResult,
     add_fit_arguments,
+    calibrate,
     evaluate,
     fit,
     is_primary,
@@ -303,6 +308,14 @@ def add_hierarchy_arguments(group: Any) -> None:
         "--uncertainty", action="store_true", help="learn the levels' weights (Kendall et al. 2018)"
     )
     group.add_argument(
+        "--target",
+        type=float,
+        default=0.95,
+        metavar="SHARE",
+        help="how often answers are to be right that say only what the model is sure of "
+        "(default: 0.95)",
+    )
+    group.add_argument(
         "--flat-loss",
         choices=FlatTask.losses,
         default="marginal",
@@ -342,6 +355,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.set_defaults(**{"warmup_epochs": 0, **RECIPES[recipe]})
     args = parser.parse_args(argv)
     check_args(parser, args)
+    changes_images = args.mixup or args.cutmix or args.hflip is not None
+    if args.freeze_backbone and args.augment == "auto" and not changes_images:
+        args.augment = "none"
     args.data = args.data or default_data
     if args.lr_steps:
         args.lr = FitConfig.lr  # the rates are in the steps
@@ -372,6 +388,8 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
             "--no-flat has no effect in a study: the flat twin is what the hierarchy is held "
             "against"
         )
+    if not 0 < args.target < 1:
+        parser.error(f"--target takes a share between 0 and 1, such as 0.95, got {args.target}")
     if args.hflip is not None and args.augment == "none":
         parser.error("--hflip has no effect with --augment none: choose another --augment")
 
@@ -449,6 +467,11 @@ class Experiment:
         }
         if args.drop_path is not None:  # not every backbone takes it
             self.options["drop_path_rate"] = args.drop_path
+        # a backbone that is never trained sees each image once, unless something changes images
+        self.reads_features = bool(args.freeze_backbone) and args.augment == "none"
+        self.reads_features &= not (args.mixup or args.cutmix)
+        if args.freeze_backbone and is_primary():
+            print(freezing(self.reads_features))
         # for the report: every training's log, and the first B-CNN
         self.histories: dict[str, list[dict]] = {}
         self.shown: BranchTask | None = None
@@ -558,14 +581,18 @@ class Experiment:
         args = self.args
         torch.manual_seed(seed)
         model = method.make_model()
+        if args.freeze_backbone:
+            model.freeze()
         self.set_transforms(method, model)
         model.pretrained_cfg.update(image_options(args))
         model.data_summary = self.summary.to_dict()
+        if self.reads_features:
+            model = HeadsOnly(model)
         batch_size = args.batch_size
         if args.partial:  # images that keep their fine label may be few
             batch_size = min(batch_size, len(method.train))
         loader = create_loader(
-            method.train,
+            self.inputs_of(model, method.train, "train"),
             batch_size,
             is_training=True,
             num_workers=args.workers,
@@ -574,9 +601,7 @@ class Experiment:
             **self.balance,
             **reading_options(args),
         )
-        val_loader = create_loader(
-            method.val, args.batch_size, num_workers=args.workers, **reading_options(args)
-        )
+        val_loader = self.eval_loader(model, method.val, "val")
         task = method.make_task(model)
         mixup = self.make_mixup(task)
         if is_primary():
@@ -595,11 +620,49 @@ class Experiment:
         )
         facts = {"data": str(args.data), "seed": seed}
         run = fit(task, loader, val_loader, config, mixup, facts=facts)
-        best = method.make_task(load_model(run.model_path)).to(self.device)
         self.histories[f"{name}, seed {seed}"] = run.history
         if self.shown is None and name.startswith("B-CNN"):
-            self.shown = best
-        return best, run
+            self.shown = method.make_task(load_model(run.model_path)).to(self.device)
+        best = load_model(run.model_path)
+        if self.reads_features:
+            best = HeadsOnly(best.freeze())
+        best.to(self.device)
+        if method.val.taxonomy is not None:  # else it is one level alone
+            self.calibrate(best, method.val, run.model_path)
+        return method.make_task(best), run
+
+    def calibrate(self, model: BranchModel, val: HierarchicalDataset, path: Path | str) -> None:
+        """Let the model's answers keep a promise, by the images that chose its best epoch."""
+        loader = self.eval_loader(model, val, "val")
+        try:
+            calibrate(model, loader, self.args.target, taxonomy=self.tree, data="validation")
+        except ValueError as error:
+            print(f"not calibrated: {error}")
+            return
+        if is_primary():
+            save_model(model, path)
+
+    def inputs_of(self, model: BranchModel, data: HierarchicalDataset, split: str) -> Any:
+        """Images, or of a frozen backbone its features, computed once and kept with the run."""
+        if not self.reads_features:
+            return data
+        taps = "_".join(dict.fromkeys(slug(tap.module) for tap in model.taps))
+        folder = self.output / "features" / f"{split}_{taps}"
+        return cache_features(
+            model.to(self.device),
+            data,
+            folder,
+            batch_size=self.args.batch_size,
+            num_workers=self.args.workers,
+        )
+
+    def eval_loader(self, model: BranchModel, data: HierarchicalDataset, split: str) -> DataLoader:
+        """Batches to evaluate a model on."""
+        args = self.args
+        inputs = self.inputs_of(model, data, split)
+        return create_loader(
+            inputs, args.batch_size, num_workers=args.workers, **reading_options(args)
+        )
 
     def set_transforms(self, method: Method, model: BranchModel) -> None:
         """Let the data be read as the network takes them, and the model's file say how."""
@@ -654,17 +717,23 @@ class Experiment:
         """Metrics of a model, or of several with a level each."""
         data = self.evaluation_data()
         data.transform = self.transform
-        args = self.args
-        loader = create_loader(
-            data, args.batch_size, num_workers=args.workers, **reading_options(args)
+        loaders = [self.eval_loader(base_model(task), data, "judged") for task in tasks]
+        if len(tasks) > 1:
+            return self.evaluate_together(tasks, loaders, decoder)
+        [task], [loader] = tasks, loaders
+        calibration = model_calibration(base_model(task), self.tree)
+        if decoder == "independent" or calibration is None:
+            return dict(evaluate(task, loader, decoder=decoder).metrics)
+        coverage = CoverageEvaluator(
+            self.tree, calibration.decoder, calibration.temperature, task.level_logits
         )
-        if len(tasks) == 1:
-            return dict(evaluate(tasks[0], loader, decoder=decoder).metrics)
-        return self.evaluate_together(tasks, loader, decoder)
+        answers = CalibratedEvaluator(calibration, self.tree, task.level_logits)
+        evaluator = evaluate(task, loader, decoder=decoder, also=[coverage, answers])
+        return {**evaluator.metrics, **coverage.compute(), **answers.compute()}
 
     @torch.no_grad()
     def evaluate_together(
-        self, tasks: Sequence[BranchTask], loader: DataLoader, decoder: str
+        self, tasks: Sequence[BranchTask], loaders: Sequence[DataLoader], decoder: str
     ) -> dict[str, float]:
         """Metrics of several models that answer as one, each on its level."""
         evaluator = HierarchyEvaluator(
@@ -672,17 +741,29 @@ class Experiment:
             self.tree.num_classes,
             self.tree,
             self.device,
-            max_samples=evaluation_sample_limit(loader),
+            max_samples=evaluation_sample_limit(loaders[0]),
             decoder=decoder,
         )
         models = [base_model(task).eval() for task in tasks]
-        for images, labels in loader:
-            images = images.to(self.device)  # (B, C, H, W)
+        for batches in zip(*loaders, strict=True):
             logits: dict[str, torch.Tensor] = {}  # (B, K) of each level
-            for model in models:
-                logits |= model(images)
-            evaluator.update(logits, labels.to(self.device))
+            for model, (images, _) in zip(models, batches, strict=True):
+                logits |= model(images.to(self.device))
+            evaluator.update(logits, batches[0][1].to(self.device))
         return dict(evaluator.compute(distributed=dist.is_initialized()))
+
+
+def freezing(reads_features: bool) -> str:
+    """What becomes of the images of a frozen backbone, in words."""
+    if reads_features:
+        return (
+            "The backbone is frozen and images are not augmented: its features are computed once "
+            "and kept in the run's folder (with --augment light they are computed anew each epoch)."
+        )
+    return (
+        "The backbone is frozen, but augmented images give other features each epoch, which takes "
+        "the time of its forward pass (--augment none computes them once)."
+    )
 
 
 def channels_of(args: argparse.Namespace) -> int:
@@ -776,10 +857,31 @@ def with_and_without(experiment: Experiment) -> StudyResult:
     facts = {"best_epoch": run.best_epoch, "seconds": round(run.seconds, 1)}
     results["flat"] = [experiment.evaluate([task], "leaf-marginal") | facts]
     gain = results["B-CNN, best path"][0]["full_path"] - results["flat"][0]["full_path"]
-    return results, (
+    lines = [
         f"The hierarchy changes full-path accuracy by {gain:+.2f} points in this one run (best "
         "path against flat). One seed is no proof either way: --compare trains several."
-    )
+    ]
+    for name in ("B-CNN, best path", "flat"):
+        lines += what_it_is_sure_of(name, results[name][0], experiment)
+    return results, "\n".join(lines)
+
+
+def what_it_is_sure_of(
+    name: str, metrics: Mapping[str, float], experiment: Experiment
+) -> list[str]:
+    """What a calibrated model answers, as a sentence; none if it is not calibrated."""
+    if "answers_right" not in metrics:
+        return []
+    tree, parts = experiment.tree, []
+    share = 0.0
+    for level in reversed(tree.levels):  # who names a class on a level names those above
+        share += metrics[f"answers_at_{level}"]
+        parts.append(f"the {level} on {share:.1f} %")
+    asked, right = 100 * experiment.args.target, metrics["answers_right"]
+    return [
+        f"{name}, asked to be right on {asked:g} %: sure of {', of '.join(parts)} of the images; "
+        f"{right:.1f} % of these answers are right."
+    ]
 
 
 def compare(experiment: Experiment) -> StudyResult:
@@ -1014,8 +1116,9 @@ def main(args: argparse.Namespace) -> None:
     seconds = time.monotonic() - began
     print(f"\n{comparison_table(results, columns(experiment.tree))}\n\n{closing}")
     explained = (
-        f"Percent, distances in levels, on the {count} {split} images, models of the best epoch on "
-        f"validation. {seeds}, {facts['hardware']}, {seconds:.0f} s."
+        f"Percent, distances in levels, kept at 95 % what answers say at most of which 95 % are "
+        f"right, on the {count} {split} images, models of the best epoch on validation. {seeds}, "
+        f"{facts['hardware']}, {seconds:.0f} s."
     )
     print(f"{explained} Files: {experiment.output}")
     write_report(
@@ -1044,6 +1147,7 @@ def columns(tree: Taxonomy) -> dict[str, str]:
         "hf": "hF",
         "distance": "distance",
         "severity": "severity",
+        "information@95": "kept at 95 %",
     }
 
 

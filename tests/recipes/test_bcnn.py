@@ -1,8 +1,10 @@
 """``recipes/bcnn.py`` as a user runs it: a script, started from some other folder."""
 
 import csv
+import importlib.util
 import json
 import re
+import sys
 import tarfile
 from pathlib import Path
 
@@ -13,7 +15,9 @@ from PIL import Image
 
 from tests.recipes.script import RECIPES, read_table, run_recipe
 from timm_branches import load_model
+from timm_branches.inference.calibrated import model_calibration
 from timm_branches.schedules import get_schedule
+from timm_branches.taxonomy import digits
 
 RECIPE = RECIPES / "bcnn.py"
 LEAVES = ("animal/cat", "animal/dog", "vehicle/bus", "vehicle/car")
@@ -96,12 +100,37 @@ class TestWithoutArguments:
     def test_table(self, digits_run):
         rows = read_table(digits_run[1].stdout)[1]
         assert list(rows) == ["B-CNN", "B-CNN, best path", "flat"]
-        assert all(
-            len(numbers) == 7 and all(0 <= x <= 100 for x in numbers) for numbers in rows.values()
-        )
+        *others, kept = rows.pop("B-CNN")
+        assert kept is None  # it has no distribution to climb by
+        assert len(others) == 7
+        for numbers in rows.values():
+            assert len(numbers) == 8
+            assert all(0 <= x <= 100 for x in numbers)
+        rows = read_table(digits_run[1].stdout)[1]
         consistency = [numbers[3] for numbers in rows.values()]
         assert consistency[0] < consistency[1] == consistency[2] == 100
         assert "360 test images" in digits_run[1].stdout
+
+    def test_what_it_is_sure_of(self, digits_run):
+        """What is printed of calibrated answers is what evaluate says of the files."""
+        said = re.findall(
+            r"^(B-CNN, best path|flat), asked to be right on 95 %: sure of the digit on ([\d.]+) %,"
+            r" of the shape on ([\d.]+) % of the images; ([\d.]+) % of these",
+            digits_run[1].stdout,
+            re.MULTILINE,
+        )
+        assert [name for name, *_ in said] == ["B-CNN, best path", "flat"]
+        tree = digits()
+        for (_, *shares), folder in zip(said, ("bcnn", "flat"), strict=True):
+            path = digits_run[0] / "output" / "bcnn" / folder / "model.safetensors"
+            model = load_model(path)
+            calibration = model_calibration(model, tree)
+            assert calibration.targets == {"": 0.95}
+            assert calibration.data == "validation"
+            digit, shape, right = map(float, shares)
+            assert 0 <= digit <= shape <= 100
+            # 20 validation images say little of 360 others
+            assert right > 80
 
     def test_files(self, digits_run):
         output = digits_run[0] / "output" / "bcnn"
@@ -124,10 +153,11 @@ class TestWithoutArguments:
             "hf",
             "distance",
             "severity",
+            "information@95",
         )
         assert list(facts["results"]) == list(rows)
         for name, (metrics,) in facts["results"].items():
-            assert [metrics[key] for key in columns] == pytest.approx(rows[name], abs=0.006)
+            assert [metrics.get(key) for key in columns] == pytest.approx(rows[name], abs=0.006)
         assert facts["train_images"] == 200
         assert facts["images"] == 360
         assert "--limit 200" in facts["command"]
@@ -587,3 +617,52 @@ def test_a_flag_without_effect_is_refused(recipe, capsys, args):
         recipe.parse_args(args)
     assert stopped.value.code == 2
     assert f"{args[2]} has no effect" in capsys.readouterr().err
+
+
+def load_recipe():
+    """The script as a module."""
+    spec = importlib.util.spec_from_file_location("bcnn_recipe", RECIPE)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+class TestFrozenBackbone:
+    """Features are computed once, and change nothing."""
+
+    def test_as_without_the_cache(self, tmp_path, capsys):
+        recipe = load_recipe()
+        results = []
+        for cached in (True, False):
+            output = tmp_path / f"run{cached}"
+            args = recipe.parse_args(
+                ["--model", "test_resnet", "--freeze-backbone", "--epochs", "2", "--limit", "100"]
+                + ["--img-size", "32", "--no-plots", "--output", str(output)]
+            )
+            made = recipe.Experiment(args)
+            assert made.reads_features
+            made.reads_features = cached
+            table, _ = recipe.with_and_without(made)
+            models = [load_model(output / name / "model.safetensors") for name in ("bcnn", "flat")]
+            results.append((table, models))
+            assert (output / "features").exists() == cached
+        assert "computed once" in capsys.readouterr().out
+        (table, models), (other_table, other_models) = results
+        for name, [metrics] in table.items():
+            [other] = other_table[name]
+            for key in ("shape_top1", "full_path", "loss"):
+                assert metrics[key] == pytest.approx(other[key], rel=1e-4)
+        for model, other in zip(models, other_models, strict=True):
+            for key, value in other.state_dict().items():
+                torch.testing.assert_close(model.state_dict()[key], value, rtol=1e-3, atol=1e-4)
+
+    @pytest.mark.parametrize("flags", [["--augment", "light"], ["--mixup", "0.2"]])
+    def test_augmented_images_are_not_cached(self, flags, tmp_path, capsys):
+        recipe = load_recipe()
+        args = recipe.parse_args(
+            ["--model", "test_resnet", "--freeze-backbone", "--output", str(tmp_path / "run")]
+            + [*flags, "--limit", "50"]
+        )
+        assert not recipe.Experiment(args).reads_features
+        assert "computes them once" in capsys.readouterr().out

@@ -7,7 +7,13 @@ from typing import Any
 
 import torch
 
-from timm_branches.hierarchy.calibration import Calibration, information, is_wrong
+from timm_branches.hierarchy.calibration import (
+    Calibration,
+    information,
+    is_wrong,
+    labels_to_leaves,
+)
+from timm_branches.hierarchy.metrics import expected_calibration_error
 from timm_branches.model import BranchModel
 from timm_branches.taxonomy import Taxonomy
 from timm_branches.weights import digest_weights
@@ -58,6 +64,9 @@ class CalibratedEvaluator:
         self._answers: list[torch.Tensor] = []
         self._labels: list[torch.Tensor] = []
         self._sure: list[torch.Tensor] = []
+        self._sure_before: list[torch.Tensor] = []  # without the temperature
+        self._leaf_right: list[torch.Tensor] = []
+        self._leaf_known: list[torch.Tensor] = []
 
     def update(self, output: Any, target: torch.Tensor) -> None:
         """Take a batch: the model's output, and labels (B, L)."""
@@ -65,13 +74,19 @@ class CalibratedEvaluator:
         answers = self.calibration.answer(levels, self.taxonomy)
         self._answers.append(answers.prediction.labels.cpu())
         self._sure.append(answers.log_posterior.amax(1).exp().cpu())
+        before = (answers.log_posterior * self.calibration.temperature).log_softmax(1)
+        self._sure_before.append(before.amax(1).exp().cpu())
+        leaf = labels_to_leaves(target, self.taxonomy)
+        self._leaf_right.append((answers.log_posterior.argmax(1) == leaf).cpu())
+        self._leaf_known.append((leaf >= 0).cpu())
         self._labels.append(target.cpu())
 
     def compute(self) -> OrderedDict[str, float]:
         """The metrics, in percent.
 
-        `answers_right` and `information`, of all samples with a known leaf; `answers_at_LEVEL` and
-        `answers_none`, which say where answers end.
+        `answers_right` and `information`; `answers_at_LEVEL` and `answers_none`, which say where
+        answers end; `leaf_ece` and `leaf_ece_before`, the expected calibration error of the
+        likeliest leaf with the temperature and without.
         """
         answers, labels = torch.cat(self._answers), torch.cat(self._labels)
         depth = (answers >= 0).sum(1)
@@ -82,6 +97,11 @@ class CalibratedEvaluator:
         for level, name in enumerate(self.taxonomy.levels):
             result[f"answers_at_{name}"] = 100 * float((depth == level + 1).double().mean())
         result["answers_none"] = 100 * float((depth == 0).double().mean())
+        known = torch.cat(self._leaf_known)
+        right_leaf = torch.cat(self._leaf_right)[known]
+        for name, sure in (("leaf_ece", self._sure), ("leaf_ece_before", self._sure_before)):
+            error = expected_calibration_error(torch.cat(sure)[known], right_leaf)
+            result[name] = 100 * float(error)
         return result
 
     def warnings(self) -> list[str]:
