@@ -115,6 +115,11 @@ def oracle(tree, scores, method):
         product = {leaf: m**tree.num_levels for leaf, m in mean.items()}
         p = {leaf: product[leaf] / sum(product.values()) for leaf in tree.leaves}
         return oracle_path(tree, max(mean, key=mean.get), p)
+    if method == "path-sum":
+        total = {}
+        for leaf in tree.leaves:
+            total[leaf] = sum(scores[d][leaf[: d + 1]] for d in range(len(leaf)))
+        return oracle_path(tree, max(total, key=total.get), softmax(total))
     p = oracle_leaves(tree, scores)
     if method == "leaf-marginal":
         return oracle_path(tree, max(p, key=p.get), p)

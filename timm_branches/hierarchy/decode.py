@@ -369,6 +369,38 @@ def _best_path_scores(scores: list[torch.Tensor], tables: _Tables) -> torch.Tens
     return _tame(_to_leaves(by_level, tables))
 
 
+@register_decoder("path-sum")
+def _path_sum(scores: list[torch.Tensor], taxonomy: Taxonomy) -> Prediction:
+    tables = _tables(taxonomy, scores[0].device)
+    total = _path_sum_scores(scores, tables)
+    return _path(total.max(-1).indices, _masses(total.softmax(-1), tables), tables)
+
+
+def path_sum_scores(
+    level_logits: Sequence[torch.Tensor] | Mapping[str, torch.Tensor], taxonomy: Taxonomy
+) -> torch.Tensor:
+    """The sum of the levels' logits (N, leaves) down to each leaf.
+
+    It is what :func:`timm_branches.hierarchy.path_losses.parameter_sharing_loss` trains. Where all
+    leaves have the same depth its softmax is that of :func:`best_path_scores`.
+    """
+    return _path_sum_scores(*_check(level_logits, taxonomy))
+
+
+def _path_sum_scores(scores: list[torch.Tensor], tables: _Tables) -> torch.Tensor:
+    total: torch.Tensor | None = None
+    by_level = []
+    largest = torch.finfo(scores[0].dtype).max / (2 * len(scores))  # sums must not be infinite
+    for values, level in zip(scores, tables.levels, strict=True):
+        values = values.clamp(max=largest)
+        if total is not None:
+            values = total.index_select(1, level.parents) + values
+        total = values
+        if len(level.leaves):
+            by_level.append(_of_leaves(total, level))
+    return _tame(_to_leaves(by_level, tables))
+
+
 @register_decoder("leaf-marginal")
 def _leaf_marginal(scores: list[torch.Tensor], taxonomy: Taxonomy) -> Prediction:
     tables = _tables(taxonomy, scores[0].device)
@@ -426,6 +458,9 @@ def decode(
       that short paths are not favoured. Probabilities: the products (a path of d < L levels counts
       as the geometric mean to the power L) are normalised over the leaves, a product of experts
       (Hinton 2002), and summed up the tree, so they never rise down the path.
+    - 'path-sum': the leaf whose path has the greatest sum of logits; probabilities are the softmax
+      of these sums over the leaves, summed up the tree. It is for heads that were trained by
+      :func:`timm_branches.hierarchy.path_losses.parameter_sharing_loss`.
     - 'leaf-marginal': the path of the most probable leaf of :func:`leaf_log_probs`; each node's
       probability is that of the leaves below it. (What a flat baseline often reports instead, the
       most probable node of *each* level, is 'independent' on the output of

@@ -215,7 +215,7 @@ def level_cross_entropy(
         label_smoothing=label_smoothing,
     )
     weights = labelled if class_weights is None else labelled * class_weights[safe]
-    return _mean(losses * labelled, weights, share)
+    return mean_of_counted(losses * labelled, weights, share)
 
 
 def _soft_cross_entropy(
@@ -225,7 +225,7 @@ def _soft_cross_entropy(
     labelled = (target > 0).any(1)
     weighted = target if class_weights is None else target * class_weights
     log_p = _only(labelled, logits).log_softmax(-1)
-    return _mean(-(weighted * log_p).sum(1), target.sum(1), share)
+    return mean_of_counted(-(weighted * log_p).sum(1), target.sum(1), share)
 
 
 def _check_targets(target: torch.Tensor, classes: int) -> None:
@@ -268,9 +268,9 @@ def marginal_loss(
         >>> round(float(marginal_loss(leaf_logits, torch.tensor([[0, -1]]), tree)), 4)
         0.6931
     """
-    log_p, paths, labelled = _leaf_inputs(leaf_logits, labels, taxonomy)
+    log_p, paths, labelled = leaf_inputs(leaf_logits, labels, taxonomy)
     log_p_label = deepest(path_log_probabilities(log_p, paths, taxonomy), paths)  # (N,)
-    return _mean(-log_p_label, labelled, share)
+    return mean_of_counted(-log_p_label, labelled, share)
 
 
 def hxe_loss(
@@ -313,7 +313,7 @@ def hxe_loss(
         0.9481
     """
     _check_from_zero("alpha", alpha)
-    log_p, paths, labelled = _leaf_inputs(leaf_logits, labels, taxonomy)
+    log_p, paths, labelled = leaf_inputs(leaf_logits, labels, taxonomy)
     nodes = path_log_probabilities(log_p, paths, taxonomy)
     above = F.pad(nodes[:, :-1], (1, 0))  # the root above all has probability 1
     # an impossible class costs inf, not inf - inf
@@ -322,7 +322,7 @@ def hxe_loss(
     weights = torch.where(paths >= 0, (-alpha * heights).exp(), 0)
     # 0 * -inf would be nan
     weighted = torch.where(weights > 0, weights * steps, 0)  # (N, L)
-    return _mean(-weighted.sum(1), labelled, share)
+    return mean_of_counted(-weighted.sum(1), labelled, share)
 
 
 def soft_label_loss(
@@ -367,13 +367,13 @@ def soft_label_loss(
         1.0986
     """
     _check_from_zero("beta", beta)
-    log_p, paths, labelled = _leaf_inputs(leaf_logits, labels, taxonomy)
+    log_p, paths, labelled = leaf_inputs(leaf_logits, labels, taxonomy)
     target, below = soft_targets(paths, taxonomy, beta, log_p.dtype)
     log_p_label = deepest(path_log_probabilities(log_p, paths, taxonomy), paths)
     inside = (target * below).sum(1) * log_p_label
     target = target.masked_fill_(below, 0)
     outside = torch.where(target > 0, target * log_p, 0).sum(1)  # 0 * -inf would be nan
-    return _mean(-inside - outside, labelled, share)
+    return mean_of_counted(-inside - outside, labelled, share)
 
 
 def soft_labels(taxonomy: Taxonomy, beta: float = 10.0) -> torch.Tensor:
@@ -450,7 +450,7 @@ def tree_path_kl(
     columns = labels.clamp(min=0) + sizes.cumsum(0) - sizes
     total = torch.where(known, log_q.gather(1, columns), 0).sum(1)
     m = count.clamp(min=1)
-    return _mean(-m.log() - total / m, count > 0, share)
+    return mean_of_counted(-m.log() - total / m, count > 0, share)
 
 
 def consistency_loss(
@@ -500,10 +500,10 @@ def consistency_loss(
         for distribution in (upper, carried):
             divergence = (distribution * (_safe_log(distribution) - log_mean)).sum(1)  # (N,)
             total = total + divergence / 2
-    return _mean(total / (len(p) - 1), torch.ones_like(total), share)
+    return mean_of_counted(total / (len(p) - 1), torch.ones_like(total), share)
 
 
-def _mean(losses: torch.Tensor, weights: torch.Tensor, share: bool) -> torch.Tensor:
+def mean_of_counted(losses: torch.Tensor, weights: torch.Tensor, share: bool) -> torch.Tensor:
     """Sum of the losses (N,) over the sum of the weights (N,); 0 without any weight.
 
     The weights are those of all processes if `share`.
@@ -550,7 +550,7 @@ def _level_inputs(level_logits: LevelLogits, taxonomy: Taxonomy) -> list[torch.T
     return [at_least_float32(logits) for logits in levels]
 
 
-def _leaf_inputs(
+def leaf_inputs(
     leaf_logits: torch.Tensor, labels: torch.Tensor, taxonomy: Taxonomy
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What losses of leaves compute with.

@@ -11,13 +11,17 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from timm_branches.hierarchy.decode import best_path_scores, leaf_log_probs
+from timm_branches.hierarchy.decode import best_path_scores, leaf_log_probs, path_sum_scores
 from timm_branches.taxonomy.taxonomy import Taxonomy
 
 __all__ = ["LEAF_SCORES", "NodeTables", "leaf_log_posterior", "node_tables"]
 
 # which decoders rank the leaves, and so give them a distribution; the names are those of `decode`
-LEAF_SCORES = {"best-path": best_path_scores, "leaf-marginal": leaf_log_probs}
+LEAF_SCORES = {
+    "best-path": best_path_scores,
+    "leaf-marginal": leaf_log_probs,
+    "path-sum": path_sum_scores,
+}
 
 
 class NodeTables:
@@ -105,8 +109,9 @@ def leaf_log_posterior(
     Args:
         level_logits: As for :func:`decode`.
         taxonomy: The tree.
-        decoder: `'best-path'`, the normalised product of the levels' probabilities, or
-            `'leaf-marginal'`, :func:`leaf_log_probs`.
+        decoder: `'best-path'`, the normalised product of the levels' probabilities,
+            `'leaf-marginal'`, :func:`leaf_log_probs`, or `'path-sum'`, the softmax of the sums of
+            logits.
         temperature: The scores of the leaves are divided by it.
 
     Returns:

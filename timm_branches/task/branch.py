@@ -45,6 +45,8 @@ class BranchTask(HeadsTask):
         label_smoothing: Of every level's cross-entropy, or one for each level.
         class_weights: Weight of each class, by level: `{'fine': tensor (K,)}`; torch's weighted
             mean.
+        decoder: How the answers of the levels become one when the task is evaluated, also for the
+            best epoch; see :func:`timm_branches.hierarchy.decode`.
         loss: A loss of your own in place of the cross-entropies, of the form that
             :class:`timm_branches.hierarchy.losses.HierarchyLoss` states. It brings its own
             smoothing and class weights.
@@ -78,6 +80,7 @@ class BranchTask(HeadsTask):
         class_weights: Mapping[str, torch.Tensor | Sequence[float]] | None = None,
         *,
         loss: HierarchyLoss | None = None,
+        decoder: str = "independent",
         marginal: bool = False,
         consistency: float = 0.0,
         tree_path: float = 0.0,
@@ -123,6 +126,7 @@ class BranchTask(HeadsTask):
                 f"{', '.join(need_taxonomy)} needs a taxonomy: make the model with taxonomy=."
             )
         self.loss = loss
+        self.decoder = decoder
         if loss is not None:
             _refuse_beside_loss(
                 label_smoothing=any(smoothing),
@@ -407,6 +411,7 @@ class BranchTask(HeadsTask):
 
     def create_evaluator(self, **kwargs: Any) -> HierarchyEvaluator:
         """A fresh evaluator that takes the model's whole output and labels (B, L)."""
+        kwargs.setdefault("decoder", self.decoder)
         return HierarchyEvaluator(
             self.level_names,
             self.level_classes,

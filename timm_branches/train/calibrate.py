@@ -24,6 +24,7 @@ def calibrate(
     by: str | None = None,
     taxonomy: Taxonomy | None = None,
     data: str = "",
+    decoder: str | None = None,
 ) -> Calibration:
     """Let a model answer only as finely as it is sure, so that it is right as often as is asked.
 
@@ -40,6 +41,9 @@ def calibrate(
         by: Name of a level: the promise then holds for each of its classes by itself.
         taxonomy: The tree of a model that has none of its own.
         data: What the samples are, in words, to be kept with the model.
+        decoder: What makes one distribution over the leaves, see
+            :func:`timm_branches.hierarchy.nodes.leaf_log_posterior`; by default 'best-path', of one
+            head of leaves 'leaf-marginal'.
 
     Returns:
         What was fitted, which is also `model.calibration`.
@@ -68,7 +72,8 @@ def calibrate(
             "The model answers frame by frame, and the frames of a clip are not independent of "
             "each other: there is no promise to be made for them."
         )
-    task, decoder = make_task(model, tree)
+    task, usual = make_task(model, tree)
+    decoder = decoder or usual
     seen = _Outputs(task)
     evaluate(task, val_loader, also=[seen])
     if not seen.labels:
