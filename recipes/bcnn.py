@@ -56,6 +56,12 @@ from timm_branches.features import HeadsOnly, cache_features
 from timm_branches.files import replace_file
 from timm_branches.hierarchy import HierarchyEvaluator
 from timm_branches.hierarchy.coverage import CoverageEvaluator
+from timm_branches.hierarchy.losses import on_levels
+from timm_branches.hierarchy.path_losses import (
+    ancestor_cross_entropy,
+    parameter_sharing_loss,
+    soft_margin_loss,
+)
 from timm_branches.inference.calibrated import CalibratedEvaluator, model_calibration
 from timm_branches.schedules import LossWeightSchedule, StepSchedule, get_schedule
 from timm_branches.task import BranchTask, FlatTask, base_model
@@ -331,6 +337,14 @@ def add_study_arguments(group: Any) -> None:
         help="train six methods at equal budget over several seeds: is the hierarchy worth it?",
     )
     group.add_argument(
+        "--methods",
+        nargs="+",
+        choices=(*METHODS, "all"),
+        help="which of them: flat (always), bcnn, kept (no level's weight becomes 0), constant, "
+        "detached, independent; hxe and soft (Bertinetto et al. 2020), ancestors (HACE), sharing "
+        "and margin (Valmadre 2022) (default: the first six)",
+    )
+    group.add_argument(
         "--partial",
         type=float,
         nargs="+",
@@ -361,6 +375,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.data = args.data or default_data
     if args.lr_steps:
         args.lr = FitConfig.lr  # the rates are in the steps
+    args.methods = args.methods or USUAL_METHODS
+    if "all" in args.methods:
+        args.methods = tuple(METHODS)
+    args.methods = ("flat", *args.methods)
     if args.seeds is None:
         args.seeds = 3 if args.compare else 1
     return args
@@ -374,6 +392,8 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
             "--lr has no effect beside --lr-steps: change the rates there, or give another --sched "
             "and --lr-steps ''"
         )
+    if args.methods and not args.compare:
+        parser.error("--methods has no effect without --compare")
     if args.compare and args.partial:
         parser.error("--compare and --partial are two studies: choose one")
     if args.seeds is not None and not is_study:
@@ -485,8 +505,12 @@ class Experiment:
         epochs: int | None = None,
         detach: bool = False,
         marginal: bool = False,
+        level_loss: Callable[..., torch.Tensor] | None = None,
     ) -> Method:
-        """A head a level at its own depth, all trained together."""
+        """A head a level at its own depth, all trained together.
+
+        With `level_loss` by one loss of all levels' logits, whose sums down the paths are answers.
+        """
         args = self.args
 
         def make_model() -> BranchModel:
@@ -498,6 +522,8 @@ class Experiment:
             )
 
         def make_task(model: BranchModel) -> BranchTask:
+            if level_loss is not None:
+                return BranchTask(model, loss=on_levels(level_loss), decoder="path-sum")
             return BranchTask(
                 model,
                 schedule,
@@ -509,11 +535,24 @@ class Experiment:
                 uncertainty=args.uncertainty,
             )
 
-        return Method(make_model, make_task, train or self.train, self.val, epochs or args.epochs)
+        return Method(
+            make_model,
+            make_task,
+            train or self.train,
+            self.val,
+            epochs or args.epochs,
+            decoder="best-path" if level_loss is None else "path-sum",
+        )
 
-    def flat(self, train: HierarchicalDataset | None = None, epochs: int | None = None) -> Method:
+    def flat(
+        self,
+        train: HierarchicalDataset | None = None,
+        epochs: int | None = None,
+        loss: str | Callable[..., torch.Tensor] | None = None,
+    ) -> Method:
         """One head of leaves at the deepest tap."""
         args, tree = self.args, self.tree
+        loss = loss or args.flat_loss
 
         def make_model() -> BranchModel:
             return create_branch_model(
@@ -526,7 +565,8 @@ class Experiment:
             )
 
         def make_task(model: BranchModel) -> FlatTask:
-            return FlatTask(model, tree, args.smoothing, loss=args.flat_loss)
+            smoothing = args.smoothing if loss == "marginal" else 0.0
+            return FlatTask(model, tree, smoothing, loss=loss)
 
         return Method(
             make_model,
@@ -628,14 +668,15 @@ class Experiment:
             best = HeadsOnly(best.freeze())
         best.to(self.device)
         if method.val.taxonomy is not None:  # else it is one level alone
-            self.calibrate(best, method.val, run.model_path)
+            self.calibrate(best, method, run.model_path)
         return method.make_task(best), run
 
-    def calibrate(self, model: BranchModel, val: HierarchicalDataset, path: Path | str) -> None:
+    def calibrate(self, model: BranchModel, method: Method, path: Path | str) -> None:
         """Let the model's answers keep a promise, by the images that chose its best epoch."""
-        loader = self.eval_loader(model, val, "val")
+        loader = self.eval_loader(model, method.val, "val")
+        settings = {"data": "validation", "decoder": method.decoder}
         try:
-            calibrate(model, loader, self.args.target, taxonomy=self.tree, data="validation")
+            calibrate(model, loader, self.args.target, taxonomy=self.tree, **settings)
         except ValueError as error:
             print(f"not calibrated: {error}")
             return
@@ -833,6 +874,21 @@ def one_level(data: HierarchicalDataset, level: int) -> HierarchicalSubset:
 
 # the study's B-CNNs whose coarse weight becomes 0, and does not
 WITH_AND_WITHOUT_ZEROS = ("B-CNN", "B-CNN, no level off")
+# what --methods names, and its rows in the table
+METHODS = {
+    "flat": "flat",
+    "bcnn": "B-CNN",
+    "kept": "B-CNN, no level off",
+    "constant": "constant weights",
+    "detached": "detached branches",
+    "independent": "independent branches",
+    "hxe": "flat, HXE",
+    "soft": "flat, soft labels",
+    "ancestors": "flat, ancestors",
+    "sharing": "parameter sharing",
+    "margin": "soft margin",
+}
+USUAL_METHODS = ("flat", "bcnn", "kept", "constant", "detached", "independent")
 # metrics of each method, one dict a seed; closing words
 StudyResult = tuple[dict[str, list[dict[str, float]]], str]
 
@@ -894,15 +950,22 @@ def compare(experiment: Experiment) -> StudyResult:
         args.schedule or paper_schedule(tree.num_levels, args.epochs), num_levels=tree.num_levels
     )
     kept = without_zeros(paper)
-    methods = {
+    equal = get_schedule("equal", num_levels=tree.num_levels)
+    available = {
         "flat": experiment.flat(),
-        "B-CNN": experiment.bcnn(paper),
-        "B-CNN, no level off": experiment.bcnn(kept),
-        "constant weights": experiment.bcnn(get_schedule("equal", num_levels=tree.num_levels)),
-        "detached branches": experiment.bcnn(paper, detach=True),
+        "bcnn": experiment.bcnn(paper),
+        "kept": experiment.bcnn(kept),
+        "constant": experiment.bcnn(equal),
+        "detached": experiment.bcnn(paper, detach=True),
+        "hxe": experiment.flat(loss="hxe"),
+        "soft": experiment.flat(loss="soft"),
+        "ancestors": experiment.flat(loss=ancestor_cross_entropy),
+        "sharing": experiment.bcnn(equal, level_loss=parameter_sharing_loss),
+        "margin": experiment.bcnn(equal, level_loss=soft_margin_loss),
     }
     if kept == paper:
-        del methods["B-CNN, no level off"]
+        del available["kept"]
+    methods = {METHODS[key]: method for key, method in available.items() if key in args.methods}
     results: dict[str, list[dict[str, float]]] = {}
     histories: dict[str, list[list[dict]]] = {}
     for seed in range(args.seed, args.seed + args.seeds):
@@ -912,17 +975,19 @@ def compare(experiment: Experiment) -> StudyResult:
             task, run = experiment.fit(name, method, seed, folder / slug(name))
             trained[name] = [task]
             histories.setdefault(name, []).append(run.history)
-        trained["independent branches"] = fit_independent(experiment, seed, folder)
+        if "independent" in args.methods:
+            trained["independent branches"] = fit_independent(experiment, seed, folder)
         for name, tasks in trained.items():
-            for decoder, row in decoders_of(name).items():
+            for decoder, row in decoders_of(name, methods.get(name)).items():
                 metrics = experiment.evaluate(tasks, decoder)
                 results.setdefault(row, []).append(metrics)
-    lines = [
-        verdict(
-            results, "B-CNN, best path", "flat, leaf-marginal", "full_path", "full-path accuracy"
-        )
-    ]
-    if kept != paper:
+    lines = []
+    for name in methods:
+        if name != "flat":
+            [*_, row] = decoders_of(name, methods[name]).values()
+            baseline, metric = "flat, leaf-marginal", "full_path"
+            lines.append(verdict(results, row, baseline, metric, "full-path accuracy"))
+    if all(name in methods for name in WITH_AND_WITHOUT_ZEROS):
         lines.append(collapse(tree.levels[0], paper, histories))
         if is_primary() and args.plots:
             from timm_branches.train.curves import plot_collapse
@@ -947,11 +1012,13 @@ def fit_independent(experiment: Experiment, seed: int, folder: Path) -> list[Bra
     return tasks
 
 
-def decoders_of(method: str) -> dict[str, str]:
+def decoders_of(name: str, method: Method | None) -> dict[str, str]:
     """The decoders that a method is evaluated with, and their rows in the table."""
-    if method == "flat":
-        return {"leaf-marginal": "flat, leaf-marginal", "crm": "flat, CRM"}
-    return {"independent": method, "best-path": f"{method}, best path"}
+    if name == "flat":
+        return {"crm": "flat, CRM", "leaf-marginal": "flat, leaf-marginal"}
+    if method is not None and method.decoder != "best-path":  # it has one distribution
+        return {method.decoder: name}
+    return {"independent": name, "best-path": f"{name}, best path"}
 
 
 def collapse(

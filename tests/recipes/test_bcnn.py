@@ -343,6 +343,27 @@ class TestStudies:
         assert (compared[0] / "collapse.png").read_bytes().startswith(b"\x89PNG")
         assert "becomes 0" in compared[1]
 
+    def test_methods(self, tmp_path, here):
+        """Losses of recent papers, by name; the flat network is always among them."""
+        chosen = ["hxe", "soft", "ancestors", "sharing", "margin"]
+        flags = ["--compare", "--seeds", "2", "--limit", "96", "--output", "out"]
+        status, out, err = here(*TINY, *flags, "--methods", *chosen)
+        assert status == 0, err
+        names = ["flat, CRM", "flat, leaf-marginal"]
+        for name in ("flat, HXE", "flat, soft labels", "flat, ancestors"):
+            names.append(name)
+        names += ["parameter sharing", "soft margin"]
+        rows = read_table(out)[1]
+        assert list(rows) == names
+        assert all(numbers[3] == 100 for numbers in rows.values()), "paths of the tree"
+        for name in names[2:]:
+            assert re.search(rf"\. {name} against flat, leaf-marginal, full-path", out)
+        model = load_model(tmp_path / "out" / "seed0" / "soft_margin" / "model.safetensors")
+        assert model.calibration["decoder"] == "path-sum"
+        status, _, err = here(*TINY, "--methods", "margin")
+        assert status == 2
+        assert "--methods has no effect without --compare" in err
+
     def test_partial_labels(self, tmp_path, here):
         status, out, err = here(
             *TINY, "--partial", "0.5", "--epochs", "2", "--limit", "96", "--output", "out"
