@@ -14,7 +14,7 @@ from timm_branches.taxonomy import Taxonomy
 from timm_branches.train.evaluation import evaluate
 from timm_branches.weights import digest_weights
 
-__all__ = ["calibrate", "make_task"]
+__all__ = ["LevelOutputs", "calibrate", "make_task"]
 
 
 def calibrate(
@@ -74,7 +74,7 @@ def calibrate(
         )
     task, usual = make_task(model, tree)
     decoder = decoder or usual
-    seen = _Outputs(task)
+    seen = LevelOutputs(task)
     evaluate(task, val_loader, also=[seen])
     if not seen.labels:
         raise ValueError("There are no samples to calibrate on.")
@@ -101,7 +101,7 @@ def make_task(model: BranchModel, tree: Taxonomy) -> tuple[Any, str]:
     )
 
 
-class _Outputs:
+class LevelOutputs:
     """Keeps the logits of all levels, and the labels."""
 
     def __init__(self, task: Any) -> None:
@@ -110,6 +110,7 @@ class _Outputs:
         self.labels: list[torch.Tensor] = []
 
     def update(self, output: Any, target: torch.Tensor) -> None:
+        """Take a batch."""
         self.logits.append([logits.float().cpu() for logits in self.task.level_logits(output)])
         self.labels.append(target.cpu())
 
