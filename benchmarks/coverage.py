@@ -119,7 +119,7 @@ def main() -> None:
     levels, labels, tree, decoder = outputs_of(args)
     print_header(
         torch.device("cpu"),
-        f"{len(labels)} images, {tree.num_leaves} leaves, {decoder}, {args.splits} splits in halves",
+        f"{len(labels)} images, {tree.num_leaves} leaves, {decoder}, {args.splits} splits",
     )
     rows = [judge(levels, labels, tree, decoder, target, args.splits) for target in args.targets]
     print("  ".join(rows[0]))

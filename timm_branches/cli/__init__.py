@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from timm_branches.cli import calibrate, check, evaluate, predict, recipes
+from timm_branches.cli import calibrate, check, evaluate, predict, recipes, suggest_taps
 from timm_branches.cli.text import printable
 
 __all__ = ["main"]
@@ -51,6 +51,7 @@ def make_parser() -> argparse.ArgumentParser:
     predict.add_parser(commands)
     evaluate.add_parser(commands)
     calibrate.add_parser(commands)
+    suggest_taps.add_parser(commands)
     check.add_parser(commands)
     export = commands.add_parser("export", help="write a model as ONNX or for torch.export")
     export.add_argument("model", help="model.safetensors, a folder, or hf-hub:user/name")
@@ -80,6 +81,8 @@ def _run(args: argparse.Namespace) -> int:
         return evaluate.run(args)
     elif args.command == "calibrate":
         calibrate.run(args)
+    elif args.command == "suggest-taps":
+        suggest_taps.run(args)
     elif args.command == "export":
         _export(args)
     elif args.command == "list":
