@@ -109,7 +109,7 @@ def main() -> None:
     parser.add_argument("--taxonomy", help="the tree of a model that was saved without one")
     parser.add_argument("--targets", type=float, nargs="+", default=[0.8, 0.9, 0.95])
     parser.add_argument("--splits", type=int, default=200)
-    parser.add_argument("--limit", type=int, default=1000, help="digits to train on")
+    parser.add_argument("--limit", type=int, default=100, help="digits to train on")
     parser.add_argument("-j", "--workers", type=int, default=0)
     parser.add_argument("--json", metavar="FILE", help="write the numbers here, too")
     args = parser.parse_args()

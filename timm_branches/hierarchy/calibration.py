@@ -167,7 +167,7 @@ def fit_threshold(
         [[0, -1], [0, 1], [1, -1]]
     """
     _check_target(target)
-    threshold = _rank(tight_thresholds(prediction, labels, taxonomy), target)
+    threshold = threshold_at_rank(tight_thresholds(prediction, labels, taxonomy), target)
     if threshold == NO_ANSWER:
         _logger.warning(
             "%d samples are too few to promise %g %% right answers, which takes at least %d: "
@@ -184,7 +184,7 @@ def _check_target(target: float) -> None:
         raise ValueError(f"target must be a share between 0 and 1, such as 0.95, got {target}.")
 
 
-def _rank(thresholds: torch.Tensor, target: float) -> float:
+def threshold_at_rank(thresholds: torch.Tensor, target: float) -> float:
     """The r-th smallest of N, r = ceil((N + 1) target); infinity where r > N."""
     count = len(thresholds)
     # (count + 1) * 0.9 may come out a rounding above a whole number
@@ -530,7 +530,7 @@ def _thresholds_by_class(
     count = 1 if by is None else taxonomy.num_classes[taxonomy.level_index(by)] + 1
     order = groups.argsort(stable=True)
     parts = tight[order].split(groups.bincount(minlength=count).tolist())
-    found = [_rank(part, target) for part in parts]
+    found = [threshold_at_rank(part, target) for part in parts]
     _warn_of_silence(found, [len(part) for part in parts], target, taxonomy, by)
     return [(threshold,) * taxonomy.num_levels for threshold in found]
 
@@ -573,7 +573,7 @@ def _thresholds_by_level(
     result = [0.0] * taxonomy.num_levels
     for name, target in targets.items():
         level = taxonomy.level_index(name)
-        result[level] = _rank(wrong[:, level], target)
+        result[level] = threshold_at_rank(wrong[:, level], target)
         if result[level] == NO_ANSWER:
             _logger.warning(
                 "%d samples are too few to promise %g %% on level %r, which takes at least %d: "
