@@ -57,6 +57,11 @@ def add_parser(commands: Any) -> None:
         default=True,
         help="also ask whether a calibrated model keeps its promise (default: yes)",
     )
+    parser.add_argument(
+        "--costs",
+        metavar="FILE",
+        help="what mistakes cost, as for predict: reports the mean cost of any decoder's answers",
+    )
     parser.add_argument("--format", choices=FORMATS, help="default: by the output's ending")
     parser.add_argument("--output", metavar="FILE", help="write here instead of to stdout")
     parser.add_argument(
@@ -97,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
         from timm_branches.cli.evaluate_pixels import evaluate_pixels
 
         what = "answers for every pixel"
-        refuse(args, what, "taxonomy", "decoder", "batch_size", "workers", *_CLIPS)
+        refuse(args, what, "taxonomy", "decoder", "costs", "batch_size", "workers", *_CLIPS)
         results = evaluate_pixels(args, model)
     elif model.dense_heads:
         raise ValueError(
@@ -117,11 +122,12 @@ def run(args: argparse.Namespace) -> int:
 def _evaluate_labels(args: argparse.Namespace, model: "BranchModel", unit: str) -> Results:
     from timm_branches.hierarchy.coverage import CoverageEvaluator
     from timm_branches.inference.calibrated import CalibratedEvaluator, model_calibration
+    from timm_branches.hierarchy import cost_decoder
     from timm_branches.train import evaluate
     from timm_branches.train.calibrate import make_task
 
     tree = find_tree(args, model)
-    task, decoder = make_task(model, tree)
+    task, default = make_task(model, tree)
     loader = make_loader(args, model, tree)
     calibrated = []
     temperature = 1.0
@@ -129,12 +135,19 @@ def _evaluate_labels(args: argparse.Namespace, model: "BranchModel", unit: str) 
     if calibration is not None:
         temperature = calibration.temperature
         calibrated.append(CalibratedEvaluator(calibration, tree, task.level_logits))
-    coverage = CoverageEvaluator(tree, decoder, temperature, task.level_logits)
+    coverage = CoverageEvaluator(tree, default, temperature, task.level_logits)
+    decoder: Any = args.decoder or default
+    facts = {"decoder": decoder}
+    costs = args.costs
+    if decoder == "cost":
+        costs = costs or "tree-distance"
+        decoder = cost_decoder(costs, tree, default, temperature)
+    if costs is not None:
+        facts["costs"] = costs
     beside = [coverage, *calibrated]
-    evaluator = evaluate(task, loader, decoder=args.decoder or decoder, also=beside)
+    evaluator = evaluate(task, loader, decoder=decoder, costs=costs, also=beside)
     matrices = evaluator.confusion_matrices()
     metrics = dict(evaluator.metrics) | coverage.compute()
-    facts = {"decoder": args.decoder or decoder}
     if "information@95" in metrics and tree.num_levels > 1:
         facts["information kept at 95 % right"] = (
             f"{metrics['information@95']:.1f} % by climbing the tree, "
@@ -152,8 +165,8 @@ def _evaluate_labels(args: argparse.Namespace, model: "BranchModel", unit: str) 
         count=len(loader.dataset),
         unit=unit,
         metrics=metrics,
-        columns=_columns(tree),
-        classes=_by_class(matrices, tree, unit),
+        columns=_columns(tree, costs is not None),
+        classes=_by_class(evaluator.class_report(), tree, unit),
         class_unit=unit,
         facts=facts,
         matrices=matrices,
@@ -226,24 +239,20 @@ def _clip_loader(args: argparse.Namespace, model: "BranchModel", tree: "Taxonomy
 
 
 def _by_class(
-    matrices: Sequence[Any], tree: "Taxonomy", unit: str
+    report: Sequence[Mapping[str, Any]], tree: "Taxonomy", unit: str
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """For each level and class its samples and how many percent of them were named right."""
-    levels: dict[str, dict[str, dict[str, Any]]] = {}
-    for level, names, matrix in zip(tree.levels, tree.classes, matrices, strict=True):
-        levels[level] = {}
-        if matrix is None:  # too many classes for a matrix
-            continue
-        counts = matrix.sum(1).tolist()
-        right = matrix.diagonal().tolist()
-        for name, count, hits in zip(names, counts, right, strict=True):
-            share = 100 * hits / count if count else None
-            levels[level][name] = {unit: int(count), "top1": share}
+    levels: dict[str, dict[str, dict[str, Any]]] = {level: {} for level in tree.levels}
+    for row in report:
+        share = row["recall"] if row["support"] else None
+        levels[row["level"]][row["class"]] = {unit: row["support"], "top1": share}
     return levels
 
 
-def _columns(tree: "Taxonomy") -> Mapping[str, str]:
+def _columns(tree: "Taxonomy", with_costs: bool) -> Mapping[str, str]:
     titles = {f"{level}_top1": level for level in tree.levels}
+    if with_costs:
+        titles["cost"] = "mean cost"
     if tree.num_levels == 1:
         return titles
     titles |= {"full_path": "full path", "consistency": "consistency", "hf": "hF"}

@@ -14,7 +14,9 @@ from timm_branches.cli.calibrate import say_calibration, say_drift
 from timm_branches.cli.text import printable, refuse, spare, write_output
 
 if TYPE_CHECKING:
+    from timm_branches.hierarchy.decode import Decoder
     from timm_branches.inference.predict import Predictions, Record
+    from timm_branches.model import BranchModel
 
 __all__ = ["add_parser", "run"]
 
@@ -64,7 +66,13 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--decoder",
         help="independent, top-down, best-path (default), leaf-marginal (default of "
-        "flat models) or crm",
+        "flat models), crm or cost",
+    )
+    parser.add_argument(
+        "--costs",
+        metavar="FILE",
+        help="of --decoder cost: what mistakes cost, a .csv with the columns answer, truth and "
+        "cost, or tree-distance (default), lca-height, wu-palmer, information or hf",
     )
     parser.add_argument(
         "--threshold",
@@ -144,13 +152,13 @@ def run(args: argparse.Namespace) -> int:
     if args.head is not None or len(model.dense_heads) == len(model.names):
         from timm_branches.cli import dense
 
-        flags = ("format", "decoder", "threshold", "taxonomy", "picture", "batch_size")
+        flags = ("format", "decoder", "costs", "threshold", "taxonomy", "picture", "batch_size")
         refuse(args, "answers for every pixel", *flags, "frames", "sampling", "stride")
         return dense.run(args, model)
     if model.temporal_heads:
         from timm_branches.cli import clips
 
-        refuse(args, "reads clips", "overlay", "kind", "tile", "batch_size")
+        refuse(args, "reads clips", "overlay", "kind", "tile", "batch_size", "costs")
         return clips.run(args, model)
     refuse(args, "classifies images", "overlay", "kind", "tile", "frames", "sampling", "stride")
     if args.format == "srt":
@@ -160,7 +168,7 @@ def run(args: argparse.Namespace) -> int:
         model,
         args.images,
         args.taxonomy,
-        args.decoder,
+        _decoder(args, model),
         args.threshold,
         batch_size,
         args.workers,
@@ -189,6 +197,28 @@ def run(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     return 1 if errors else 0
+
+
+def _decoder(args: argparse.Namespace, model: "BranchModel") -> "str | Decoder | None":
+    """The decoder that the flags ask for; of costs by the calibrated temperature, if there is one."""
+    if args.decoder != "cost":
+        if args.costs is not None:
+            raise ValueError("--costs has no effect without --decoder cost.")
+        return args.decoder
+    from timm_branches.hierarchy import cost_decoder
+    from timm_branches.inference.calibrated import model_calibration
+    from timm_branches.taxonomy import get_taxonomy
+    from timm_branches.train.calibrate import make_task
+
+    tree = model.taxonomy
+    if tree is None and args.taxonomy is None:
+        raise ValueError("--decoder cost needs a tree, and the model has none: give --taxonomy.")
+    tree = get_taxonomy(args.taxonomy) if tree is None else tree
+    scores, temperature = make_task(model, tree)[1], 1.0
+    calibration = model_calibration(model, tree) if args.calibration else None
+    if calibration is not None:
+        scores, temperature = calibration.decoder, calibration.temperature
+    return cost_decoder(args.costs or "tree-distance", tree, scores, temperature)
 
 
 def _readable(

@@ -1,6 +1,14 @@
 """Learning and answering on a label hierarchy: losses, decoders, metrics."""
 
 from timm_branches.hierarchy.class_balance import class_weights
+from timm_branches.hierarchy.cost import (
+    COSTS,
+    answer_costs,
+    best_hf_nodes,
+    cost_decoder,
+    cost_matrix,
+    least_cost,
+)
 from timm_branches.hierarchy.decode import (
     DECODERS,
     Prediction,
@@ -19,17 +27,23 @@ from timm_branches.hierarchy.metrics import (
 )
 
 __all__ = [
+    "COSTS",
     "DECODERS",
     "METRICS",
     "EvaluationBatch",
     "HierarchyEvaluator",
     "Prediction",
+    "answer_costs",
     "back_off",
+    "best_hf_nodes",
     "class_weights",
     "consistency",
+    "cost_decoder",
+    "cost_matrix",
     "decode",
     "full_path_accuracy",
     "leaf_log_probs",
+    "least_cost",
     "level_accuracy",
     "register_decoder",
     "register_metric",

@@ -441,12 +441,12 @@ _CACHED = 2**19
 def decode(
     level_logits: Sequence[torch.Tensor] | Mapping[str, torch.Tensor],
     taxonomy: Taxonomy,
-    method: str = "independent",
+    method: str | Decoder = "independent",
 ) -> Prediction:
     """One label per level from every level's logits.
 
-    All methods but 'independent' promise a path of the tree that ends at a leaf, whatever the
-    logits (:meth:`Taxonomy.valid_paths`):
+    All methods but 'independent' promise a path of the tree, whatever the logits
+    (:meth:`Taxonomy.valid_paths`), and all but 'cost' one that ends at a leaf:
 
     - 'independent': each level's argmax and its softmax probability, level by level. The answers
       may contradict each other, and none is ever -1.
@@ -468,15 +468,17 @@ def decode(
     - 'crm': the leaf of least expected cost, the cost of k where j is true being the height of
       their lowest common ancestor (:meth:`Taxonomy.lca_height`), under the distribution of
       'leaf-marginal', and probabilities as there.
+    - 'cost': the node, leaf or not, of least expected tree distance under that distribution; of
+      other costs :func:`cost_decoder` makes a decoder.
 
-    Of equal candidates the one of lowest index is taken.
+    Of equal candidates the one of lowest index is taken, with 'cost' the deepest first.
 
     Args:
         level_logits: one float tensor (N, num_classes[level]) per level, coarse to fine, or a dict
             of them by the levels' names: logits or log-probabilities, such as `model(images)` or
             `sum_upwards(leaf_logits, taxonomy)`.
         taxonomy: the tree.
-        method: one of `DECODERS`, which :func:`register_decoder` adds to.
+        method: one of `DECODERS`, which :func:`register_decoder` adds to, or such a function.
 
     Returns:
         A :class:`Prediction`: labels (N, L) with -1 below a shallow leaf, and their probabilities
@@ -499,9 +501,10 @@ def decode(
     Mistakes in Deep Networks", ICLR 2021, equation 1; computed along the tree, without the matrix
     of costs.
     """
-    if method not in DECODERS:
+    if isinstance(method, str) and method not in DECODERS:
         names = ", ".join(map(repr, DECODERS))
         raise ValueError(f"There is no decoder {method!r}; there are {names}.")
+    decoder = DECODERS[method] if isinstance(method, str) else method
     scores, _ = _check(level_logits, taxonomy)
     rows = len(scores[0])
     if scores[0].device.type == "cpu" and method != "top-down":  # which looks at few of the classes
@@ -509,14 +512,16 @@ def decode(
     pieces = [values.split(max(1, rows)) for values in scores]
     labels, probabilities = [], []
     for chunk in zip(*pieces, strict=True):
-        prediction = DECODERS[method](list(chunk), taxonomy)
+        prediction = decoder(list(chunk), taxonomy)
         _check_answer(prediction, method, len(chunk[0]), taxonomy)
         labels.append(prediction.labels)
         probabilities.append(prediction.probabilities)
     return Prediction(torch.cat(labels), torch.cat(probabilities))
 
 
-def _check_answer(prediction: Prediction, method: str, rows: int, taxonomy: Taxonomy) -> None:
+def _check_answer(
+    prediction: Prediction, method: str | Decoder, rows: int, taxonomy: Taxonomy
+) -> None:
     """A decoder from outside must keep to the contract."""
     expected = (rows, taxonomy.num_levels)
     shapes = [tuple(values.shape) for values in prediction]

@@ -14,15 +14,18 @@ import torch
 import torch.distributed as dist
 
 from timm_branches.hierarchy.ancestry import check_label_range
-from timm_branches.hierarchy.decode import DECODERS, decode
+from timm_branches.hierarchy.cost import Costs, cost_matrix
+from timm_branches.hierarchy.decode import DECODERS, Decoder, decode
 from timm_branches.hierarchy.metric_registry import (
     EvaluationBatch,
     Metric,
+    float_dtype,
     registered_metrics,
 )
 from timm_branches.hierarchy.metrics import class_scores
 from timm_branches.hierarchy.standard_metrics import (
     calibration_metrics,
+    cost_metric,
     level_metrics,
     lower_is_better,
     tree_metrics,
@@ -58,11 +61,15 @@ class HierarchyEvaluator:
     top1           percent accuracy of the answer's leaf; of trees of uneven depth (else it is the
                            last level's top1)
     severity       levels  mean distance of the mistakes; never to be read without top1
+    cost           theirs  mean cost of the answers, where the leaf is known; with `costs`
     {level}_ece    percent expected calibration error of the answers, 15 bins
     ============== ======= ======================================================================
 
     Without a taxonomy there are only `loss`, `full_path` and those of each level. What
     :func:`register_metric` added follows behind these. An answer whose probability is nan is none.
+    Where an answer stops above a leaf, what it leaves out counts as wrong for top1 and full path,
+    lowers recall alone, and has no part in the calibration error; its distance is its node's
+    height, so `severity` counts it among the mistakes.
 
     Args:
         levels: Names of the levels.
@@ -75,6 +82,7 @@ class HierarchyEvaluator:
         decoder: How the levels' logits become one answer, see :func:`decode`. With
             `'independent'` each level answers for itself. The ranking of leaves for dist@k is the
             same for all: :func:`leaf_log_probs`.
+        costs: What answers cost, see :func:`cost_matrix`: adds the metric `cost`, of any decoder.
 
     Attributes:
         metric_names: What :meth:`compute` returns, in this order.
@@ -82,7 +90,7 @@ class HierarchyEvaluator:
 
     Raises:
         ValueError: The taxonomy has other classes, there is no such decoder, or it needs a
-            taxonomy, or a registered metric has the name of a standard one.
+            taxonomy, as costs do, or a registered metric has the name of a standard one.
 
     Example:
         >>> paths = ['animal/cat', 'animal/dog', 'transport/ship']
@@ -108,7 +116,8 @@ class HierarchyEvaluator:
         *,
         max_samples: int | None = None,
         to_levels: Any = None,
-        decoder: str = "independent",
+        decoder: str | Decoder = "independent",
+        costs: Costs | None = None,
     ) -> None:
         self.levels, self.num_classes = tuple(levels), tuple(num_classes)
         self.taxonomy = taxonomy
@@ -127,12 +136,17 @@ class HierarchyEvaluator:
                     f"The levels {list(self.levels)} are the taxonomy's in another order: give "
                     f"them from coarse to fine, {list(taxonomy.levels)}."
                 )
-        if decoder not in DECODERS:
+        if isinstance(decoder, str) and decoder not in DECODERS:
             raise ValueError(
                 f"There is no decoder {decoder!r}: choose one of {', '.join(DECODERS)}."
             )
         if decoder != "independent" and taxonomy is None:
             raise ValueError(f"The decoder {decoder!r} needs a taxonomy.")
+        self.costs: torch.Tensor | None = None
+        if costs is not None:
+            if taxonomy is None:
+                raise ValueError("costs= needs a taxonomy.")
+            self.costs = cost_matrix(costs, taxonomy).to(self.device, float_dtype(self.device))
         self.tables = None if taxonomy is None else PathTables(taxonomy, self.device)
         # where each level's classes begin among those of all levels side by side
         self.starts = torch.tensor([0, *self.num_classes[:-1]]).cumsum(0).to(self.device)
@@ -160,6 +174,8 @@ class HierarchyEvaluator:
         chosen = level_metrics(self.levels, self.num_classes)
         if self.taxonomy is not None:
             chosen += tree_metrics(self.taxonomy)
+            if self.costs is not None:
+                chosen.append(cost_metric(self.costs, self.taxonomy))
         chosen += calibration_metrics(self.levels)
         by_name = {metric.name: metric for metric in chosen}
         for metric in registered_metrics(with_taxonomy=self.taxonomy is not None):

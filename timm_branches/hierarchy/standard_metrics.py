@@ -11,6 +11,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
+from timm_branches.hierarchy.cost import look_up_costs
 from timm_branches.hierarchy.metric_registry import (
     EvaluationBatch,
     Metric,
@@ -25,6 +26,7 @@ from timm_branches.hierarchy.metrics import (
     ratio,
     top_k_counts,
 )
+from timm_branches.hierarchy.nodes import node_tables
 from timm_branches.hierarchy.tree_metrics import (
     f1_of,
     leaf_accuracy_of,
@@ -36,7 +38,13 @@ from timm_branches.hierarchy.tree_metrics import (
 )
 from timm_branches.taxonomy.taxonomy import Taxonomy
 
-__all__ = ["calibration_metrics", "level_metrics", "lower_is_better", "tree_metrics"]
+__all__ = [
+    "calibration_metrics",
+    "cost_metric",
+    "level_metrics",
+    "lower_is_better",
+    "tree_metrics",
+]
 
 NUM_BINS = 15  # of the calibration error, as in Guo et al. 2017
 TOP_K = 5
@@ -45,7 +53,7 @@ NEAREST = (5, 20)  # leaves of dist@k, as in Bertinetto et al. 2020
 
 def lower_is_better(name: str) -> bool:
     """Whether a standard metric of this name is the better the smaller it is."""
-    if name in ("loss", "tice", "distance", "severity"):
+    if name in ("loss", "tice", "distance", "severity", "cost"):
         return True
     return name.startswith("dist@") or name.endswith("_ece")
 
@@ -91,6 +99,11 @@ def tree_metrics(taxonomy: Taxonomy) -> list[Metric]:
     return metrics
 
 
+def cost_metric(costs: torch.Tensor, taxonomy: Taxonomy) -> Metric:
+    """The mean cost of the answers, of a matrix (nodes, leaves)."""
+    return _standard("cost", partial(_cost_sums, costs, taxonomy), _mean_loss, 1)
+
+
 def _standard(
     name: str, statistics: Statistics, result: Callable[..., torch.Tensor], scale: float = 100
 ) -> Metric:
@@ -131,6 +144,17 @@ def _calibration_sums(level: int, batch: EvaluationBatch) -> tuple[torch.Tensor,
     dtype = float_dtype(label.device)
     confidence = batch.confidences[:, level]
     return calibration_bins(confidence, label == prediction, answered, NUM_BINS, dtype)
+
+
+def _cost_sums(
+    costs: torch.Tensor, taxonomy: Taxonomy, batch: EvaluationBatch
+) -> tuple[torch.Tensor, ...]:
+    assert batch.tables is not None
+    nodes = node_tables(taxonomy, batch.labels.device)
+    of_answers = look_up_costs(batch.tables.end(batch.predictions), batch.labels, costs, nodes)
+    counted = ~of_answers.isnan()
+    dtype = float_dtype(of_answers.device)
+    return of_answers.where(counted, 0).sum(dtype=dtype), counted.sum()
 
 
 def _consistency_counts(batch: EvaluationBatch) -> tuple[torch.Tensor, ...]:

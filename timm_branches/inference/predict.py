@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from timm_branches.data.image_list import ImageList
 from timm_branches.hierarchy import sum_upwards
 from timm_branches.hierarchy.calibration import Calibration
+from timm_branches.hierarchy.decode import Decoder
 from timm_branches.inference.calibrated import confidence_drift, model_calibration
 from timm_branches.model import BranchModel
 from timm_branches.taxonomy import Taxonomy, get_taxonomy, match_taxonomies
@@ -61,7 +62,7 @@ def predict(
     model: "BranchModel | str | os.PathLike",
     images: Any,
     taxonomy: "Taxonomy | str | os.PathLike | None" = None,
-    decoder: str | None = None,
+    decoder: "str | Decoder | None" = None,
     threshold: float | None = None,
     batch_size: int = 64,
     num_workers: int = 0,
@@ -85,7 +86,7 @@ def predict(
             model with a tree the same classes in another order: labels are numbered as there.
         decoder: How the levels' answers become one path, see `timm_branches.hierarchy.decode`; None
             is 'best-path', for a flat model 'leaf-marginal', and each head on its own without a
-            tree.
+            tree. What :func:`timm_branches.hierarchy.cost_decoder` makes is one, too.
         threshold: Stop at the deepest level whose probability is at least this, from 0 to 1.
         batch_size: Images a batch.
         num_workers: Processes that read images; 0 reads them in this one.
@@ -230,7 +231,7 @@ class Levels:
         self,
         model: BranchModel,
         taxonomy: Any,
-        decoder: str | None,
+        decoder: "str | Decoder | None",
         threshold: float | None,
         calibrated: bool = True,
     ) -> None:
@@ -366,7 +367,9 @@ def _classifying_heads(model: BranchModel) -> tuple[str, ...]:
     return tuple(heads)
 
 
-def _check_decoding(tree: Taxonomy | None, decoder: str | None, threshold: float | None) -> None:
+def _check_decoding(
+    tree: Taxonomy | None, decoder: "str | Decoder | None", threshold: float | None
+) -> None:
     if threshold is not None and not 0 <= threshold <= 1:
         raise ValueError(f"threshold must be a probability from 0 to 1, not {threshold}.")
     if tree is None and (threshold is not None or decoder not in (None, "independent")):
@@ -374,7 +377,7 @@ def _check_decoding(tree: Taxonomy | None, decoder: str | None, threshold: float
         raise ValueError(
             f"{setting} needs a tree, and this model was saved without one: give its taxonomy."
         )
-    if tree is not None and decoder is not None:
+    if tree is not None and isinstance(decoder, str):
         from timm_branches.hierarchy.decode import DECODERS
 
         if decoder not in DECODERS:
