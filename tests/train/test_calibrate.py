@@ -18,6 +18,7 @@ from timm_branches import (
     save_pretrained,
 )
 from timm_branches.cli import main
+from timm_branches.hierarchy import cost_decoder
 from timm_branches.hierarchy.calibration import Calibration, information, is_wrong
 from timm_branches.inference import predict
 from timm_branches.inference.calibrated import (
@@ -290,3 +291,37 @@ def test_against_scipy():
             scipy.stats.ks_2samp(a, b).statistic * math.sqrt(400 * 700 / 1100)
         )
         assert kolmogorov_smirnov(a, b) == pytest.approx(want, abs=1e-9)
+
+
+def test_answers_that_cost_least(model, photos, tmp_path, capsys):
+    """By file and by name, with the calibrated temperature, as the functions give them."""
+    path = str(tmp_path / "trained.safetensors")
+    files = sorted((photos / "test").rglob("*.png"))
+    calibrate(model, loader(600, 1), 0.9)
+    save_model(model, path)
+    rows = ["answer,truth,cost"]
+    for leaf in TREE.leaf_names:
+        rows += [f"{leaf},*,1", f"{leaf},{leaf},0"]
+    rows += ["warm,warm,0.3", "warm,cold,2", "cold,cold,0.3", "cold,warm,2"]
+    (tmp_path / "costs.csv").write_text("\n".join(rows))
+    costs = str(tmp_path / "costs.csv")
+    arguments = [path, str(photos / "test"), "--decoder", "cost", "--format", "json"]
+    assert main(["predict", *arguments, "--costs", costs]) == 0
+    said = {row["file"]: row for row in json.loads(capsys.readouterr().out)}
+    calibration = model_calibration(model, TREE)
+    decoder = cost_decoder(costs, TREE, calibration.decoder, calibration.temperature)
+    for record in predict(model, files, decoder=decoder):
+        named = [level["name"] for level in said[record.file]["levels"]]
+        assert tuple(named) == record.path
+    depths = {len(row["levels"]) for row in said.values()}
+    assert depths == {1, 2}, "some stop at a kind, for 0.3, others name a leaf"
+    evaluated = ["evaluate", path, str(photos), "--format", "json"]
+    assert main([*evaluated, "--decoder", "cost", "--costs", costs]) == 0
+    best = json.loads(capsys.readouterr().out)["metrics"]["cost"]
+    assert main([*evaluated, "--decoder", "best-path", "--costs", costs]) == 0
+    assert best < json.loads(capsys.readouterr().out)["metrics"]["cost"]
+    assert main(["predict", *arguments[:2], "--costs", costs]) == 2
+    assert "--costs has no effect without --decoder cost" in capsys.readouterr().err
+    (tmp_path / "costs.csv").write_text("answer,truth,cost\nred,purple,1\n")
+    assert main(["predict", *arguments, "--costs", costs]) == 2
+    assert "purple" in capsys.readouterr().err

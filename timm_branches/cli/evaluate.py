@@ -120,9 +120,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _evaluate_labels(args: argparse.Namespace, model: "BranchModel", unit: str) -> Results:
+    from timm_branches.hierarchy import cost_decoder
     from timm_branches.hierarchy.coverage import CoverageEvaluator
     from timm_branches.inference.calibrated import CalibratedEvaluator, model_calibration
-    from timm_branches.hierarchy import cost_decoder
     from timm_branches.train import evaluate
     from timm_branches.train.calibrate import make_task
 

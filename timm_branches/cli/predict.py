@@ -200,7 +200,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _decoder(args: argparse.Namespace, model: "BranchModel") -> "str | Decoder | None":
-    """The decoder that the flags ask for; of costs by the calibrated temperature, if there is one."""
+    """The decoder that the flags ask for; that of costs uses a calibrated temperature."""
     if args.decoder != "cost":
         if args.costs is not None:
             raise ValueError("--costs has no effect without --decoder cost.")
