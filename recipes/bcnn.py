@@ -264,7 +264,10 @@ def add_network_arguments(group: Any) -> None:
     """The backbone, where it is tapped, and the heads."""
     add_model_arguments(group, "bcnn_a")
     group.add_argument(
-        "--taps", nargs="+", help="one per level, coarse to fine (default: the last stages)"
+        "--taps",
+        nargs="+",
+        help="one per level, coarse to fine (default: the last stages; with weights of a trained "
+        "backbone the last one for all, see timm-branches suggest-taps)",
     )
     group.add_argument(
         "--detach",
@@ -475,6 +478,8 @@ class Experiment:
         self.summary = say_what_was_understood(train=self.train, val=self.val, test=self.test)
         self.tree = hierarchy_of(self.train, args.data)
         self.taps = taps_of(args, self.tree)
+        if args.taps is None and is_primary():
+            print(f"taps: {' '.join(self.taps)}")
         self.heads = make_heads(args, self.tree.num_levels)
         self.balance = balance_options(args, self.tree)
         self.class_weights = weights_of_classes(args, self.train)
@@ -833,7 +838,8 @@ def hierarchy_of(data: HierarchicalDataset, name: str) -> Taxonomy:
 
 def taps_of(args: argparse.Namespace, tree: Taxonomy) -> list[str]:
     """One tap for each level."""
-    taps = args.taps or default_taps(tree.num_levels)
+    is_trained = args.pretrained or args.checkpoint_path
+    taps = args.taps or default_taps(tree.num_levels, bool(is_trained))
     if len(taps) != tree.num_levels:
         raise ValueError(
             f"--taps {' '.join(taps)}: the tree has {tree.num_levels} levels "
@@ -842,8 +848,14 @@ def taps_of(args: argparse.Namespace, tree: Taxonomy) -> list[str]:
     return taps
 
 
-def default_taps(levels: int) -> list[str]:
-    """The last stages, one for each level; more than five levels share stages 1 to 5."""
+def default_taps(levels: int, is_trained: bool) -> list[str]:
+    """The last stages, one for each level; more than five levels share stages 1 to 5.
+
+    A backbone that brings weights is read at its last stage: there they tell coarse classes apart
+    best, too (docs/hierarchy.md; `timm-branches suggest-taps`).
+    """
+    if is_trained:
+        return ["5"] * levels
     if levels <= 5:
         return [str(stage) for stage in range(6 - levels, 6)]
     return [str(1 + round(4 * level / (levels - 1))) for level in range(levels)]

@@ -640,6 +640,18 @@ def test_a_flag_without_effect_is_refused(recipe, capsys, args):
     assert f"{args[2]} has no effect" in capsys.readouterr().err
 
 
+def test_default_taps():
+    """B-CNN's depths from scratch; the last stage where a backbone brings weights."""
+    recipe = load_recipe()
+    for flags, wanted in (
+        ([], ["4", "5"]),
+        (["--checkpoint-path", "weights.safetensors"], ["5", "5"]),
+        (["--pretrained"], ["5", "5"]),
+        (["--pretrained", "--taps", "3", "5"], ["3", "5"]),
+    ):
+        assert recipe.taps_of(recipe.parse_args(flags), digits()) == wanted
+
+
 def load_recipe():
     """The script as a module."""
     spec = importlib.util.spec_from_file_location("bcnn_recipe", RECIPE)
