@@ -191,7 +191,7 @@ def threshold_at_rank(thresholds: torch.Tensor, target: float) -> float:
     rank = math.ceil((count + 1) * target - 1e-9)
     if rank > count:
         return NO_ANSWER
-    return float(thresholds.sort().values[rank - 1])
+    return float(thresholds.detach().sort().values[rank - 1])
 
 
 def least_samples(target: float) -> int:
@@ -493,7 +493,7 @@ def _posterior(
     level_logits: Any, taxonomy: Taxonomy, decoder: str, temperature: float = 1.0
 ) -> torch.Tensor:
     """In float64: near certainty float32 knows one number only, 1."""
-    levels = [logits.double() for logits in in_order_of_levels(level_logits, taxonomy)]
+    levels = [logits.detach().double() for logits in in_order_of_levels(level_logits, taxonomy)]
     return leaf_log_posterior(levels, taxonomy, decoder, temperature)
 
 
