@@ -6,11 +6,14 @@ import pytest
 import torch
 
 from timm_branches.hierarchy.calibration import (
+    _slope_of_cross_entropy,
+    _slope_of_marginal,
     climb,
     fit_calibration,
     fit_temperature,
     fit_threshold,
     information,
+    labels_to_leaves,
     tight_thresholds,
 )
 from timm_branches.hierarchy.decode import Prediction, decode
@@ -41,6 +44,18 @@ def right(answers, labels):
 def test_temperature_undoes_a_scale(tree, scale):
     logits, labels = synthetic(tree, 20_000, scale)
     assert fit_temperature(logits, labels, tree) == pytest.approx(scale, rel=0.05)
+
+
+@trees
+def test_temperature_of_leaves_in_closed_form(tree):
+    """It is that of the marginal loss, which is taken where a label is coarse."""
+    logits, labels = synthetic(tree, 400, 1.4)
+    leaves = labels_to_leaves(labels, tree)
+    for guess in (-1.0, 0.0, 0.7):
+        closed = _slope_of_cross_entropy(logits, leaves)(guess)
+        # by 1 / T, and by its logarithm
+        marginal = _slope_of_marginal(logits, labels, tree)(guess) / math.exp(guess)
+        assert closed.item() == pytest.approx(marginal.item())
 
 
 def test_temperature_is_the_best_of_a_grid():

@@ -15,12 +15,13 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import torch
 
+from timm_branches.hierarchy.ancestry import check_labels
 from timm_branches.hierarchy.decode import in_order_of_levels
 from timm_branches.hierarchy.depth import Prediction
 from timm_branches.hierarchy.losses import marginal_loss
@@ -72,18 +73,46 @@ def fit_temperature(
     if not leaf_logits.isfinite().all():
         raise ValueError("leaf_logits must be finite to fit a temperature.")
     logits = leaf_logits.detach().double()
+    check_labels(labels, taxonomy, len(logits))
+    labels, logits = labels[(labels >= 0).any(1)], logits[(labels >= 0).any(1)]
+    leaves = labels_to_leaves(labels, taxonomy)
+    rises = _slope_of_marginal(logits, labels, taxonomy)
+    if (leaves >= 0).all():
+        rises = _slope_of_cross_entropy(logits, leaves)
     low, high = -math.log(1e3), math.log(1e3)  # of log(1 / T)
     for _ in range(steps):
         guess = (low + high) / 2
-        middle = torch.tensor(guess, dtype=torch.double, requires_grad=True)
-        with torch.enable_grad():
-            loss = marginal_loss(logits * middle.exp(), labels, taxonomy)
-            [slope] = torch.autograd.grad(loss, middle)
-        if slope > 0:
+        if rises(guess) > 0:
             high = guess
         else:
             low = guess
     return math.exp(-(low + high) / 2)
+
+
+def _slope_of_cross_entropy(
+    logits: torch.Tensor, leaves: torch.Tensor
+) -> Callable[[float], torch.Tensor]:
+    """The sign of its slope in log(1 / T): that of mean(sum of p z - z of the label)."""
+    own = logits.gather(1, leaves[:, None])[:, 0]
+
+    def slope(guess: float) -> torch.Tensor:
+        p = (logits * math.exp(guess)).softmax(1)
+        return ((p * logits).sum(1) - own).mean()
+
+    return slope
+
+
+def _slope_of_marginal(
+    logits: torch.Tensor, labels: torch.Tensor, taxonomy: Taxonomy
+) -> Callable[[float], torch.Tensor]:
+    def slope(guess: float) -> torch.Tensor:
+        middle = torch.tensor(guess, dtype=torch.double, requires_grad=True)
+        with torch.enable_grad():
+            loss = marginal_loss(logits * middle.exp(), labels, taxonomy)
+            [found] = torch.autograd.grad(loss, middle)
+        return found
+
+    return slope
 
 
 def tight_thresholds(
