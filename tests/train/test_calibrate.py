@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from timm_branches import (
 from timm_branches.cli import main
 from timm_branches.hierarchy import cost_decoder
 from timm_branches.hierarchy.calibration import Calibration, information, is_wrong
+from timm_branches.hierarchy.novelty import nearest_node, stop_probabilities
 from timm_branches.inference import predict
 from timm_branches.inference.calibrated import (
     CalibratedEvaluator,
@@ -325,3 +327,40 @@ def test_answers_that_cost_least(model, photos, tmp_path, capsys):
     (tmp_path / "costs.csv").write_text("answer,truth,cost\nred,purple,1\n")
     assert main(["predict", *arguments, "--costs", costs]) == 2
     assert "purple" in capsys.readouterr().err
+
+
+def test_something_new(model, photos, tmp_path, capsys):
+    """Colours of no known class end above a leaf more often than those of a class."""
+    pixels, _ = draw(np.random.default_rng(3), 60)
+    known = [Image.fromarray(image) for image in pixels]
+    records = list(predict(model, known, novel=True))
+    for record in records:
+        assert (record.novelty is None) == (len(record.path) == 2)
+        assert list(record.probabilities) == sorted(record.probabilities, reverse=True)
+        if record.novelty is not None:
+            assert 0 < record.novelty <= 1
+    with torch.inference_mode():
+        x = torch.stack([torch.from_numpy(p).permute(2, 0, 1) for p in pixels]).float() / 127.5 - 1
+        stops = stop_probabilities(list(model(x).values()), TREE)
+    for record, labels in zip(records, nearest_node(stops, TREE).labels, strict=True):
+        assert record.labels == tuple(i for i in labels.tolist() if i >= 0)
+    # none of them: the model is made to say so
+    unsure = load_model(tmp_path / "trained.safetensors")
+    for head in unsure.heads.values():
+        torch.nn.init.zeros_(head.fc.weight)
+        torch.nn.init.zeros_(head.fc.bias)
+    unsure.head("kind").fc.bias.data[0] = 9.0  # warm
+    path = str(save_model(unsure, tmp_path / "unsure.safetensors"))
+    file = str(next(photos.rglob("*.png")))
+    assert main(["predict", path, file, "--novel"]) == 0
+    assert re.search(r"warm 1\.00 > \(unknown warm 0\.\d\d\)$", capsys.readouterr().out.strip())
+    assert main(["predict", path, file, "--novel", "--format", "json"]) == 0
+    [row] = json.loads(capsys.readouterr().out)
+    assert row["novelty"] == pytest.approx(0.5, abs=0.01)
+    assert main(["predict", path, file, "--novel", "--format", "csv"]) == 0
+    header, cells = capsys.readouterr().out.splitlines()
+    assert header.endswith(",novelty")
+    assert len(cells.split(",")) == len(header.split(","))
+    for flags in (["--threshold", "0.5"], ["--decoder", "crm"]):
+        assert main(["predict", path, file, "--novel", *flags]) == 2
+        assert "answer of its own" in capsys.readouterr().err

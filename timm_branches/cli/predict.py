@@ -88,6 +88,11 @@ def add_parser(commands: Any) -> None:
         "threshold or decoder is given)",
     )
     parser.add_argument(
+        "--novel",
+        action="store_true",
+        help="say where a thing is of none of the known kinds: '(unknown fruit)'",
+    )
+    parser.add_argument(
         "--taxonomy",
         help="the tree of a model saved without one: a ready-made tree's name, a .csv or "
         ".json, or nested class folders",
@@ -152,13 +157,22 @@ def run(args: argparse.Namespace) -> int:
     if args.head is not None or len(model.dense_heads) == len(model.names):
         from timm_branches.cli import dense
 
-        flags = ("format", "decoder", "costs", "threshold", "taxonomy", "picture", "batch_size")
+        flags = (
+            "format",
+            "decoder",
+            "costs",
+            "novel",
+            "threshold",
+            "taxonomy",
+            "picture",
+            "batch_size",
+        )
         refuse(args, "answers for every pixel", *flags, "frames", "sampling", "stride")
         return dense.run(args, model)
     if model.temporal_heads:
         from timm_branches.cli import clips
 
-        refuse(args, "reads clips", "overlay", "kind", "tile", "batch_size", "costs")
+        refuse(args, "reads clips", "overlay", "kind", "tile", "batch_size", "costs", "novel")
         return clips.run(args, model)
     refuse(args, "classifies images", "overlay", "kind", "tile", "frames", "sampling", "stride")
     if args.format == "srt":
@@ -176,6 +190,7 @@ def run(args: argparse.Namespace) -> int:
         args.strict,
         top=5 if args.picture else 0,
         calibrated=args.calibration,
+        novel=args.novel,
     )
     say_calibration(model, found)
     kind = args.format or next(
@@ -249,6 +264,9 @@ def _write_text(records: Iterator["Record"], found: "Predictions", file: TextIO)
         )
         steps = [f"{name} {p:.2f}" for name, p in zip(names, record.probabilities, strict=True)]
         steps += ["(stopped)"] if record.stopped else []
+        if record.novelty is not None:
+            kind = f"unknown {names[-1]}" if names else "unknown"
+            steps.append(f"({kind} {record.novelty:.2f})")
         line = (" > " if found.taxonomy is not None else ", ").join(steps)
         file.write(f"{printable(record.file)}  {printable(line)}\n")
 
@@ -267,6 +285,8 @@ def _write_json(records: Iterator["Record"], found: "Predictions", file: TextIO)
         data: dict[str, Any] = {"file": record.file, "levels": levels}
         if found.taxonomy is not None:
             data |= {"path": record.path, "stopped": record.stopped}
+        if found.novel:
+            data["novelty"] = None if record.novelty is None else _digits(record.novelty)
         file.write(before + json.dumps(data, allow_nan=False))
         before = ",\n"
     file.write("[]\n" if before == "[\n" else "\n]\n")
@@ -281,11 +301,16 @@ def _write_csv(records: Iterator["Record"], found: "Predictions", file: TextIO) 
     header = ["file"]
     for level in found.levels:
         header += [level, f"{level}_probability"]
+    if found.novel:
+        header.append("novelty")
     table.writerow(header)
     for record in records:
         pairs = zip(record.path or record.labels, map(_digits, record.probabilities), strict=True)
         cells: list[Any] = list(chain.from_iterable(pairs))
-        table.writerow([record.file, *cells, *[""] * (2 * len(found.levels) - len(cells))])
+        cells += [""] * (2 * len(found.levels) - len(cells))
+        if found.novel:
+            cells.append("" if record.novelty is None else _digits(record.novelty))
+        table.writerow([record.file, *cells])
 
 
 class _Pictures:

@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import Dataset
 
 from timm_branches.data.image_list import ImageList
-from timm_branches.hierarchy import sum_upwards
+from timm_branches.hierarchy import Prediction, sum_upwards
 from timm_branches.hierarchy.calibration import Calibration
 from timm_branches.hierarchy.decode import Decoder
 from timm_branches.inference.calibrated import confidence_drift, model_calibration
@@ -44,6 +44,8 @@ class Record:
         probabilities: What the decoder gives for each of them.
         path: Their names; empty for a model without a tree.
         stopped: Whether the threshold ended the path above the class that the decoder had chosen.
+        novelty: Where `novel` was asked for, the probability that the thing is of an unknown kind
+            of the last class of the path, if that is the answer; else None.
         candidates: For every level its most probable classes and the chosen one as (index,
             probability by this level alone), where `top` asked for them.
         error: Why the image could not be read; nothing else is known of it then.
@@ -54,6 +56,7 @@ class Record:
     probabilities: tuple[float, ...] = ()
     path: tuple[str, ...] = ()
     stopped: bool = False
+    novelty: float | None = None
     candidates: tuple[tuple[tuple[int, float], ...], ...] = ()
     error: str | None = None
 
@@ -70,6 +73,7 @@ def predict(
     strict: bool = True,
     top: int = 0,
     calibrated: bool = True,
+    novel: bool = False,
 ) -> "Predictions":
     """Classify images on every level of a model's tree.
 
@@ -97,6 +101,8 @@ def predict(
         top: How many candidates of each level to keep in the records.
         calibrated: Answer by the model's calibration, if it has one
             (:func:`timm_branches.train.calibrate`) and neither `decoder` nor `threshold` is given.
+        novel: Say where things stop being known, see :mod:`timm_branches.hierarchy.novelty`: by
+            the children's mass, of flat models by their entropy. Without `decoder` or `threshold`.
 
     Returns:
         :class:`Predictions`: iterate over it for one :class:`Record` an image, in order.
@@ -124,7 +130,7 @@ def predict(
             f"batch_size must be at least 1, num_workers and top at least 0; got {batch_size}, "
             f"{num_workers} and {top}."
         )
-    levels = Levels(model, taxonomy, decoder, threshold, calibrated)
+    levels = Levels(model, taxonomy, decoder, threshold, calibrated, novel)
     listed = ImageList(images, model.in_chans, model.pretrained_cfg.get("value_range"))
     if device is not None:
         model.to(find_device(device))
@@ -141,6 +147,7 @@ class Predictions:
         levels: Names of the levels, coarsest first; of the heads for a model without a tree.
         taxonomy: The tree, or None.
         calibration: What the answers are calibrated to, or None.
+        novel: Whether answers say where things stop being known.
     """
 
     def __init__(
@@ -155,7 +162,7 @@ class Predictions:
     ) -> None:
         self.model, self.images, self._levels = model, images, levels
         self.levels, self.taxonomy = levels.names, levels.taxonomy
-        self.calibration = levels.calibration
+        self.calibration, self.novel = levels.calibration, levels.novel
         self.batch_size, self.num_workers = batch_size, num_workers
         self.strict, self.top = strict, top
 
@@ -234,6 +241,7 @@ class Levels:
         decoder: "str | Decoder | None",
         threshold: float | None,
         calibrated: bool = True,
+        novel: bool = False,
     ) -> None:
         given = None if taxonomy is None else get_taxonomy(taxonomy)
         tree = given if model.taxonomy is None else model.taxonomy
@@ -246,6 +254,11 @@ class Levels:
                 f"its levels have {tree.num_classes} classes, and it has {tree.num_leaves} leaves."
             )
         _check_decoding(tree, decoder, threshold)
+        if novel and (decoder is not None or threshold is not None):
+            raise ValueError("novel has an answer of its own: leave decoder and threshold out.")
+        if novel and tree is None:
+            raise ValueError("novel needs a tree, and this model has none: give its taxonomy.")
+        self.novel = novel
         self.tree, self.threshold = tree, threshold
         # what labels are numbered by, and the table of each level from the model's numbers to it
         self.taxonomy = tree
@@ -258,7 +271,7 @@ class Levels:
         self.decoder = decoder or ("leaf-marginal" if self.flat else "best-path")
         self.names: tuple[str, ...] = self.heads if tree is None else tree.levels
         self.calibration: Calibration | None = None
-        if calibrated and decoder is None and threshold is None:
+        if calibrated and decoder is None and threshold is None and not novel:
             self.calibration = model_calibration(model, tree)
         self._sure: list[torch.Tensor] = []  # the likeliest leaves' probabilities, calibrated
 
@@ -285,6 +298,7 @@ class Levels:
             labels = torch.stack([b.indices for b in best], 1)  # (B, L)
             probabilities = torch.stack([b.values for b in best], 1)
             stopped = [False] * len(labels)
+            novelty: list[float | None] = [None] * len(labels)
         else:
             from timm_branches.hierarchy.decode import back_off, decode
 
@@ -292,7 +306,11 @@ class Levels:
             # on an uneven tree what the leaves sum to is less than 1, and is meant to be
             to_chances = torch.exp if self.flat else partial(torch.softmax, dim=-1)
             chances = [to_chances(y) for y in levels]
-            if self.calibration is not None:
+            novelty = [None] * len(levels[0])
+            if self.novel:
+                final, novelty = self._where_known(levels)
+                decided = final
+            elif self.calibration is not None:
                 final, decided, log_p = self.calibration.answer(levels, self.tree)
                 self._sure.append(log_p.amax(1).exp())
             else:
@@ -319,10 +337,23 @@ class Levels:
                     "probabilities": tuple(probabilities[i, : len(row)].tolist()),
                     "path": self._path(row),
                     "stopped": stopped[i],
+                    "novelty": novelty[i],
                     "candidates": self._renumbered_candidates(candidates),
                 }
             )
         return records
+
+    def _where_known(self, levels: Sequence[torch.Tensor]) -> tuple[Prediction, list[float | None]]:
+        """Paths down to where things stop being known, and the probability of stopping there."""
+        from timm_branches.hierarchy.novelty import nearest_node, reached, stop_probabilities
+
+        assert self.tree is not None
+        stops = stop_probabilities(levels, self.tree, "entropy" if self.flat else "mass")
+        answer = nearest_node(stops, self.tree)
+        novelty: list[float | None] = []
+        for is_new, chance in zip(answer.is_new, answer.probability, strict=True):
+            novelty.append(float(chance) if is_new else None)
+        return Prediction(answer.labels, reached(stops, answer.labels, self.tree)), novelty
 
     def _path(self, row: Sequence[int]) -> tuple[str, ...]:
         if self.tree is None:
