@@ -646,7 +646,7 @@ class Experiment:
             **self.balance,
             **reading_options(args),
         )
-        val_loader = self.eval_loader(model, method.val, "val")
+        val_loader = self.eval_loader(model, method.val, "val", whole=False)
         task = method.make_task(model)
         mixup = self.make_mixup(task)
         if is_primary():
@@ -702,12 +702,15 @@ class Experiment:
             num_workers=self.args.workers,
         )
 
-    def eval_loader(self, model: BranchModel, data: HierarchicalDataset, split: str) -> DataLoader:
-        """Batches to evaluate a model on."""
+    def eval_loader(
+        self, model: BranchModel, data: HierarchicalDataset, split: str, whole: bool = True
+    ) -> DataLoader:
+        """Batches to evaluate a model on; of several processes each sees all, if `whole`."""
         args = self.args
         inputs = self.inputs_of(model, data, split)
+        shares: dict[str, Any] = {"rank": 0, "world_size": 1} if whole else {}
         return create_loader(
-            inputs, args.batch_size, num_workers=args.workers, **reading_options(args)
+            inputs, args.batch_size, num_workers=args.workers, **shares, **reading_options(args)
         )
 
     def set_transforms(self, method: Method, model: BranchModel) -> None:

@@ -15,9 +15,13 @@ from PIL import Image
 
 from tests.recipes.script import RECIPES, read_table, run_recipe
 from timm_branches import load_model
-from timm_branches.inference.calibrated import model_calibration
+from timm_branches.data import create_loader, create_splits
+from timm_branches.inference.calibrated import CalibratedEvaluator, model_calibration
+from timm_branches.inference.predict import model_transform
 from timm_branches.schedules import get_schedule
+from timm_branches.task import BranchTask
 from timm_branches.taxonomy import digits
+from timm_branches.train import evaluate
 
 RECIPE = RECIPES / "bcnn.py"
 LEAVES = ("animal/cat", "animal/dog", "vehicle/bus", "vehicle/car")
@@ -616,7 +620,20 @@ def test_two_processes(tmp_path):
     )
     assert list(read_table(done.stdout)[1]) == ["B-CNN", "B-CNN, best path", "flat"]
     assert done.stdout.count("full path") == 1
-    assert epochs_logged(tmp_path / "output" / "bcnn" / "bcnn") == [0]
+    output = tmp_path / "output" / "bcnn"
+    assert epochs_logged(output / "bcnn") == [0]
+    # each process calibrates and judges on all images, not on its part
+    model = load_model(output / "bcnn" / "model.safetensors")
+    calibration = model_calibration(model, digits())
+    _, val, test = create_splits("digits", 0.1, seed=0, in_chans=1)
+    assert calibration.count == len(val)
+    test.transform = model_transform(model)
+    task = BranchTask(model)
+    answers = CalibratedEvaluator(calibration, digits(), task.level_logits)
+    evaluate(task, create_loader(test, 32), also=[answers])
+    [said] = json.loads((output / "results.json").read_text())["results"]["B-CNN, best path"]
+    for name, value in answers.compute().items():
+        assert said[name] == pytest.approx(value, abs=0.5), name
 
 
 @pytest.mark.slow

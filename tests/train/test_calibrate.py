@@ -19,6 +19,7 @@ from timm_branches import (
     save_pretrained,
 )
 from timm_branches.cli import main
+from timm_branches.data import HierarchicalDataset, create_loader
 from timm_branches.hierarchy import cost_decoder
 from timm_branches.hierarchy.calibration import Calibration, information, is_wrong
 from timm_branches.hierarchy.novelty import nearest_node, stop_probabilities
@@ -364,3 +365,13 @@ def test_something_new(model, photos, tmp_path, capsys):
     for flags in (["--threshold", "0.5"], ["--decoder", "crm"]):
         assert main(["predict", path, file, "--novel", *flags]) == 2
         assert "answer of its own" in capsys.readouterr().err
+
+
+def test_a_part_of_the_samples_is_refused(model):
+    """Of several processes each would make a promise from its own part."""
+    data = HierarchicalDataset(
+        torch.zeros(8, 3, 32, 32), TREE.expand(torch.zeros(8, dtype=torch.long)), TREE
+    )
+    part = create_loader(data, 4, rank=1, world_size=2)
+    with pytest.raises(ValueError, match="one of 2 parts of the samples"):
+        calibrate(model, part)

@@ -72,6 +72,12 @@ def calibrate(
             "The model answers frame by frame, and the frames of a clip are not independent of "
             "each other: there is no promise to be made for them."
         )
+    replicas = getattr(getattr(val_loader, "sampler", None), "num_replicas", 1)
+    if replicas > 1:
+        raise ValueError(
+            f"The loader gives this process one of {replicas} parts of the samples; let each see "
+            "all: create_loader(..., rank=0, world_size=1)."
+        )
     task, usual = make_task(model, tree)
     decoder = decoder or usual
     seen = LevelOutputs(task)
