@@ -108,7 +108,9 @@ def test_nearest_by_trying(tree, kind):
             sum(p[i, k].item() for k, n in enumerate(names) if n[: len(m)] == m) for m in names
         ]
         assert below[node] > 0.5 - 1e-9
-        assert bool(answer.is_new[i]) == (path not in tree.leaves)
+        children = [below[k] for k, n in enumerate(names) if n[:-1] == path and n]
+        is_new = path not in tree.leaves and p[i, node] >= max(children)
+        assert bool(answer.is_new[i]) == is_new
         assert answer.probability[i] == p[i, node]
         for level in range(depth):
             assert chances[i, level].item() == pytest.approx(below[names.index(path[: level + 1])])
@@ -118,11 +120,12 @@ def test_nearest_by_trying(tree, kind):
 def test_what_is_new_is_told():
     """The coarse classifier is sure, and the fine one looks elsewhere."""
     tree = Taxonomy(["fruit/apple", "fruit/lime", "fruit/pear", "animal/cat", "animal/dog"])
-    coarse = torch.tensor([[9.0, 0.0], [9.0, 0.0]])
-    fine = torch.tensor([[9.0, 0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 3.0, 3.0]])
+    coarse = torch.tensor([[9.0, 0.0], [9.0, 0.0], [9.0, 0.0]])
+    fine = torch.tensor([[9.0, 0, 0, 0, 0], [0, 0, 0, 3.0, 3.0], [9.0, 9.0, 9.0, 0, 0]])
     answer = nearest_node(stop_probabilities([coarse, fine], tree), tree)
-    assert answer.labels.tolist() == [[0, 0], [0, -1]]
-    assert answer.is_new.tolist() == [False, True]
+    assert answer.labels.tolist() == [[0, 0], [0, -1], [0, -1]]
+    # the last is one of three known fruits
+    assert answer.is_new.tolist() == [False, True, False]
     # a flat network's levels agree always: its children's mass says nothing, their entropy does
     leaves = torch.tensor([[9.0, 0.0, 0.0, 0.0, 0.0], [3.0, 3.0, 3.0, 0.0, 0.0]])
     levels = sum_upwards(leaves, tree)

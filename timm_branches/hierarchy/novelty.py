@@ -26,7 +26,9 @@ class NoveltyAnswer(NamedTuple):
 
     Attributes:
         labels: (N, L), the classes down to the node, -1 below it; all -1 is the root.
-        is_new: (N,), whether the node is no leaf: something new below it.
+        is_new: (N,), whether it is something new below the node: stopping there is at least as
+            likely as each of the node's children. Else an inner node means that it is one of the
+            known kinds, but not which.
         probability: (N,), of stopping there.
     """
 
@@ -153,17 +155,27 @@ def nearest_node(probabilities: torch.Tensor, taxonomy: Taxonomy) -> NoveltyAnsw
     is_leaf = torch.zeros(len(tables), dtype=torch.bool, device=node.device)
     is_leaf[tables.leaves] = True
     chance = probabilities.gather(1, node[:, None])[:, 0]
-    return NoveltyAnswer(tables.labels[node], ~is_leaf[node], chance)
+    index = tables.parents[1:].expand(len(probabilities), -1)
+    of_children = torch.zeros_like(probabilities)
+    of_children.scatter_reduce_(1, index, _reach(probabilities, tables)[:, 1:], "amax")
+    is_new = ~is_leaf[node] & (chance >= of_children.gather(1, node[:, None])[:, 0])
+    return NoveltyAnswer(tables.labels[node], is_new, chance)
 
 
 def reached(probabilities: torch.Tensor, labels: torch.Tensor, taxonomy: Taxonomy) -> torch.Tensor:
     """The probability (N, L) of going down to each class of paths (N, L), 0 below their ends."""
     tables = node_tables(taxonomy, labels.device)
+    total = _reach(probabilities, tables)
+    return total.gather(1, tables.nodes_of(labels)[:, 1:]).masked_fill(labels < 0, 0).clamp(max=1)
+
+
+def _reach(probabilities: torch.Tensor, tables: NodeTables) -> torch.Tensor:
+    """The probability (N, nodes) of stopping at each node or below."""
     total = probabilities.clone()
     for depth in range(int(tables.depths.max()), 0, -1):
         at = (tables.depths == depth).nonzero()[:, 0]
         total.index_add_(1, tables.parents[at], total[:, at])
-    return total.gather(1, tables.nodes_of(labels)[:, 1:]).masked_fill(labels < 0, 0).clamp(max=1)
+    return total
 
 
 def node_distances(tables: NodeTables) -> torch.Tensor:

@@ -308,8 +308,7 @@ class Levels:
             chances = [to_chances(y) for y in levels]
             novelty = [None] * len(levels[0])
             if self.novel:
-                final, novelty = self._where_known(levels)
-                decided = final
+                final, decided, novelty = self._where_known(levels)
             elif self.calibration is not None:
                 final, decided, log_p = self.calibration.answer(levels, self.tree)
                 self._sure.append(log_p.amax(1).exp())
@@ -343,8 +342,15 @@ class Levels:
             )
         return records
 
-    def _where_known(self, levels: Sequence[torch.Tensor]) -> tuple[Prediction, list[float | None]]:
-        """Paths down to where things stop being known, and the probability of stopping there."""
+    def _where_known(
+        self, levels: Sequence[torch.Tensor]
+    ) -> tuple[Prediction, Prediction, list[float | None]]:
+        """Paths down to where things stop being known, and the probability of stopping there.
+
+        The second are whole paths where it is a known kind, but not sure which.
+        """
+        from timm_branches.hierarchy.calibration import labels_to_leaves
+        from timm_branches.hierarchy.decode import decode
         from timm_branches.hierarchy.novelty import nearest_node, reached, stop_probabilities
 
         assert self.tree is not None
@@ -353,7 +359,12 @@ class Levels:
         novelty: list[float | None] = []
         for is_new, chance in zip(answer.is_new, answer.probability, strict=True):
             novelty.append(float(chance) if is_new else None)
-        return Prediction(answer.labels, reached(stops, answer.labels, self.tree)), novelty
+        final = Prediction(answer.labels, reached(stops, answer.labels, self.tree))
+        # an answer above a leaf that is nothing new was not sure which
+        open_ended = (labels_to_leaves(answer.labels, self.tree) < 0) & ~answer.is_new
+        whole = decode(levels, self.tree, self.decoder).labels
+        decided = torch.where(open_ended[:, None], whole, answer.labels)
+        return final, Prediction(decided, final.probabilities), novelty
 
     def _path(self, row: Sequence[int]) -> tuple[str, ...]:
         if self.tree is None:
