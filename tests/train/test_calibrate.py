@@ -171,6 +171,21 @@ def test_no_answer_is_kept_as_such(model, tmp_path, caplog):
         {"targets": {"family": 0.9}},
         {"by": "family"},
         {"confidences": [2.0]},
+        {"confidences": []},
+        {"confidences": [0.9, 0.1]},
+        {"count": "many"},
+        {"count": 0},
+        {"count": 1.5},
+        {"right": 7.0},
+        {"information": float("nan")},
+        {"targets": {}},
+        {"targets": {"": 0.9, "kind": 0.9}},
+        {"absent": [1]},
+        {"data": {}},
+        {"weights": 3},
+        {"temperature": True},
+        {"temperature": 1e-300},
+        {"thresholds": [[0.5, 1.5]]},
         {"tree": "0"},
         {"more": 1},
     ],
@@ -179,7 +194,7 @@ def test_no_answer_is_kept_as_such(model, tmp_path, caplog):
 def test_a_strangers_calibration(model, change):
     calibrate(model, loader(60, 1), 0.8)
     assert Calibration.from_dict(model.calibration, TREE)
-    with pytest.raises(ValueError, match="calibration"):
+    with pytest.raises(ValueError, match=r"calibration.*\.$"):
         Calibration.from_dict({**model.calibration, **change}, TREE)
     with pytest.raises(ValueError, match="no calibration"):
         Calibration.from_dict([1], TREE)
@@ -253,6 +268,7 @@ def test_command_line_by_level_and_class(model, photos, tmp_path, capsys):
         (["--target", "95"], "between 0 and 1, such as 0.95, got 95"),
         (["--target", "high"], "--target high: give a share"),
         (["--target", "0.9", "kind=0.8"], "one share, or one a level"),
+        (["--target", "=0.9", "kind=0.8"], "one share, or one a level"),
         (["--target", "family=0.8"], "family"),
         (["--by", "family"], "family"),
         (["--target", "kind=0.8", "--by", "kind"], "without by="),

@@ -208,8 +208,9 @@ def fit_threshold(
     return threshold
 
 
-def _check_target(target: float) -> None:
-    if not 0 < target < 1:
+def _check_target(target: Any) -> None:
+    is_number = isinstance(target, (int, float)) and not isinstance(target, bool)
+    if not is_number or not 0 < target < 1:
         raise ValueError(f"target must be a share between 0 and 1, such as 0.95, got {target}.")
 
 
@@ -376,8 +377,12 @@ class Calibration:
             _check_calibration(result, taxonomy)
             if result.tree != _digest(taxonomy):
                 raise ValueError("it was made for a tree of other classes, or another order.")
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"This is no calibration of such a tree: {error!r}.") from error
+        except KeyError as error:
+            raise ValueError(f"This is no calibration of such a tree: it lacks {error}.") from error
+        except ValueError as error:
+            raise ValueError(f"This is no calibration of such a tree: {error}") from error
+        except (AttributeError, TypeError) as error:
+            raise ValueError("This is no calibration of such a tree.") from error
         if given:
             raise ValueError(f"A calibration has no {', '.join(map(str, given))}.")
         return result
@@ -397,24 +402,52 @@ def _threshold(value: Any) -> float:
 
 
 def _check_calibration(calibration: Calibration, taxonomy: Taxonomy) -> None:
-    """Raise a ValueError unless the numbers are such as :func:`fit_calibration` gives."""
-    for level, target in calibration.targets.items():
-        if level:
-            taxonomy.level_index(level)
-        _check_target(target)
-    if calibration.decoder not in LEAF_SCORES or not 0 < calibration.temperature < math.inf:
-        raise ValueError(f"decoder {calibration.decoder!r}, temperature {calibration.temperature}")
+    """Raise a ValueError unless it is such as :func:`fit_calibration` gives."""
+    _check_targets(calibration.targets, calibration.by, taxonomy)
+    if calibration.decoder not in LEAF_SCORES:
+        raise ValueError(f"there is no decoder {calibration.decoder!r} of leaves.")
+    for name, low, high in (("temperature", 1e-4, 1e4), ("right", 0, 1), ("information", 0, 1)):
+        _check_range(name, getattr(calibration, name), low, high)
+    if isinstance(calibration.count, bool) or not isinstance(calibration.count, int):
+        raise ValueError(f"count must be a whole number, got {calibration.count!r}.")
+    _check_range("count", calibration.count, 1, math.inf)
+    texts = (calibration.data, calibration.weights, calibration.tree, *calibration.absent)
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("what is a name must be a text.")
     groups = 1
     if calibration.by is not None:
         groups += taxonomy.num_classes[taxonomy.level_index(calibration.by)]
     shape = [len(row) for row in calibration.thresholds]
     if shape != [taxonomy.num_levels] * groups:
-        raise ValueError(f"thresholds of {shape} numbers")
+        raise ValueError(f"there must be {groups} rows of {taxonomy.num_levels} thresholds.")
     for row in calibration.thresholds:
-        if not all(value >= 0 for value in row):
-            raise ValueError("a threshold that is no probability")
-    if not all(0 <= value <= 1 for value in calibration.confidences):
-        raise ValueError("a confidence that is no probability")
+        for value in row:
+            if value != NO_ANSWER:
+                _check_range("a threshold", value, 0, 1)
+    for value in calibration.confidences:
+        _check_range("a confidence", value, 0, 1)
+    if not calibration.confidences or list(calibration.confidences) != sorted(
+        calibration.confidences
+    ):
+        raise ValueError("confidences must be numbers in order.")
+
+
+def _check_targets(targets: Any, by: str | None, taxonomy: Taxonomy) -> None:
+    """Raise a ValueError unless it is one target, or one each for some levels."""
+    if not isinstance(targets, Mapping) or not targets:
+        raise ValueError("there must be a target.")
+    if "" in targets and len(targets) > 1 or by is not None and "" not in targets:
+        raise ValueError("Give one target, or a level's name and its target each without by=.")
+    for level, share in targets.items():
+        _check_target(share)
+        if level:
+            taxonomy.level_index(level)
+
+
+def _check_range(name: str, value: Any, low: float, high: float) -> None:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not low <= value <= high:
+        raise ValueError(f"{name} must be a number from {low:g} to {high:g}, got {value!r}.")
 
 
 def fit_calibration(
@@ -454,12 +487,7 @@ def fit_calibration(
         torch.Size([500, 2])
     """
     targets = dict(target) if isinstance(target, Mapping) else {"": target}
-    if not targets or (by is not None and "" not in targets):
-        raise ValueError("Give one target, or a level's name and its target each without by=.")
-    for level, share in targets.items():
-        _check_target(share)
-        if level:
-            taxonomy.level_index(level)
+    _check_targets(targets, by, taxonomy)
     log_p = _posterior(level_logits, taxonomy, decoder)
     if len(labels) != len(log_p):
         raise ValueError(f"There are {len(log_p)} rows of logits and {len(labels)} of labels.")

@@ -450,8 +450,8 @@ def best_hf_nodes(
     """The set of nodes with the greatest expected hF-beta, which need not be a single path.
 
     A set S holds with each node all nodes above it. Where y is true and T is its path, both without
-    the root, hF-beta = (1 + beta^2) |S and T| / (|S| + beta^2 |T|). Among the sets of k nodes its
-    expectation is a sum over the nodes of S, of
+    the root, hF-beta = (1 + beta^2) n(S and T) / (n(S) + beta^2 n(T)), n being the number of nodes.
+    Among the sets of k nodes its expectation is a sum over the nodes of S, of
 
         w_k(n) = sum over the leaves y below n of p(y) (1 + beta^2) / (k + beta^2 depth(y)),
 

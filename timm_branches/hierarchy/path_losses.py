@@ -30,7 +30,7 @@ def ancestor_cross_entropy(
 ) -> torch.Tensor:
     """Cross-entropy on the label and all of its ancestors.
 
-    L = -(1 - s) log p(C) - s / |A| sum over the ancestors a in A of log p(a), where p(a) is the sum
+    L = -(1 - s) log p(C) - s (mean over the ancestors a of log p(a)), where p(a) is the sum
     of p(leaf) below a. Without ancestors (a class of the first level) it is -log p(C). With s = 0
     it is :func:`marginal_loss`. Of a coarse label C is the deepest class that is known.
 
