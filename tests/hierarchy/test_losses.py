@@ -18,6 +18,12 @@ from timm_branches.hierarchy.losses import (
     soft_label_loss,
     tree_path_kl,
 )
+from timm_branches.hierarchy.path_losses import (
+    ancestor_cross_entropy,
+    masked_fixmatch_loss,
+    parameter_sharing_loss,
+    soft_margin_loss,
+)
 from timm_branches.taxonomy import Taxonomy, cifar10
 
 LEAF_LOSSES = [marginal_loss, hxe_loss, soft_label_loss]
@@ -359,6 +365,10 @@ def all_losses(rows, **kwargs):
     return torch.stack(
         [
             *(loss(leaves[rows], labels, UNEVEN, **kwargs) for loss in LEAF_LOSSES),
+            ancestor_cross_entropy(leaves[rows], labels, UNEVEN, **kwargs),
+            parameter_sharing_loss(split, labels, UNEVEN, **kwargs),
+            soft_margin_loss(split, labels, UNEVEN, **kwargs),
+            masked_fixmatch_loss(leaves[rows], -leaves[rows], labels, UNEVEN, 0.0, **kwargs),
             tree_path_kl(split, labels, UNEVEN, **kwargs),
             consistency_loss(split, UNEVEN, **kwargs),
             level_cross_entropy(

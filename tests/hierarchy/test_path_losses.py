@@ -207,3 +207,25 @@ def test_refusals():
         masked_fixmatch_loss(leaf_logits, leaf_logits, labels, UNEVEN, threshold=2)
     with pytest.raises(ValueError, match="Both views"):
         masked_fixmatch_loss(leaf_logits, leaf_logits[:3], labels, UNEVEN)
+
+
+def test_odd_input_of_fixmatch():
+    weak, _, labels = draw(UNEVEN, 40)
+    strong, _, _ = draw(UNEVEN, 40, seed=1)
+    coarse = (labels >= 0).any(1) & (labels < 0).any(1)
+    assert coarse.any()
+    want = masked_fixmatch_loss(weak, strong, labels, UNEVEN, 0.5)
+    half = masked_fixmatch_loss(weak, strong.bfloat16(), labels, UNEVEN, 0.5)
+    assert half.dtype == torch.float32
+    assert half.item() == pytest.approx(want.item(), abs=0.05)
+    assert masked_fixmatch_loss(weak[:0], strong[:0], labels[:0], UNEVEN).item() == 0
+    # what has no label costs nothing, whatever its logits are
+    unknown = (labels < 0).all(1)
+    assert unknown.any()
+    wild = strong.masked_fill(unknown[:, None], torch.inf)
+    assert masked_fixmatch_loss(weak, wild, labels, UNEVEN, 0.5).item() == pytest.approx(
+        want.item()
+    )
+    assert torch.autograd.gradcheck(
+        lambda x: masked_fixmatch_loss(weak, x, labels, UNEVEN, 0.5), strong.requires_grad_()
+    )
