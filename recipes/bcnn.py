@@ -378,10 +378,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.data = args.data or default_data
     if args.lr_steps:
         args.lr = FitConfig.lr  # the rates are in the steps
-    args.methods = args.methods or USUAL_METHODS
-    if "all" in args.methods:
-        args.methods = tuple(METHODS)
-    args.methods = ("flat", *args.methods)
     if args.seeds is None:
         args.seeds = 3 if args.compare else 1
     return args
@@ -980,7 +976,10 @@ def compare(experiment: Experiment) -> StudyResult:
     }
     if kept == paper:
         del available["kept"]
-    methods = {METHODS[key]: method for key, method in available.items() if key in args.methods}
+    asked = {"flat", *(args.methods or USUAL_METHODS)}
+    if "all" in asked:
+        asked |= set(METHODS)
+    methods = {METHODS[key]: method for key, method in available.items() if key in asked}
     results: dict[str, list[dict[str, float]]] = {}
     histories: dict[str, list[list[dict]]] = {}
     for seed in range(args.seed, args.seed + args.seeds):
@@ -990,7 +989,7 @@ def compare(experiment: Experiment) -> StudyResult:
             task, run = experiment.fit(name, method, seed, folder / slug(name))
             trained[name] = [task]
             histories.setdefault(name, []).append(run.history)
-        if "independent" in args.methods:
+        if "independent" in asked:
             trained["independent branches"] = fit_independent(experiment, seed, folder)
         for name, tasks in trained.items():
             for decoder, row in decoders_of(name, methods.get(name)).items():

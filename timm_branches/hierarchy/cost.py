@@ -330,7 +330,7 @@ def _decide(p: torch.Tensor, matrix: torch.Tensor, tables: NodeTables) -> Predic
     finite = matrix.masked_fill(never[:, None], 0)
     expected = (p @ finite.T).masked_fill(never, torch.inf)  # (N, nodes)
     # the order of summation makes equal costs unequal
-    tie = 64 * torch.finfo(p.dtype).eps * finite.amax()
+    tie = 64 * torch.finfo(p.dtype).eps * finite.flatten().amax(0)
     # nan is not hidden: all are least then, and the deepest node's probabilities are nan
     least = ~(expected > expected.amin(1, keepdim=True) + tie)
     node = (least * (tables.depths + 1)).max(1).indices

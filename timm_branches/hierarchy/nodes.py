@@ -53,6 +53,10 @@ class NodeTables:
         self.parents = torch.cat(parents).to(device)
         self.depths = (self.labels >= 0).sum(1)
         self.starts = starts.to(device)
+        # of each level, the deepest first: an exported program has no search in it
+        self._by_depth = []
+        for level in reversed(range(depth)):
+            self._by_depth.append((self.depths == level + 1).nonzero()[:, 0])
         self.leaf_paths = self.nodes_of(taxonomy.leaf_table.to(device))
         self.leaves = self.leaf_paths[:, -1]
         self.num_leaves = self.sums(torch.ones(1, taxonomy.num_leaves, device=device))[0].long()
@@ -73,11 +77,10 @@ class NodeTables:
     def sums(self, leaf_values: torch.Tensor) -> torch.Tensor:
         """Sums (N, nodes) of the leaves' values (N, leaves) over the leaves below each node."""
         result = leaf_values.new_zeros(leaf_values.shape[0], len(self))
-        result[:, self.leaves] = leaf_values
+        result = result.index_copy(1, self.leaves, leaf_values)
         # deepest first, so that a node is complete before it is added to its parent
-        for level in reversed(range(len(self.starts))):
-            at = (self.depths == level + 1).nonzero()[:, 0]
-            result.index_add_(1, self.parents[at], result[:, at])
+        for at in self._by_depth:
+            result = result.index_add(1, self.parents[at], result.index_select(1, at))
         return result
 
     def descends(self) -> torch.Tensor:
