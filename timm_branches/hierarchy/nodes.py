@@ -70,9 +70,10 @@ class NodeTables:
 
         The root comes first; where a row has ended its last node is repeated.
         """
-        deepest = torch.where(labels >= 0, labels + self.starts, 0)
-        nodes = torch.cat([torch.zeros_like(deepest[:, :1]), deepest], 1)
-        return nodes.cummax(1).values  # nodes are numbered from the root down
+        nodes = [torch.zeros_like(labels[:, 0])]
+        for label, start in zip(labels.unbind(1), self.starts.unbind(0), strict=True):
+            nodes.append(torch.where(label >= 0, label + start, nodes[-1]))
+        return torch.stack(nodes, 1)
 
     def sums(self, leaf_values: torch.Tensor) -> torch.Tensor:
         """Sums (N, nodes) of the leaves' values (N, leaves) over the leaves below each node."""
