@@ -850,8 +850,8 @@ def taps_of(args: argparse.Namespace, tree: Taxonomy) -> list[str]:
 def default_taps(levels: int, is_trained: bool) -> list[str]:
     """The last stages, one for each level; more than five levels share stages 1 to 5.
 
-    A backbone that brings weights is read at its last stage: there they tell coarse classes apart
-    best, too (docs/hierarchy.md; `timm-branches suggest-taps`).
+    A backbone that brings weights is read at its last stage: on one data set, earlier ones were
+    worse there or no better (docs/hierarchy.md); `timm-branches suggest-taps` tries your own.
     """
     if is_trained:
         return ["5"] * levels
