@@ -10,8 +10,8 @@ from timm_branches.hierarchy.nodes import node_tables
 from timm_branches.hierarchy.novelty import (
     balanced_scores,
     nearest_node,
-    node_distances,
     reached,
+    steps_between,
     stop_probabilities,
 )
 from timm_branches.taxonomy import Taxonomy, cifar10
@@ -77,10 +77,17 @@ def test_by_walking(tree, kind):
         assert p[i].tolist() == pytest.approx([want[name] for name in names], abs=1e-12)
 
 
+def all_steps(tree):
+    tables = node_tables(tree)
+    nodes = torch.arange(len(tables))
+    steps = steps_between(*torch.cartesian_prod(nodes, nodes).T, tables)
+    return steps.view(len(tables), len(tables))
+
+
 @trees
 def test_distances(tree):
     names = node_tables(tree).names
-    found = node_distances(node_tables(tree))
+    found = all_steps(tree)
     for i, a in enumerate(names):
         for j, b in enumerate(names):
             shared = 0
@@ -93,7 +100,7 @@ def test_distances(tree):
 @pytest.mark.parametrize("kind", ["mass", "entropy"])
 def test_nearest_by_trying(tree, kind):
     p = stop_probabilities(random_levels(tree), tree, kind)
-    distances = node_distances(node_tables(tree)).double()
+    distances = all_steps(tree).double()
     names = node_tables(tree).names
     answer = nearest_node(p, tree)
     chances = reached(p, answer.labels, tree)

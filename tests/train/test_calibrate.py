@@ -393,3 +393,25 @@ def test_a_part_of_the_samples_is_refused(model):
     part = create_loader(data, 4, rank=1, world_size=2)
     with pytest.raises(ValueError, match="one of 2 parts of the samples"):
         calibrate(model, part)
+
+
+def test_samples_without_a_leaf_are_not_judged(model):
+    """A coarse label cannot say whether a finer answer is right."""
+    found = calibrate(model, loader(600, 1), 0.9)
+    [(images, labels)] = loader(300, 2)
+    coarse = labels.clone()
+    coarse[:100, 1], coarse[100:200] = -1, -1
+    with torch.inference_mode():
+        output = model(images)
+
+    def fed(rows, labels):
+        evaluator = CalibratedEvaluator(found, TREE, lambda output: list(output.values()))
+        evaluator.update({name: y[rows] for name, y in output.items()}, labels[rows])
+        return evaluator
+
+    part = fed(slice(0, 300), coarse)
+    assert part.compute() == pytest.approx(fed(slice(200, 300), labels).compute())
+    assert not any("was promised" in warning for warning in part.warnings())
+    nothing = fed(slice(0, 200), coarse)
+    assert math.isnan(nothing.compute()["answers_right"])
+    assert not any("was promised" in warning for warning in nothing.warnings())

@@ -132,6 +132,9 @@ def _entropy(chance: torch.Tensor, above: torch.Tensor, nodes: int) -> torch.Ten
 def nearest_node(probabilities: torch.Tensor, taxonomy: Taxonomy) -> NoveltyAnswer:
     """The node of least expected distance, in steps along the tree.
 
+    That is the deepest one at or below which a thing stops with a probability of at least 1/2: a
+    step down brings all that lies below nearer by one, and the rest farther by one.
+
     Args:
         probabilities: (N, nodes), from :func:`stop_probabilities`.
         taxonomy: The tree.
@@ -147,17 +150,15 @@ def nearest_node(probabilities: torch.Tensor, taxonomy: Taxonomy) -> NoveltyAnsw
         ([[0, 0]], [False])
     """
     tables = node_tables(taxonomy, probabilities.device)
-    distances = node_distances(tables).to(probabilities.dtype)
-    expected = probabilities @ distances
-    tie = 64 * torch.finfo(expected.dtype).eps * max(1.0, float(distances.max()))
-    near = expected <= expected.amin(1, keepdim=True) + tie
-    node = (near * (tables.depths + 1)).max(1).indices
+    reach = _reach(probabilities, tables)
+    likely = reach >= 0.5 - 64 * torch.finfo(reach.dtype).eps  # but for rounding
+    node = (likely * (tables.depths + 1)).max(1).indices
     is_leaf = torch.zeros(len(tables), dtype=torch.bool, device=node.device)
     is_leaf[tables.leaves] = True
     chance = probabilities.gather(1, node[:, None])[:, 0]
     index = tables.parents[1:].expand(len(probabilities), -1)
     of_children = torch.zeros_like(probabilities)
-    of_children.scatter_reduce_(1, index, _reach(probabilities, tables)[:, 1:], "amax")
+    of_children.scatter_reduce_(1, index, reach[:, 1:], "amax")
     is_new = ~is_leaf[node] & (chance >= of_children.gather(1, node[:, None])[:, 0])
     return NoveltyAnswer(tables.labels[node], is_new, chance)
 
@@ -178,16 +179,11 @@ def _reach(probabilities: torch.Tensor, tables: NodeTables) -> torch.Tensor:
     return total
 
 
-def node_distances(tables: NodeTables) -> torch.Tensor:
-    """(nodes, nodes): steps from each node up to what it shares with another, and down."""
-    paths = tables.nodes_of(tables.labels)  # (nodes, L + 1), ends repeated
-    shared = torch.zeros(len(tables), len(tables), dtype=torch.long, device=paths.device)
-    for level in range(1, paths.shape[1]):
-        # a path that has ended repeats its node, which is shared only if it was before
-        reaches = tables.depths >= level
-        same = paths[:, level, None] == paths[:, level]
-        shared += same & reaches[:, None] & reaches
-    return tables.depths[:, None] + tables.depths - 2 * shared
+def steps_between(a: torch.Tensor, b: torch.Tensor, tables: NodeTables) -> torch.Tensor:
+    """The steps (N,) up from nodes (N,) to what they share with others (N,), and down to these."""
+    own, other = tables.labels[a], tables.labels[b]
+    shared = ((own == other) & (own >= 0)).sum(1)
+    return tables.depths[a] + tables.depths[b] - 2 * shared
 
 
 def balanced_scores(
@@ -208,7 +204,7 @@ def balanced_scores(
     """
     tables = node_tables(taxonomy, truths.device)
     said, true = tables.nodes_of(answers)[:, -1], tables.nodes_of(truths)[:, -1]
-    distance = node_distances(tables)[said, true].double()
+    distance = steps_between(said, true, tables).double()
     counts = true.bincount(minlength=len(tables)).double()
     mean_right = true.bincount((said == true).double(), minlength=len(tables)) / counts
     mean_distance = true.bincount(distance, minlength=len(tables)) / counts

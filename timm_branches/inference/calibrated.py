@@ -82,17 +82,16 @@ class CalibratedEvaluator:
         self._labels.append(target.cpu())
 
     def compute(self) -> OrderedDict[str, float]:
-        """The metrics, in percent.
+        """The metrics, in percent, of the samples whose leaf is known; nan without any.
 
         `answers_right` and `information`; `answers_at_LEVEL` and `answers_none`, which say where
         answers end; `leaf_ece` and `leaf_ece_before`, the expected calibration error of the
         likeliest leaf with the temperature and without.
         """
-        answers, labels = torch.cat(self._answers), torch.cat(self._labels)
+        answers, labels = self._known()
         depth = (answers >= 0).sum(1)
         result = OrderedDict()
-        right = ~is_wrong(answers, labels) | (labels < 0).all(1)
-        result["answers_right"] = 100 * float(right.double().mean())
+        result["answers_right"] = 100 * float((~is_wrong(answers, labels)).double().mean())
         result["information"] = 100 * float(information(answers, self.taxonomy).mean())
         for level, name in enumerate(self.taxonomy.levels):
             result[f"answers_at_{name}"] = 100 * float((depth == level + 1).double().mean())
@@ -104,15 +103,22 @@ class CalibratedEvaluator:
             result[name] = 100 * float(error)
         return result
 
+    def _known(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Answers and labels (N, L) where the leaf is known: others cannot judge any answer."""
+        known = torch.cat(self._leaf_known)
+        return torch.cat(self._answers)[known], torch.cat(self._labels)[known]
+
     def warnings(self) -> list[str]:
         """Sentences on what speaks against the promise on these data; none if nothing does."""
-        answers, labels = torch.cat(self._answers), torch.cat(self._labels)
+        answers, labels = self._known()
         found = []
         for level, target in self.calibration.targets.items():
             wrong = is_wrong(answers, labels)
             if level:
                 column = self.taxonomy.level_index(level)
                 wrong = is_wrong(answers[:, column : column + 1], labels[:, column : column + 1])
+            if not len(wrong):
+                continue
             right = int((~wrong).sum())
             chance = binomial_tail(right, len(wrong), target)
             if chance < _UNLIKELY:
