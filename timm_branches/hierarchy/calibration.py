@@ -26,7 +26,7 @@ from timm_branches.hierarchy.decode import in_order_of_levels
 from timm_branches.hierarchy.depth import Prediction
 from timm_branches.hierarchy.losses import marginal_loss
 from timm_branches.hierarchy.nodes import LEAF_SCORES, leaf_log_posterior, node_tables
-from timm_branches.hierarchy.tree_metrics import PathTables
+from timm_branches.hierarchy.tree_metrics import path_tables
 from timm_branches.taxonomy.taxonomy import Taxonomy
 
 __all__ = [
@@ -151,7 +151,7 @@ def _check_paths(prediction: Prediction, labels: torch.Tensor, taxonomy: Taxonom
             f"A prediction and labels must have shape (N, {taxonomy.num_levels}), got "
             f"{tuple(predicted.shape)} and {tuple(labels.shape)}."
         )
-    leaf_known = PathTables(taxonomy, labels.device).is_leaf(labels).any(1)
+    leaf_known = path_tables(taxonomy, labels.device).is_leaf(labels).any(1)
     if not leaf_known.all():
         raise ValueError(
             f"Calibration needs samples whose leaf is known: {int((~leaf_known).sum())} of "
@@ -491,7 +491,7 @@ def fit_calibration(
     log_p = _posterior(level_logits, taxonomy, decoder)
     if len(labels) != len(log_p):
         raise ValueError(f"There are {len(log_p)} rows of logits and {len(labels)} of labels.")
-    known = PathTables(taxonomy, labels.device).is_leaf(labels).any(1)
+    known = path_tables(taxonomy, labels.device).is_leaf(labels).any(1)
     if not known.all():
         _logger.warning(
             "%d of %d samples have no known leaf and are left out of the calibration.",

@@ -12,11 +12,11 @@ from collections.abc import Callable, Sequence
 from itertools import chain
 
 import torch
-from torch.utils.weak import WeakIdKeyDictionary
 
 from timm_branches.hierarchy.decode import Decoder, register_decoder
 from timm_branches.hierarchy.depth import Prediction
 from timm_branches.hierarchy.nodes import NodeTables, leaf_log_posterior, node_tables
+from timm_branches.hierarchy.tables import kept_by_tree
 from timm_branches.taxonomy.table_files import read_rows
 from timm_branches.taxonomy.taxonomy import Taxonomy
 
@@ -373,28 +373,30 @@ def cost_decoder(
         [[0, -1]]
     """
     matrix = cost_matrix(costs, taxonomy)
+    on_device: dict[torch.device, torch.Tensor] = {}
 
     def answer(level_logits: list[torch.Tensor], tree: Taxonomy) -> Prediction:
         if tree.nodes != taxonomy.nodes:
             raise ValueError("The costs are of another tree than the logits.")
         p = leaf_log_posterior(level_logits, tree, scores, temperature).exp()
-        return _decide(p, matrix.to(p.device, p.dtype), node_tables(tree, p.device))
+        if p.device not in on_device:
+            on_device[p.device] = matrix.to(p.device)
+        return _decide(p, on_device[p.device].to(p.dtype), node_tables(tree, p.device))
 
     return answer
 
 
-# by a tensor of the tree: its matrix of distances
-_DISTANCES: WeakIdKeyDictionary = WeakIdKeyDictionary()
+@kept_by_tree
+def _distances(taxonomy: Taxonomy, device: torch.device) -> torch.Tensor:
+    """The tree's distances (nodes, leaves), small integers that float32 holds exactly."""
+    return _tree_distance(taxonomy).float().to(device)
 
 
 @register_decoder("cost")
 def _least_distance(scores: list[torch.Tensor], taxonomy: Taxonomy) -> Prediction:
-    key = taxonomy.tables.leaf
-    if key not in _DISTANCES:
-        with torch.inference_mode(False):
-            _DISTANCES[key] = _tree_distance(taxonomy)
     p = leaf_log_posterior(scores, taxonomy, "leaf-marginal").exp()
-    return _decide(p, _DISTANCES[key].to(p.device, p.dtype), node_tables(taxonomy, p.device))
+    matrix = _distances(taxonomy, p.device).to(p.dtype)
+    return _decide(p, matrix, node_tables(taxonomy, p.device))
 
 
 def answer_costs(

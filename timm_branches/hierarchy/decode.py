@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch.utils.weak import WeakIdKeyDictionary
 
 from timm_branches.hierarchy.depth import (
     DepthAccuracy,
@@ -20,6 +19,7 @@ from timm_branches.hierarchy.depth import (
     depth_accuracy_curve,
     plot_depth_accuracy,
 )
+from timm_branches.hierarchy.tables import IndexTables, TreeLevel, index_tables
 from timm_branches.taxonomy.taxonomy import Taxonomy
 
 __all__ = [
@@ -34,71 +34,6 @@ __all__ = [
     "plot_depth_accuracy",
     "register_decoder",
 ]
-
-
-class _Level(NamedTuple):
-    """Index tables of one level."""
-
-    parents: torch.Tensor  # (K,): on the level above; 0, the root, on the first
-    by_parent: torch.Tensor  # (K,): the level's nodes, sorted by parent
-    first_child: torch.Tensor  # (nodes above,): where a node's children begin in `by_parent`
-    num_children: torch.Tensor  # (nodes above,)
-    max_children: int
-    leaf_nodes: torch.Tensor  # the nodes that are leaves
-    leaves: torch.Tensor  # their leaf indices
-    inner_nodes: torch.Tensor  # the others
-    drop: torch.Tensor  # (K,) float: height of the parent minus the node's own
-
-
-class _Tables(NamedTuple):
-    """Index tables of a taxonomy."""
-
-    levels: tuple[_Level, ...]
-    paths: torch.Tensor  # (leaves, L)
-    # puts the levels' leaves, listed level by level, into order; None if they are
-    order: torch.Tensor | None
-
-
-# keyed by one of the taxonomy's tensors: hashing the taxonomy itself means hashing every path, on
-# each call
-_CACHE: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-
-def _tables(taxonomy: Taxonomy, device: torch.device) -> _Tables:
-    by_device = _CACHE.setdefault(taxonomy.tables.leaf, {})
-    if device not in by_device:
-        with torch.inference_mode(False):  # else a later training step could not use them
-            by_device[device] = _build_tables(taxonomy, device)
-    return by_device[device]
-
-
-def _build_tables(taxonomy: Taxonomy, device: torch.device) -> _Tables:
-    paths, heights = taxonomy.leaf_table, taxonomy.heights
-    depths = (paths >= 0).sum(1)
-    levels = []
-    above = torch.tensor([taxonomy.num_levels], device="cpu")  # heights on the level above
-    for depth, (parents, height) in enumerate(zip(taxonomy.parents, heights, strict=True)):
-        parents = parents.clamp(min=0)
-        counts = parents.bincount(minlength=len(above))
-        ends_here = (depths == depth + 1).nonzero()[:, 0]
-        leaf_nodes, order = paths[ends_here, depth].sort()
-        levels.append(
-            _Level(
-                parents=parents.to(device),
-                by_parent=parents.argsort(stable=True).to(device),
-                first_child=(counts.cumsum(0) - counts).to(device),
-                num_children=counts.to(device),
-                max_children=int(counts.max()),
-                leaf_nodes=leaf_nodes.to(device),
-                leaves=ends_here[order].to(device),
-                inner_nodes=height.nonzero()[:, 0].to(device),
-                drop=(above[parents] - height).float().to(device),
-            )
-        )
-        above = height
-    order = torch.cat([level.leaves for level in levels]).argsort()
-    ordered = bool((order.diff() > 0).all())
-    return _Tables(tuple(levels), paths.to(device), None if ordered else order)
 
 
 def in_order_of_levels(
@@ -124,7 +59,7 @@ def in_order_of_levels(
 
 def _check(
     level_logits: Sequence[torch.Tensor] | Mapping[str, torch.Tensor], taxonomy: Taxonomy
-) -> tuple[list[torch.Tensor], _Tables]:
+) -> tuple[list[torch.Tensor], IndexTables]:
     """The logits as tensors of one dtype, at least float32.
 
     Each row has a finite maximum (or nan).
@@ -142,7 +77,7 @@ def _check(
                 f"The logits of level {level!r} must be floating point, got {logits.dtype}."
             )
         dtype = torch.promote_types(dtype, logits.dtype)
-    return [_tame(logits.to(dtype)) for logits in level_logits], _tables(
+    return [_tame(logits.to(dtype)) for logits in level_logits], index_tables(
         taxonomy, level_logits[0].device
     )
 
@@ -153,13 +88,14 @@ def _tame(scores: torch.Tensor) -> torch.Tensor:
     +inf becomes the largest number, rows of nothing but -inf become all equal.
     """
     top = scores.detach().amax(-1, keepdim=True)
-    # an exported program has no such question in it
-    if torch.compiler.is_exporting() or not top.isfinite().all():
+    # a graph has no such question in it, and a device would have to be waited for
+    asks = top.device.type == "cpu" and not torch.compiler.is_compiling()
+    if not asks or not top.isfinite().all():
         scores = scores.clamp(max=torch.finfo(scores.dtype).max).masked_fill(top == -torch.inf, 0)
     return scores
 
 
-def _to_leaves(by_level: list[torch.Tensor], tables: _Tables) -> torch.Tensor:
+def _to_leaves(by_level: list[torch.Tensor], tables: IndexTables) -> torch.Tensor:
     """(N, leaves) from the columns of each level's leaves."""
     columns = by_level[0]
     if len(by_level) > 1:
@@ -169,14 +105,14 @@ def _to_leaves(by_level: list[torch.Tensor], tables: _Tables) -> torch.Tensor:
     return columns.index_select(1, tables.order)
 
 
-def _of_leaves(values: torch.Tensor, level: _Level) -> torch.Tensor:
+def _of_leaves(values: torch.Tensor, level: TreeLevel) -> torch.Tensor:
     """The columns of a level's leaves."""
     if not len(level.inner_nodes):
         return values
     return values.index_select(1, level.leaf_nodes)
 
 
-def _masses(p: torch.Tensor, tables: _Tables) -> list[torch.Tensor]:
+def _masses(p: torch.Tensor, tables: IndexTables) -> list[torch.Tensor]:
     """Each node's probability (N, K), per level, from those of the leaves (N, leaves)."""
     masses: list[torch.Tensor] = []
     for depth in reversed(range(len(tables.levels))):
@@ -194,7 +130,7 @@ def _masses(p: torch.Tensor, tables: _Tables) -> list[torch.Tensor]:
     return masses[::-1]
 
 
-def _path(leaf: torch.Tensor, masses: list[torch.Tensor], tables: _Tables) -> Prediction:
+def _path(leaf: torch.Tensor, masses: list[torch.Tensor], tables: IndexTables) -> Prediction:
     """The path to each sample's leaf, with the probabilities of the nodes on it."""
     labels = tables.paths[leaf]
     columns = []
@@ -236,7 +172,7 @@ def leaf_log_probs(
     return _leaf_log_probs(*_check(level_logits, taxonomy))
 
 
-def _leaf_log_probs(scores: list[torch.Tensor], tables: _Tables) -> torch.Tensor:
+def _leaf_log_probs(scores: list[torch.Tensor], tables: IndexTables) -> torch.Tensor:
     by_level: list[torch.Tensor] = []
     rest: torch.Tensor | None = None  # log of the mass that goes on below
     for values, level in zip(scores, tables.levels, strict=True):
@@ -312,7 +248,7 @@ def _independent(scores: list[torch.Tensor], taxonomy: Taxonomy) -> Prediction:
 
 @register_decoder("top-down")
 def _top_down(scores: list[torch.Tensor], taxonomy: Taxonomy) -> Prediction:
-    tables = _tables(taxonomy, scores[0].device)
+    tables = index_tables(taxonomy, scores[0].device)
     # the root above all
     node = torch.zeros(scores[0].shape[0], dtype=torch.long, device=scores[0].device)
     path = scores[0].new_ones(node.shape[0], 1)
@@ -338,7 +274,7 @@ def _top_down(scores: list[torch.Tensor], taxonomy: Taxonomy) -> Prediction:
 
 @register_decoder("best-path")
 def _best_path(scores: list[torch.Tensor], taxonomy: Taxonomy) -> Prediction:
-    tables = _tables(taxonomy, scores[0].device)
+    tables = index_tables(taxonomy, scores[0].device)
     product = _best_path_scores(scores, tables)
     return _path(product.max(-1).indices, _masses(product.softmax(-1), tables), tables)
 
@@ -353,7 +289,7 @@ def best_path_scores(
     return _best_path_scores(*_check(level_logits, taxonomy))
 
 
-def _best_path_scores(scores: list[torch.Tensor], tables: _Tables) -> torch.Tensor:
+def _best_path_scores(scores: list[torch.Tensor], tables: IndexTables) -> torch.Tensor:
     total: torch.Tensor | None = None
     by_level = []
     for depth, (values, level) in enumerate(zip(scores, tables.levels, strict=True)):
@@ -371,7 +307,7 @@ def _best_path_scores(scores: list[torch.Tensor], tables: _Tables) -> torch.Tens
 
 @register_decoder("path-sum")
 def _path_sum(scores: list[torch.Tensor], taxonomy: Taxonomy) -> Prediction:
-    tables = _tables(taxonomy, scores[0].device)
+    tables = index_tables(taxonomy, scores[0].device)
     total = _path_sum_scores(scores, tables)
     return _path(total.max(-1).indices, _masses(total.softmax(-1), tables), tables)
 
@@ -387,7 +323,7 @@ def path_sum_scores(
     return _path_sum_scores(*_check(level_logits, taxonomy))
 
 
-def _path_sum_scores(scores: list[torch.Tensor], tables: _Tables) -> torch.Tensor:
+def _path_sum_scores(scores: list[torch.Tensor], tables: IndexTables) -> torch.Tensor:
     total: torch.Tensor | None = None
     by_level = []
     largest = torch.finfo(scores[0].dtype).max / (2 * len(scores))  # sums must not be infinite
@@ -403,7 +339,7 @@ def _path_sum_scores(scores: list[torch.Tensor], tables: _Tables) -> torch.Tenso
 
 @register_decoder("leaf-marginal")
 def _leaf_marginal(scores: list[torch.Tensor], taxonomy: Taxonomy) -> Prediction:
-    tables = _tables(taxonomy, scores[0].device)
+    tables = index_tables(taxonomy, scores[0].device)
     log_p = _leaf_log_probs(scores, tables)
     return _path(log_p.max(-1).indices, _masses(log_p.exp_(), tables), tables)
 
@@ -414,7 +350,7 @@ def _crm(scores: list[torch.Tensor], taxonomy: Taxonomy) -> Prediction:
 
     The cost of leaf k is the root's height less drop * mass of each node above or at k.
     """
-    tables = _tables(taxonomy, scores[0].device)
+    tables = index_tables(taxonomy, scores[0].device)
     masses = _masses(_leaf_log_probs(scores, tables).exp_(), tables)
     saved: torch.Tensor | None = None
     by_level = []

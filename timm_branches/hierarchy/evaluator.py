@@ -30,7 +30,7 @@ from timm_branches.hierarchy.standard_metrics import (
     lower_is_better,
     tree_metrics,
 )
-from timm_branches.hierarchy.tree_metrics import PathTables
+from timm_branches.hierarchy.tree_metrics import path_tables
 from timm_branches.taxonomy.taxonomy import Taxonomy
 
 __all__ = ["HierarchyEvaluator"]
@@ -147,7 +147,7 @@ class HierarchyEvaluator:
             if taxonomy is None:
                 raise ValueError("costs= needs a taxonomy.")
             self.costs = cost_matrix(costs, taxonomy).to(self.device, float_dtype(self.device))
-        self.tables = None if taxonomy is None else PathTables(taxonomy, self.device)
+        self.tables = None if taxonomy is None else path_tables(taxonomy, self.device)
         # where each level's classes begin among those of all levels side by side
         self.starts = torch.tensor([0, *self.num_classes[:-1]]).cumsum(0).to(self.device)
         self._metrics = self._choose_metrics()

@@ -21,15 +21,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from timm_branches.hierarchy.ancestry import (
-    check_labels,
-    complete_paths,
-    deepest,
-    path_heights,
-    path_log_probabilities,
-    soft_targets,
-)
+from timm_branches.hierarchy.ancestry import check_labels
 from timm_branches.hierarchy.decode import in_order_of_levels, leaf_log_probs
+from timm_branches.hierarchy.ranges import LeafRanges, leaf_log_sums, leaf_ranges, log_sum_exp
+from timm_branches.hierarchy.tables import index_tables
 from timm_branches.taxonomy.taxonomy import Taxonomy
 
 __all__ = [
@@ -206,16 +201,18 @@ def level_cross_entropy(
         return _soft_cross_entropy(logits, target, class_weights, share)
     _check_targets(target, logits.shape[1])
     labelled = target >= 0
-    safe = target.clamp(min=0)
-    losses = F.cross_entropy(
+    total = F.cross_entropy(
         _only(labelled, logits),
-        safe,
+        target.long(),
         class_weights,
-        reduction="none",
+        ignore_index=-1,
+        reduction="sum",
         label_smoothing=label_smoothing,
     )
-    weights = labelled if class_weights is None else labelled * class_weights[safe]
-    return mean_of_counted(losses * labelled, weights, share)
+    weights = labelled
+    if class_weights is not None:
+        weights = labelled * class_weights[target.clamp(min=0)]
+    return mean_of_counted(total, weights, share)
 
 
 def _soft_cross_entropy(
@@ -268,9 +265,11 @@ def marginal_loss(
         >>> round(float(marginal_loss(leaf_logits, torch.tensor([[0, -1]]), tree)), 4)
         0.6931
     """
-    log_p, paths, labelled = leaf_inputs(leaf_logits, labels, taxonomy)
-    log_p_label = deepest(path_log_probabilities(log_p, paths, taxonomy), paths)  # (N,)
-    return mean_of_counted(-log_p_label, labelled, share)
+    leaf_logits, path, ranges = leaf_inputs(leaf_logits, labels, taxonomy)
+    deepest = path.gather(1, ((path >= 0).sum(1, keepdim=True) - 1).clamp(min=0))  # (N, 1)
+    log_p, _ = leaf_log_sums(leaf_logits, deepest, ranges)
+    labelled = deepest >= 0
+    return mean_of_counted(torch.where(labelled, -log_p, 0), labelled, share)
 
 
 def hxe_loss(
@@ -313,16 +312,15 @@ def hxe_loss(
         0.9481
     """
     _check_from_zero("alpha", alpha)
-    log_p, paths, labelled = leaf_inputs(leaf_logits, labels, taxonomy)
-    nodes = path_log_probabilities(log_p, paths, taxonomy)
-    above = F.pad(nodes[:, :-1], (1, 0))  # the root above all has probability 1
+    leaf_logits, path, ranges = leaf_inputs(leaf_logits, labels, taxonomy)
+    log_p, _ = leaf_log_sums(leaf_logits, path, ranges)
+    above = F.pad(log_p[:, :-1], (1, 0))  # the root above all has probability 1
     # an impossible class costs inf, not inf - inf
-    steps = torch.where(nodes > -torch.inf, nodes - above, nodes)
-    heights = path_heights(paths, taxonomy).to(steps.dtype)
-    weights = torch.where(paths >= 0, (-alpha * heights).exp(), 0)
+    steps = torch.where(log_p > -torch.inf, log_p - above, log_p)
+    weights = torch.where(path >= 0, (-alpha * ranges.heights[path].to(steps.dtype)).exp(), 0)
     # 0 * -inf would be nan
     weighted = torch.where(weights > 0, weights * steps, 0)  # (N, L)
-    return mean_of_counted(-weighted.sum(1), labelled, share)
+    return mean_of_counted(-weighted.sum(1), path[:, 0] >= 0, share)
 
 
 def soft_label_loss(
@@ -367,13 +365,34 @@ def soft_label_loss(
         1.0986
     """
     _check_from_zero("beta", beta)
-    log_p, paths, labelled = leaf_inputs(leaf_logits, labels, taxonomy)
-    target, below = soft_targets(paths, taxonomy, beta, log_p.dtype)
-    log_p_label = deepest(path_log_probabilities(log_p, paths, taxonomy), paths)
-    inside = (target * below).sum(1) * log_p_label
-    target = target.masked_fill_(below, 0)
-    outside = torch.where(target > 0, target * log_p, 0).sum(1)  # 0 * -inf would be nan
-    return mean_of_counted(-inside - outside, labelled, share)
+    leaf_logits, path, ranges = leaf_inputs(leaf_logits, labels, taxonomy)
+    depth = (path >= 0).sum(1, keepdim=True)
+    label = path.gather(1, (depth - 1).clamp(min=0))  # (N, 1)
+    # around the label lies a ring of leaves for each class of its path: those that have the class
+    # above it, but not itself, in common with the label; in depth-first order one part of a ring
+    # is before the class and one behind
+    around = torch.where(path >= 0, path, label)
+    first = F.pad(ranges.first[around], (1, 0))
+    last = F.pad(ranges.last[around], (1, 0), value=taxonomy.num_leaves)
+    log_p, sums = leaf_log_sums(
+        leaf_logits,
+        label,
+        ranges,
+        torch.cat([first[:, :-1], last[:, 1:]], 1),
+        torch.cat([first[:, 1:], last[:, :-1]], 1),
+    )
+    sums = sums.unflatten(1, (2, -1)).sum(1)  # (N, L)
+    size = last - first  # (N, L + 1)
+    heights = F.pad(ranges.heights[around], (1, 0), value=taxonomy.num_levels)
+    # heights above the label's own: the largest exponent is 0, however large beta is
+    rise = (heights - ranges.heights[label]).to(sums.dtype) / taxonomy.num_levels
+    share_of_leaf = (-beta * rise[:, :-1]).exp()  # (N, L), in each ring, as the label's own is 1
+    total = size[:, -1:] + (share_of_leaf * -size.diff(dim=1)).sum(1, keepdim=True)
+    # 0 * -inf would be nan
+    outside = torch.where(share_of_leaf > 0, share_of_leaf * sums, 0).sum(1, keepdim=True)
+    losses = -(size[:, -1:] * log_p + outside) / total
+    labelled = label >= 0
+    return mean_of_counted(torch.where(labelled, losses, 0), labelled, share)
 
 
 def soft_labels(taxonomy: Taxonomy, beta: float = 10.0) -> torch.Tensor:
@@ -396,7 +415,14 @@ def soft_labels(taxonomy: Taxonomy, beta: float = 10.0) -> torch.Tensor:
         tensor([0.5714, 0.2857, 0.1429])
     """
     _check_from_zero("beta", beta)
-    return soft_targets(taxonomy.leaf_table, taxonomy, beta, torch.float32)[0]
+    table = taxonomy.leaf_table
+    # heights of the lowest common ancestors: a deeper class in common overwrites one above it
+    heights = torch.full((len(table), len(table)), taxonomy.num_levels, device=table.device)
+    for column, of_level in zip(table.unbind(1), taxonomy.heights, strict=True):
+        together = (column[:, None] == column) & (column >= 0)
+        heights = torch.where(together, of_level[column.clamp(min=0)], heights)
+    target = (-beta * heights.float() / taxonomy.num_levels).exp()
+    return target / target.sum(1, keepdim=True)
 
 
 def tree_path_kl(
@@ -439,16 +465,20 @@ def tree_path_kl(
     levels = _level_inputs(level_logits, taxonomy)
     check_labels(labels, taxonomy, len(levels[0]))
     known = labels >= 0
+    own_logits, losses = [], []
+    for logits, label in zip(levels, labels.long().unbind(1), strict=True):
+        # what is not known takes no part, whatever its logits are
+        logits = _only(label >= 0, logits)
+        own_logits.append(logits.gather(1, label.clamp(min=0)[:, None])[:, 0])
+        losses.append(F.cross_entropy(logits, label, reduction="none", ignore_index=-1))
+    own, loss = torch.stack(own_logits, 1), torch.stack(losses, 1)  # (N, L)
+    # a level's log-sum-exp is own + loss; less the largest, large logits lose nothing
+    own = own - (own + loss).detach().masked_fill(~known, -torch.inf).amax(1, keepdim=True)
+    own = own.masked_fill(~known, 0)
+    # the softmax of all known levels has the sum of their sums below it
+    norm = log_sum_exp((own + loss).masked_fill(~known, -torch.inf))
+    total = (own - norm[:, None]).masked_fill(~known, 0).sum(1)
     count = known.sum(1)
-    sizes = torch.tensor(taxonomy.num_classes, device=labels.device)
-    # a row without labels takes part as zeros, or its softmax would be nan
-    logits = _only(count > 0, torch.cat(levels, 1))
-    takes_part = (
-        known.repeat_interleave(sizes, 1, output_size=logits.shape[1]) | (count == 0)[:, None]
-    )
-    log_q = torch.where(takes_part, logits, -torch.inf).log_softmax(-1)
-    columns = labels.clamp(min=0) + sizes.cumsum(0) - sizes
-    total = torch.where(known, log_q.gather(1, columns), 0).sum(1)
     m = count.clamp(min=1)
     return mean_of_counted(-m.log() - total / m, count > 0, share)
 
@@ -489,13 +519,15 @@ def consistency_loss(
         raise ValueError(f"Consistency is between levels, and {taxonomy!r} has only one.")
     p = [logits.softmax(-1) for logits in _level_inputs(level_logits, taxonomy)]
     total = torch.zeros_like(p[0][:, 0])
-    for upper, lower, parents, heights in zip(
-        p[:-1], p[1:], taxonomy.parents[1:], taxonomy.heights[:-1], strict=True
-    ):
-        ends = (heights == 0).to(upper.device)
-        goes_on = upper.masked_fill(ends, 0).sum(1, keepdim=True)
-        sums = torch.zeros_like(upper).index_add(1, parents.to(upper.device), lower)
-        carried = torch.where(ends, upper, goes_on * sums)
+    tables = index_tables(taxonomy, p[0].device).levels
+    for upper, lower, level, next_level in zip(p[:-1], p[1:], tables[:-1], tables[1:], strict=True):
+        carried = torch.zeros_like(upper).index_add(1, next_level.parents, lower)
+        if len(level.leaf_nodes):
+            goes_on = upper.index_select(1, level.inner_nodes).sum(1, keepdim=True)
+            ends = upper.index_select(1, level.leaf_nodes)
+            carried = (goes_on * carried).index_copy(1, level.leaf_nodes, ends)
+        else:
+            carried = upper.sum(1, keepdim=True) * carried
         log_mean = _safe_log((upper + carried) / 2)
         for distribution in (upper, carried):
             divergence = (distribution * (_safe_log(distribution) - log_mean)).sum(1)  # (N,)
@@ -525,6 +557,9 @@ def _only(labelled: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
 
     Even an infinite logit there is harmless.
     """
+    looks = labelled.device.type == "cpu" and not torch.compiler.is_compiling()
+    if looks and labelled.all():  # elsewhere the question would have to be waited for
+        return logits
     return torch.where(labelled[:, None], logits, 0)
 
 
@@ -552,10 +587,11 @@ def _level_inputs(level_logits: LevelLogits, taxonomy: Taxonomy) -> list[torch.T
 
 def leaf_inputs(
     leaf_logits: torch.Tensor, labels: torch.Tensor, taxonomy: Taxonomy
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, LeafRanges]:
     """What losses of leaves compute with.
 
-    Log-probabilities (N, leaves), paths (N, L) without gaps, which samples have a label (N,).
+    Logits (N, leaves), in float32 at least, zeros where no level is known; the classes (N, L) of
+    each label's path, as the tables count them, without gaps, -1 below; the tables.
     """
     if leaf_logits.ndim != 2 or leaf_logits.shape[1] != taxonomy.num_leaves:
         raise ValueError(
@@ -563,6 +599,6 @@ def leaf_inputs(
             f"{tuple(leaf_logits.shape)}."
         )
     check_labels(labels, taxonomy, len(leaf_logits))
-    paths = complete_paths(labels, taxonomy)
-    labelled = paths[:, 0] >= 0
-    return _only(labelled, at_least_float32(leaf_logits)).log_softmax(-1), paths, labelled
+    ranges = leaf_ranges(taxonomy, leaf_logits.device)
+    path = ranges.classes(ranges.complete(labels))
+    return _only(path[:, 0] >= 0, at_least_float32(leaf_logits)), path, ranges

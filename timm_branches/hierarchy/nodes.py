@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch.utils.weak import WeakIdKeyDictionary
 
 from timm_branches.hierarchy.decode import best_path_scores, leaf_log_probs, path_sum_scores
+from timm_branches.hierarchy.tables import kept_by_tree
 from timm_branches.taxonomy.taxonomy import Taxonomy
 
 __all__ = ["LEAF_SCORES", "NodeTables", "leaf_log_posterior", "node_tables"]
@@ -49,14 +49,16 @@ class NodeTables:
             labels.append(taxonomy.expand(torch.arange(len(of_level), device=cpu), level))
             above = starts[level - 1] if level else 1
             parents.append(of_level + above)
-        self.labels = torch.cat(labels).to(device)
+        own_labels = torch.cat(labels)
+        self.labels = own_labels.to(device)
         self.parents = torch.cat(parents).to(device)
         self.depths = (self.labels >= 0).sum(1)
         self.starts = starts.to(device)
         # of each level, the deepest first: an exported program has no search in it
         self._by_depth = []
         for level in reversed(range(depth)):
-            self._by_depth.append((self.depths == level + 1).nonzero()[:, 0])
+            of_level = ((own_labels >= 0).sum(1) == level + 1).nonzero()[:, 0]
+            self._by_depth.append(of_level.to(device))
         self.leaf_paths = self.nodes_of(taxonomy.leaf_table.to(device))
         self.leaves = self.leaf_paths[:, -1]
         self.num_leaves = self.sums(torch.ones(1, taxonomy.num_leaves, device=device))[0].long()
@@ -89,17 +91,10 @@ class NodeTables:
         return self.sums(torch.eye(len(self.leaves), device=self.leaves.device)).T > 0
 
 
-_TABLES: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-
-def node_tables(taxonomy: Taxonomy, device: torch.device | str = "cpu") -> NodeTables:
+@kept_by_tree
+def node_tables(taxonomy: Taxonomy, device: torch.device) -> NodeTables:
     """The :class:`NodeTables` of a tree on a device, built at its first use there."""
-    by_device = _TABLES.setdefault(taxonomy.tables.leaf, {})
-    device = torch.device(device)
-    if device not in by_device:
-        with torch.inference_mode(False):
-            by_device[device] = NodeTables(taxonomy, device)
-    return by_device[device]
+    return NodeTables(taxonomy, device)
 
 
 def leaf_log_posterior(

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from timm_branches.hierarchy.ancestry import complete_paths, deepest, path_log_probabilities
 from timm_branches.hierarchy.decode import path_sum_scores
 from timm_branches.hierarchy.losses import leaf_inputs, marginal_loss, mean_of_counted
+from timm_branches.hierarchy.ranges import leaf_log_sums, leaf_ranges
 from timm_branches.taxonomy.taxonomy import Taxonomy
 
 __all__ = [
@@ -60,13 +60,14 @@ def ancestor_cross_entropy(
     """
     if not 0 <= smoothing < 1:
         raise ValueError(f"smoothing must be in [0, 1), got {smoothing}.")
-    log_p, paths, labelled = leaf_inputs(leaf_logits, labels, taxonomy)
-    nodes = path_log_probabilities(log_p, paths, taxonomy)  # (N, L), 0 where unknown
-    own = deepest(nodes, paths)
-    ancestors = (paths >= 0).sum(1) - 1
+    leaf_logits, path, ranges = leaf_inputs(leaf_logits, labels, taxonomy)
+    log_p, _ = leaf_log_sums(leaf_logits, path, ranges)  # (N, L)
+    labelled = path[:, 0] >= 0
+    ancestors = (path >= 0).sum(1) - 1
+    own = log_p.gather(1, ancestors.clamp(min=0)[:, None])[:, 0]
     # an impossible class costs inf, and 0 * inf would be nan
-    is_above = torch.arange(nodes.shape[1], device=nodes.device) < ancestors[:, None]
-    above = torch.where(is_above, nodes, 0).sum(1) / ancestors.clamp(min=1)
+    is_above = ranges.depths <= ancestors[:, None]
+    above = torch.where(is_above, log_p, 0).sum(1) / ancestors.clamp(min=1)
     mixed = own
     if smoothing:
         mixed = torch.where(ancestors > 0, (1 - smoothing) * own + smoothing * above, own)
@@ -156,22 +157,18 @@ def soft_margin_loss(
 
 def _distances(labels: torch.Tensor, taxonomy: Taxonomy) -> torch.Tensor:
     """(N, leaves) from 0 to 1; 0 of leaves below the label, and of samples without one."""
-    paths = complete_paths(labels, taxonomy)
-    leaf_columns = taxonomy.leaf_table.to(labels.device).T  # (L, leaves)
-    root = float(taxonomy.num_levels)
-    common = torch.full(
-        (len(labels), taxonomy.num_leaves), root, device=labels.device, dtype=torch.double
-    )
-    for level, leaves in enumerate(leaf_columns):
-        heights = taxonomy.heights[level].to(labels.device, torch.double)
-        own = heights[paths[:, level].clamp(min=0)][:, None]
-        shared = (leaves == paths[:, level, None]) & (paths[:, level, None] >= 0)
-        common = torch.where(shared, own, common)
+    ranges = leaf_ranges(taxonomy, labels.device)
+    label = ranges.deepest(labels.long())
+    path = ranges.classes(ranges.paths[label])
+    place = ranges.inverse  # (leaves,)
+    common = torch.full_like(place.expand(len(label), -1), taxonomy.num_levels)
+    for at in path.unbind(1):  # the deeper one overwrites
+        below = (place >= ranges.first[at][:, None]) & (place < ranges.last[at][:, None])
+        common = torch.where(below, ranges.heights[at][:, None], common)
     # below the label there is no mistake
-    depth = (paths >= 0).sum(1, keepdim=True)
-    last = paths.gather(1, (depth - 1).clamp(min=0))
-    below = (leaf_columns[(depth[:, 0] - 1).clamp(min=0)] == last) | (depth == 0)
-    return common.masked_fill(below, 0) / root
+    below = (place >= ranges.first[label][:, None]) & (place < ranges.last[label][:, None])
+    below |= (label < 0)[:, None]
+    return common.masked_fill(below, 0).double() / taxonomy.num_levels
 
 
 def masked_fixmatch_loss(
@@ -221,10 +218,10 @@ def masked_fixmatch_loss(
             f"Both views must give logits (N, {taxonomy.num_leaves}), got "
             f"{tuple(weak_logits.shape)} and {tuple(strong_logits.shape)}."
         )
-    log_p, paths, labelled = leaf_inputs(strong_logits, labels, taxonomy)
-    depth = (paths >= 0).sum(1)
+    strong_logits, path, _ = leaf_inputs(strong_logits, labels, taxonomy)
+    log_p = strong_logits.log_softmax(-1)
     below = _distances(labels, taxonomy) == 0
-    coarse = labelled & (below.sum(1) > 1) & (depth > 0)
+    coarse = (path[:, 0] >= 0) & (below.sum(1) > 1)
     guesses = weak_logits.detach().to(log_p.dtype).masked_fill(~below, -torch.inf)
     sure, leaf = guesses.softmax(1).max(1)
     losses = -log_p.gather(1, leaf[:, None])[:, 0]

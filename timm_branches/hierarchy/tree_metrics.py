@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 
 from timm_branches.hierarchy.metrics import check_pair
+from timm_branches.hierarchy.tables import kept_by_tree
 from timm_branches.taxonomy.tables import as_labels
 from timm_branches.taxonomy.taxonomy import Taxonomy
 
@@ -137,6 +138,12 @@ class PathTables:
         return torch.stack([k * known.sum(), (distances * known[:, None]).sum()])
 
 
+@kept_by_tree
+def path_tables(taxonomy: Taxonomy, device: torch.device) -> PathTables:
+    """The :class:`PathTables` of a tree on a device."""
+    return PathTables(taxonomy, device)
+
+
 # -- from counts, which add up over batches and processes, to the metrics
 
 
@@ -186,7 +193,7 @@ def _check(predictions: torch.Tensor, labels: torch.Tensor, taxonomy: Taxonomy) 
     check_pair(predictions, labels)
     _check_rows(predictions, taxonomy, "prediction")
     _check_rows(labels, taxonomy, "label")
-    return PathTables(taxonomy, labels.device)
+    return path_tables(taxonomy, labels.device)
 
 
 def _check_rows(rows: torch.Tensor, taxonomy: Taxonomy, what: str) -> None:
@@ -345,5 +352,5 @@ def distance_at_k(
         )
     if not 1 <= k <= taxonomy.num_leaves:
         raise ValueError(f"k must be between 1 and the {taxonomy.num_leaves} leaves, got {k}.")
-    counts = PathTables(taxonomy, labels.device).ranking_counts(leaf_scores, labels, k)
+    counts = path_tables(taxonomy, labels.device).ranking_counts(leaf_scores, labels, k)
     return mean_ranking_distance_of(counts)

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from timm_branches.data import create_loader
 from timm_branches.data.bad_images import sample_name
 from timm_branches.hierarchy.decode import decode
-from timm_branches.hierarchy.tree_metrics import PathTables
+from timm_branches.hierarchy.tree_metrics import path_tables
 from timm_branches.task import BranchTask, base_model
 from timm_branches.taxonomy import Taxonomy
 from timm_branches.train.evaluation import images_to
@@ -70,7 +70,7 @@ class Answers:
 
         It is the height of their lowest common ancestor, as `hierarchical_distance` has it.
         """
-        tables = PathTables(self.taxonomy)
+        tables = path_tables(self.taxonomy)
         # a truth that ends early is no mistake of the levels below it
         answers = self.predictions.masked_fill(self.labels < 0, -1)
         heights = tables.lca_height(tables.end(self.labels), tables.end(answers))
