@@ -170,7 +170,8 @@ def test_commands():
         "    print(page, script, arguments)\n"
         "sys.exit(failed)\n"
     )
-    shown = commands()
+    # the ablation reads its own flags and leaves the recipe's to the recipe: see its tests
+    shown = [command for command in commands() if not command[1].endswith("ablate.py")]
     assert len(shown) > 10
     done = subprocess.run(
         [sys.executable, "-c", code, repr(shown)],

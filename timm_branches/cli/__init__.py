@@ -73,6 +73,8 @@ def make_parser() -> argparse.ArgumentParser:
 def _run(args: argparse.Namespace) -> int:
     if args.command == "train":
         recipes.run_recipe(args.recipe, args.arguments)
+    elif args.command == "ablate":
+        recipes.run_recipe("ablate", args.arguments)
     elif args.command == "recipes":
         _recipes(args)
     elif args.command == "predict":

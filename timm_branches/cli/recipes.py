@@ -33,6 +33,13 @@ def add_parsers(commands: Any) -> None:
     )
     train.add_argument("recipe")
     train.add_argument("arguments", nargs=argparse.REMAINDER)
+    ablate = commands.add_parser(
+        "ablate",
+        help="a recipe over a grid of its flags, as one table",
+        description="The same as `timm-branches train ablate`.",
+        add_help=False,
+    )
+    ablate.add_argument("arguments", nargs=argparse.REMAINDER)
     recipes = commands.add_parser("recipes", help="list the recipes, or copy one to change it")
     actions = recipes.add_subparsers(dest="action", required=True)
     actions.add_parser("list", help="a line each")
