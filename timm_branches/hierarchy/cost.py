@@ -16,7 +16,6 @@ import torch
 from timm_branches.hierarchy.decode import Decoder, register_decoder
 from timm_branches.hierarchy.depth import Prediction
 from timm_branches.hierarchy.nodes import NodeTables, leaf_log_posterior, node_tables
-from timm_branches.hierarchy.tables import kept_by_tree
 from timm_branches.taxonomy.table_files import read_rows
 from timm_branches.taxonomy.taxonomy import Taxonomy
 
@@ -329,12 +328,19 @@ def _decide(p: torch.Tensor, matrix: torch.Tensor, tables: NodeTables) -> Predic
     never = matrix[:, 0].isinf()
     finite = matrix.masked_fill(never[:, None], 0)
     expected = (p @ finite.T).masked_fill(never, torch.inf)  # (N, nodes)
+    return _least(expected, finite.flatten().amax(0), tables.sums(p), tables)
+
+
+def _least(
+    expected: torch.Tensor, largest: torch.Tensor | float, masses: torch.Tensor, tables: NodeTables
+) -> Prediction:
+    """The node of least expected cost (N, nodes), where costs are up to `largest`."""
     # the order of summation makes equal costs unequal
-    tie = 64 * torch.finfo(p.dtype).eps * finite.flatten().amax(0)
+    tie = 64 * torch.finfo(expected.dtype).eps * largest
     # nan is not hidden: all are least then, and the deepest node's probabilities are nan
     least = ~(expected > expected.amin(1, keepdim=True) + tie)
     node = (least * (tables.depths + 1)).max(1).indices
-    return _path_to(node, tables.sums(p), tables)
+    return _path_to(node, masses, tables)
 
 
 def _path_to(node: torch.Tensor, masses: torch.Tensor, tables: NodeTables) -> Prediction:
@@ -386,17 +392,18 @@ def cost_decoder(
     return answer
 
 
-@kept_by_tree
-def _distances(taxonomy: Taxonomy, device: torch.device) -> torch.Tensor:
-    """The tree's distances (nodes, leaves), small integers that float32 holds exactly."""
-    return _tree_distance(taxonomy).float().to(device)
-
-
 @register_decoder("cost")
 def _least_distance(scores: list[torch.Tensor], taxonomy: Taxonomy) -> Prediction:
+    """The same as :func:`cost_decoder` of 'tree-distance', without its matrix (nodes, leaves).
+
+    The expected distance of a node is its depth, plus that of the leaves, less twice the steps that
+    both are expected to have in common: the sum of the probabilities on the way down to the node.
+    """
+    tables = node_tables(taxonomy, scores[0].device)
     p = leaf_log_posterior(scores, taxonomy, "leaf-marginal").exp()
-    matrix = _distances(taxonomy, p.device).to(p.dtype)
-    return _decide(p, matrix, node_tables(taxonomy, p.device))
+    masses = tables.sums(p)
+    expected = tables.depths - 2 * tables.sums_down(masses)
+    return _least(expected, 2.0 * taxonomy.num_levels, masses, tables)
 
 
 def answer_costs(

@@ -86,6 +86,14 @@ class NodeTables:
             result = result.index_add(1, self.parents[at], result.index_select(1, at))
         return result
 
+    def sums_down(self, values: torch.Tensor) -> torch.Tensor:
+        """Sums (N, nodes) of the nodes' values (N, nodes) on the way down to each, but the root."""
+        result = values.index_fill(1, self.parents[:1], 0)
+        for at in reversed(self._by_depth):
+            down = result.index_select(1, at) + result.index_select(1, self.parents[at])
+            result = result.index_copy(1, at, down)
+        return result
+
     def descends(self) -> torch.Tensor:
         """BoolTensor (nodes, leaves): which leaves lie below each node, or are it."""
         return self.sums(torch.eye(len(self.leaves), device=self.leaves.device)).T > 0
