@@ -300,7 +300,7 @@ def test_predict_pictures(tree_file, photos, tmp_path, capsys):
         (["{model}", "{photos}", "--taxonomy", "none.json"], "none.json"),
         (["{model}", "{photos}", "--device", "gpu"], "gpu"),
         (["{model}", "{photos}", "-b", "0"], "batch_size"),
-        (["{model}", "{photos}", "--output", "{tmp}"], "is a folder"),
+        (["{model}", "{photos}", "--output", "{tmp}", "--picture", "{tmp}"], "does not go with"),
         (["{model}", "{photos}", "--output", "{model}"], "among what is read"),
         (["{model}", "{photos}", "--output", "{photos}/plain.png"], "among what is read"),
         (

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-from timm_branches.cli.text import printable
+from timm_branches.cli.text import place_of, printable
 from timm_branches.files import atomic_write, replace_file
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace, model: "BranchModel") -> int:
         raise ValueError("--overlay has no effect on a model that restores images.")
     targets = _targets(predictions.images.names, args.images)
     _begin(folder, predictions, args)
-    sources = [_source_of(name) for name in predictions.images.names]
+    sources = [place_of(name) for name in predictions.images.names]
     known = _read_sources(folder)
     todo = []
     for index, (name, source) in enumerate(zip(targets, sources, strict=True)):
@@ -117,14 +117,6 @@ def _begin(folder: Path, predictions: "DensePredictions", args: argparse.Namespa
         return
     folder.mkdir(parents=True, exist_ok=True)
     atomic_write(path, (json.dumps(facts, indent=2) + "\n").encode())
-
-
-def _source_of(name: str) -> str:
-    """An image's place, wherever the command is called from; of a tar `/photos.tar:cat/1.jpg`."""
-    archive, colon, member = name.partition(":")
-    if not os.path.exists(name) and os.path.isfile(archive):
-        return os.path.realpath(archive) + colon + member
-    return os.path.realpath(name)
 
 
 def _read_sources(folder: Path) -> dict[str, str]:

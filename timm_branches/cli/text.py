@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TextIO
 
-__all__ = ["printable", "refuse", "spare", "write_output"]
+__all__ = ["place_of", "printable", "refuse", "spare", "write_output"]
 
 
 def printable(text: str) -> str:
@@ -48,6 +48,14 @@ def write_output(path: str | None, inputs: Sequence[str], write: Callable[[TextI
             write(file)
 
     replace_file(path, write_file)
+
+
+def place_of(name: str) -> str:
+    """An image's place, wherever the command is called from; of a tar `/photos.tar:cat/1.jpg`."""
+    archive, colon, member = name.partition(":")
+    if not os.path.exists(name) and os.path.isfile(archive):
+        return os.path.realpath(archive) + colon + member
+    return os.path.realpath(name)
 
 
 def spare(path: str, inputs: Sequence[str]) -> None:

@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 from timm_branches.data.image_list import ImageList
 from timm_branches.hierarchy import Prediction, sum_upwards
@@ -174,10 +174,20 @@ class Predictions:
         return self._levels.drift()
 
     def __iter__(self) -> Iterator[Record]:
+        return self.records(range(len(self)))
+
+    def records(self, indices: Sequence[int]) -> Iterator[Record]:
+        """The records of some of the images alone, in this order.
+
+        Args:
+            indices: Which, from 0.
+        """
         from timm_branches.data import create_loader
 
         self._levels.begin()
-        samples = _Samples(self.images, model_transform(self.model))
+        if not len(indices):
+            return
+        samples = Subset(_Samples(self.images, model_transform(self.model)), indices)
         loader = create_loader(
             samples,
             self.batch_size,
@@ -187,7 +197,7 @@ class Predictions:
             collate_fn=list,
             persistent_workers=False,
         )
-        names = iter(self.images.names)
+        names = iter([self.images.names[index] for index in indices])
         for batch in loader:
             # an image that cannot be read is a text that says why
             tensors = [sample for sample in batch if not isinstance(sample, str)]
