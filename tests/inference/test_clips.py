@@ -206,6 +206,35 @@ class TestCommand:
             frames = [f for run in entry["runs"] for f in range(run["first"], run["last"] + 1)]
             assert frames == list(range({"long": 150, "short": 7}[entry["file"].split("/")[-1]]))
 
+    @pytest.mark.parametrize("output", ["clip", "frame"])
+    def test_into_a_folder(self, models, clips, tmp_path, capsys, monkeypatch, output):
+        """Answers are kept as they come; what is there is not asked for again."""
+        from timm_branches.inference.clips import ClipPredictions
+
+        folder, file = tmp_path / "out", tmp_path / "answers.csv"
+        run = ["predict", str(models / f"{output}.safetensors"), str(clips), "--output"]
+        assert main([*run, str(file)]) == 0
+        real, asked = ClipPredictions._forward, []
+
+        def stops(self, clip, name):
+            asked.append(name)
+            if len(asked) == 2:
+                raise KeyboardInterrupt
+            return real(self, clip, name)
+
+        monkeypatch.setattr(ClipPredictions, "_forward", stops)
+        with pytest.raises(KeyboardInterrupt):
+            main([*run, f"{folder}/"])
+        assert not (folder / "answers.csv").exists()
+        capsys.readouterr()
+        assert main([*run, str(folder)]) == 0
+        assert "1 of 2 are there already" in capsys.readouterr().err
+        assert len(asked) == 3
+        assert (folder / "answers.csv").read_text() == file.read_text()
+        # with other frames it would be another answer
+        assert main([*run, str(folder), "--frames", "3"]) == 2
+        assert "with other settings" in capsys.readouterr().err
+
     def test_subtitles(self, models, video, clips, tmp_path, capsys):
         model, out = str(models / "frame.safetensors"), tmp_path / "out.srt"
         assert main(["predict", model, str(video), "--output", str(out)]) == 0

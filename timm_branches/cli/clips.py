@@ -5,13 +5,14 @@ import csv
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 from tqdm import tqdm
 
 from timm_branches.cli.calibrate import say_calibration, say_drift
+from timm_branches.cli.journal import Journal, as_record, facts_of, names_folder, record_fields
 from timm_branches.cli.text import printable, write_output
 
 if TYPE_CHECKING:
@@ -53,10 +54,18 @@ def run(args: argparse.Namespace, model: "BranchModel") -> int:
     if kind == "srt" and not (predictions.by_frame and len(predictions) == 1):
         raise ValueError("--format srt is for one video and a model that answers frame by frame.")
     errors: list[str] = []
-    records = _readable(predictions, errors)
+    output = args.output
+    if names_folder(output):
+        kind = args.format or "csv"
+        settings = {name: getattr(args, name) for name in ("decoder", "threshold")}
+        settings["sampler"] = str(predictions.sampler)
+        records = _kept(predictions, errors, Journal(output, facts_of(predictions, settings)))
+        output = os.path.join(output, f"answers.{'txt' if kind == 'text' else kind}")
+    else:
+        records = _readable(predictions, len(predictions), errors)
     write = {"text": _write_text, "json": _write_json, "csv": _write_csv, "srt": _write_srt}[kind]
     write_output(
-        args.output,
+        output,
         [args.model, *predictions.files],
         lambda file: write(records, predictions, file),
     )
@@ -75,10 +84,32 @@ def _format_of(output: str | None) -> str:
     return ending if ending in FORMATS else "text"
 
 
-def _readable(predictions: "ClipPredictions", errors: list[str]) -> Iterator["ClipRecord"]:
+def _kept(
+    predictions: "ClipPredictions", errors: list[str], journal: Journal
+) -> Iterator["ClipRecord"]:
+    """The records of all clips, of which those in the journal are not made again."""
+    from timm_branches.inference.clips import ClipRecord
+
+    todo = journal.pending(predictions.files)
+    for record in _readable(predictions.records(todo), len(todo), errors):
+        answers = list(map(record_fields, record.answers))
+        kept = {"answers": answers, "frames": record.frames, "rate": record.rate}
+        journal.add(record.file, kept)
+    for file in predictions.files:
+        kept_before = journal.get(file)
+        if kept_before is not None:
+            answers_before = tuple(as_record(file, fields) for fields in kept_before["answers"])
+            yield ClipRecord(
+                file, answers_before, tuple(kept_before["frames"]), kept_before["rate"]
+            )
+
+
+def _readable(
+    records: "Iterable[ClipRecord]", count: int, errors: list[str]
+) -> Iterator["ClipRecord"]:
     """The records of the clips that could be read; others are named on stderr."""
     hidden = not sys.stderr.isatty() or sys.stdout.isatty()
-    for record in tqdm(predictions, unit="clip", dynamic_ncols=True, disable=hidden):
+    for record in tqdm(records, total=count, unit="clip", dynamic_ncols=True, disable=hidden):
         if record.error is None:
             yield record
             continue

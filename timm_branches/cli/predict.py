@@ -7,14 +7,13 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from timm_branches.cli.calibrate import say_calibration, say_drift
-from timm_branches.cli.journal import Journal
-from timm_branches.cli.text import place_of, printable, refuse, spare, write_output
+from timm_branches.cli.journal import Journal, as_record, facts_of, names_folder, record_fields
+from timm_branches.cli.text import printable, refuse, spare, write_output
 
 if TYPE_CHECKING:
     from timm_branches.hierarchy.decode import Decoder
@@ -63,8 +62,8 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--output",
         metavar="PATH",
-        help="a file to write to instead of stdout, in one piece at the end; or a folder (classes, "
-        "masks, images), in which what is there already is kept and a stopped run goes on",
+        help="a file to write to instead of stdout, in one piece at the end; or a folder, in "
+        "which what is there already is kept and a stopped run goes on",
     )
     parser.add_argument(
         "--decoder",
@@ -203,12 +202,12 @@ def run(args: argparse.Namespace) -> int:
     picture = _Pictures(args.picture, found) if args.picture else None
     errors: list[str] = []
     output = args.output
-    if _is_folder(output):
+    if names_folder(output):
         if picture:
             raise ValueError("--picture does not go with answers in a folder: give --output FILE.")
         kind = args.format or "csv"
         write = {"text": _write_text, "json": _write_json, "csv": _write_csv}[kind]
-        records = _kept(found, errors, Journal(output, _facts(args, found)))
+        records = _kept(found, errors, Journal(output, facts_of(found, _settings(args))))
         output = os.path.join(output, f"answers.{'txt' if kind == 'text' else kind}")
     else:
         records = _readable(found, len(found), errors, picture)
@@ -248,74 +247,23 @@ def _decoder(args: argparse.Namespace, model: "BranchModel") -> "str | Decoder |
     return cost_decoder(args.costs or "tree-distance", tree, scores, temperature)
 
 
-def _is_folder(output: str | None) -> bool:
-    """Whether an output is a folder, or called so."""
-    separators = tuple(filter(None, (os.sep, os.altsep)))
-    return output is not None and (os.path.isdir(output) or output.endswith(separators))
-
-
-def _facts(args: argparse.Namespace, found: "Predictions") -> dict[str, Any]:
-    """What the answers depend on."""
-    from timm_branches.tensor_files import digest_tensors
-
-    calibration = found.calibration
-    facts: dict[str, Any] = {
-        "model": digest_tensors(dict(found.model.state_dict()), {}),
-        "tree": found.taxonomy.to_dict() if found.taxonomy else list(found.levels),
-        "calibration": calibration.to_dict() if calibration else None,
-        "value_range": found.model.pretrained_cfg.get("value_range"),
-        "input_size": found.model.pretrained_cfg.get("input_size"),
-    }
-    facts |= {name: getattr(args, name) for name in ("decoder", "threshold", "novel")}
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What the answers depend on beside the model."""
+    settings = {name: getattr(args, name) for name in ("decoder", "threshold", "novel", "costs")}
     if args.costs is not None and os.path.isfile(args.costs):
-        facts["costs"] = hashlib.sha256(Path(args.costs).read_bytes()).hexdigest()
-    else:
-        facts["costs"] = args.costs
-    return json.loads(json.dumps(facts))  # as a file gives them back: tuples are lists
+        settings["costs"] = hashlib.sha256(Path(args.costs).read_bytes()).hexdigest()
+    return settings
 
 
 def _kept(found: "Predictions", errors: list[str], journal: Journal) -> Iterator["Record"]:
     """The records of all images, of which those in the journal are not made again."""
-    from timm_branches.inference.predict import Record
-
-    places = list(map(place_of, found.images.names))
-    stamps = {place: _stamp(place) for place in places}
-    todo = []
-    for index, place in enumerate(places):
-        if journal.answers.get(place, {}).get("stamp") != stamps[place]:
-            todo.append(index)
-    done = len(places) - len(todo)
-    if done:
-        print(f"{done} of {len(places)} are there already in {journal.folder}", file=sys.stderr)
-    made = _readable(found.records(todo), len(todo), errors, None)
-    where = {found.images.names[index]: places[index] for index in todo}
-    for place in where.values():  # of an image that has changed nothing is known any more
-        journal.answers.pop(place, None)
-    for record in made:
-        place = where[record.file]
-        fields = {key: value for key, value in asdict(record).items() if key in _KEPT}
-        journal.add(place, {"stamp": stamps[place], **fields})
-    for name, place in zip(found.images.names, places, strict=True):
-        if place in journal.answers:  # else it could not be read
-            answer = journal.answers[place]
-            yield Record(
-                name,
-                tuple(answer["labels"]),
-                tuple(answer["probabilities"]),
-                tuple(answer["path"]),
-                answer["stopped"],
-                answer["novelty"],
-            )
-
-
-_KEPT = ("labels", "probabilities", "path", "stopped", "novelty")
-
-
-def _stamp(place: str) -> list[int]:
-    """What changes when a file, or the archive that it is in, is written anew."""
-    path = place if os.path.exists(place) else place.partition(":")[0]
-    status = os.stat(path)
-    return [status.st_size, status.st_mtime_ns]
+    todo = journal.pending(found.images.names)
+    for record in _readable(found.records(todo), len(todo), errors, None):
+        journal.add(record.file, record_fields(record))
+    for name in found.images.names:
+        answer = journal.get(name)
+        if answer is not None:
+            yield as_record(name, answer)
 
 
 def _readable(

@@ -191,14 +191,25 @@ class ClipPredictions:
         return self._levels.drift()
 
     def __iter__(self) -> Iterator[ClipRecord]:
+        return self.records(range(len(self)))
+
+    def records(self, indices: Sequence[int]) -> Iterator[ClipRecord]:
+        """The records of some of the clips alone, in this order.
+
+        Args:
+            indices: Which, from 0.
+        """
         from timm_branches.data import create_loader
 
         self._levels.begin()
+        files = [self.files[index] for index in indices]
         if self._reads_in_chunks:
-            for file in self.files:
+            for file in files:
                 yield self._read_in_chunks(file)
             return
-        samples = _Clips(self.files, self.model, self.sampler)
+        if not files:
+            return
+        samples = _Clips(files, self.model, self.sampler)
         loader = create_loader(
             samples,
             1,
@@ -208,7 +219,7 @@ class ClipPredictions:
             collate_fn=list,
             persistent_workers=False,
         )
-        for file, (sample,) in zip(self.files, loader, strict=True):
+        for file, (sample,) in zip(files, loader, strict=True):
             if isinstance(sample, str):
                 if self.strict:
                     raise ValueError(sample)
