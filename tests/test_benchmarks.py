@@ -119,3 +119,37 @@ class TestOperations:
         assert gpu.count_operations(lambda: bool(x.sum() > 0)).waits == 1
         assert gpu.count_operations(lambda: torch.ones(3).to("meta")).copies == 1
         assert gpu.count_operations(lambda: x + torch.tensor([1.0]).to("meta")).copies == 1
+
+
+class TestNovelty:
+    @pytest.fixture
+    def novelty(self, monkeypatch):
+        monkeypatch.syspath_prepend(str(BENCHMARKS))
+        import novelty
+
+        return novelty
+
+    def test_held_out(self, novelty):
+        """Of a class held out the lowest node above it is right, which may be none at all."""
+        from timm_branches.taxonomy import Taxonomy
+
+        tree = Taxonomy(["a/x/1", "a/x/2", "a/y/3", "b/z/4", "c"])
+        known, rows = novelty.without(tree, {1, 2, 3})
+        assert known.leaves == (("a", "x", "1"), ("c",))
+        assert rows.tolist() == [[0, 0, 0], [0, 0, -1], [0, -1, -1], [-1, -1, -1], [1, -1, -1]]
+
+    def test_digits(self, novelty, monkeypatch, tmp_path):
+        path = tmp_path / "novelty.json"
+        argv = ["novelty.py", "--steps", "60", "--folds", "2", "--json", str(path)]
+        monkeypatch.setattr(sys, "argv", argv)
+        novelty.main()
+        folds = json.loads(path.read_text())["folds"]
+        assert len(folds) == 2
+        for fold in folds:
+            leaf = fold["flat, always a leaf"]
+            assert leaf["new_accuracy"] == 0  # a leaf is never the answer for what has none
+            assert leaf["known_accuracy"] > 70
+            assert fold["B-CNN, stops by mass"]["new_accuracy"] > 0
+            for scores in fold.values():
+                both = (scores["known_accuracy"] + scores["new_accuracy"]) / 2
+                assert scores["balanced_accuracy"] == pytest.approx(both)
