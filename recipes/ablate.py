@@ -671,9 +671,9 @@ def main(args: argparse.Namespace) -> None:
         pool = Pool(wanted, args)
         print(f"{len(wanted)} cells, {done} done already; {pool.jobs} at a time.", flush=True)
         pool.run()
-    if args.cell is None:
-        collect(cells, args)
     failed = [cell for cell in cells if cell.state.get("failed")]
+    if args.cell is None and not (failed and not any(cell.done for cell in cells)):
+        collect(cells, args)
     if failed:
         sys.exit(1)
 

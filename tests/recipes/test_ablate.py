@@ -347,6 +347,33 @@ def test_help(place):
     assert "--grid" in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        (["--help"], 0, "--grid"),
+        (["--grid", "width=3"], 2, "no flag --width"),
+        (["segment"], 2, "--grid says which flags"),
+    ],
+)
+def test_as_a_command(arguments, status, said, tmp_path, monkeypatch, capsys):
+    """Its first word may be a flag."""
+    from timm_branches.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        main(["ablate", *arguments])
+    assert (stop.value.code or 0) == status
+    found = capsys.readouterr()
+    assert said in found.out + found.err
+
+
+def test_no_cell_is_done(place, ablate):
+    done = ablate("--grid", "model=broken")
+    assert done.returncode == 1
+    assert "FAILED: model=broken, seed 0: the cable is out" in done.stdout
+    assert done.stderr == ""
+
+
 def test_is_a_recipe_by_name():
     done = subprocess.run(
         [sys.executable, "-m", "timm_branches", "recipes", "list"],

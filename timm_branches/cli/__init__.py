@@ -24,6 +24,8 @@ def main(argv: list[str] | None = None) -> int:
         given = ["recipes", "list"]  # each of them has help of its own
     if given[:1] == ["check"] and given[1:] not in ([], ["-h"], ["--help"]):
         return _catch(lambda: check.run(given, parser))
+    if given[:1] == ["ablate"]:  # its first word may be a flag, which argparse would take for ours
+        given = ["train", *given]
     args = parser.parse_args(given)
     if args.command is None and not args.version:
         parser.error("name a command.")
@@ -73,8 +75,6 @@ def make_parser() -> argparse.ArgumentParser:
 def _run(args: argparse.Namespace) -> int:
     if args.command == "train":
         recipes.run_recipe(args.recipe, args.arguments)
-    elif args.command == "ablate":
-        recipes.run_recipe("ablate", args.arguments)
     elif args.command == "recipes":
         _recipes(args)
     elif args.command == "predict":
