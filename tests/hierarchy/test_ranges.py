@@ -1,12 +1,15 @@
 """Sums over the leaves below classes, of trees of many blocks of leaves, against brute force."""
 
+import gc
 import random
+import weakref
 
 import pytest
 import torch
 
+from timm_branches.hierarchy import HierarchyEvaluator, decode, sum_upwards
 from timm_branches.hierarchy import ranges as module
-from timm_branches.hierarchy import sum_upwards
+from timm_branches.hierarchy.decode import DECODERS
 from timm_branches.hierarchy.losses import hxe_loss, marginal_loss, soft_label_loss, soft_labels
 from timm_branches.hierarchy.ranges import leaf_log_sums, leaf_ranges
 from timm_branches.taxonomy import Taxonomy
@@ -140,6 +143,30 @@ def test_gradcheck():
         return leaf_log_sums(values, classes, leaf_ranges(tree), first, last)
 
     assert torch.autograd.gradcheck(function, logits)
+
+
+def test_second_derivatives_are_refused():
+    """They would be wrong."""
+    tree = make_tree(130, 1)
+    logits = torch.randn(2, 130, requires_grad=True)
+    loss = marginal_loss(logits, tree.expand([3, 4]), tree)
+    with pytest.raises(RuntimeError, match="no second derivatives"):
+        torch.autograd.grad(loss, logits, create_graph=True)
+
+
+def test_tables_end_with_their_tree():
+    tree = make_tree(70, 2)
+    labels = tree.expand([3, 4])
+    logits = [torch.randn(2, classes) for classes in tree.num_classes]
+    for method in DECODERS:
+        decode(logits, tree, method)
+    marginal_loss(torch.randn(2, tree.num_leaves), labels, tree)
+    evaluator = HierarchyEvaluator(tree.levels, tree.num_classes, tree)
+    evaluator.update(dict(zip(tree.levels, logits, strict=True)), labels)
+    kept = weakref.ref(tree.tables.leaf)
+    del tree, evaluator
+    gc.collect()
+    assert kept() is None
 
 
 def labels_of(tree, rows):

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
+from timm_branches.cli.journal import begin_folder
 from timm_branches.cli.text import place_of, printable
-from timm_branches.files import atomic_write, replace_file
+from timm_branches.files import replace_file
 
 if TYPE_CHECKING:
     from timm_branches.inference.dense import DensePredictions, DenseRecord
@@ -103,20 +104,7 @@ def _begin(folder: Path, predictions: "DensePredictions", args: argparse.Namespa
         "classes": list(predictions.classes),
         "colors": [list(color) for color in predictions.colors],
     }
-    path = folder / _NOTE
-    if path.exists():
-        try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            before = None
-        if before != facts:
-            raise ValueError(
-                f"{folder} holds the answers of another model, or with other settings: give "
-                "another folder."
-            )
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, (json.dumps(facts, indent=2) + "\n").encode())
+    begin_folder(folder / _NOTE, facts)
 
 
 def _read_sources(folder: Path) -> dict[str, str]:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from timm_branches.inference.clips import ClipPredictions
     from timm_branches.inference.predict import Predictions, Record
 
-__all__ = ["Journal", "as_record", "facts_of", "names_folder", "record_fields"]
+__all__ = ["Journal", "as_record", "begin_folder", "facts_of", "names_folder", "record_fields"]
 
 _NOTE = "predict.json"
 _ANSWERS = "answers.jsonl"
@@ -36,26 +36,11 @@ class Journal:
     """
 
     def __init__(self, folder: str | os.PathLike, facts: dict[str, Any]) -> None:
-        from timm_branches.files import atomic_write
-
         self.folder = Path(folder)
-        note = self.folder / _NOTE
         self.path = self.folder / _ANSWERS
-        if note.exists():
-            try:
-                before = json.loads(note.read_text(encoding="utf-8"))
-            except ValueError:
-                before = None
-            if before != facts:
-                raise ValueError(
-                    f"{self.folder} holds the answers of another model, or with other settings: "
-                    "give another folder."
-                )
-        elif self.path.exists():
+        if self.path.exists() and not (self.folder / _NOTE).exists():
             raise ValueError(f"{self.path} is of unknown origin: give another folder.")
-        else:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            atomic_write(note, (json.dumps(facts, indent=2) + "\n").encode())
+        begin_folder(self.folder / _NOTE, facts)
         self.answers = self._read()
         self._stamps: dict[str, list[int]] = {}
 
@@ -105,6 +90,29 @@ class Journal:
     def get(self, name: str) -> dict[str, Any] | None:
         """The answer for a file, None for one that could not be read."""
         return self.answers.get(place_of(name))
+
+
+def begin_folder(note: Path, facts: dict[str, Any]) -> None:
+    """Note in a folder what its answers are of; refuse to mix them with others.
+
+    Raises:
+        ValueError: The folder has answers of another model or with other settings.
+    """
+    from timm_branches.files import atomic_write
+
+    if note.exists():
+        try:
+            before = json.loads(note.read_text(encoding="utf-8"))
+        except ValueError:
+            before = None
+        if before != facts:
+            raise ValueError(
+                f"{note.parent} holds the answers of another model, or with other settings: give "
+                "another folder."
+            )
+        return
+    note.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(note, (json.dumps(facts, indent=2) + "\n").encode())
 
 
 def names_folder(output: str | None) -> bool:

@@ -207,6 +207,12 @@ class _LogSums(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        # what was kept has forgotten that it came from the logits
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "Losses of leaves on a tree have no second derivatives: create_graph=True would "
+                "give wrong ones."
+            )
         (
             exp,
             inner,

@@ -101,4 +101,6 @@ def index_tables(taxonomy: Taxonomy, device: torch.device) -> IndexTables:
         above = height
     order = torch.cat(listed).argsort()
     ordered = bool((order.diff() > 0).all())
-    return IndexTables(tuple(levels), paths.to(device), None if ordered else order.to(device))
+    # a copy: what is kept must not hold on to the tensor that it is kept by
+    own = paths.to(device, copy=True)
+    return IndexTables(tuple(levels), own, None if ordered else order.to(device))

@@ -43,7 +43,8 @@ class PathTables:
         ]
         self.paths = torch.cat([*paths, torch.full((1, depth), -1, device=cpu)]).to(device)
         self.heights = torch.cat([*taxonomy.heights, torch.tensor([depth], device=cpu)]).to(device)
-        self.leaf_paths = taxonomy.leaf_table.to(device)
+        # a copy, or a cache by this tensor would keep the tree for ever
+        self.leaf_paths = taxonomy.leaf_table.to(device, copy=True)
         self.starts = torch.tensor([0, *taxonomy.num_classes[:-1]], device=cpu).cumsum(0).to(device)
         self.depths = torch.arange(1, depth + 1, device=device)
         self.root_height = depth
