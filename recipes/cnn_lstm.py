@@ -7,6 +7,10 @@ r"""Train a CNN+LSTM on clips, and say what it gains over the same CNN on the la
     python recipes/cnn_lstm.py videos/ --model resnet101 --pretrained --freeze all --layers 3 \
         --projection 300 --hidden 128 --rnn-output frame
     torchrun --nproc-per-node 4 recipes/cnn_lstm.py videos/ --model convnext_tiny --pretrained -b 8
+    # every temporal head on four tasks of digits, or some of them on data of your own
+    python recipes/cnn_lstm.py --compare --seeds 3
+    python recipes/cnn_lstm.py videos/ --pretrained --freeze all --cache features/ \
+        --compare mean lstm transformer
 
 `videos/` holds a folder a class with videos, or with folders of frames; a CSV names clips and their
 classes. Classes in nested folders, or in several columns, are levels: each has a temporal head of
@@ -20,6 +24,11 @@ either class, and pictures and lengths are drawn without regard to the class. Wh
 come in pairs, one up and one down, that share their length and their very last frame. Whoever sees
 only the last frame, and answers alike to the same picture, is right about exactly one of each pair:
 exactly 50 %, whatever was learned.
+
+`digits-first`, `digits-after` and `digits-majority` are harder: clips of up to 32 digits from 0 to
+3, whose class is the first of them, the one behind a 9, or the most frequent one. `--compare` gives
+every head the same clips, the same steps and the same frozen backbone, which has learned to read
+single digits and whose features are computed once.
 """
 
 import argparse
@@ -35,12 +44,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 from timm.data import resolve_model_data_config
 
 from timm_branches import (
     BranchModel,
-    GRUHead,
-    LSTMHead,
+    Head,
     PoolHead,
     StreamingClassifier,
     create_branch_model,
@@ -56,8 +65,11 @@ from timm_branches.data import (
     create_loader,
     create_transform,
 )
+from timm_branches.data.clips.digits import DIGIT_TASKS, digit_clips, single_digits
 from timm_branches.features import HeadsOnly, cache_features
+from timm_branches.features.heads_only import feature_layout
 from timm_branches.files import replace_file
+from timm_branches.heads import HEADS
 from timm_branches.task import BranchTask
 from timm_branches.taxonomy import Taxonomy
 from timm_branches.train import (
@@ -81,7 +93,7 @@ from timm_branches.train.arguments import (
     try_images,
     weights_of_classes,
 )
-from timm_branches.train.compare import comparison_table
+from timm_branches.train.compare import comparison_table, paired_difference
 from timm_branches.train.recipe_parser import RecipeParser
 from timm_branches.train.report import Answers, examine, write_report
 from timm_branches.train.script import hardware, nan_to_null, new_output, run_script, slug
@@ -93,26 +105,52 @@ DIGITS = {
     "in_chans": 1,
     "mean": [0.1],
     "std": [0.1],
-    "hidden_size": 64,
     "epochs": 10,
 }
-RING = 3  # digits to count with
+DIGIT_DATA = ("digits", *(f"digits-{task}" for task in DIGIT_TASKS))
+TEMPORAL = tuple(kind for kind, head in HEADS.items() if head.temporal)
+OTHERS = tuple(kind for kind in TEMPORAL if kind != "lstm")
+# how a table calls them
+TITLES = {"lstm": "LSTM", "gru": "GRU", "mingru": "minGRU", "tcn": "TCN"}
+# the flags that describe a temporal head, and the options they stand for
+HEAD_FLAGS = {
+    "hidden_size": "hidden_size",
+    "layers": "num_layers",
+    "bidirectional": "bidirectional",
+    "rnn_output": "output",
+    "readout": "readout",
+    "pool": "pool_type",
+    "projection": "projection",
+    "activation": "activation",
+    "hidden": "hidden",
+    "num_heads": "num_heads",
+    "mlp_ratio": "mlp_ratio",
+    "causal": "causal",
+    "max_frames": "max_frames",
+    "kernel_size": "kernel_size",
+}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Arguments; what has no effect is refused."""
     parser = make_parser()
-    if parser.parse_known_args(argv)[0].data == "digits":
+    early = parser.parse_known_args(argv)[0]
+    if early.data in DIGIT_DATA:
         parser.set_defaults(**DIGITS)
+        if early.compare is not None:
+            parser.set_defaults(**COMPARE)
     args = parser.parse_args(argv)
     complaint = without_effect(args)
     if complaint:
         parser.error(complaint)
+    args.head = args.head or "lstm"
     if args.freeze_backbone:
         args.freeze = "all"
     args.freeze_backbone = args.freeze == "all"
+    if args.compare is not None and args.freeze_backbone:
+        args.cache = args.cache or str(Path(args.output) / "features")
     args.augment = resolved_augment(args)
-    if args.frames is None and args.data != "digits" and args.sampling != "all":
+    if args.frames is None and args.data not in DIGIT_DATA and args.sampling != "all":
         args.frames = 16
     return args
 
@@ -121,10 +159,13 @@ def resolved_augment(args: argparse.Namespace) -> str:
     """The augmentation that was asked for, or what suits the data."""
     if args.augment is not None:
         return args.augment
-    if args.data == "digits" or args.cache:
+    if args.data in DIGIT_DATA or args.cache:
         return "none"
     return "auto"
 
+
+# --compare on digits: the backbone reads digits and is frozen
+COMPARE = {"freeze": "all", "epochs": 30, "batch_size": 32, "lr": 3e-3}
 
 # the flags of its own that --help shows
 COMMON = (
@@ -136,6 +177,7 @@ COMMON = (
     "rnn_output",
     "freeze",
     "cache",
+    "compare",
 )
 
 
@@ -146,7 +188,8 @@ def make_parser() -> RecipeParser:
         "data",
         nargs="?",
         default="digits",
-        help="digits (default), a folder of class folders with videos or frame folders, or a CSV",
+        help="digits (default), digits-first, digits-after, digits-majority, a folder of class "
+        "folders with videos or frame folders, or a CSV",
     )
     add_data_arguments(parser.add_argument_group("data"))
     add_network_arguments(parser.add_argument_group("model"))
@@ -246,37 +289,44 @@ def add_network_arguments(group: argparse._ArgumentGroup) -> None:
 
 def add_head_arguments(group: argparse._ArgumentGroup) -> None:
     """What is attached."""
-    group.add_argument("--head", choices=("lstm", "gru"), default="lstm")
     group.add_argument(
-        "--hidden-size", type=int, default=256, help="width of the recurrence (digits: 64)"
+        "--head", choices=TEMPORAL, metavar="HEAD", help=f"lstm (default), {', '.join(OTHERS)}"
     )
-    group.add_argument("--layers", type=int, default=1, help="recurrent layers")
-    group.add_argument("--bidirectional", action="store_true", help="read clips in both directions")
+    group.add_argument("--hidden-size", type=int, help="width (default: 256, of digits 64)")
+    group.add_argument("--layers", type=int, help="of the head (default: 1, of a tcn 3)")
+    group.add_argument(
+        "--bidirectional", action="store_true", default=None, help="read clips in both directions"
+    )
     group.add_argument(
         "--rnn-output",
         choices=("clip", "frame"),
-        default="clip",
-        help="one answer a clip, or one a frame: each is trained, their mean is judged",
+        help="one answer a clip (default), or one a frame: each is trained, their mean is judged",
     )
     group.add_argument(
         "--readout",
         choices=("last", "mean", "max", "attention"),
-        default="last",
-        help="what a clip's answer is read from",
+        help="what a clip's answer is read from (default: last)",
     )
     group.add_argument(
         "--pool",
-        choices=("avg", "max", "avgmax", "catavgmax", "attention", "flatten"),
-        default="avg",
-        help="how a frame's map becomes a vector",
+        choices=("avg", "max", "avgmax", "catavgmax", "attention", "flatten", "none"),
+        help="how a frame's map becomes a vector (default: avg; none, of a transformer: each "
+        "position is a token)",
     )
     group.add_argument(
         "--projection", type=int, help="width of a Linear between that vector and the recurrence"
     )
     group.add_argument("--activation", help="behind the projection, by timm's name")
     group.add_argument(
-        "--hidden", type=int, nargs="+", default=[], help="widths of layers before the classifier"
+        "--hidden", type=int, nargs="+", help="widths of layers before the classifier"
     )
+    group.add_argument("--num-heads", type=int, help="of attention (default: 8)")
+    group.add_argument("--mlp-ratio", type=float, help="of feed-forward layers beside attention")
+    group.add_argument(
+        "--causal", action="store_true", default=None, help="a frame attends to those before it"
+    )
+    group.add_argument("--max-frames", type=int, help="that a transformer can tell apart")
+    group.add_argument("--kernel-size", type=int, help="frames that a tcn's convolution reads")
 
 
 def add_job_arguments(group: argparse._ArgumentGroup) -> None:
@@ -292,11 +342,19 @@ def add_job_arguments(group: argparse._ArgumentGroup) -> None:
         action="store_true",
         help="at the end, show a clip's class after each of its frames",
     )
+    group.add_argument(
+        "--compare",
+        nargs="*",
+        metavar="HEAD",
+        help=f"train several heads at equal budget instead: {', '.join(TEMPORAL)} (default: all)",
+    )
+    group.add_argument("--seeds", type=int, default=1, help="of each head of --compare")
 
 
 def without_effect(args: argparse.Namespace) -> str | None:
     """What was asked for in vain, or contradicts something else, in words."""
     checks = (
+        compare_complaint,
         digits_complaint,
         freeze_complaint,
         cache_complaint,
@@ -313,7 +371,7 @@ def without_effect(args: argparse.Namespace) -> str | None:
 
 def digits_complaint(args: argparse.Namespace) -> str | None:
     """What the embedded digits do not take."""
-    if args.data != "digits":
+    if args.data not in DIGIT_DATA:
         return None
     if args.on_bad_image != "skip":
         return "--on-bad-image stop, or --strict has no effect on the digits"
@@ -323,6 +381,25 @@ def digits_complaint(args: argparse.Namespace) -> str | None:
             return f"{flag} has no effect on the digits: give data of your own"
     if args.in_chans == 3:
         return "--in-chans 3 has no effect on the digits, which are grey"
+    return None
+
+
+def compare_complaint(args: argparse.Namespace) -> str | None:
+    """What does not go with a comparison of heads, or needs one."""
+    if args.compare is None:
+        return "--seeds has no effect without --compare" if args.seeds != 1 else None
+    if args.seeds < 1:
+        return f"--seeds must be 1 or more, got {args.seeds}"
+    unknown = [kind for kind in args.compare if kind not in TEMPORAL]
+    if unknown:
+        return f"--compare {unknown[0]}: choose among {', '.join(TEMPORAL)}"
+    if len(set(args.compare)) < len(args.compare):
+        return "--compare names a head twice"
+    given = {"--head": args.head, "--stream": args.stream, "--no-baseline": not args.baseline}
+    for flag in filter(given.get, given):
+        return f"{flag} has no effect with --compare"
+    if args.resume:
+        return "--resume has no effect with --compare: its cells are short"
     return None
 
 
@@ -371,13 +448,23 @@ def augment_complaint(args: argparse.Namespace) -> str | None:
 
 def head_complaint(args: argparse.Namespace) -> str | None:
     """What the temporal head cannot do together."""
-    if args.rnn_output == "frame" and args.readout != "last":
+    kinds = [args.head or "lstm"] if args.compare is None else args.compare or TEMPORAL
+    for flag, option in HEAD_FLAGS.items():
+        if getattr(args, flag) is None:
+            continue
+        having = [kind for kind in kinds if option in HEADS[kind].__dataclass_fields__]
+        if not having:
+            of = "any of these heads" if len(kinds) > 1 else f"the head {kinds[0]!r}"
+            return f"--{flag.replace('_', '-')} has no effect on {of}"
+    if args.rnn_output == "frame" and args.readout not in (None, "last"):
         return (
             f"--readout {args.readout} has no effect with --rnn-output frame, which reads every "
             "frame"
         )
-    if args.stream and (args.bidirectional or args.readout != "last"):
+    if args.stream and (args.bidirectional or args.readout not in (None, "last")):
         return "--stream goes from frame to frame: leave out --bidirectional and --readout"
+    if args.stream and args.head == "transformer" and not args.causal:
+        return "--stream goes from frame to frame: a transformer needs --causal"
     return None
 
 
@@ -403,14 +490,13 @@ class LastFrame(FrameSampler):
 class Experiment:
     """Data and settings that all trainings of one call share."""
 
-    def __init__(self, args: argparse.Namespace):
+    def __init__(self, args: argparse.Namespace, splits: Sequence[ClipDataset] | None = None):
         check_sizes(args)
         self.args = args
         self.config = FitConfig.from_args(args)
         self.device = setup_device(args.device)
         self.config.device = str(self.device)
-        self.temporal_head = make_temporal_head(args)
-        self.train, self.val, self.test = make_data(args)
+        self.train, self.val, self.test = splits or make_data(args)
         if args.limit is not None:
             self.train = self.train.limit(args.limit, seed=args.seed)
         if args.cache and args.views == 1:  # the same frames in every epoch: those of evaluation
@@ -440,7 +526,7 @@ class Experiment:
         # for the report: every training's log
         self.histories: dict[str, list[dict]] = {}
 
-    def make_model(self, head: LSTMHead | GRUHead | PoolHead) -> BranchModel:
+    def make_model(self, head: Head) -> BranchModel:
         """A network, the same for the same seed, frozen as far as was asked for."""
         args = self.args
         torch.manual_seed(args.seed)
@@ -509,6 +595,9 @@ class Experiment:
         """The same of the frozen backbone's features, which are computed once and kept."""
         args = self.args
         folder = Path(args.cache) / slug(name)
+        if args.compare is not None:  # heads that read the same share it
+            features, _ = feature_layout(model)
+            folder = Path(args.cache) / slug(str(args.data)) / slug(" ".join(features))
         loading = {"batch_size": args.batch_size, "num_workers": args.workers}
         train_features = cache_features(model, train, folder / "train", views=args.views, **loading)
         val_features = cache_features(model, val, folder / "val", views=1, **loading)
@@ -517,7 +606,7 @@ class Experiment:
         return train_loader, create_loader(val_features, is_training=False, **options)
 
     def fit(
-        self, name: str, head: LSTMHead | GRUHead | PoolHead, last_frame: bool = False
+        self, name: str, head: Head, last_frame: bool = False
     ) -> tuple[dict[str, Any], FitResult]:
         """Train, and evaluate the model of the epoch that was best on validation.
 
@@ -563,6 +652,7 @@ class Experiment:
         evaluation = evaluate(BranchTask(best), test_loader)
         metrics: dict[str, Any] = dict(evaluation.metrics)
         metrics["best_epoch"] = run.best_epoch
+        metrics["head_parameters"] = sum(p.numel() for p in model.heads.parameters())
         metrics["seconds"] = round(run.seconds, 1)
         return metrics, run
 
@@ -589,20 +679,16 @@ def check_sizes(args: argparse.Namespace) -> None:
         )
 
 
-def make_temporal_head(args: argparse.Namespace) -> LSTMHead | GRUHead:
-    """The head that the flags describe."""
-    kind = {"lstm": LSTMHead, "gru": GRUHead}[args.head]
-    return kind(
-        hidden_size=args.hidden_size,
-        num_layers=args.layers,
-        bidirectional=args.bidirectional,
-        pool_type=args.pool,
-        projection=args.projection,
-        activation=args.activation,
-        output=args.rnn_output,
-        readout=args.readout,
-        hidden=args.hidden,
-    )
+def make_temporal_head(args: argparse.Namespace, kind: str) -> Head:
+    """The head of this kind that the flags describe, as far as they are for it."""
+    options = {}
+    for flag, option in HEAD_FLAGS.items():
+        value = getattr(args, flag)
+        if value is None and flag == "hidden_size" and args.data in DIGIT_DATA:
+            value = 64  # small pictures
+        if value is not None and option in HEADS[kind].__dataclass_fields__:
+            options[option] = value
+    return HEADS[kind](**options)
 
 
 def make_data(args: argparse.Namespace) -> tuple[ClipDataset, ClipDataset, ClipDataset]:
@@ -612,8 +698,8 @@ def make_data(args: argparse.Namespace) -> tuple[ClipDataset, ClipDataset, ClipD
         "sampling": args.sampling,
         "stride": args.stride,
     }
-    if args.data == "digits":
-        return counting_digits(**frames)
+    if args.data in DIGIT_DATA:
+        return digit_clips(args.data.removeprefix("digits").lstrip("-") or "order", **frames)
     train, val, test = create_clip_splits(
         args.data,
         0.1 if args.val_fraction is None else args.val_fraction,
@@ -629,16 +715,20 @@ def make_data(args: argparse.Namespace) -> tuple[ClipDataset, ClipDataset, ClipD
 
 def main(args: argparse.Namespace) -> None:
     """Both networks, their table and files."""
+    if args.compare is not None:
+        compare(args)
+        return
     began = time.monotonic()
+    head = make_temporal_head(args, args.head)
     experiment = Experiment(args)
-    name = f"CNN+{args.head.upper()}"
-    metrics, run = experiment.fit(name, experiment.temporal_head)
+    name = f"CNN+{TITLES.get(args.head, args.head)}"
+    metrics, run = experiment.fit(name, head)
     results = {name: metrics}
     if args.baseline:
         # a single frame is pooled as the clips' are, where a plain head can
-        pool = args.pool if args.pool in ("avg", "max", "avgmax", "catavgmax") else "avg"
-        head = PoolHead(tuple(args.hidden), pool)
-        results["last frame alone"], _ = experiment.fit("last frame alone", head, last_frame=True)
+        pool = args.pool if args.pool in ("max", "avgmax", "catavgmax") else "avg"
+        single = PoolHead(tuple(args.hidden or ()), pool)
+        results["last frame alone"], _ = experiment.fit("last frame alone", single, last_frame=True)
     unreadable = count_unreadable((experiment.train, experiment.val, experiment.test))
     if not is_primary():
         return
@@ -646,12 +736,87 @@ def main(args: argparse.Namespace) -> None:
     write_results(experiment, results, unreadable)
     explained = print_table(experiment, results, seconds=time.monotonic() - began)
     report(experiment, results, run, explained)
-    if args.data != "digits":
+    if args.data not in DIGIT_DATA:
         without = "; they were left out." if unreadable else "."
         print(f"{unreadable} clips could not be read{without}")
     if args.stream:
         best = load_model(run.model_path).to(experiment.device)
         stream(best, experiment.test, experiment.tree)
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Every head on the same clips with the same steps, a column a task, and who is ahead where."""
+    began = time.monotonic()
+    kinds = args.compare or TEMPORAL
+    heads = {TITLES.get(kind, kind): make_temporal_head(args, kind) for kind in kinds}
+    output = new_output(args.output, args.resume)
+    args.output = str(output)
+    if args.data in DIGIT_DATA and not args.checkpoint_path:
+        args.checkpoint_path = str(read_digits(args))
+    tasks = DIGIT_DATA[1:] if args.data == "digits" else (args.data,)
+    results: dict[str, list[dict[str, Any]]] = {}
+    for name in heads:
+        results[name] = [{} for _ in range(args.seeds)]
+    titles = {}
+    for task in tasks:
+        experiment = Experiment(argparse.Namespace(**{**vars(args), "data": task}))
+        metric_of = columns(experiment.tree)
+        if len(tasks) > 1:
+            (metric,) = metric_of
+            metric_of = {metric: task.removeprefix("digits-")}
+        for number in range(args.seeds):
+            experiment.args.seed = experiment.config.seed = args.seed + number
+            for name, head in heads.items():
+                metrics, _ = experiment.fit(f"{task} {name} seed {args.seed + number}", head)
+                row = results[name][number]
+                for metric, title in metric_of.items():
+                    titles[title] = title
+                    row[title] = metrics[metric]
+                row["k parameters"] = metrics["head_parameters"] / 1e3
+                row["seconds"] = row.get("seconds", 0.0) + metrics["seconds"]
+    if not is_primary():
+        return
+    shown = {**titles, "k parameters": "k parameters", "seconds": "seconds"}
+    print(f"\n{comparison_table(results, shown, decimals=1)}\n")
+    for title in titles:
+        print(f"{title}: {ahead(results, title)}")
+    print(
+        f"\nPercent, on the test clips (chance: 1 of the classes), {args.epochs} epochs each, "
+        f"{args.seeds} seed(s) from {args.seed}, {hardware(setup_device(args.device))}, "
+        f"{time.monotonic() - began:.0f} s. Files: {output}"
+    )
+    facts = {"command": shlex.join(["python", *sys.argv]), "results": results}
+    text = json.dumps(facts, indent=2) + "\n"
+    replace_file(output / "compare.json", lambda path: Path(path).write_text(text))
+
+
+def ahead(results: dict[str, list[dict[str, Any]]], title: str) -> str:
+    """Which head is best in a column, and which others are not measurably behind it."""
+    values = {}
+    for name, runs in results.items():
+        values[name] = [run[title] for run in runs]
+    best = max(values, key=lambda name: sum(values[name]))
+    if len(values[best]) == 1:
+        return f"{best} (one seed says nothing about the noise: take --seeds 3 or more)"
+    near = []
+    for name in values:
+        if name != best and not paired_difference(values[best], values[name]).measurable:
+            near.append(name)
+    return f"{best}, not measurably behind it: {', '.join(near) or 'none'}"
+
+
+def read_digits(args: argparse.Namespace) -> Path:
+    """Train a backbone to read single digits; the file of its weights."""
+    single = argparse.Namespace(**vars(args))
+    single.data, single.freeze, single.cache, single.compare = "digits", None, None, None
+    experiment = Experiment(single, single_digits())
+    experiment.config.epochs = 30
+    metrics, run = experiment.fit("reading digits", PoolHead())
+    print(f"the backbone reads {metrics['digit_top1']:.1f} % of single digits; it is frozen now")
+    path = experiment.output / "backbone.safetensors"
+    weights = load_model(run.model_path).backbone.state_dict()
+    replace_file(path, lambda file: save_file(weights, file))
+    return path
 
 
 def write_results(
@@ -688,7 +853,7 @@ def report(
 
     write_report(
         experiment.output,
-        f"CNN+{experiment.args.head.upper()} on {experiment.args.data}",
+        f"CNN+{TITLES.get(experiment.args.head, experiment.args.head)} on {experiment.args.data}",
         {name: [metrics] for name, metrics in results.items()},
         columns(experiment.tree),
         explained,
@@ -720,40 +885,6 @@ def print_table(experiment: Experiment, results: dict[str, dict[str, Any]], seco
     )
     print(f"{explained} Files: {experiment.output}")
     return explained
-
-
-def counting_digits(seed: int = 0, **frames: Any) -> tuple[ClipDataset, ClipDataset, ClipDataset]:
-    """Clips of digits that count up or down on a ring, see above.
-
-    Training, validation and test share no picture.
-    """
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    rng = np.random.default_rng(seed)
-    pictures = np.kron(digits.images, np.ones((2, 2))).astype(np.uint8) * 15  # 16 x 16 pixels
-    tree = Taxonomy([("up",), ("down",)], ["order"])
-    sampler = FrameSampler(**frames)
-    by_digit = [rng.permutation(np.flatnonzero(digits.target == digit)) for digit in range(RING)]
-    splits: list[ClipDataset] = []
-    for pairs, start, end in ((500, 0.0, 0.6), (100, 0.6, 0.75), (300, 0.75, 1.0)):
-        pool = [ids[int(start * len(ids)) : int(end * len(ids))] for ids in by_digit]
-        clips, labels = [], []
-        for _ in range(pairs):
-            count = rng.integers(3, 7)
-            last = rng.integers(RING)
-            shared = rng.choice(pool[last])  # both clips of the pair end with this picture
-            for label, step in enumerate((1, -1)):
-                ids = []
-                for back in range(count - 1, 0, -1):
-                    ids.append(rng.choice(pool[(last - step * back) % RING]))
-                clips.append(pictures[[*ids, shared]])
-                labels.append([label])
-        is_training = not splits
-        data_sampler = replace(sampler, is_training=True) if is_training else sampler
-        splits.append(ClipDataset(clips, labels, tree, in_chans=1, sampler=data_sampler))
-    train, val, test = splits
-    return train, val, test
 
 
 def with_last_frame(data: ClipDataset) -> ClipSubset:

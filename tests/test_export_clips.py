@@ -10,9 +10,31 @@ import pytest
 import torch
 
 from timm_branches import create_branch_model
-from timm_branches.heads import GRUHead, LSTMHead
+from timm_branches.heads import (
+    AttentionHead,
+    GRUHead,
+    LSTMHead,
+    MeanHead,
+    MinGRUHead,
+    TCNHead,
+    TransformerHead,
+)
 from timm_branches.inference import StreamingStep
+from timm_branches.inference.export import export_model
 
+STREAMING = [
+    MeanHead(output="frame"),
+    AttentionHead(hidden_size=8, num_heads=2),
+    TransformerHead(hidden_size=8, num_heads=2, num_layers=2, causal=True, max_frames=3),
+    TCNHead(hidden_size=6, num_layers=2),
+    MinGRUHead(hidden_size=5, num_layers=2),
+]
+WHOLE = [
+    TransformerHead(hidden_size=8, num_heads=2),
+    TransformerHead(hidden_size=8, num_heads=2, pool_type="none", output="frame"),
+    TCNHead(hidden_size=6, readout="attention"),
+    MinGRUHead(hidden_size=5, num_layers=2, bidirectional=True),
+]
 BATCH = torch.export.Dim("batch", min=1, max=64)
 
 
@@ -83,6 +105,22 @@ class TestExport:
         other = torch.arange(4) < torch.tensor([[1], [4], [3]])
         assert_close(
             program.module()(clips(), None, other).values(), model(clips(), lengths=other).values()
+        )
+
+    @pytest.mark.parametrize("head", [*STREAMING, *WHOLE], ids=lambda head: head.kind)
+    def test_other_heads_with_lengths(self, head):
+        """One program for every batch and all lengths."""
+        torch.manual_seed(0)
+        model = create_branch_model("test_resnet", head=head, num_classes=3, img_size=32).eval()
+        program = torch.export.export(
+            model,
+            (clips(), None, torch.tensor([4, 2, 1])),
+            dynamic_shapes={"x": {0: BATCH}, "heads": None, "lengths": {0: BATCH}},
+        )
+        x, lengths = clips(5), torch.tensor([1, 4, 3, 2, 4])
+        x[0, 1:] = float("nan")
+        assert_close(
+            program.module()(x, None, lengths).values(), model(x, lengths=lengths).values()
         )
 
     def test_bidirectional(self):
@@ -194,6 +232,39 @@ class TestOnnx:
         assert_close(
             expected[:2], [v if v.ndim == 2 else v[:, -1] for v in list(step.model(x).values())[:2]]
         )
+
+
+@pytest.mark.parametrize("head", [*STREAMING, *WHOLE], ids=lambda head: head.kind)
+def test_onnx_of_other_heads(head, tmp_path):
+    """Written, and compared on two batches in onnxruntime, by the command itself."""
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    torch.manual_seed(0)
+    model = create_branch_model("test_resnet", head=head, num_classes=3, img_size=32)
+    assert export_model(model, tmp_path / "model.onnx", frames=4).difference < 1e-4
+
+
+@pytest.mark.parametrize("head", STREAMING, ids=lambda head: head.kind)
+def test_onnx_step_of_other_heads(head, tmp_path):
+    torch.manual_seed(0)
+    model = create_branch_model("test_resnet", head=head, num_classes=3, img_size=32).eval()
+    step, x = StreamingStep(model), clips(time=6)
+    state = step.initial_state(3)
+    shapes = {"frame": {0: BATCH}, "state": tuple({1: BATCH} for _ in state)}
+    run = onnx_session(
+        step,
+        (x[:, 0], *state),
+        tmp_path / "s.onnx",
+        True,
+        step.input_names,
+        step.output_names,
+        dynamic_shapes=shapes,
+    )
+    own = state
+    for t in range(6):
+        answer, expected = run(x[:, t], *state), step(x[:, t], *own)
+        assert_close(answer, expected)
+        state, own = [torch.from_numpy(y) for y in answer[1:]], expected[1:]
 
 
 def test_compile():

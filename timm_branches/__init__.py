@@ -2,13 +2,18 @@
 
 from timm_branches.factory import create_branch_model, load_model
 from timm_branches.heads import (
+    AttentionHead,
     BranchClassifier,
     FlattenHead,
     GRUHead,
     Head,
     LSTMHead,
+    MeanHead,
+    MinGRUHead,
     PoolHead,
     RedNetHead,
+    TCNHead,
+    TransformerHead,
     UNetHead,
     register_head,
 )
@@ -21,18 +26,23 @@ from timm_branches.weights import load_weights, save_model, save_pretrained
 __version__ = "0.1.0"
 
 __all__ = [
+    "AttentionHead",
     "BranchClassifier",
     "BranchModel",
     "FlattenHead",
     "GRUHead",
     "Head",
     "LSTMHead",
+    "MeanHead",
+    "MinGRUHead",
     "PoolHead",
     "RedNetHead",
     "StreamingClassifier",
     "StreamingStep",
+    "TCNHead",
     "Tap",
     "Taxonomy",
+    "TransformerHead",
     "UNetHead",
     "create_branch_model",
     "detach_state",

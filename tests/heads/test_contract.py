@@ -15,12 +15,17 @@ from tests.heads.tester import HeadTester
 from timm_branches import create_branch_model, load_model, save_model
 from timm_branches.heads import (
     HEADS,
+    AttentionHead,
     FlattenHead,
     GRUHead,
     Head,
     LSTMHead,
+    MeanHead,
+    MinGRUHead,
     PoolHead,
     RedNetHead,
+    TCNHead,
+    TransformerHead,
     UNetHead,
     parse_head,
     register_head,
@@ -52,6 +57,85 @@ class TestGRUHead(HeadTester):
 
 class TestAttentionReadout(HeadTester):
     head = GRUHead(hidden_size=5, readout="attention", bidirectional=True)
+    streams = False
+
+
+class TestMinGRUHead(HeadTester):
+    head = MinGRUHead(hidden_size=5, num_layers=2)
+
+
+class TestMinGRUHeadOfFrames(HeadTester):
+    head = MinGRUHead(hidden_size=5, projection=6, output="frame")
+    answers = "frame"
+
+
+class TestMinGRUHeadBothWays(HeadTester):
+    head = MinGRUHead(hidden_size=5, bidirectional=True, readout="mean")
+    streams = False
+
+
+class TestMeanHead(HeadTester):
+    head = MeanHead()
+
+
+class TestMeanHeadOfFrames(HeadTester):
+    head = MeanHead(hidden=(7,), pool_type="max", output="frame")
+    answers = "frame"
+
+
+class TestAttentionHead(HeadTester):
+    head = AttentionHead(hidden_size=8, num_heads=2)
+
+
+class TestAttentionHeadOfFrames(HeadTester):
+    head = AttentionHead(hidden_size=8, num_heads=4, mlp_ratio=0, output="frame")
+    answers = "frame"
+
+
+class TestTransformerHead(HeadTester):
+    head = TransformerHead(hidden_size=8, num_heads=2, max_frames=4)
+    streams = False
+
+
+class TestTransformerHeadOfFrames(HeadTester):
+    head = TransformerHead(hidden_size=8, num_heads=2, num_layers=2, mlp_ratio=2, output="frame")
+    answers = "frame"
+    streams = False
+
+
+class TestTransformerHeadOfPositions(HeadTester):
+    head = TransformerHead(hidden_size=8, num_heads=2, pool_type="none")
+    streams = False
+
+
+class TestCausalTransformerHead(HeadTester):
+    head = TransformerHead(hidden_size=8, num_heads=2, num_layers=2, causal=True, max_frames=3)
+
+
+class TestCausalTransformerHeadOfFrames(HeadTester):
+    head = TransformerHead(hidden_size=8, num_heads=2, mlp_ratio=2, causal=True, output="frame")
+    answers = "frame"
+
+
+class TestCausalTransformerHeadOfPositions(HeadTester):
+    head = TransformerHead(
+        hidden_size=8, num_heads=2, causal=True, pool_type="none", output="frame"
+    )
+    answers = "frame"
+    streams = False
+
+
+class TestTCNHead(HeadTester):
+    head = TCNHead(hidden_size=6, num_layers=2)
+
+
+class TestTCNHeadOfFrames(HeadTester):
+    head = TCNHead(hidden_size=6, kernel_size=2, output="frame", hidden=(5,))
+    answers = "frame"
+
+
+class TestTCNHeadOfAllFrames(HeadTester):
+    head = TCNHead(hidden_size=6, readout="max")
     streams = False
 
 

@@ -11,6 +11,7 @@ from PIL import Image
 
 from tests.recipes.script import RECIPES, read_table, run_recipe
 from timm_branches import load_model
+from timm_branches.data.clips.digits import counting_digits, digit_clips
 
 RECIPE = RECIPES / "cnn_lstm.py"
 CLASSES = ("jump", "walk")
@@ -89,7 +90,7 @@ def clips(tmp_path_factory):
 class TestDigits:
     def test_every_frame_is_equally_likely_in_both_classes(self, recipe):
         """What the docstring claims: counted, not believed."""
-        for part in recipe.counting_digits():
+        for part in counting_digits():
             labels = part.labels[:, 0].tolist()
             assert labels == [0, 1] * (len(part) // 2)
             clips = part.images.clips
@@ -109,7 +110,7 @@ class TestDigits:
         }
         seen = Counter()
         used = []
-        for part in recipe.counting_digits():
+        for part in counting_digits():
             used.append(set())
             for clip, (label,) in zip(part.images.clips, part.labels.tolist(), strict=True):
                 names = [known[(frame // 15).tobytes()] for frame in clip]
@@ -211,6 +212,25 @@ class TestOwnData:
             spec.hidden_size,
         ) == ("gru", 2, True, "frame", 6, "relu", (5,), "max", 8)
 
+    @pytest.mark.parametrize(
+        ("head", "flags", "expected"),
+        [
+            ("transformer", ["--causal", "--num-heads", "2", "--stream"], {"causal": True}),
+            ("transformer", ["--pool", "none", "--max-frames", "5"], {"pool_type": "none"}),
+            ("attention", ["--num-heads", "4", "--rnn-output", "frame"], {"output": "frame"}),
+            ("tcn", ["--kernel-size", "2", "--readout", "max"], {"kernel_size": 2}),
+            ("mingru", ["--layers", "2"], {"num_layers": 2}),
+        ],
+    )
+    def test_other_heads(self, head, flags, expected, clips, tmp_path, here):
+        name = {"tcn": "CNN+TCN", "mingru": "CNN+minGRU"}.get(head, f"CNN+{head}")
+        args = (*TINY, "--head", head, *flags, "--no-baseline")
+        self.check_run(here(clips / "videos", *args), (name, "chance"))
+        (path,) = (tmp_path / "output" / "cnn_lstm").rglob("model.safetensors")
+        spec = load_model(path).head_specs[0]
+        assert spec.kind == head
+        assert {option: getattr(spec, option) for option in expected} == expected
+
     def test_nested_frame_folders_have_a_head_a_level(self, clips, tmp_path, here):
         out = self.check_run(here(clips / "nested", *TINY, "--taps", "4", "5", "--stream"))
         assert all(len(row) == 2 for row in read_table(out)[1].values())
@@ -261,6 +281,73 @@ class TestOwnData:
         out = self.check_run(here(clips / "damaged", *TINY))
         assert re.search(r"Left out: \S*bad\.mp4", out)
         assert "1 clips could not be read; they were left out." in out
+
+
+class TestCompare:
+    def test_digits(self, tmp_path, here):
+        args = ("--compare", "mean", "gru", "--seeds", "2", "--epochs", "1", "--no-plots")
+        status, out, err = here("digits-majority", *args)
+        assert status == 0, err
+        titles, rows = read_table(out)
+        assert titles == ["digit (4)", "k parameters", "seconds"]
+        assert list(rows) == ["mean", "GRU"]
+        assert "digit (4): " in out
+        facts = json.loads((tmp_path / "output" / "cnn_lstm" / "compare.json").read_text())
+        accuracy = [run["digit (4)"] for run in facts["results"]["GRU"]]
+        assert rows["GRU"][0] == pytest.approx(sum(accuracy) / 2, abs=0.06)
+        # 64 (3 (50 + 64) + 6) of the recurrence, 64 x 4 + 4 of the classifier
+        assert rows["GRU"][1] == pytest.approx(((50 + 64 + 2) * 3 * 64 + 65 * 4) / 1e3, abs=0.06)
+        # both heads pool: training and validation features are there once, for both seeds
+        files = list((tmp_path / "output" / "cnn_lstm" / "features").rglob("*.safetensors"))
+        assert len(files) == 2
+
+    @pytest.mark.filterwarnings("error:.*views=1")
+    def test_own_clips(self, clips, here):
+        args = ("--freeze", "all", "--compare", "tcn", "attention", "--num-heads", "2")
+        status, out, err = here(clips / "nested", *TINY, *args)
+        assert status == 0, err
+        titles, rows = read_table(out)
+        assert titles == ["level1 (2)", "level2 (4)", "k parameters", "seconds"]
+        assert list(rows) == ["TCN", "attention"]
+
+
+class TestHarderDigits:
+    @pytest.fixture(scope="class")
+    def names(self):
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        known = {}
+        for image, digit in zip(digits.images, digits.target, strict=True):
+            known[np.kron(image, np.ones((2, 2))).astype(np.uint8).tobytes()] = int(digit)
+        return lambda clip: [known[(frame // 15).tobytes()] for frame in clip]
+
+    @pytest.mark.parametrize(
+        ("task", "answer", "least", "most"),
+        [
+            ("first", lambda digits: digits[0], 12, 32),
+            ("after", lambda digits: digits[digits.index(9) + 1], 8, 24),
+            ("majority", lambda digits: Counter(digits).most_common(1)[0][0], 8, 24),
+        ],
+    )
+    def test_labels_are_what_they_say(self, names, task, answer, least, most):
+        used = []
+        for part in digit_clips(task):
+            used.append({frame.tobytes() for clip in part.images.clips for frame in clip})
+            lengths = {len(clip) for clip in part.images.clips}
+            assert (min(lengths), max(lengths)) == (least, most)
+            for clip, (label,) in zip(part.images.clips, part.labels.tolist(), strict=True):
+                digits = names(clip)
+                assert answer(digits) == label
+                assert digits.count(9) == (task == "after")
+            shares = part.labels[:, 0].bincount() / len(part)
+            assert shares.max() < 0.32
+        assert not used[0] & used[1]
+        assert not (used[0] | used[1]) & used[2]
+
+    def test_unknown_task(self):
+        with pytest.raises(ValueError, match="'last'.*order, first, after, majority"):
+            digit_clips("last")
 
 
 MISTAKES = {
@@ -326,6 +413,15 @@ def test_mistakes_are_one_line(name, clips, here):
         (["--hflip", "0.5"], "--hflip has no effect"),
         (["videos", "--hflip", "0.5", "--augment", "none"], "--hflip has no effect"),
         (["--rnn-output", "frame", "--readout", "mean"], "--readout mean has no effect"),
+        (["--head", "mean", "--hidden-size", "8"], "--hidden-size has no effect on the head"),
+        (["--causal"], "--causal has no effect on the head 'lstm'"),
+        (["--head", "transformer", "--stream"], "needs --causal"),
+        (["--seeds", "3"], "--seeds has no effect without --compare"),
+        (["--compare", "lstm", "gru", "--kernel-size", "2"], "--kernel-size has no effect on any"),
+        (["--compare", "unet"], "--compare unet: choose among"),
+        (["--compare", "gru", "gru"], "twice"),
+        (["--compare", "--head", "gru"], "--head has no effect with --compare"),
+        (["--compare", "--stream"], "--stream has no effect with --compare"),
         (["--stream", "--bidirectional"], "--stream"),
         (["--strict"], "--strict has no effect on the digits"),
         (["--in-chans", "3"], "--in-chans 3 has no effect"),

@@ -54,7 +54,49 @@ def evaluation_problems(module: nn.Module, x: torch.Tensor) -> list[str]:
             "two passes in eval mode differ: something random is left on (F.dropout without "
             "training=self.training, a dropout that never gets eval(), torch.rand in forward())."
         ]
-    return []
+    return stream_problems(module, x)
+
+
+@torch.no_grad()
+def stream_problems(module: nn.Module, x: torch.Tensor) -> list[str]:
+    """Do temporal heads that go on from a state answer as for the whole clip?
+
+    They do not if a frame's answer depends on frames to come, or if the state forgets.
+    """
+    if not isinstance(module, BranchModel) or x.ndim != 5 or x.shape[1] < 2:
+        return []
+    problems = []
+    for name in module.temporal_heads:
+        try:
+            module.head(name).check_stream(name, x.shape[0])  # type: ignore[operator]
+        except ValueError:  # it says itself that it cannot
+            continue
+        middle = x.shape[1] // 2
+        first, state = module.forward_stream(x[:, :middle], heads=[name])
+        rest, _ = module.forward_stream(x[:, middle:], state, heads=[name])
+        whole = module(x, heads=[name])[name]
+        last = rest[name]
+        if last.ndim == 3:
+            if not _close(whole[:, :middle], first[name]):
+                problems.append(
+                    f"the head {name!r} goes on from a state, but what it says of the frames 0 to "
+                    f"{middle - 1} of a clip depends on the frames behind them: the future comes "
+                    "in, look at its mask."
+                )
+                continue
+            whole = whole[:, middle:]
+        if not _close(whole, last):
+            problems.append(
+                f"the head {name!r} goes on from a state, but a clip in two pieces gets another "
+                "answer than the same clip at once: its state does not hold all that it reads, or "
+                "frames read what comes behind them."
+            )
+    return problems
+
+
+def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    scale = float(b.abs().max().clamp(min=1e-6))
+    return float((a - b).abs().max()) <= 1e-3 * scale
 
 
 def input_problems(module: nn.Module, x: torch.Tensor) -> list[str]:

@@ -83,8 +83,9 @@ def check_model(
     The checks are: labels fit the heads and the taxonomy; losses are finite; cross-entropy gets
     logits and no two Linears collapse into one; every trainable parameter gets a finite gradient,
     from every loss that depends on it, through no dead ReLU; BatchNorm of a frozen part does not go
-    on collecting statistics; evaluation is deterministic; the output depends on the input, and on
-    every frame of a clip; and a copy of the model learns this one batch.
+    on collecting statistics; evaluation is deterministic, and frame by frame as for the whole clip
+    where a head streams; the output depends on the input, and on every frame of a clip; and a copy
+    of the model learns this one batch.
 
     What was asked for is no problem: frozen parts, `Tap(detach=True)`, levels whose loss weight is
     0. The model is left as it was. All of it costs about as much as `steps` + 10 training steps,

@@ -3,6 +3,7 @@
 A head is described by a small frozen object that builds the module; `base` holds the contract.
 """
 
+from timm_branches.heads.attention import AttentionHead, TransformerHead
 from timm_branches.heads.base import (
     HEADS,
     Head,
@@ -16,25 +17,33 @@ from timm_branches.heads.base import (
     register_head,
 )
 from timm_branches.heads.classifier import BranchClassifier, FlattenHead, PoolHead
+from timm_branches.heads.clip import ClipClassifier, MeanHead
 from timm_branches.heads.decoder import RedNetHead, SkipDecoder, UNetHead
 from timm_branches.heads.folding import Clips
-from timm_branches.heads.temporal import GRUHead, LSTMHead, TemporalClassifier
+from timm_branches.heads.tcn import TCNHead
+from timm_branches.heads.temporal import GRUHead, LSTMHead, MinGRUHead, TemporalClassifier
 
 __all__ = [
     "HEADS",
+    "AttentionHead",
     "BranchClassifier",
+    "ClipClassifier",
     "Clips",
     "FlattenHead",
     "GRUHead",
     "Head",
     "HeadModule",
     "LSTMHead",
+    "MeanHead",
+    "MinGRUHead",
     "PoolHead",
     "RedNetHead",
     "SkipDecoder",
     "State",
+    "TCNHead",
     "TemporalClassifier",
     "TemporalHead",
+    "TransformerHead",
     "UNetHead",
     "check_module",
     "check_registered",

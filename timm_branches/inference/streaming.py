@@ -172,8 +172,9 @@ class StreamingStep(nn.Module):
         self.temporal = [name for name in self.names if name in model.temporal_heads]
         self.state_names = []
         for name, state in self._zeros(1).items():
-            parts: Sequence[str] = "hc"[: len(state)]
-            if len(state) > 2:
+            known = getattr(model.head(name), "state_names", None) or "hc"
+            parts: Sequence[str] = known[: len(state)]
+            if len(state) > len(known):
                 parts = [f"state{i}" for i in range(len(state))]
             self.state_names += [f"{name}_{part}" for part in parts]
         self.input_names = ["frame", *self.state_names]
@@ -212,7 +213,8 @@ def _streaming_heads(model: BranchModel, heads: Sequence[str] | None) -> list[st
     temporal = [name for name in names if name in model.temporal_heads]
     if not temporal:
         raise ValueError(
-            f"None of the heads {names} is temporal: give the model an LSTMHead or a GRUHead."
+            f"None of the heads {names} is temporal: give the model head='lstm' or another "
+            "that reads clips."
         )
     for name in temporal:
         model.head(name).check_stream(name, 1)  # type: ignore[operator]
