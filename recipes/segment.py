@@ -44,8 +44,6 @@ from torch.utils.data import Subset
 
 from timm_branches import (
     BranchModel,
-    RedNetHead,
-    UNetHead,
     create_branch_model,
     list_taps,
     load_model,
@@ -60,6 +58,7 @@ from timm_branches.dense import (
 )
 from timm_branches.figures import new_figure, save_figure
 from timm_branches.files import replace_file
+from timm_branches.heads import HEADS
 from timm_branches.task import DenseTask
 from timm_branches.taxonomy import Taxonomy, get_taxonomy
 from timm_branches.train import (
@@ -107,6 +106,17 @@ NOT_IN_SMP = (
 # -- arguments
 
 
+# the decoders, as a table calls them
+TITLES = {
+    "unet": "U-Net",
+    "rednet": "RED-Net",
+    "lean": "lean decoder",
+    "linear": "linear",
+    "fpn": "FPN",
+    "segformer": "SegFormer",
+    "upernet": "UPerNet",
+    "dpt": "DPT",
+}
 # the flags of its own that --help shows
 COMMON = ("images", "masks", "classes", "ignore_index", "taxonomy", "crop", "head", "loss", "tile")
 
@@ -209,10 +219,16 @@ def add_network_arguments(group: argparse._ArgumentGroup) -> None:
     add(
         "--taps",
         nargs="+",
-        help="maps that the decoder reads (default: all stages; 2 to 5 of a ViT)",
+        help="maps that the decoder reads (default: all stages, those of stride 4 and more without "
+        "skips; 2 to 5 of a ViT)",
     )
-    add("--head", choices=("unet", "rednet"), default="unet")
-    add("--channels", type=int, nargs="+", help="width of each decoder stage from the deepest on")
+    add("--head", choices=tuple(TITLES), default="unet")
+    add(
+        "--channels",
+        type=int,
+        nargs="+",
+        help="width of the decoder; of a U-Net or RED-Net of each stage, from the deepest on",
+    )
     add("--attention", action="store_true", help="attention gates on the skips (Oktay et al. 2018)")
     add("--input-skip", action="store_true", help="one more skip, from the image itself")
     add("--deep-supervision", action="store_true", help="a loss at each stage (Lee et al. 2014)")
@@ -265,6 +281,12 @@ def args_complaint(args: argparse.Namespace, small: bool) -> str | None:
         for name in ("classes", "ignore_index", "taxonomy", "resize"):
             if getattr(args, name) is not None:
                 return f"{flag(name)} has no effect without own data"
+    options = HEADS[args.head].__dataclass_fields__
+    for name in ("channels", "attention", "input_skip", "deep_supervision"):
+        if getattr(args, name) and name not in options:
+            return f"{flag(name)} has no effect on --head {args.head}"
+    if args.channels and len(args.channels) > 1 and "upsample" not in options:
+        return f"--channels takes one width for --head {args.head}, got {len(args.channels)}"
     if len(args.crop) > 2:
         return "--crop takes one side, or height and width"
     if args.class_weights and args.loss == "dice":
@@ -275,7 +297,7 @@ def args_complaint(args: argparse.Namespace, small: bool) -> str | None:
 def smp_complaint(args: argparse.Namespace, parser: argparse.ArgumentParser) -> str | None:
     """What the comparison with segmentation_models_pytorch cannot have, or None."""
     if args.head != "unet":
-        return "--smp compares U-Nets: leave out --head rednet"
+        return f"--smp compares U-Nets: leave out --head {args.head}"
     for name in NOT_IN_SMP:
         if getattr(args, name) != parser.get_default(name):
             return f"{flag(name)} has no part in the comparison with --smp: leave one out"
@@ -456,16 +478,17 @@ def make_model(args: argparse.Namespace, num_classes: int, tree: Taxonomy | None
     With a tree it gives all levels.
     """
     torch.manual_seed(args.seed)
-    head_class = UNetHead if args.head == "unet" else RedNetHead
-    head = head_class(
-        channels=args.channels,
-        attention=args.attention,
-        input_skip=args.input_skip,
-        deep_supervision=args.deep_supervision,
-    )
+    head_class = HEADS[args.head]
+    options: dict[str, Any] = {}
+    for name in ("channels", "attention", "input_skip", "deep_supervision"):
+        if getattr(args, name):
+            options[name] = getattr(args, name)
+    if args.channels and "upsample" not in head_class.__dataclass_fields__:
+        (options["channels"],) = args.channels
+    head = head_class(**options)
     return create_branch_model(
         args.model,
-        taps=[tuple(args.taps or default_taps(args.model))],
+        taps=[tuple(args.taps or default_taps(args.model, args.head))],
         head=[head],
         names=["mask"],
         taxonomy=tree,
@@ -476,12 +499,16 @@ def make_model(args: argparse.Namespace, num_classes: int, tree: Taxonomy | None
     )
 
 
-def default_taps(model_name: str) -> list[int]:
-    """All stages; of a backbone whose maps have one size all but the first."""
+def default_taps(model_name: str, head: str) -> list[int]:
+    """All stages, of stride 4 and more for a decoder that answers at its finest map.
+
+    Of a backbone whose maps have one size all but the first.
+    """
     rows = list(list_taps(model_name))
-    one_size = len({row.stride for row in rows}) == 1
-    first = 2 if one_size else 1
-    return [row.stage for row in rows if row.stage >= first]
+    if len({row.stride for row in rows}) == 1:
+        return [row.stage for row in rows if row.stage >= 2]
+    finest = 1 if head in ("unet", "rednet") else min(4, rows[-1].stride)
+    return [row.stage for row in rows if row.stride >= finest]
 
 
 class SegmentTask(DenseTask):
@@ -634,8 +661,7 @@ class Experiment:
 
         A hierarchy is worth having only where it beats the flat network, summed upwards.
         """
-        kind = "U-Net" if self.args.head == "unet" else "RED-Net"
-        title = f"{kind}, {self.args.model}"
+        title = f"{TITLES[self.args.head]}, {self.args.model}"
         flat = make_model(self.args, len(self.classes), None)
         if self.tree is None or self.tree.num_levels < 2:
             return {title: flat}

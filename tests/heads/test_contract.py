@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from tests.heads.tester import HeadTester
-from timm_branches import create_branch_model, load_model, save_model
+from timm_branches import create_branch_model, heads, load_model, save_model
 from timm_branches.heads import (
     HEADS,
     AttentionHead,
@@ -145,6 +145,43 @@ class TestUNetHead(HeadTester):
 
 class TestRedNetHead(HeadTester):
     head = RedNetHead()
+
+
+class TestLinearDecoder(HeadTester):
+    head = heads.LinearHead()
+
+
+class TestLinearDecoderWithNorm(HeadTester):
+    head = heads.LinearHead(norm="batchnorm2d")
+    taps = (5, 3, 4)
+
+
+class TestLeanHead(HeadTester):
+    head = heads.LeanHead(channels=8)
+
+
+class TestSegformerHead(HeadTester):
+    head = heads.SegformerHead(channels=8)
+    taps = (2, 3, 4, 5)
+
+
+class TestFPNHead(HeadTester):
+    head = heads.FPNHead(channels=8, branch_channels=6)
+    taps = (2, 3, 4, 5)
+
+
+class TestFPNHeadOfOneMap(HeadTester):
+    head = heads.FPNHead(channels=8)
+    taps = (4,)
+
+
+class TestUPerNetHead(HeadTester):
+    head = heads.UPerNetHead(channels=8)
+    taps = (5, 2, 3)
+
+
+class TestDPTHead(HeadTester):
+    head = heads.DPTHead(channels=8, reassemble=(4, 5))
 
 
 # ---- from outside

@@ -6,6 +6,14 @@ import torch.nn.functional as F
 
 from timm_branches import RedNetHead, UNetHead, create_branch_model
 from timm_branches.dense import tiled_inference
+from timm_branches.heads import (
+    DPTHead,
+    FPNHead,
+    LeanHead,
+    LinearHead,
+    SegformerHead,
+    UPerNetHead,
+)
 from timm_branches.heads.alignment import common_multiple, pad_to_multiple
 
 # stems and stages that floor, that pad, that do neither; with what makes them take any size
@@ -33,6 +41,12 @@ HEADS = {
     "input_skip": UNetHead(input_skip=True),
     "residual": RedNetHead(residual=True),
     "shuffle": UNetHead(upsample="shuffle", attention=True),
+    "linear": LinearHead(),
+    "lean": LeanHead(channels=8),
+    "segformer": SegformerHead(channels=8),
+    "fpn": FPNHead(channels=8, branch_channels=6),
+    "upernet": UPerNetHead(channels=8),
+    "dpt": DPTHead(channels=8),
 }
 
 

@@ -80,6 +80,16 @@ def test_families(name, head, tmp_path):
     check(make(name, head, size), tmp_path / "model.onnx", frames=2 if clips else None)
 
 
+def test_names_that_the_exporter_uses_itself(tmp_path):
+    """Levels may be called as torch's operations are."""
+    tree = Taxonomy(["a/x/p", "a/y/q"], levels=["linear", "view", "conv2d"])
+    model = create_branch_model("test_resnet", taps=[3, 4, 5], taxonomy=tree, img_size=64).eval()
+    written = export_model(model, tmp_path / "model.onnx", decoder="best-path")
+    assert written.outputs == (*tree.levels, "labels", "probabilities")
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"))
+    assert tuple(node.name for node in session.get_outputs()) == written.outputs
+
+
 def test_torch_export(tmp_path):
     model = make(head="unet")
     written = export_model(model, tmp_path / "model.pt2")

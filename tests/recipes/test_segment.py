@@ -318,6 +318,19 @@ class TestOwnData:
         assert model.head_specs[0].kind == "rednet"
         assert [info.tap.stage for info in model.taps] == [3, 5]
 
+    @pytest.mark.parametrize("head", ["linear", "lean", "fpn", "segformer", "upernet", "dpt"])
+    def test_other_decoders(self, head, recipe, scenes, here, tmp_path):
+        arguments = list(own(scenes))
+        start = arguments.index("--channels")
+        end = next(i for i in range(start + 1, len(arguments)) if not arguments[i].isdigit())
+        arguments[start:end] = [] if head == "linear" else ["--channels", "8"]
+        out = here(*arguments, "--head", head)
+        title = f"{recipe.TITLES[head]}, test_resnet"
+        self.check_run(out, (title, "colour alone", "colour and height"))
+        model = load_model(tmp_path / "output/segment/model.safetensors")
+        assert model.head_specs[0].kind == head
+        assert [info.tap.stage for info in model.taps] == [2, 3, 4, 5]
+
     def test_a_new_run_leaves_the_older_one(self, scenes, here, tmp_path):
         self.check_run(here(*own(scenes)))
         before = (tmp_path / "output/segment/results.json").read_bytes()
@@ -422,6 +435,7 @@ class TestSmp:
             ("--clip-grad", "1"),
             ("--attention",),
             ("--head", "rednet"),
+            ("--head", "lean"),
             ("--grad-accum-steps", "2"),
         ],
         ids=lambda extra: extra[0][2:],
@@ -488,6 +502,15 @@ class TestMistakes:
         [
             (["--images", "photos"], "together"),
             (["--classes", "3"], "--classes has no effect"),
+            (
+                ["photos", "--head", "linear", "--channels", "8"],
+                "--channels has no effect on --head",
+            ),
+            (
+                ["photos", "--head", "dpt", "--input-skip"],
+                "--input-skip has no effect on --head dpt",
+            ),
+            (["photos", "--head", "fpn", "--channels", "8", "4"], "takes one width for --head fpn"),
             (["photos", "--val-fraction", "0.5"], "--val-fraction has no effect"),
             (["--loss", "dice", "--class-weights", "auto"], "no effect with --loss dice"),
             (["--crop", "1", "2", "3"], "--crop"),

@@ -19,25 +19,40 @@ from timm_branches.heads.base import (
 from timm_branches.heads.classifier import BranchClassifier, FlattenHead, PoolHead
 from timm_branches.heads.clip import ClipClassifier, MeanHead
 from timm_branches.heads.decoder import RedNetHead, SkipDecoder, UNetHead
+from timm_branches.heads.dense import (
+    DPTHead,
+    FPNHead,
+    LeanHead,
+    LinearHead,
+    MapDecoder,
+    SegformerHead,
+    UPerNetHead,
+)
 from timm_branches.heads.folding import Clips
 from timm_branches.heads.tcn import TCNHead
 from timm_branches.heads.temporal import GRUHead, LSTMHead, MinGRUHead, TemporalClassifier
 
 __all__ = [
-    "HEADS",
     "AttentionHead",
     "BranchClassifier",
     "ClipClassifier",
     "Clips",
+    "DPTHead",
+    "FPNHead",
     "FlattenHead",
     "GRUHead",
+    "HEADS",
     "Head",
     "HeadModule",
     "LSTMHead",
+    "LeanHead",
+    "LinearHead",
+    "MapDecoder",
     "MeanHead",
     "MinGRUHead",
     "PoolHead",
     "RedNetHead",
+    "SegformerHead",
     "SkipDecoder",
     "State",
     "TCNHead",
@@ -45,6 +60,7 @@ __all__ = [
     "TemporalHead",
     "TransformerHead",
     "UNetHead",
+    "UPerNetHead",
     "check_module",
     "check_registered",
     "head_to_dict",

@@ -20,8 +20,22 @@ __all__ = [
     "UNetStage",
     "Upsample",
     "conv_norm_act",
+    "deepest_first",
     "resize",
 ]
+
+
+def deepest_first(taps: Sequence[TapInfo]) -> list[int]:
+    """The numbers of the taps from the deepest map to the shallowest."""
+    by_stage = all(tap.stage for tap in taps)
+
+    def depth(number: int) -> tuple[float, int]:
+        stage = taps[number].stage
+        if by_stage and stage is not None:
+            return taps[number].stride, stage.index
+        return taps[number].stride, number
+
+    return sorted(range(len(taps)), reverse=True, key=depth)
 
 
 def resize(x: torch.Tensor, size: Sequence[int], mode: str = "bilinear") -> torch.Tensor:
@@ -33,10 +47,10 @@ def resize(x: torch.Tensor, size: Sequence[int], mode: str = "bilinear") -> torc
     )
 
 
-def norm_act(channels: int, norm: str | None, act: str) -> nn.Module:
+def norm_act(channels: int, norm: str | None, act: str, inplace: bool = True) -> nn.Module:
     """Timm's norm and activation of these names, or the activation alone."""
     if norm is None:
-        return create_act_layer(act, inplace=True)
+        return create_act_layer(act, inplace=inplace)
     # timm's 32 groups do not divide every width
     groups = {"num_groups": math.gcd(32, channels)} if norm == "groupnorm" else {}
     return get_norm_act_layer(norm, act)(channels, **groups)

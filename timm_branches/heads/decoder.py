@@ -26,6 +26,7 @@ from timm_branches.heads.blocks import (
     UNetStage,
     Upsample,
     conv_norm_act,
+    deepest_first,
     resize,
 )
 from timm_branches.taps.reader import TapInfo
@@ -110,10 +111,8 @@ class UNetHead(Head):
                 "bottleneck= takes the size of the code, a whole number from 1, got "
                 f"{self.bottleneck!r}."
             )
-        if self.norm is not None:
-            _check_choice("norm=", self.norm, _NORMS, "None or ")
+        check_norm_act(self.norm, self.act)
         _check_choice("upsample=", self.upsample, _UPSAMPLE)
-        _check_activation("act=", self.act)
         for name in out_act:
             _check_activation("out_act=", name)
         if self.drop_rate is not None:
@@ -200,19 +199,6 @@ def _plan(strides: Sequence[float], input_skip: bool) -> list[_Step]:
     return steps
 
 
-def _deepest_first(taps: Sequence[TapInfo]) -> list[int]:
-    """The numbers of the taps from the deepest map to the shallowest."""
-    by_stage = all(tap.stage for tap in taps)
-
-    def depth(number: int) -> tuple[float, int]:
-        stage = taps[number].stage
-        if by_stage and stage is not None:
-            return taps[number].stride, stage.index
-        return taps[number].stride, number
-
-    return sorted(range(len(taps)), reverse=True, key=depth)
-
-
 def _widths(spec: UNetHead, steps: Sequence[_Step], skip_chs: Sequence[int]) -> list[int]:
     """Channels of each stage: those asked for, or 16 times the stride, at most 256.
 
@@ -270,7 +256,7 @@ class SkipDecoder(nn.Module):
         self.deep_supervision = spec.deep_supervision
         self.in_chans = in_chans
         self.upsample = spec.upsample
-        self.order = _deepest_first(taps)
+        self.order = deepest_first(taps)
         deepest, *skips = (taps[i] for i in self.order)
         strides: list[float] = [tap.stride for tap in (deepest, *skips)]
         # maps of one stride, as a ViT's: each shallower one is enlarged twofold more
@@ -448,6 +434,17 @@ class SkipDecoder(nn.Module):
         """The answer at the size of the image."""
         x = self.out_act(resize(x, image.shape[2:]))
         return image + x if self.residual else x
+
+
+def check_norm_act(norm: object, act: object) -> None:
+    """Refuse what is no norm or activation that a decoder takes.
+
+    Raises:
+        ValueError: An unknown name.
+    """
+    if norm is not None:
+        _check_choice("norm=", norm, _NORMS, "None or ")
+    _check_activation("act=", act)
 
 
 def _check_choice(name: str, value: object, choices: Sequence[str], first: str = "") -> None:

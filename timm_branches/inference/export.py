@@ -4,7 +4,7 @@ import io
 import json
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -227,11 +227,12 @@ def _export(
             (x,),
             dynamo=True,
             input_names=[name],
-            output_names=list(outputs),
+            output_names=[f"{_KEY}_{number}" for number in range(len(outputs))],
             dynamic_shapes={"x": dims},
             verbose=False,
         )
     assert onnx is not None
+    _name_outputs(onnx.model.graph, outputs)
     onnx.model.metadata_props[_KEY] = facts
     session = onnxruntime.InferenceSession(
         onnx.model_proto.SerializeToString(), providers=["CPUExecutionProvider"]
@@ -241,6 +242,16 @@ def _export(
         return [torch.from_numpy(y) for y in session.run(None, {name: images.cpu().numpy()})]
 
     return run, lambda file: onnx.save(file)
+
+
+def _name_outputs(graph: Any, outputs: Sequence[str]) -> None:
+    """Give the graph's outputs their names, which a value inside it may have (`linear`, `mean`)."""
+    for node in graph:
+        for value in node.outputs:
+            if value.name in outputs:
+                value.name = f"{value.name}_inside"
+    for value, title in zip(graph.outputs, outputs, strict=True):
+        value.name = title
 
 
 @torch.no_grad()
