@@ -153,3 +153,23 @@ class TestNovelty:
             for scores in fold.values():
                 both = (scores["known_accuracy"] + scores["new_accuracy"]) / 2
                 assert scores["balanced_accuracy"] == pytest.approx(both)
+
+
+def test_decoders(monkeypatch, tmp_path, capsys):
+    pytest.importorskip("segmentation_models_pytorch")
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import decoders
+
+    path = tmp_path / "decoders.json"
+    kinds = ["linear", "lean", "fpn", "unet"]
+    argv = ["decoders.py", "--tiny", "--heads", *kinds, "--json", str(path)]
+    monkeypatch.setattr(sys, "argv", argv)
+    decoders.main()
+    rows = json.loads(path.read_text())["rows"]
+    names = [row["decoder"] for row in rows]
+    assert names == ["bare encoder", *kinds, "smp FPN", "smp Unet"]
+    parameters = {row["decoder"]: row["parameters"] for row in rows}
+    assert parameters["fpn"] == parameters["smp FPN"]
+    assert parameters["unet"] == parameters["smp Unet"]
+    assert all(row["ratio"] > 0 for row in rows)
+    assert "lean" in capsys.readouterr().out
