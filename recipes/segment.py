@@ -52,6 +52,7 @@ from timm_branches.data import PairTransform, SegmentationDataset, create_loader
 from timm_branches.dense import (
     PixelBaseline,
     SegmentationEvaluator,
+    get_dense_loss,
     median_frequency_weights,
     package_segmentation,
     tiled_inference,
@@ -232,7 +233,11 @@ def add_network_arguments(group: argparse._ArgumentGroup) -> None:
     add("--attention", action="store_true", help="attention gates on the skips (Oktay et al. 2018)")
     add("--input-skip", action="store_true", help="one more skip, from the image itself")
     add("--deep-supervision", action="store_true", help="a loss at each stage (Lee et al. 2014)")
-    add("--loss", choices=("ce", "dice", "ce+dice"), default="ce")
+    add(
+        "--loss",
+        default="ce",
+        help="ce (default), dice, focal, ohem, lovasz, boundary, or a sum such as ce+lovasz",
+    )
     add(
         "--class-weights",
         nargs="+",
@@ -289,8 +294,12 @@ def args_complaint(args: argparse.Namespace, small: bool) -> str | None:
         return f"--channels takes one width for --head {args.head}, got {len(args.channels)}"
     if len(args.crop) > 2:
         return "--crop takes one side, or height and width"
-    if args.class_weights and args.loss == "dice":
-        return "--class-weights has no effect with --loss dice, which counts all classes alike"
+    try:
+        get_dense_loss(args.loss, **({"class_weights": None} if args.class_weights else {}))
+    except ValueError as error:
+        if "has no setting" in str(error):
+            return f"--class-weights has no effect with --loss {args.loss}"
+        return f"--loss {args.loss}: {error}"
     return None
 
 

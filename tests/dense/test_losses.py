@@ -6,7 +6,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from timm_branches.dense import charbonnier_loss, dice_loss, get_dense_loss, pixel_cross_entropy
+from timm_branches.dense import (
+    boundary_loss,
+    charbonnier_loss,
+    dice_loss,
+    focal_loss,
+    get_dense_loss,
+    lovasz_loss,
+    ohem_loss,
+    pixel_cross_entropy,
+)
 
 NAMES = ["ce", "dice", "ce+dice", "l1", "l2", "charbonnier"]
 
@@ -185,7 +194,7 @@ def test_float32_inside_under_autocast(name):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: get_dense_loss("focal"), "ce, dice, ce\\+dice"),
+        (lambda: get_dense_loss("jaccard"), "ce, dice, focal"),
         (lambda: get_dense_loss("dice", class_weights=torch.ones(3)), "no setting 'class_weights'"),
         (lambda: get_dense_loss("l1", ignore_index=3), "no setting 'ignore_index'"),
         (lambda: get_dense_loss("ce", share=True), "no setting 'share'"),
@@ -231,3 +240,182 @@ def test_float32_inside_under_autocast(name):
 def test_refusals(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+# ---- losses that look at hard pixels, at regions and at borders
+
+
+def probabilities_and_target(classes=4, ignored=True):
+    generator = torch.Generator().manual_seed(3)
+    logits = 2 * torch.randn(2, classes, 7, 6, generator=generator)
+    target = torch.randint(max(2, classes), (2, 7, 6), generator=generator)
+    if ignored:
+        target[0, :2] = 255
+    return logits, target
+
+
+class TestFocal:
+    @pytest.mark.parametrize("gamma", [0, 0.5, 2])
+    def test_formula(self, gamma):
+        logits, target = probabilities_and_target()
+        weights = torch.tensor([1.0, 0.5, 2.0, 0.0])
+        p = logits.double().softmax(1)
+        values = []
+        for b, i, j in (target != 255).nonzero().tolist():
+            k = int(target[b, i, j])
+            right = p[b, k, i, j]
+            values.append(float((1 - right) ** gamma * weights[k] * -right.log()))
+        own = focal_loss(logits, target, 255, gamma, weights)
+        assert float(own) == pytest.approx(sum(values) / len(values), rel=1e-5)
+
+    def test_binary_is_torchvisions(self):
+        from torchvision.ops import sigmoid_focal_loss
+
+        logits, target = probabilities_and_target(1, ignored=False)
+        theirs = sigmoid_focal_loss(logits[:, 0], target.float(), -1, 2, "mean")
+        torch.testing.assert_close(focal_loss(logits, target), theirs)
+
+    def test_without_gamma_it_is_cross_entropy(self):
+        logits, target = probabilities_and_target()
+        expected = F.cross_entropy(logits, target, ignore_index=255)
+        torch.testing.assert_close(focal_loss(logits, target, 255, 0), expected)
+
+
+class TestOhem:
+    @pytest.mark.parametrize(
+        ("threshold", "kept"), [(0.7, 0.0625), (0.05, 0.5), (1e-6, 0.1), (1, 1)]
+    )
+    def test_by_hand(self, threshold, kept):
+        logits, target = probabilities_and_target()
+        loss = F.cross_entropy(logits, target, ignore_index=255, reduction="none")
+        values = sorted(loss[target != 255].tolist(), reverse=True)
+        least = math.ceil(kept * len(values))
+        hard = [v for i, v in enumerate(values) if i < least or v > -math.log(threshold)]
+        own = ohem_loss(logits, target, 255, threshold, kept)
+        assert float(own) == pytest.approx(sum(hard) / len(hard), rel=1e-5)
+
+    def test_easy_pixels_have_no_gradient(self):
+        logits = torch.tensor([[[[9.0, 0.0]], [[0.0, 0.0]]]]).requires_grad_()
+        ohem_loss(logits, torch.tensor([[[0, 0]]])).backward()
+        assert not logits.grad[..., 0].any()
+        assert logits.grad[..., 1].any()
+
+
+class TestLovasz:
+    def test_is_smps(self):
+        smp = pytest.importorskip("segmentation_models_pytorch")
+        logits, target = probabilities_and_target()
+        logits.requires_grad_()
+        theirs = smp.losses.LovaszLoss("multiclass", per_image=False, ignore_index=255)
+        own, expected = lovasz_loss(logits, target, 255), theirs(logits, target)
+        torch.testing.assert_close(own, expected)
+        (mine,) = torch.autograd.grad(own, logits)
+        (other,) = torch.autograd.grad(expected, logits)
+        torch.testing.assert_close(mine, other, atol=1e-7, rtol=1e-4)
+
+    @pytest.mark.parametrize("classes", [1, 3])
+    def test_sure_answers_give_one_minus_iou(self, classes):
+        """At the corners of the cube of errors the extension is the Jaccard loss itself."""
+        generator = torch.Generator().manual_seed(0)
+        answer = torch.randint(max(2, classes), (2, 5, 5), generator=generator)
+        target = torch.randint(max(2, classes), (2, 5, 5), generator=generator)
+        if classes == 1:
+            logits = (2.0 * answer[:, None] - 1) * 200
+        else:
+            logits = F.one_hot(answer, classes).movedim(-1, 1) * 400.0
+        ious = []
+        for k in range(1, 2) if classes == 1 else range(classes):
+            a, b = answer == k, target == k
+            ious.append(float((a & b).sum() / (a | b).sum()))
+        expected = 1 - sum(ious) / len(ious)
+        assert float(lovasz_loss(logits, target)) == pytest.approx(expected, abs=1e-5)
+
+
+class TestBoundary:
+    def test_by_hand(self):
+        """Each pixel's distance to the nearest one on the other side, by brute force."""
+        logits, target = probabilities_and_target(3)
+        target[1] = torch.where(target[1] == 2, 0, target[1])  # a class that one image lacks
+        p = logits.softmax(1)
+        total, count = 0.0, 0
+        places = [(i, j) for i in range(7) for j in range(6)]
+        for b in range(2):
+            for k in range(3):
+                inside = {q for q in places if int(target[b][q]) == k}
+                for q in places:
+                    if int(target[b][q]) == 255:
+                        continue
+                    count += 1
+                    others = inside if q not in inside else set(places) - inside
+                    if not inside or not others:
+                        continue
+                    distance = min(math.dist(q, other) for other in others)
+                    sign = -1 if q in inside else 1
+                    total += sign * distance / math.hypot(7, 6) * float(p[b, k][q])
+        own = boundary_loss(logits, target, 255)
+        assert float(own) == pytest.approx(total / count, rel=1e-4)
+
+    def test_a_mask_that_leaves_its_class_costs_more_the_further(self):
+        target = torch.zeros(1, 9, 9, dtype=torch.long)
+        target[:, 3:6, 3:6] = 1
+        losses = []
+        for row in (4, 2, 0):
+            logits = torch.full((1, 1, 9, 9), -20.0)
+            logits[0, 0, row, 4] = 20
+            losses.append(float(boundary_loss(logits, target)))
+        assert losses[0] < 0 < losses[1] < losses[2]
+
+
+@pytest.mark.parametrize("name", ["focal", "ohem", "lovasz", "boundary", "ce+lovasz", "dice+focal"])
+class TestAllOfThem:
+    def test_nothing_labelled(self, name):
+        logits = torch.randn(2, 3, 4, 4, requires_grad=True)
+        loss = get_dense_loss(name, ignore_index=255)(logits, torch.full((2, 4, 4), 255))
+        assert float(loss) == 0
+        loss.backward()
+        assert not logits.grad.any()
+
+    def test_unlabelled_pixels_do_not_matter(self, name):
+        logits, target = probabilities_and_target()
+        other = logits.clone()
+        other[:, :, :2][target[:, None, :2].expand(-1, 4, -1, -1) == 255] = float("nan")
+        loss = get_dense_loss(name, ignore_index=255)
+        assert torch.equal(loss(logits, target), loss(other, target))
+
+    def test_half_precision(self, name):
+        logits, target = probabilities_and_target()
+        loss = get_dense_loss(name, ignore_index=255)
+        rough = loss(logits.bfloat16(), target)
+        assert rough.dtype == torch.float32
+        assert float(rough) == pytest.approx(float(loss(logits, target)), rel=0.05, abs=0.02)
+
+    def test_it_is_learned(self, name):
+        torch.manual_seed(0)
+        logits = torch.zeros(1, 3, 8, 8, requires_grad=True)
+        target = torch.zeros(1, 8, 8, dtype=torch.long)
+        target[:, :4, :4], target[:, 4:, 4:] = 1, 2
+        loss = get_dense_loss(name)
+        optimizer = torch.optim.Adam([logits], 0.1)
+        for _ in range(100):
+            optimizer.zero_grad()
+            loss(logits, target).backward()
+            optimizer.step()
+        assert float((logits.argmax(1) == target).float().mean()) > 0.9
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: get_dense_loss("jaccard"), "no dense loss 'jaccard'.*lovasz"),
+        (lambda: get_dense_loss("ce+ce"), "different ones"),
+        (lambda: get_dense_loss("ce+l1"), "one of masks to one of images"),
+        (lambda: get_dense_loss("lovasz", class_weights=None), "no setting 'class_weights'"),
+        (lambda: focal_loss(*probabilities_and_target(), 255, -1), "gamma must be"),
+        (lambda: ohem_loss(*probabilities_and_target(), 255, 0), "threshold must be"),
+        (lambda: ohem_loss(*probabilities_and_target(), 255, min_kept=2), "min_kept must be"),
+        (lambda: lovasz_loss(torch.zeros(1, 2, 2, 2), torch.full((1, 2, 2), 5)), "holds 5"),
+    ],
+)
+def test_refused_losses(make, words):
+    with pytest.raises(ValueError, match=words):
+        make()
