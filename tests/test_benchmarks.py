@@ -173,3 +173,15 @@ def test_decoders(monkeypatch, tmp_path, capsys):
     assert parameters["unet"] == parameters["smp Unet"]
     assert all(row["ratio"] > 0 for row in rows)
     assert "lean" in capsys.readouterr().out
+
+
+def test_heads_together(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import heads_together
+
+    path = tmp_path / "together.json"
+    monkeypatch.setattr(sys, "argv", ["heads_together.py", "--tiny", "--json", str(path)])
+    heads_together.main()
+    (row,) = json.loads(path.read_text())["rows"]
+    assert row["ratio"] == pytest.approx(row["together"] / row["apart"])
+    assert "test_convnext" in capsys.readouterr().out

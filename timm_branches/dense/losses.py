@@ -227,9 +227,10 @@ def ohem_loss(
 def lovasz_loss(logits: torch.Tensor, target: torch.Tensor, ignore_index: int = -1) -> torch.Tensor:
     """A surrogate of one minus the mean IoU: the Lovász-softmax loss.
 
-    For each class that occurs in the batch the pixels are sorted by their error |g - p|, which is
-    weighed by what the Jaccard index loses if all pixels up to there are wrong; the mean over these
-    classes. One channel is a binary mask: p is its sigmoid, and the foreground the only class.
+    For each class that occurs in the batch the pixels are sorted by their error `abs(g - p)`, which
+    is weighed by what the Jaccard index loses if all pixels up to there are wrong; the mean over
+    these classes. One channel is a binary mask: p is its sigmoid, and the foreground the only
+    class.
 
     Source: Berman et al., "The Lovász-Softmax loss: A tractable surrogate for the optimization of
     the intersection-over-union measure in neural networks", CVPR 2018 (arXiv 1705.08790), equations

@@ -312,13 +312,14 @@ class _TransformerClassifier(ClipClassifier):
             pool, channels = frame_pool(spec.pool_type, tap)
         super().__init__(spec, pool, width, num_classes, drop_rate)
         self.channels = channels
-        self.embed = nn.Linear(channels, width)
+        # frames and positions begin at one scale, whatever the backbone's, or order is not learned
+        self.embed = nn.Sequential(nn.LayerNorm(channels), nn.Linear(channels, width))
         # of each frame's distance to those before it, or of its place in the clip
         shape = (spec.num_heads, spec.max_frames) if spec.causal else (spec.max_frames, width)
         self.positions = nn.Parameter(torch.zeros(shape))
         self.cls: nn.Parameter | None = None
         if not spec.causal:
-            trunc_normal_(self.positions, std=0.02)
+            trunc_normal_(self.positions, std=0.5)
             if spec.output == "clip":
                 self.cls = nn.Parameter(torch.zeros(1, 1, width))
                 trunc_normal_(self.cls, std=0.02)

@@ -128,13 +128,13 @@ class DenseTask(HeadsTask):
         """The loss of the output, and in training those of the decoder's other stages.
 
         Args:
-            output: Maps (B, K, H, W) of the decoder.
-            target: Masks (B, H, W) of class indices, or images (B, C, H, W).
-            lengths: Refused: decoders answer for images.
+            output: Maps (B, K, H, W) of the decoder, of clips (B, T, K, H, W).
+            target: Masks (B, H, W) of class indices, or images (B, C, H, W); of clips with T in the
+                second place.
+            lengths: Valid frames of each clip; what stands behind them does not count.
             share: Average over the pixels of all processes, where the loss can.
         """
-        if lengths is not None:
-            raise ValueError("a DenseTask trains on images, got clips with lengths.")
+        output, target = frames_of_clips(output, target, lengths)
         shared = {"share": share} if self.shares else {}
         targets = dict.fromkeys(self.sources, target)
         if self.taxonomy is not None:
@@ -157,7 +157,11 @@ class DenseTask(HeadsTask):
 
     def check_targets(self, target: Any, loader: Any = None) -> None:
         """Refuse masks (B, H, W) with values that are no class and not the one to ignore."""
-        if not isinstance(target, torch.Tensor) or target.is_floating_point() or target.ndim != 3:
+        if not isinstance(target, torch.Tensor) or target.is_floating_point():
+            return
+        if target.ndim == 4:  # of clips
+            target = target.flatten(0, 1)
+        if target.ndim != 3:
             return
         if self.taxonomy is not None:
             count = self.taxonomy.num_leaves
@@ -268,7 +272,42 @@ class _OfHeads:
 
     def update(self, output: Any, target: torch.Tensor) -> None:
         own = {name: output[name] for name in self._names}
+        own, target = frames_of_clips(own, target, None)
         self._evaluator.update(own if len(own) > 1 else own[self._names[0]], target)
+
+
+def frames_of_clips(
+    output: dict[str, torch.Tensor], target: torch.Tensor, lengths: torch.Tensor | None
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Maps and targets of clips (B, T, ...) as those of their valid frames (N, ...).
+
+    Those of images are returned as they are.
+
+    Raises:
+        ValueError: The targets are not one a frame.
+    """
+    clips = next((y for y in output.values() if y.ndim == 5), None)
+    if clips is None:
+        return output, target
+    if target.shape[:2] != clips.shape[:2] or target.ndim not in (4, 5):
+        raise ValueError(
+            f"clips of {clips.shape[0]} x {clips.shape[1]} frames need a mask or an image for each "
+            f"frame, (B, T, H, W) or (B, T, C, H, W), got {tuple(target.shape)}."
+        )
+    valid: torch.Tensor | None = None
+    if lengths is not None:
+        time = torch.arange(clips.shape[1], device=lengths.device)
+        valid = (time < lengths[:, None]).flatten().nonzero()[:, 0].to(target.device)
+
+    def fold(y: torch.Tensor) -> torch.Tensor:
+        y = y.flatten(0, 1)
+        return y if valid is None else y.index_select(0, valid)
+
+    folded = dict(output)
+    for name, y in output.items():
+        if y.ndim == 5:
+            folded[name] = fold(y)
+    return folded, fold(target)
 
 
 def _levels(model: BranchModel, decoders: Sequence[str]) -> dict[str, str]:
