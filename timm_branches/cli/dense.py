@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
+from timm_branches.cli.augmentation import augmentation
 from timm_branches.cli.journal import begin_folder
 from timm_branches.cli.text import place_of, printable
 from timm_branches.files import replace_file
@@ -47,6 +48,7 @@ def run(args: argparse.Namespace, model: "BranchModel") -> int:
         tile=args.tile,
         num_workers=args.workers,
         strict=args.strict,
+        **augmentation(args),
     )
     if args.overlay and predictions.kind == "images":
         raise ValueError("--overlay has no effect on a model that restores images.")
@@ -104,6 +106,8 @@ def _begin(folder: Path, predictions: "DensePredictions", args: argparse.Namespa
         "classes": list(predictions.classes),
         "colors": [list(color) for color in predictions.colors],
     }
+    if augmentation(args):
+        facts["augmentation"] = [predictions.views, list(predictions.scales)]
     begin_folder(folder / _NOTE, facts)
 
 

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from timm_branches.cli.augmentation import add_augmentation
 from timm_branches.cli.calibrate import ends
 from timm_branches.cli.results import FORMATS, Results, write_results
 from timm_branches.cli.text import refuse
@@ -87,10 +88,11 @@ def add_pixel_arguments(parser: argparse.ArgumentParser) -> None:
     pixels.add_argument("--ignore-index", type=int, help="a mask's value for what does not count")
     pixels.add_argument("--kind", choices=("masks", "images"), help="as for predict")
     pixels.add_argument("--tile", type=int, metavar="PIXELS", help="as for predict")
+    add_augmentation(pixels)
 
 
 _CLIPS = ("frames", "sampling", "stride")
-PIXEL_FLAGS = ("targets", "mask_colors", "ignore_index", "kind", "tile")
+PIXEL_FLAGS = ("targets", "mask_colors", "ignore_index", "kind", "tile", "views", "scales")
 
 
 def run(args: argparse.Namespace) -> int:

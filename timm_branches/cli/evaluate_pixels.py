@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from timm_branches.cli.augmentation import augmentation
 from timm_branches.cli.results import Results
 from timm_branches.cli.text import refuse
 
@@ -31,7 +32,7 @@ def evaluate_pixels(args: argparse.Namespace, model: "BranchModel") -> Results:
 
     images, targets = image_and_target_folders(args)
     names, partners = match_files(images, targets)
-    predictions = predict_pixels(model, names, kind=args.kind, tile=args.tile)
+    predictions = predict_pixels(model, names, kind=args.kind, tile=args.tile, **augmentation(args))
     if predictions.kind == "masks":
         results = _evaluate_masks(args, predictions, images, targets)
     else:

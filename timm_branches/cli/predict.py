@@ -11,6 +11,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from timm_branches.cli.augmentation import add_augmentation
 from timm_branches.cli.calibrate import say_calibration, say_drift
 from timm_branches.cli.journal import Journal, as_record, facts_of, names_folder, record_fields
 from timm_branches.cli.text import printable, refuse, spare, write_output
@@ -123,6 +124,7 @@ def add_parser(commands: Any) -> None:
         help="of masks and images: read images in tiles of this side, 0 whole (default: 512 for "
         "images of more than 2 million pixels)",
     )
+    add_augmentation(parser)
     parser.add_argument("--frames", type=int, metavar="T", help="of clips: how many are looked at")
     parser.add_argument(
         "--sampling",
@@ -174,9 +176,11 @@ def run(args: argparse.Namespace) -> int:
     if model.temporal_heads:
         from timm_branches.cli import clips
 
-        refuse(args, "reads clips", "overlay", "kind", "tile", "batch_size", "costs", "novel")
+        flags = ("overlay", "kind", "tile", "views", "scales", "batch_size", "costs", "novel")
+        refuse(args, "reads clips", *flags)
         return clips.run(args, model)
-    refuse(args, "classifies images", "overlay", "kind", "tile", "frames", "sampling", "stride")
+    flags = ("overlay", "kind", "tile", "views", "scales", "frames", "sampling", "stride")
+    refuse(args, "classifies images", *flags)
     if args.format == "srt":
         raise ValueError("--format srt is for a model that reads clips.")
     batch_size = 64 if args.batch_size is None else args.batch_size

@@ -1,3 +1,6 @@
+from .augmented import (
+    augmented_inference as augmented_inference,
+)
 from .baseline import (
     PixelBaseline as PixelBaseline,
 )

@@ -1,7 +1,7 @@
 """Answers for every pixel of images of any size: masks of classes, and restored images."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from timm_branches.arguments import check_number
 from timm_branches.data.datasets import to_unit_tensor
 from timm_branches.data.image_list import ImageList
-from timm_branches.dense import tiled_inference
+from timm_branches.dense import augmented_inference, tiled_inference
 from timm_branches.hierarchy.decode import decode
 from timm_branches.inference.predict import UNREADABLE, find_device
 from timm_branches.model import BranchModel
@@ -56,6 +56,8 @@ def predict_pixels(
     num_workers: int = 0,
     device: torch.device | str | None = None,
     strict: bool = True,
+    views: str = "none",
+    scales: Sequence[float] = (1.0,),
 ) -> "DensePredictions":
     """Label every pixel of images, or restore them; each keeps its own size.
 
@@ -72,6 +74,8 @@ def predict_pixels(
             on a GPU if there is one.
         strict: Raise at the first image that cannot be read; otherwise it has a record with its
             `error`.
+        views: Test-time augmentation, as :func:`timm_branches.dense.augmented_inference` takes it.
+        scales: As there.
 
     Returns:
         :class:`DensePredictions`: iterate over it for one :class:`DenseRecord` an image, in order.
@@ -105,9 +109,12 @@ def predict_pixels(
     listed = ImageList(images, model.in_chans, model.pretrained_cfg.get("value_range"))
     if device is not None:
         model.to(find_device(device))
-    return DensePredictions(
-        model, listed, heads, kind or _kind(model, heads), tile, num_workers, strict
-    )
+    kind = kind or _kind(model, heads)
+    # what cannot be asked for is said before an image is read
+    augmented_inference(lambda x: x, torch.zeros(1, 2, 1, 1), views, scales, kind)
+    found = DensePredictions(model, listed, heads, kind, tile, num_workers, strict)
+    found.views, found.scales = views, tuple(scales)
+    return found
 
 
 def _decoders(model: BranchModel, head: str | None) -> tuple[str, ...]:
@@ -150,7 +157,12 @@ class DensePredictions:
         kind: 'masks' or 'images'.
         classes: Names of the classes; empty for images.
         colors: Their colours, a tuple of three numbers from 0 to 255 each.
+        views: Test-time augmentation.
+        scales: Multiples of the size at which each image is read.
     """
+
+    views: str = "none"
+    scales: tuple[float, ...] = (1.0,)
 
     def __init__(
         self,
@@ -280,7 +292,13 @@ class DensePredictions:
         return outputs
 
     def _ask(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        outputs: Mapping[str, torch.Tensor] = self.model(x, heads=list(self.heads))
+        def answer(view: torch.Tensor) -> dict[str, torch.Tensor]:
+            return self.model(view, heads=list(self.heads))
+
+        if self.views == "none" and self.scales == (1.0,):
+            outputs = answer(x)
+        else:
+            outputs = augmented_inference(answer, x, self.views, self.scales, self.kind)
         return {head: y.cpu() for head, y in outputs.items()}
 
 
