@@ -228,6 +228,7 @@ def add_data_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--stride", type=int, default=1, help="distance between two frames of --sampling dense"
     )
+    group.add_argument("--rate", type=float, help="frames a second of a video to choose among")
     group.add_argument(
         "--strict",
         action="store_const",
@@ -375,7 +376,7 @@ def digits_complaint(args: argparse.Namespace) -> str | None:
         return None
     if args.on_bad_image != "skip":
         return "--on-bad-image stop, or --strict has no effect on the digits"
-    for name in ("taxonomy", "val_fraction"):
+    for name in ("taxonomy", "val_fraction", "rate"):
         if getattr(args, name):
             flag = "--" + name.replace("_", "-")
             return f"{flag} has no effect on the digits: give data of your own"
@@ -482,9 +483,14 @@ def resume_complaint(args: argparse.Namespace) -> str | None:
 class LastFrame(FrameSampler):
     """Of the frames that would be taken, the last."""
 
-    def __call__(self, count: int, key: Sequence[int] = (0, 0, 0)) -> np.ndarray:
+    def __call__(
+        self,
+        count: int,
+        key: Sequence[int] = (0, 0, 0),
+        times: Sequence[float] | np.ndarray | None = None,
+    ) -> np.ndarray:
         """The last of the frames that are drawn."""
-        return super().__call__(count, key)[-1:]
+        return super().__call__(count, key, times)[-1:]
 
 
 class Experiment:
@@ -697,6 +703,7 @@ def make_data(args: argparse.Namespace) -> tuple[ClipDataset, ClipDataset, ClipD
         "num_frames": args.frames,
         "sampling": args.sampling,
         "stride": args.stride,
+        "rate": args.rate,
     }
     if args.data in DIGIT_DATA:
         return digit_clips(args.data.removeprefix("digits").lstrip("-") or "order", **frames)

@@ -185,3 +185,17 @@ def test_heads_together(monkeypatch, tmp_path, capsys):
     (row,) = json.loads(path.read_text())["rows"]
     assert row["ratio"] == pytest.approx(row["together"] / row["apart"])
     assert "test_convnext" in capsys.readouterr().out
+
+
+def test_video(monkeypatch, tmp_path, capsys):
+    av = pytest.importorskip("av")
+    if "libx264" not in av.codecs_available:
+        pytest.skip("PyAV was built without libx264")
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import video
+
+    path = tmp_path / "video.json"
+    monkeypatch.setattr(sys, "argv", ["video.py", "--tiny", "--json", str(path)])
+    video.main()
+    assert len(json.loads(path.read_text())["rows"]) == 3
+    assert "the last frame" in capsys.readouterr().out

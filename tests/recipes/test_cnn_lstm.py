@@ -239,6 +239,15 @@ class TestOwnData:
         assert [info.tap.stage for info in model.taps] == [4, 5]
         assert list(model.num_classes.values()) == [2, 4]
 
+    def test_frames_by_time(self, clips, tmp_path, here):
+        """Videos of 5 frames a second, looked at 2.5 times a second."""
+        args = [*TINY, "--rate", "2.5", "--sampling", "dense", "--no-baseline"]
+        args[args.index("--frames") + 1] = "2"
+        self.check_run(here(clips / "videos", *args), ("CNN+LSTM", "chance"))
+        (path,) = (tmp_path / "output" / "cnn_lstm").rglob("model.safetensors")
+        frames = load_model(path).extra["frames"]
+        assert frames == {"num_frames": 2, "sampling": "dense", "stride": 1, "rate": 2.5}
+
     def test_csv_with_splits_and_cuts(self, clips, here):
         assert "on the 4 test clips" in self.check_run(
             here(clips / "clips.csv", *TINY, "--readout", "mean")

@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
     if model.dense_heads:
         raise ValueError("calibrate is for labels: the model answers for every pixel.")
     tree = find_tree(args, model)
-    args.frames = args.sampling = args.stride = None
+    args.frames = args.sampling = args.stride = args.rate = None
     loader = make_loader(args, model, tree)
     where = f"{args.data}, {args.split}"
     found = calibrate(model, loader, target, args.by, tree, where)

@@ -36,8 +36,9 @@ def run(args: argparse.Namespace, model: "BranchModel") -> int:
     if args.picture:
         raise ValueError("--picture has no effect on a model that reads clips.")
     sampler = None
-    if args.frames is not None or args.sampling is not None or args.stride is not None:
-        sampler = FrameSampler(args.frames, args.sampling, args.stride or 1)
+    given = (args.frames, args.sampling, args.stride, args.rate)
+    if any(value is not None for value in given):
+        sampler = FrameSampler(args.frames, args.sampling, args.stride or 1, rate=args.rate)
     predictions = predict_clips(
         model,
         args.images,
@@ -58,7 +59,8 @@ def run(args: argparse.Namespace, model: "BranchModel") -> int:
     if names_folder(output):
         kind = args.format or "csv"
         settings = {name: getattr(args, name) for name in ("decoder", "threshold")}
-        settings["sampler"] = str(predictions.sampler)
+        # as it was called before it had a rate, so that older folders can be gone on with
+        settings["sampler"] = str(predictions.sampler).replace(", rate=None", "")
         records = _kept(predictions, errors, Journal(output, facts_of(predictions, settings)))
         output = os.path.join(output, f"answers.{'txt' if kind == 'text' else kind}")
     else:

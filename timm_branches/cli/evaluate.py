@@ -77,6 +77,7 @@ def add_parser(commands: Any) -> None:
     clips.add_argument("--frames", type=int, metavar="T", help="how many are looked at")
     clips.add_argument("--sampling", help="uniform, dense or all")
     clips.add_argument("--stride", type=int, help="of dense sampling: frames to the next")
+    clips.add_argument("--rate", type=float, help="frames a second of a video to choose among")
     add_pixel_arguments(parser)
 
 
@@ -91,7 +92,7 @@ def add_pixel_arguments(parser: argparse.ArgumentParser) -> None:
     add_augmentation(pixels)
 
 
-_CLIPS = ("frames", "sampling", "stride")
+_CLIPS = ("frames", "sampling", "stride", "rate")
 PIXEL_FLAGS = ("targets", "mask_colors", "ignore_index", "kind", "tile", "views", "scales")
 
 
@@ -224,8 +225,10 @@ def _clip_loader(args: argparse.Namespace, model: "BranchModel", tree: "Taxonomy
     sampler = training_sampler(model)
     given = any(getattr(args, name) is not None for name in _CLIPS)
     frames = (args.frames, args.sampling, args.stride or 1)
+    rate = args.rate
     if not given:
         frames = (sampler.num_frames, sampler.sampling, sampler.stride)
+        rate = sampler.rate
     data = create_clip_dataset(
         args.data,
         args.split,
@@ -235,6 +238,7 @@ def _clip_loader(args: argparse.Namespace, model: "BranchModel", tree: "Taxonomy
         transform=model_transform(model),
         strict=True,
         value_range=model.pretrained_cfg.get("value_range"),
+        rate=rate,
     )
     batch_size = 8 if args.batch_size is None else args.batch_size
     return create_clip_loader(data, batch_size, num_workers=args.workers or 0)

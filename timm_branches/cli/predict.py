@@ -132,6 +132,7 @@ def add_parser(commands: Any) -> None:
         "in training; all for a model that answers frame by frame)",
     )
     parser.add_argument("--stride", type=int, help="of dense sampling: frames from one to the next")
+    parser.add_argument("--rate", type=float, help="of videos: frames a second to choose among")
     parser.add_argument(
         "--strict",
         action="store_true",
@@ -171,16 +172,16 @@ def run(args: argparse.Namespace) -> int:
             "picture",
             "batch_size",
         )
-        refuse(args, "answers for every pixel", *flags, "frames", "sampling", "stride")
+        refuse(args, "answers for every pixel", *flags, "frames", "sampling", "stride", "rate")
         return dense.run(args, model)
     if model.temporal_heads:
         from timm_branches.cli import clips
 
-        flags = ("overlay", "kind", "tile", "views", "scales", "batch_size", "costs", "novel")
-        refuse(args, "reads clips", *flags)
+        of_pixels = ("overlay", "kind", "tile", "views", "scales")
+        refuse(args, "reads clips", *of_pixels, "batch_size", "costs", "novel")
         return clips.run(args, model)
-    flags = ("overlay", "kind", "tile", "views", "scales", "frames", "sampling", "stride")
-    refuse(args, "classifies images", *flags)
+    others = ("overlay", "kind", "tile", "views", "scales", "frames", "sampling", "stride", "rate")
+    refuse(args, "classifies images", *others)
     if args.format == "srt":
         raise ValueError("--format srt is for a model that reads clips.")
     batch_size = 64 if args.batch_size is None else args.batch_size

@@ -4,7 +4,6 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch.utils.data import Dataset
 
@@ -179,7 +178,7 @@ class ClipPredictions:
             sampler = FrameSampler() if self.by_frame else training_sampler(model)
         self.sampler = sampler
         videos = not any(os.path.isdir(file) for file in files)
-        all_frames = self.by_frame and sampler.sampling == "all"
+        all_frames = self.by_frame and sampler.sampling == "all" and sampler.rate is None
         # an hour of video holds more frames than memory does
         self._reads_in_chunks = videos and all_frames and _can_stream(model)
 
@@ -348,11 +347,13 @@ def training_sampler(model: BranchModel) -> FrameSampler:
     facts = model.extra.get("frames")
     if not isinstance(facts, dict):
         return FrameSampler()
-    count, sampling, stride = (facts.get(key) for key in ("num_frames", "sampling", "stride"))
+    keys = ("num_frames", "sampling", "stride", "rate")
+    count, sampling, stride, rate = (facts.get(key) for key in keys)
     whole = all(type(value) is int for value in (count, stride) if value is not None)
-    if not whole or not isinstance(sampling, str | None):
+    known = isinstance(sampling, str | None) and isinstance(rate, int | float | None)
+    if not (whole and known):
         raise ValueError(f"the model's file says of its frames {facts!r}, which are no settings.")
-    return FrameSampler(count, sampling, stride or 1)
+    return FrameSampler(count, sampling, stride or 1, rate=rate)
 
 
 class _Clips(Dataset):
@@ -368,18 +369,12 @@ class _Clips(Dataset):
         return len(self.clips)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, list[int]] | str:
-        chosen: list[int] = []
-
-        def choose(count: int) -> np.ndarray:
-            positions = self.sampler(count, (0, 0, index))
-            chosen[:] = positions.tolist()
-            return positions
-
+        choose = self.sampler.bound((0, 0, index))
         try:
             frames = self.clips.read(index, choose)  # (T, H, W, C)
         except UNREADABLE as error:
             return _message(str(self.clips.paths[index]), error)
-        return torch.stack([self.transform(frame) for frame in frames]), chosen
+        return torch.stack([self.transform(frame) for frame in frames]), choose.chosen
 
 
 def _message(name: str, error: Exception) -> str:

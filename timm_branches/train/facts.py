@@ -33,6 +33,8 @@ def facts_of_inputs(loader: Any) -> dict[str, Any]:
             "sampling": sampler.sampling,
             "stride": sampler.stride,
         }
+        if sampler.rate is not None:
+            facts["frames"]["rate"] = sampler.rate
     return facts
 
 

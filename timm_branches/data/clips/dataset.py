@@ -127,7 +127,7 @@ class ClipDataset(HierarchicalDataset):
 
     def _read(self, sample: int) -> torch.Tensor:
         key = (self.seed, self.epoch, sample)
-        frames = self.images.read(sample, lambda count: self.sampler(count, key))
+        frames = self.images.read(sample, self.sampler.bound(key))
         if self.transform is None:
             return torch.stack([to_unit_tensor(frame) for frame in frames])
         if getattr(self.transform, "takes_key", False):
@@ -283,6 +283,7 @@ def create_clip_dataset(
     split_column: str | None = None,
     group_column: str | None = None,
     value_range: tuple[float, float] | None = None,
+    rate: float | None = None,
 ) -> ClipDataset:
     """Make a dataset of the clips in a folder, a table, or a :class:`Source` of your own.
 
@@ -309,6 +310,7 @@ def create_clip_dataset(
         split_column: As there.
         group_column: As there; by default clips of one file belong together.
         value_range: As there, for frames that are image files.
+        rate: Frames a second of videos to choose among, see :class:`FrameSampler`.
 
     Returns:
         The dataset, with its `taxonomy`; labels are (N, L).
@@ -324,7 +326,7 @@ def create_clip_dataset(
         torch.Size([16, 3, 240, 320])
     """
     wanted_splits(split)
-    sampler = FrameSampler(num_frames, sampling, stride, is_training)
+    sampler = FrameSampler(num_frames, sampling, stride, is_training, rate)
     columns = {
         "levels": levels,
         "path_column": path_column,

@@ -18,6 +18,7 @@ from timm_branches.data.clips.video import (
     ClipEndsEarly,
     ClipError,
     count_frames,
+    frame_times,
     is_video_name,
     read_frames,
 )
@@ -38,7 +39,7 @@ from timm_branches.taxonomy.taxonomy import Taxonomy
 
 __all__ = ["ArrayClips", "FileClips", "check_count", "read_clip_csv", "read_clip_folder"]
 
-Choose = Callable[[int], Sequence[int] | np.ndarray]
+Choose = Callable[..., Sequence[int] | np.ndarray]
 
 
 class ArrayClips:
@@ -94,7 +95,7 @@ class ArrayClips:
             uint8 array (T, H, W, C).
         """
         clip = self.clips[index]
-        clip = clip[np.asarray(choose(len(clip)))]
+        clip = clip[np.asarray(_chosen(choose, len(clip), "clips in memory"))]
         channels = self.in_chans or (1 if clip.ndim == 3 else clip.shape[-1])
         return np.stack([match_channels(frame, channels) for frame in clip])
 
@@ -104,6 +105,13 @@ class ArrayClips:
         for index in indices:
             digest.update(array_identity(np.asarray(self.clips[index])))
         return digest.hexdigest()
+
+
+def _chosen(choose: Choose, count: int, what: str) -> Sequence[int] | np.ndarray:
+    """What is chosen among frames that have no times."""
+    if getattr(choose, "needs_times", False):
+        raise ValueError(f"a sampler with a rate= needs videos: {what} have no times.")
+    return choose(count)
 
 
 def check_count(path: str, count: int, expected: int) -> None:
@@ -187,7 +195,14 @@ class FileClips:
     def _read_video(self, path: str, start: int, end: int, choose: Choose) -> np.ndarray:
         if start >= end:
             raise ClipError(f"cannot read frame {start} of {path}: it has only {end} frames.")
-        chosen = [start + int(number) for number in choose(end - start)]
+        if getattr(choose, "needs_times", False):
+            times = frame_times(path)[start:end]
+            if not len(times):
+                raise ClipError(f"cannot read frame {start} of {path}: it has fewer frames.")
+            positions = choose(len(times), times)
+        else:
+            positions = choose(end - start)
+        chosen = [start + int(number) for number in positions]
         return _stack(
             read_frames(path, chosen, self.in_chans), [f"frame {number}" for number in chosen], path
         )
@@ -203,7 +218,8 @@ class FileClips:
                     f"cannot read the frames {start} to {end} of {path}: it holds {len(names)} "
                     "images."
                 )
-            chosen = [names[start + int(number)] for number in choose(end - start)]
+            positions = _chosen(choose, end - start, f"the images in {path}")
+            chosen = [names[start + int(number)] for number in positions]
             images = [self._decode(os.path.join(path, name)) for name in chosen]
         except OSError as error:
             raise ClipError(f"cannot read the clip {path}: {error}") from error

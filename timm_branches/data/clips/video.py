@@ -3,6 +3,7 @@
 import contextlib
 import os
 import warnings
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ __all__ = [
     "ClipError",
     "count_frames",
     "frame_rate",
+    "frame_times",
     "is_video_name",
     "iterate_frames",
     "read_frames",
@@ -165,6 +167,31 @@ def frame_rate(path: str) -> float | None:
         return float(stream.average_rate) if stream.average_rate else None
 
 
+def frame_times(path: str) -> np.ndarray:
+    """When each frame of a video is shown: seconds since the first, ascending, (frames,).
+
+    Args:
+        path: The video.
+
+    Raises:
+        ClipError: If the file cannot be decoded or holds no frame.
+        ImportError: If PyAV is not installed.
+    """
+    order = _read_order(path)
+    if order is not None:
+        times = np.array(order.times) * order.unit
+        return times - times[0]
+    with _open_video(path) as (container, stream):
+        found = []
+        rate = float(stream.average_rate) if stream.average_rate else 25.0
+        for number, frame in enumerate(_decode(path, container, stream)):
+            found.append(number / rate if frame.time is None else frame.time)
+    if not found:
+        raise ClipError(f"{path} holds no frame.")
+    # a frame without a sensible time of its own is shown after the one before
+    return np.maximum.accumulate(np.array(found) - found[0])
+
+
 def _display_matrix(frame: Any) -> tuple[int, int, int, int] | None:
     """The signs (a, b, c, d) of a frame's display matrix; None for one without, or no quarter turn.
 
@@ -206,8 +233,9 @@ def as_displayed(image: np.ndarray, matrix: tuple[int, int, int, int] | None) ->
 def read_frames(path: str, indices: Sequence[int], in_chans: int = 3) -> list[np.ndarray]:
     """Frames of a video by their position in presentation order, also where the frame rate varies.
 
-    Everything up to the last one is decoded, because compressed frames build on each other and
-    few formats tell which one a seek arrives at; only the wanted ones are converted to RGB.
+    Compressed frames build on each other, so all from a key frame on are decoded; only the wanted
+    ones are converted to RGB. In a long MP4 or Matroska file whose packets tell the order of its
+    frames the decoder skips to the key frame before a wanted one; elsewhere it begins at the start.
     Rotation and mirroring that the file asks for (upright phones, front cameras) are applied.
 
     Args:
@@ -244,21 +272,132 @@ def iterate_frames(
         ClipEndsEarly: If there are fewer frames than the indices say.
         ImportError: If PyAV is not installed.
     """
+    found = 0
+    if indices is not None:
+        for number, frame in _seek_frames(path, indices):
+            found += 1
+            yield _picture(path, number, frame, in_chans)
+        if found == len(indices):
+            return
     with _open_video(path) as (container, stream):
-        count = found = 0
+        count = 0
         for number, frame in enumerate(_decode(path, container, stream)):
             count = number + 1
             if indices is not None and number != indices[found]:
                 continue
-            if frame.is_corrupt:
-                raise ClipError(f"frame {number} of {path} is damaged.")
-            # A converter with threads of its own hangs a forked worker that frees it: they are not
-            # there any more.
-            picture = frame.reformat(format="rgb24", threads=1).to_ndarray()  # (H, W, 3)
-            image = as_displayed(picture, _display_matrix(frame))
             found += 1
-            yield match_channels(np.ascontiguousarray(image), in_chans)
+            yield _picture(path, number, frame, in_chans)
             if indices is not None and found == len(indices):
                 return
     if indices is not None or not count:
         raise ClipEndsEarly(path, count)
+
+
+def _picture(path: str, number: int, frame: Any, in_chans: int) -> np.ndarray:
+    """A decoded frame (H, W, in_chans), as it is to be displayed."""
+    if frame.is_corrupt:
+        raise ClipError(f"frame {number} of {path} is damaged.")
+    # A converter with threads of its own hangs a forked worker that frees it: they are not there
+    # any more.
+    picture = frame.reformat(format="rgb24", threads=1).to_ndarray()  # (H, W, 3)
+    image = as_displayed(picture, _display_matrix(frame))
+    return match_channels(np.ascontiguousarray(image), in_chans)
+
+
+# ---- without decoding what lies between
+
+# below this many frames that nobody asked for decoding them is as quick as looking for another way
+_WORTH_SEEKING = 64
+_SEEK_FORMATS = ("mov", "matroska")
+# codecs of which each packet is one picture
+_SEEK_CODECS = ("h264", "hevc", "av1", "vp9", "mpeg4", "mjpeg")
+_LEAST_PACKET = 8  # bytes: an MPEG-4 packet that stands for no picture of its own is smaller
+
+
+class _Order:
+    """The timestamps of a video's frames in presentation order, and which of them are key frames.
+
+    Attributes:
+        times: Timestamps, ascending, in the stream's unit.
+        keys: Positions of the key frames, ascending.
+        unit: The stream's unit, in seconds.
+    """
+
+    def __init__(self, times: Sequence[int], keys: Sequence[int], unit: float = 1.0) -> None:
+        self.unit = unit
+        self.times = sorted(times)
+        self.keys = sorted(bisect_left(self.times, time) for time in keys)
+
+    def key_before(self, number: int) -> int:
+        """The position of the last key frame up to this one."""
+        place = bisect_right(self.keys, number)
+        return self.keys[place - 1] if place else 0
+
+
+def _read_order(path: str) -> _Order | None:
+    """From the packets, nothing decoded; None where they do not tell for certain."""
+    av = _import_av()
+    with _open_video(path) as (container, stream):
+        known = container.format.name.split(",")[0] in _SEEK_FORMATS
+        # a decoder may have a name of its own, libdav1d
+        codec = stream.codec_context.codec.canonical_name
+        if not known or codec not in _SEEK_CODECS:
+            return None
+        unit = float(stream.time_base)
+        least = _LEAST_PACKET if codec == "mpeg4" else 1
+        times, keys = [], []
+        try:
+            for packet in container.demux(stream):
+                if packet.size == 0:  # the end
+                    continue
+                odd = packet.pts is None or packet.is_discard or packet.is_corrupt
+                if odd or packet.size < least:
+                    return None
+                times.append(packet.pts)
+                if packet.is_keyframe:
+                    keys.append(packet.pts)
+        except av.FFmpegError:
+            return None
+    if len(set(times)) < len(times) or not keys:
+        return None
+    return _Order(times, keys, unit)
+
+
+def _seek_frames(path: str, indices: Sequence[int]) -> Iterator[tuple[int, Any]]:
+    """The wanted frames with their positions, as far as they can be found by skipping to them.
+
+    It ends early where a frame is not what the packets said: the rest is to be decoded in order.
+    """
+    with contextlib.suppress(ClipError):  # of a damaged place decoding in order tells
+        yield from _seek(path, indices)
+
+
+def _seek(path: str, indices: Sequence[int]) -> Iterator[tuple[int, Any]]:
+    if not len(indices) or indices[-1] + 1 - len(indices) < _WORTH_SEEKING:
+        return
+    order = _read_order(path)
+    if order is None or indices[-1] >= len(order.times):
+        return
+    with _open_video(path) as (container, stream):
+        frames = _decode(path, container, stream)
+        # what comes next; frames that a file's beginning has no key frame for are told by this one
+        position = 0
+        ahead = next(frames, None)
+        if ahead is None or ahead.pts != order.times[0]:
+            return
+        for wanted in indices:
+            key = order.key_before(wanted)
+            if key > position:
+                container.seek(order.times[key], stream=stream)
+                frames = _decode(path, container, stream)
+                position, ahead = key, next(frames, None)
+                # a seek may arrive earlier, and begin with frames that lack what they build on
+                while ahead is not None and (ahead.pts or 0) < order.times[key]:
+                    ahead = next(frames, None)
+            while ahead is not None and position < wanted:
+                if ahead.pts != order.times[position]:
+                    return
+                position, ahead = position + 1, next(frames, None)
+            if ahead is None or ahead.pts != order.times[wanted]:
+                return
+            yield wanted, ahead
