@@ -317,6 +317,12 @@ class _TransformerClassifier(ClipClassifier):
         # of each frame's distance to those before it, or of its place in the clip
         shape = (spec.num_heads, spec.max_frames) if spec.causal else (spec.max_frames, width)
         self.positions = nn.Parameter(torch.zeros(shape))
+        if spec.causal:
+            # heads begin to look back differently far, as ALiBi's (Press et al. 2022, arXiv
+            # 2108.12409) but from the very frame before on, or some never compare neighbours
+            slopes = 2.0 ** (2 - 8 * torch.arange(spec.num_heads) / spec.num_heads)
+            with torch.no_grad():
+                self.positions.copy_(-slopes[:, None] * torch.arange(spec.max_frames))
         self.cls: nn.Parameter | None = None
         if not spec.causal:
             trunc_normal_(self.positions, std=0.5)
