@@ -1,4 +1,4 @@
-"""Train a skip decoder to take noise or blur out of photographs, beside classical methods.
+"""Train a skip decoder to take noise, blur or JPEG out of photographs, beside classical methods.
 
     # noise, then blur; under two minutes on two CPU cores
     python recipes/denoise.py
@@ -6,6 +6,7 @@
     python recipes/denoise.py data/denoise --recipe train400-sigma25
     python recipes/denoise.py photos/ --colour --sigma 0 50 --test-sigma 15 25 50 --model resnet34
     python recipes/denoise.py photos/ --blur 1 2 --sigma 2 --tile 512 --pretrained --amp
+    python recipes/denoise.py photos/ --jpeg 10 40
     # your own pairs, matched by their names
     python recipes/denoise.py --noisy scans/noisy --clean scans/clean
     torchrun --nproc-per-node 4 recipes/denoise.py photos/ --epochs 50
@@ -143,6 +144,9 @@ def make_parser() -> RecipeParser:
     group.add_argument(
         "--blur", type=float, nargs="+", help="deviation of a Gaussian blur in pixels, or a range"
     )
+    group.add_argument(
+        "--jpeg", type=float, nargs="+", help="quality of a JPEG compression, or a range"
+    )
     colours = group.add_mutually_exclusive_group()
     colours.add_argument(
         "--grey", dest="in_chans", action="store_const", const=1, default=1, help="the default"
@@ -206,8 +210,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuse what has no effect together."""
-    if max(len(args.sigma or ()), len(args.blur or ())) > 2:
-        parser.error("--sigma and --blur take a number or a range of two")
+    if max(len(given or ()) for given in (args.sigma, args.blur, args.jpeg)) > 2:
+        parser.error("--sigma, --blur and --jpeg take a number or a range of two")
     pairs = bool(args.noisy or args.clean)
     if args.overfit and (args.data or args.recipe or pairs):
         parser.error("--overfit has photographs of its own: leave out data and --recipe")
@@ -216,7 +220,7 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
     if not pairs and (args.noisy_suffix or args.clean_suffix):
         parser.error("--noisy-suffix and --clean-suffix have no effect without --noisy and --clean")
     if pairs:
-        for name in ("sigma", "test_sigma", "blur", "recipe"):
+        for name in ("sigma", "test_sigma", "blur", "jpeg", "recipe"):
             if getattr(args, name) is not None:
                 flag = name.replace("_", "-")
                 parser.error(f"--{flag} has no effect on own pairs: they are degraded already")
@@ -240,23 +244,26 @@ class Degradation:
     Attributes:
         sigma: Range of the noise's deviation; None for people's own pairs.
         blur: Range of the blur's deviation.
+        jpeg: Range of the quality of a JPEG compression, 0 for none.
     """
 
     sigma: tuple[float, float] | None
     blur: tuple[float, float] = (0.0, 0.0)
+    jpeg: tuple[float, float] = (0.0, 0.0)
 
     def fixed(self, sigma: float | None = None) -> "Degradation":
-        """The middle of both ranges, for evaluation, or this noise."""
+        """The middle of all ranges, for evaluation, or this noise."""
         if self.sigma is None:
             return self
         level = middle(self.sigma) if sigma is None else sigma
-        return Degradation((level, level), (middle(self.blur),) * 2)
+        return Degradation((level, level), (middle(self.blur),) * 2, (middle(self.jpeg),) * 2)
 
     def __str__(self) -> str:
         if self.sigma is None:
             return "own pairs"
         words = []
-        for name, limits in (("blur", self.blur), ("noise", self.sigma)):
+        kinds = {"blur": self.blur, "noise": self.sigma, "JPEG": self.jpeg}
+        for name, limits in kinds.items():
             if limits[-1]:
                 ends = dict.fromkeys(f"{value:g}" for value in limits)
                 words.append(f"{name} {'-'.join(ends)}")
@@ -417,6 +424,7 @@ class Experiment:
             noisy, clean = images
             data = RestorationDataset(noisy, clean, **options)
         else:
+            options["jpeg"] = degradation.jpeg
             data = DenoisingDataset(images, degradation.sigma, degradation.blur, **options)
         if "val" in self.images or split == "test":
             return data
@@ -565,7 +573,7 @@ class RestorationTask(DenseTask):
 
 def best_classical(val: Dataset, degradation: Degradation, most: int = 4) -> tuple[Callable, str]:
     """The method and setting with the best mean PSNR on some validation images."""
-    if degradation.sigma is None:
+    if degradation.sigma is None or degradation.jpeg[1]:
         methods = total_variation()
     elif degradation.blur[1]:
         methods = richardson_lucy(middle(degradation.blur))
@@ -712,11 +720,13 @@ def wanted_degradations(args: argparse.Namespace) -> list[Degradation]:
     """What is trained for, one after the other."""
     if args.noisy:
         return [Degradation(None)]
-    if args.data is None and args.sigma is None and args.blur is None:
+    given = (args.sigma, args.blur, args.jpeg)
+    if args.data is None and all(value is None for value in given):
         return [Degradation((25.0, 25.0)), Degradation((2.0, 2.0), (1.5, 1.5))]
     blur = args.blur or [0.0]
-    sigma = args.sigma or [0.0 if args.blur else 25.0]
-    return [Degradation((sigma[0], sigma[-1]), (blur[0], blur[-1]))]
+    jpeg = args.jpeg or [0.0]
+    sigma = args.sigma or [0.0 if args.blur or args.jpeg else 25.0]
+    return [Degradation((sigma[0], sigma[-1]), (blur[0], blur[-1]), (jpeg[0], jpeg[-1]))]
 
 
 def draw(rows: list[tuple[str, dict[str, list]]], path: Path, side: int = 128) -> None:

@@ -359,6 +359,8 @@ def test_denoising_folder_in_grey_and_colour(tmp_path):
             "3 channels",
         ),
         (lambda: DenoisingDataset(np.zeros((1, 4, 4), np.uint8), sigma=0), "nothing is degraded"),
+        (lambda: DenoisingDataset(np.zeros((1, 4, 4), np.uint8), jpeg=101), "from 1 to 100"),
+        (lambda: DenoisingDataset(np.zeros((1, 4, 4), np.uint8), jpeg=(0, 50)), "from 1 to 100"),
         (lambda: DenoisingDataset(np.zeros((1, 4, 4), np.uint8), sigma=-1), "sigma"),
         (lambda: DenoisingDataset(np.zeros((1, 4, 4), np.uint8), blur=(2, 1)), "blur"),
         (lambda: DenoisingDataset(np.zeros((1, 4, 4), np.uint8), patch_size=2), "is_training"),

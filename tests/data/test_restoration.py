@@ -159,3 +159,48 @@ def test_deep_images_are_padded_with_the_mean():
     assert (labels < 0).sum() == 48
     assert picture[:, labels < 0].abs().max() < 1e-6
     assert picture[:, labels == 0].abs().min() > 0.1
+
+
+class TestCompression:
+    @pytest.fixture
+    def photograph(self):
+        from skimage.data import astronaut
+
+        return astronaut()[:96, 100:228]
+
+    @pytest.mark.parametrize("in_chans", [1, 3])
+    @pytest.mark.parametrize("quality", [5, 40, 95])
+    def test_is_jpeg(self, photograph, quality, in_chans):
+        """Pillow's encoder makes the same of it, up to its colour conversion's rounding."""
+        import io
+
+        image = photograph if in_chans == 3 else photograph[:, :, 1]
+        data = DenoisingDataset(image[None], sigma=0, jpeg=quality, in_chans=in_chans)
+        degraded, clean = data[0]
+        assert torch.equal(clean, torch.from_numpy(np.atleast_3d(image)).movedim(2, 0) / 255)
+        file = io.BytesIO()
+        Image.fromarray(image).save(file, "jpeg", quality=quality)
+        expected = np.atleast_3d(np.asarray(Image.open(file)))
+        own = (degraded * 255).movedim(0, 2).numpy()
+        assert own == pytest.approx(own.round(), abs=1e-3)
+        # a pixel here and there, where the two round colours otherwise
+        assert np.abs(own - expected).mean() < 1.0
+        assert torch.equal(data[0][0], degraded)
+
+    def test_worse_the_lower_the_quality(self, photograph):
+        errors = []
+        for quality in (90, 50, 10):
+            data = DenoisingDataset(photograph[None], sigma=0, jpeg=quality, in_chans=3)
+            degraded, clean = data[0]
+            errors.append(float((degraded - clean).square().mean()))
+        assert errors[0] < errors[1] < errors[2]
+
+    def test_patches_and_noise(self, photograph):
+        data = DenoisingDataset(
+            photograph[None], 25, jpeg=(10, 90), in_chans=3, is_training=True, patch_size=32
+        )
+        first, _ = data[0]
+        assert first.shape == (3, 32, 32)
+        assert 0 <= float(first.min()) <= float(first.max()) <= 1
+        data.set_epoch(1)
+        assert not torch.equal(data[0][0], first)

@@ -138,6 +138,13 @@ class TestOwnImages:
         }
         assert counts[data] in out
 
+    def test_compression(self, photos, here):
+        status, out, err = here(photos / "parts", *TINY, "--no-plots", "--jpeg", "10", "40")
+        assert status == 0, err
+        names = list(read_table(out)[1])
+        assert [name.split(", ")[0] for name in names if "network" in name] == ["JPEG 25"]
+        assert any("total variation" in name for name in names) or "total variation" in out
+
     def test_training_and_validation_are_apart(self, photos, recipe):
         args = recipe.parse_args([str(photos / "plain"), "--val-fraction", "0.4", "--patches", "3"])
         experiment = recipe.Experiment.__new__(recipe.Experiment)
@@ -344,6 +351,8 @@ def test_a_mistake_is_one_line(name, photos, here):
         ["photos", "--overfit"],
         ["--test", "set12"],
         ["photos", "--sigma", "1", "2", "3"],
+        ["photos", "--jpeg", "1", "2", "3"],
+        ["--noisy", "a", "--clean", "b", "--jpeg", "10"],
         ["photos", "--grey", "--colour"],
         ["--noisy", "a"],
         ["--noisy", "a", "--clean", "b", "--sigma", "25"],

@@ -57,13 +57,13 @@ class _PatchDataset(PairDataset):
 
 
 class DenoisingDataset(_PatchDataset):
-    """Clean images, and what blur and noise made on the fly make of them.
+    """Clean images, and what blur, noise and compression made on the fly make of them.
 
-    degraded = blur(clean) + noise. The noise is white, Gaussian, and not clipped, as the literature
-    has it: values may lie outside of [0, 1]. In training patch, flips, quarter turns, blur and
-    noise are functions of (seed, epoch, sample); in evaluation blur and noise are functions of
-    (seed, sample): the same in every epoch. Whole images of
-    different sizes do not stack: evaluate them in batches of 1.
+    degraded = JPEG(blur(clean) + noise). The noise is white, Gaussian, and not clipped where no
+    JPEG follows, as the literature has it: values may lie outside of [0, 1]. In training patch,
+    flips, quarter turns, blur, noise and quality are functions of (seed, epoch, sample); in
+    evaluation of (seed, sample): the same in every epoch. Whole images of different sizes do not
+    stack: evaluate them in batches of 1.
 
     Args:
         images: A folder, or uint8 arrays as :class:`HierarchicalDataset` takes them.
@@ -78,6 +78,8 @@ class DenoisingDataset(_PatchDataset):
         repeats: How often each image counts in an epoch, with another patch and noise each time.
         value_range: The values of black and white of deep images, see
             :mod:`timm_branches.data.decode`.
+        jpeg: Quality of a JPEG compression from 1 to 100, which comes last and clips to 8 bits, or
+            a range; 0 for none.
 
     Raises:
         ValueError: A setting is out of its range or has no effect, or a folder holds no image.
@@ -100,10 +102,14 @@ class DenoisingDataset(_PatchDataset):
         repeats: int = 1,
         *,
         value_range: ValueRange | None = None,
+        jpeg: float | tuple[float, float] = 0.0,
     ) -> None:
         self.sigma, self.blur = _range("sigma", sigma), _range("blur", blur)
-        if not self.sigma[1] and not self.blur[1]:
-            raise ValueError("with sigma=0 and blur=0 nothing is degraded.")
+        self.jpeg = _range("jpeg", jpeg)
+        if self.jpeg[1] and not 1 <= self.jpeg[0] <= self.jpeg[1] <= 100:
+            raise ValueError(f"jpeg takes qualities from 1 to 100, or 0 for none, got {jpeg}.")
+        if not self.sigma[1] and not self.blur[1] and not self.jpeg[1]:
+            raise ValueError("with sigma=0, blur=0 and jpeg=0 nothing is degraded.")
         pictures, self.names = open_images(images, in_chans, value_range)
         super().__init__(pictures, is_training, patch_size, repeats)
 
@@ -142,6 +148,8 @@ class DenoisingDataset(_PatchDataset):
             degraded = _turned(_blur(around, blur)[inside], turn, flip)
         noise = random.standard_normal(clean.shape, dtype=np.float32)
         degraded = degraded + np.float32(sigma / 255) * noise
+        if self.jpeg[1]:
+            degraded = _compress(degraded, round(random.uniform(*self.jpeg)))
         return _to_tensor(degraded), _to_tensor(clean)
 
 
@@ -279,6 +287,22 @@ def _blur(image: np.ndarray, blur: float) -> np.ndarray:
         return image
     side = 2 * _reach(blur) + 1
     return cv2.GaussianBlur(image, (side, side), blur).reshape(image.shape)
+
+
+def _compress(image: np.ndarray, quality: int) -> np.ndarray:
+    """An image (H, W, C) in [0, 1] through JPEG, one or three channels."""
+    import cv2
+
+    pixels = (image.clip(0, 1) * 255).round().astype(np.uint8)
+    is_colour = pixels.shape[2] == 3
+    _, code = cv2.imencode(
+        ".jpg", pixels[:, :, ::-1] if is_colour else pixels, [cv2.IMWRITE_JPEG_QUALITY, quality]
+    )
+    flag = cv2.IMREAD_COLOR if is_colour else cv2.IMREAD_GRAYSCALE
+    decoded = cv2.imdecode(code, flag)
+    assert decoded is not None
+    decoded = decoded.reshape(pixels.shape)
+    return _to_float(decoded[:, :, ::-1] if is_colour else decoded)
 
 
 def _range(name: str, value: float | Sequence[float]) -> tuple[float, float]:
