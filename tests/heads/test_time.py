@@ -20,6 +20,7 @@ from timm_branches.heads import (
 )
 from timm_branches.heads.min_gru import MinGRU, linear_scan
 from timm_branches.inference import StreamingStep
+from timm_branches.inference.export import export_model
 
 B, T, C, K = 2, 7, 96, 3
 STREAMING = [
@@ -364,10 +365,32 @@ def test_refused(make_wrong, words):
         make_wrong()
 
 
-def test_clip_that_is_too_long():
+def test_clip_that_is_too_long(tmp_path):
     model = make(TransformerHead(hidden_size=8, max_frames=3))
     with pytest.raises(ValueError, match="a clip has 4 frames.*max_frames=3"):
         model(torch.randn(1, 4, 3, 32, 32))
+    with pytest.raises(ValueError, match="a clip has 4 frames.*max_frames=3"):
+        export_model(model, tmp_path / "model.pt2", frames=4)
+
+
+def test_export_of_any_number_of_frames():
+    """Heads without a recurrence by steps take clips of any length in one program."""
+    frames = torch.export.Dim("frames", min=2, max=64)
+    for head in (
+        MeanHead(),
+        AttentionHead(hidden_size=8, num_heads=2),
+        TransformerHead(hidden_size=8, num_heads=2),
+        TransformerHead(hidden_size=8, num_heads=2, causal=True, max_frames=4),
+        TCNHead(hidden_size=6),
+    ):
+        model = make(head)
+        program = torch.export.export(
+            model, (torch.randn(1, 5, 3, 32, 32),), dynamic_shapes={"x": {1: frames}}
+        )
+        for time in (2, 9):
+            clips = torch.randn(1, time, 3, 32, 32)
+            (own,) = program.module()(clips).values()
+            torch.testing.assert_close(own, model(clips)["stage5"], rtol=1e-3, atol=1e-4)
 
 
 def test_states_have_names():
