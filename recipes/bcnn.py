@@ -88,6 +88,7 @@ from timm_branches.train.arguments import (
     weights_of_classes,
 )
 from timm_branches.train.compare import comparison_table, verdict
+from timm_branches.train.half_precision import preset_for
 from timm_branches.train.recipe_parser import RecipeParser
 from timm_branches.train.report import Answers, examine, write_report
 from timm_branches.train.script import hardware, nan_to_null, new_output, run_script, slug
@@ -365,11 +366,14 @@ def add_study_arguments(group: Any) -> None:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Arguments; a recipe's values are defaults that every flag overrides."""
     parser = make_parser()
-    recipe = parser.parse_known_args(argv)[0].recipe
+    early = parser.parse_known_args(argv)[0]
     default_data = "digits"
-    if recipe:
-        default_data = RECIPES[recipe]["data"]
-        parser.set_defaults(**{"warmup_epochs": 0, **RECIPES[recipe]})
+    if early.recipe:
+        default_data = RECIPES[early.recipe]["data"]
+        preset, said = preset_for(RECIPES[early.recipe], early.device)
+        if said:
+            print(said, file=sys.stderr)
+        parser.set_defaults(**{"warmup_epochs": 0, **preset})
     args = parser.parse_args(argv)
     check_args(parser, args)
     changes_images = args.mixup or args.cutmix or args.hflip is not None

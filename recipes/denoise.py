@@ -60,6 +60,7 @@ from timm_branches.train.arguments import (
     try_images,
 )
 from timm_branches.train.compare import comparison_table
+from timm_branches.train.half_precision import preset_for
 from timm_branches.train.recipe_parser import RecipeParser
 from timm_branches.train.report import write_report
 from timm_branches.train.script import hardware, new_output, run_script
@@ -195,7 +196,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Arguments; a recipe's values are defaults that every flag overrides."""
     parser = make_parser()
     given = parser.parse_known_args(argv)[0]
-    parser.set_defaults(**RECIPES.get(given.recipe, {}))
+    preset, said = preset_for(RECIPES.get(given.recipe, {}), given.device)
+    if said:
+        print(said, file=sys.stderr)
+    parser.set_defaults(**preset)
     own_data = given.data or given.noisy or given.clean
     own_network = given.model != "rednet_small" or given.taps or given.channels
     plain_network = given.head == "unet" and given.input_skip and not own_network

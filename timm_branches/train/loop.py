@@ -6,6 +6,7 @@ import re
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
@@ -34,6 +35,7 @@ from timm_branches.train.evaluation import (
     try_evaluation,
 )
 from timm_branches.train.facts import facts_of_inputs
+from timm_branches.train.half_precision import check_half_precision
 from timm_branches.train.log import CsvLog, open_trackers
 from timm_branches.train.lr import create_scheduler
 from timm_branches.train.process import (
@@ -304,6 +306,9 @@ class _Run:
         parameters_of_loss = list(task.parameters_of_loss())
         if parameters_of_loss:
             self.optimizer.add_param_group({"params": parameters_of_loss, "weight_decay": 0.0})
+        slow = check_half_precision(self.device, config.amp, config.amp_dtype)
+        if slow:
+            warnings.warn(slow, stacklevel=3)
         self.scaler: NativeScaler | None = None
         if config.amp and config.amp_dtype == "float16":
             self.scaler = NativeScaler(device=self.device.type)
