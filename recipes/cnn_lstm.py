@@ -108,8 +108,7 @@ DIGITS = {
     "epochs": 10,
 }
 DIGIT_DATA = ("digits", *(f"digits-{task}" for task in DIGIT_TASKS))
-TEMPORAL = tuple(kind for kind, head in HEADS.items() if head.temporal)
-OTHERS = tuple(kind for kind in TEMPORAL if kind != "lstm")
+TEMPORAL = ("lstm", "gru", "mingru", "tcn", "transformer", "attention", "mean")
 # how a table calls them
 TITLES = {"lstm": "LSTM", "gru": "GRU", "mingru": "minGRU", "tcn": "TCN"}
 # the flags that describe a temporal head, and the options they stand for
@@ -291,7 +290,7 @@ def add_network_arguments(group: argparse._ArgumentGroup) -> None:
 def add_head_arguments(group: argparse._ArgumentGroup) -> None:
     """What is attached."""
     group.add_argument(
-        "--head", choices=TEMPORAL, metavar="HEAD", help=f"lstm (default), {', '.join(OTHERS)}"
+        "--head", choices=TEMPORAL, metavar="HEAD", help=f"{', '.join(TEMPORAL)} (default: lstm)"
     )
     group.add_argument("--hidden-size", type=int, help="width (default: 256, of digits 64)")
     group.add_argument("--layers", type=int, help="of the head (default: 1, of a tcn 3)")
@@ -347,7 +346,7 @@ def add_job_arguments(group: argparse._ArgumentGroup) -> None:
         "--compare",
         nargs="*",
         metavar="HEAD",
-        help=f"train several heads at equal budget instead: {', '.join(TEMPORAL)} (default: all)",
+        help="train several heads at equal budget instead (default: all of --head)",
     )
     group.add_argument("--seeds", type=int, default=1, help="of each head of --compare")
 

@@ -67,6 +67,23 @@ def test_every_damage_is_refused(tmp_path, make, count):
     read(path)
 
 
+@pytest.mark.parametrize("make", [checkpoint, model, description])
+def test_every_bit_of_the_producer(tmp_path, make):
+    """Of its name and of the word before it: none makes a foreign file of ours."""
+    path = tmp_path / "file.safetensors"
+    read = make(path)
+    good = path.read_bytes()
+    start = good.index(b'"producer":"')
+    end = good.index(b'"', start + len(b'"producer":"')) + 1
+    for place in range(start, end):
+        for bit in range(8):
+            changed = bytearray(good)
+            changed[place] ^= 1 << bit
+            path.write_bytes(changed)
+            with pytest.raises(ValueError, match="file.safetensors"):
+                read(path)
+
+
 def test_a_checkpoint_of_the_first_version_is_read(tmp_path):
     """It had no checksum; one that lost its checksum on the way is not taken for it."""
     path = tmp_path / "last.safetensors"

@@ -141,10 +141,7 @@ def read_tensors(
     """
     metadata, tensors = open_tensors(path)
     if metadata.get("producer") != producer:
-        # a flipped bit in the producer's name must not make a foreign file of it
-        if {"sha256", "version"} & metadata.keys() and digest_matches(
-            tensors, {**metadata, "producer": producer}
-        ):
+        if _was_ours(metadata, tensors, producer):
             raise damaged(path, "its producer is not what was saved")
         return None, tensors
     found = metadata.get("version", "")
@@ -158,6 +155,22 @@ def read_tensors(
     if not digest_matches(tensors, metadata):
         raise damaged(path, "it does not hold what was saved (the checksum differs)")
     return metadata, tensors
+
+
+def _was_ours(metadata: dict[str, str], tensors: dict[str, torch.Tensor], producer: str) -> bool:
+    """Whether a file would be whole with this producer: a flipped bit must not make it foreign.
+
+    The bit may be one of the producer's name, or of the word before it.
+    """
+    if not {"sha256", "version"} & metadata.keys():
+        return False
+    words: list[str | None] = [None]
+    words += [key for key in metadata if len(key) == len("producer")]
+    for word in words:
+        rest = {key: value for key, value in metadata.items() if key != word}
+        if digest_matches(tensors, {**rest, "producer": producer}):
+            return True
+    return False
 
 
 def damaged(path: str | os.PathLike, reason: str) -> ValueError:

@@ -160,7 +160,7 @@ def test_mistakes_are_one_line(here, tmp_path, args, message):
         (["--batch-size", "3"], "--batch-size has no effect"),
         (["--checkpoint", "model.safetensors", "--head", "pool"], "the checkpoint says itself"),
         ([*MODEL, "--frames", "0"], "must be above 0, got 0"),
-        ([*MODEL, "--head", "transformer"], "transformer"),
+        ([*MODEL, "--head", "perceiver"], "perceiver"),
     ],
 )
 def test_flags_that_do_not_go(here, args, message):
