@@ -117,7 +117,7 @@ def leaf_log_sums(
         "no class"; and the sums (N, Q) of log p over the leaves of each range.
     """
     if first is None or last is None:
-        first = last = classes[:, :0]
+        first, last = classes[:, :0], classes[:, :0]
     log_p, sums = _LogSums.apply(
         leaf_logits,
         ranges.first[classes],

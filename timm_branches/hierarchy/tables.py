@@ -38,6 +38,7 @@ def kept_by_tree(build: Callable[[Taxonomy, torch.device], T]) -> Kept[T]:
     # keyed by one of the taxonomy's tensors: hashing the taxonomy itself means hashing every path
     kept: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
+    @torch.compiler.assume_constant_result  # a compiled graph holds the tables as constants
     def get(taxonomy: Taxonomy, device: torch.device | str = "cpu") -> T:
         by_device = kept.setdefault(taxonomy.tables.leaf, {})
         device = torch.device(device)
