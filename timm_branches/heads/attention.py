@@ -18,13 +18,13 @@ from timm.layers import Mlp, trunc_normal_
 from torch import nn
 
 from timm_branches.arguments import check_number
-from timm_branches.heads.base import Head, State, register_head
+from timm_branches.heads.base import State, register_head
 from timm_branches.heads.clip import (
     ClipClassifier,
+    ClipHead,
     check_clip_options,
     frame_pool,
     last_valid,
-    own_rate,
 )
 from timm_branches.heads.folding import Clips
 from timm_branches.taps.reader import TapInfo
@@ -46,7 +46,7 @@ def _check_heads(head: AttentionHead | TransformerHead) -> None:
 
 @register_head
 @dataclass(frozen=True)
-class AttentionHead(Head):
+class AttentionHead(ClipHead):
     """Attentive pooling: a learned query attends to every position of every frame.
 
     It does not see in which order frames come. It streams in constant memory: a softmax over frames
@@ -70,7 +70,6 @@ class AttentionHead(Head):
     """
 
     kind: ClassVar[str] = "attention"
-    temporal: ClassVar[bool] = True
 
     hidden_size: int = 256
     num_heads: int = 8
@@ -81,17 +80,6 @@ class AttentionHead(Head):
     def __post_init__(self):
         check_clip_options(self)
         _check_heads(self)
-
-    def build(
-        self,
-        taps: Sequence[TapInfo],
-        num_classes: int,
-        drop_rate: float | None = None,
-        in_chans: int = 3,
-    ) -> ClipClassifier:
-        """The head for the maps at its one tap."""
-        (tap,) = taps
-        return _AttentionClassifier(self, tap, num_classes, own_rate(self, drop_rate))
 
 
 class _AttentivePool(nn.Module):
@@ -177,7 +165,7 @@ class _AttentionClassifier(ClipClassifier):
 
 @register_head
 @dataclass(frozen=True)
-class TransformerHead(Head):
+class TransformerHead(ClipHead):
     """Self-attention over the frames of a clip, which knows their order.
 
     Without `causal` all frames and one CLS token a clip attend to each other, and a learned
@@ -211,7 +199,6 @@ class TransformerHead(Head):
     """
 
     kind: ClassVar[str] = "transformer"
-    temporal: ClassVar[bool] = True
 
     hidden_size: int = 256
     num_layers: int = 1
@@ -231,17 +218,6 @@ class TransformerHead(Head):
                 "max_frames=1 with causal=True lets a frame see itself alone: take 2 or more, or "
                 "head='mean'."
             )
-
-    def build(
-        self,
-        taps: Sequence[TapInfo],
-        num_classes: int,
-        drop_rate: float | None = None,
-        in_chans: int = 3,
-    ) -> ClipClassifier:
-        """The head for the maps at its one tap."""
-        (tap,) = taps
-        return _TransformerClassifier(self, tap, num_classes, own_rate(self, drop_rate))
 
 
 class _Positions(nn.Module):
@@ -428,3 +404,8 @@ class _TransformerClassifier(ClipClassifier):
         keep = self.spec.max_frames - 1
         shape = (self.spec.num_layers, batch_size, keep, 2 * self.spec.hidden_size)
         return self.place.new_zeros(shape), self.place.new_zeros(1, batch_size, keep)
+
+
+# what each description builds; here, behind both
+AttentionHead.module = _AttentionClassifier
+TransformerHead.module = _TransformerClassifier

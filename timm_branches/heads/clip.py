@@ -77,11 +77,6 @@ def check_clip_options(head: Any, extra_pool: str | None = None) -> None:
         )
 
 
-def own_rate(head: Any, drop_rate: float | None) -> float:
-    """The head's own dropout, or the model's, or none."""
-    return head.drop_rate if head.drop_rate is not None else drop_rate or 0.0
-
-
 class AttentionPool(nn.Module):
     """Learned weighted average: w = softmax(u tanh(V h)), sum of w h. (B, N, C) -> (B, C)."""
 
@@ -258,9 +253,28 @@ def last_valid(out: torch.Tensor, clips: Clips) -> torch.Tensor:
     return out.gather(1, last)[:, 0]
 
 
+class ClipHead(Head):
+    """The description of a temporal head of one tap; its `module` is a :class:`ClipClassifier`."""
+
+    temporal: ClassVar[bool] = True
+    module: ClassVar[Any]
+
+    def build(
+        self,
+        taps: Sequence[TapInfo],
+        num_classes: int,
+        drop_rate: float | None = None,
+        in_chans: int = 3,
+    ) -> ClipClassifier:
+        """The head for the maps at its one tap."""
+        (tap,) = taps
+        own: float | None = getattr(self, "drop_rate", None)
+        return self.module(self, tap, num_classes, own if own is not None else drop_rate or 0.0)
+
+
 @register_head
 @dataclass(frozen=True)
-class MeanHead(Head):
+class MeanHead(ClipHead):
     """The mean of all frames' vectors, then the classifier: the baseline without order.
 
     It does not see in which order frames come, so what a head of time gains over it is what the
@@ -283,7 +297,6 @@ class MeanHead(Head):
     """
 
     kind: ClassVar[str] = "mean"
-    temporal: ClassVar[bool] = True
 
     drop_rate: float | None = None
     pool_type: str = "avg"
@@ -292,17 +305,6 @@ class MeanHead(Head):
 
     def __post_init__(self):
         check_clip_options(self)
-
-    def build(
-        self,
-        taps: Sequence[TapInfo],
-        num_classes: int,
-        drop_rate: float | None = None,
-        in_chans: int = 3,
-    ) -> ClipClassifier:
-        """The head for the maps at its one tap."""
-        (tap,) = taps
-        return _MeanClassifier(self, tap, num_classes, own_rate(self, drop_rate))
 
 
 class _MeanClassifier(ClipClassifier):
@@ -332,3 +334,7 @@ class _MeanClassifier(ClipClassifier):
         """No frame yet."""
         zeros = partial(torch.zeros, device=self.place.device)
         return zeros(1, batch_size, self.width), zeros(1, batch_size, 1)
+
+
+# what each description builds; here, behind both
+MeanHead.module = _MeanClassifier

@@ -36,22 +36,15 @@ __all__ = [
 _BINS = (1, 2, 3, 6)  # of pyramid pooling, the source's
 
 
-@dataclass(frozen=True)
-class _MapHead(Head):
-    """What the decoders here have in common."""
+class _DenseHead(Head):
+    """What builds a decoder of several taps, its `module`."""
 
     multi_tap: ClassVar[bool] = True
     dense: ClassVar[bool] = True
-    module: ClassVar[type[MapDecoder]]
-
-    channels: int = 256
-    norm: str | None = "batchnorm2d"
-    act: str = "relu"
-    drop_rate: float | None = None
+    module: ClassVar[Any]
+    drop_rate: float | None
 
     def __post_init__(self):
-        check_number("channels=", self.channels, 1, 65_536, whole=True)
-        check_norm_act(self.norm, self.act)
         if self.drop_rate is not None:
             check_number("drop_rate= must be in [0, 1): it", self.drop_rate, 0, 1, below=True)
 
@@ -65,6 +58,21 @@ class _MapHead(Head):
         """The decoder for the maps at its taps."""
         rate = self.drop_rate if self.drop_rate is not None else drop_rate or 0.0
         return self.module(self, taps, num_classes, rate)
+
+
+@dataclass(frozen=True)
+class _MapHead(_DenseHead):
+    """Options that the decoders of one width have in common."""
+
+    channels: int = 256
+    norm: str | None = "batchnorm2d"
+    act: str = "relu"
+    drop_rate: float | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_number("channels=", self.channels, 1, 65_536, whole=True)
+        check_norm_act(self.norm, self.act)
 
 
 class MapDecoder(nn.Module):
@@ -155,7 +163,7 @@ def _rescale(x: torch.Tensor, scale: float) -> torch.Tensor:
 
 @register_head
 @dataclass(frozen=True)
-class LinearHead(Head):
+class LinearHead(_DenseHead):
     """One 1x1 convolution of the maps at the finest one's size: the probe of ViT papers.
 
     DINOv2 (Oquab et al. 2023, arXiv 2304.07193, section 7.4) reports it on the last layer, and on
@@ -174,27 +182,12 @@ class LinearHead(Head):
     """
 
     kind: ClassVar[str] = "linear"
-    multi_tap: ClassVar[bool] = True
-    dense: ClassVar[bool] = True
-
     norm: str | None = None
     drop_rate: float | None = None
 
     def __post_init__(self):
+        super().__post_init__()
         check_norm_act(self.norm, "identity")
-        if self.drop_rate is not None:
-            check_number("drop_rate= must be in [0, 1): it", self.drop_rate, 0, 1, below=True)
-
-    def build(
-        self,
-        taps: Sequence[TapInfo],
-        num_classes: int,
-        drop_rate: float | None = None,
-        in_chans: int = 3,
-    ) -> MapDecoder:
-        """The decoder for the maps at its taps."""
-        rate = self.drop_rate if self.drop_rate is not None else drop_rate or 0.0
-        return _LinearDecoder(self, taps, num_classes, rate)
 
 
 class _LinearDecoder(MapDecoder):
@@ -559,6 +552,7 @@ class _DPTDecoder(MapDecoder):
 
 
 # what each description builds; here, behind both
+LinearHead.module = _LinearDecoder
 LeanHead.module = _LeanDecoder
 SegformerHead.module = _SegformerDecoder
 FPNHead.module = _FPNDecoder

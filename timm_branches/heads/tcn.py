@@ -7,7 +7,6 @@ place of weight normalisation: it depends on no other frame, and is saved as it 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from timm_branches.heads.base import Head, State, register_head
-from timm_branches.heads.clip import ClipClassifier, check_clip_options, frame_pool, own_rate
+from timm_branches.heads.base import State, register_head
+from timm_branches.heads.clip import ClipClassifier, ClipHead, check_clip_options, frame_pool
 from timm_branches.heads.folding import Clips
 from timm_branches.taps.reader import TapInfo
 
@@ -25,7 +24,7 @@ __all__ = ["TCNHead"]
 
 @register_head
 @dataclass(frozen=True)
-class TCNHead(Head):
+class TCNHead(ClipHead):
     """Temporal convolutional network: each layer looks twice as far back as the one before.
 
     A frame's output depends on the `1 + 2 (kernel_size - 1) (2**num_layers - 1)` frames up to it,
@@ -53,7 +52,6 @@ class TCNHead(Head):
     """
 
     kind: ClassVar[str] = "tcn"
-    temporal: ClassVar[bool] = True
 
     hidden_size: int = 256
     num_layers: int = 3
@@ -71,17 +69,6 @@ class TCNHead(Head):
                 f"num_layers={self.num_layers} would look {2**self.num_layers:,} frames back: take "
                 "20 at most."
             )
-
-    def build(
-        self,
-        taps: Sequence[TapInfo],
-        num_classes: int,
-        drop_rate: float | None = None,
-        in_chans: int = 3,
-    ) -> ClipClassifier:
-        """The head for the maps at its one tap."""
-        (tap,) = taps
-        return _TCNClassifier(self, tap, num_classes, own_rate(self, drop_rate))
 
 
 class _CausalConv(nn.Module):
@@ -159,3 +146,7 @@ def _last_frames(x: torch.Tensor, past: int, clips: Clips) -> torch.Tensor:
         return x[:, x.shape[1] - past :].transpose(0, 1)
     index = clips.mask.sum(1)[:, None] + torch.arange(past, device=x.device)
     return x.gather(1, index[:, :, None].expand(-1, -1, x.shape[2])).transpose(0, 1)
+
+
+# what each description builds; here, behind both
+TCNHead.module = _TCNClassifier

@@ -7,7 +7,6 @@ features into an LSTM.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,13 +15,13 @@ from timm.layers import get_act_layer
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from timm_branches.heads.base import Head, State, register_head
+from timm_branches.heads.base import State, register_head
 from timm_branches.heads.clip import (
     ClipClassifier,
+    ClipHead,
     check_clip_options,
     frame_pool,
     last_valid,
-    own_rate,
 )
 from timm_branches.heads.folding import Clips
 from timm_branches.heads.min_gru import MinGRU
@@ -33,7 +32,7 @@ __all__ = ["GRUHead", "LSTMHead", "MinGRUHead", "TemporalClassifier"]
 
 @register_head
 @dataclass(frozen=True)
-class LSTMHead(Head):
+class LSTMHead(ClipHead):
     """LSTM over the frames of a clip.
 
     Each frame's map becomes a vector; then the recurrence, a readout and the classifier.
@@ -66,7 +65,6 @@ class LSTMHead(Head):
     """
 
     kind: ClassVar[str] = "lstm"
-    temporal: ClassVar[bool] = True
     cell: ClassVar[Any] = nn.LSTM
     hidden_size: int = 256
     num_layers: int = 1
@@ -88,17 +86,6 @@ class LSTMHead(Head):
                     "projection=."
                 )
             _activation(self.activation)
-
-    def build(
-        self,
-        taps: Sequence[TapInfo],
-        num_classes: int,
-        drop_rate: float | None = None,
-        in_chans: int = 3,
-    ) -> TemporalClassifier:
-        """The head for the maps at its one tap."""
-        (tap,) = taps
-        return TemporalClassifier(self, tap, num_classes, own_rate(self, drop_rate))
 
 
 @register_head
@@ -234,3 +221,7 @@ class TemporalClassifier(ClipClassifier):
         if isinstance(self.rnn, nn.LSTM):
             return hidden, torch.zeros_like(hidden)
         return (hidden,)
+
+
+# what each description builds; here, behind both
+LSTMHead.module = TemporalClassifier
