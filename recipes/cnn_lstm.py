@@ -765,7 +765,8 @@ def compare(args: argparse.Namespace) -> None:
         results[name] = [{} for _ in range(args.seeds)]
     titles = {}
     for task in tasks:
-        experiment = Experiment(argparse.Namespace(**{**vars(args), "data": task}))
+        own = {"data": task, "output": str(output / slug(task))}  # else each finds the other's runs
+        experiment = Experiment(argparse.Namespace(**{**vars(args), **own}))
         metric_of = columns(experiment.tree)
         if len(tasks) > 1:
             (metric,) = metric_of
@@ -773,7 +774,7 @@ def compare(args: argparse.Namespace) -> None:
         for number in range(args.seeds):
             experiment.args.seed = experiment.config.seed = args.seed + number
             for name, head in heads.items():
-                metrics, _ = experiment.fit(f"{task} {name} seed {args.seed + number}", head)
+                metrics, _ = experiment.fit(f"{name} seed {args.seed + number}", head)
                 row = results[name][number]
                 for metric, title in metric_of.items():
                     titles[title] = title
@@ -815,11 +816,12 @@ def read_digits(args: argparse.Namespace) -> Path:
     """Train a backbone to read single digits; the file of its weights."""
     single = argparse.Namespace(**vars(args))
     single.data, single.freeze, single.cache, single.compare = "digits", None, None, None
+    single.output = str(Path(args.output) / "reading_digits")
     experiment = Experiment(single, single_digits())
     experiment.config.epochs = 30
     metrics, run = experiment.fit("reading digits", PoolHead())
     print(f"the backbone reads {metrics['digit_top1']:.1f} % of single digits; it is frozen now")
-    path = experiment.output / "backbone.safetensors"
+    path = Path(args.output) / "backbone.safetensors"
     weights = load_model(run.model_path).backbone.state_dict()
     replace_file(path, lambda file: save_file(weights, file))
     return path

@@ -306,6 +306,7 @@ class TestCompare:
         assert rows["GRU"][0] == pytest.approx(sum(accuracy) / 2, abs=0.06)
         # 64 (3 (50 + 64) + 6) of the recurrence, 64 x 4 + 4 of the classifier
         assert rows["GRU"][1] == pytest.approx(((50 + 64 + 2) * 3 * 64 + 65 * 4) / 1e3, abs=0.06)
+        assert [path.name for path in (tmp_path / "output").iterdir()] == ["cnn_lstm"]
         # both heads pool: training and validation features are there once, for both seeds
         files = list((tmp_path / "output" / "cnn_lstm" / "features").rglob("*.safetensors"))
         assert len(files) == 2

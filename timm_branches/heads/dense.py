@@ -78,7 +78,7 @@ class _MapHead(_DenseHead):
 class MapDecoder(nn.Module):
     """Maps to one map, 1x1 convolution, enlarged to the image. What the decoders here build.
 
-    A subclass sets `num_features` and its layers, calls :meth:`_finish_init`, and implements
+    A subclass makes its layers and sets `num_features` in :meth:`_make`, and implements
     :meth:`decode`.
 
     Args:

@@ -70,7 +70,7 @@ class FrameSampler:
                 "'dense'."
             )
         if self.rate is not None:
-            check_number("rate=", self.rate, 0, 1e6, above=True)
+            check_number("rate=", self.rate, 0, 1000, above=True)
 
     def bound(self, key: Sequence[int]) -> "BoundSampler":
         """The sampler for one clip, as the clips' `read` takes it."""
