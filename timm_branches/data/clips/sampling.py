@@ -28,9 +28,9 @@ class FrameSampler:
         stride: Distance between two frames of 'dense'; 1 takes consecutive ones.
         is_training: Whether to draw at random. Otherwise even 'random' draws the same frames each
             time.
-        rate: Frames a second to choose among, whatever the video's own rate: for each moment 1 /
-            rate apart the frame that is shown then, none twice. None chooses among all frames. Only
-            videos have times.
+        rate: Frames a second, up to 1000, to choose among, whatever the video's own rate: for each
+            moment 1 / rate apart the frame that is shown then, none twice. None chooses among all
+            frames. Only videos have times.
 
     Raises:
         ValueError: For an unknown sampling, or a setting that it does not use.
